@@ -1,0 +1,62 @@
+# Needs Python 3.11 or newer with its pip, and nothing else: no root, no system packages.
+# Everything is made inside this directory: .venv/ (packages) and .belfry/ (data).
+
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+STAMP  := $(VENV)/.installed
+PIP    := --disable-pip-version-check install --no-cache-dir --quiet -r requirements-dev.txt
+
+.PHONY: help setup demo run web worker test bench lint clean
+
+help:
+	@echo 'make demo     the whole way once: 10,000 members, a real message, who was told; leaves nothing behind'
+	@echo 'make run      a web process and a worker until Ctrl-C; prints tokens and commands to paste'
+	@echo 'make web      the web process alone; it shares its data with `make worker` and `make run`'
+	@echo 'make worker   a worker alone, for a second terminal'
+	@echo 'make test     the test suite                   (ARGS="-k inbox -x" goes to pytest)'
+	@echo 'make bench    the benchmarks                   (ARGS goes to them)'
+	@echo 'make lint     ruff and mypy'
+	@echo 'make setup    .venv only; the others do it when it is missing or out of date'
+	@echo 'make clean    remove .venv, .belfry (the data of `make run`) and caches'
+	@echo
+	@echo 'PYTHON=python3.12 chooses the interpreter for .venv, PORT where the web process listens.'
+	@echo 'DATABASE_URL and REDIS_URL name servers to use in place of the embedded ones.'
+
+setup: $(STAMP)
+
+demo run web worker: $(STAMP)
+	@$(PY) -m dev $@
+
+test: $(STAMP)
+	@$(PY) -m dev test $(ARGS)
+
+bench: $(STAMP)
+	@$(PY) -m bench $(ARGS)
+
+lint: $(STAMP)
+	$(PY) -m ruff check .
+	$(PY) -m mypy .
+
+# A .venv whose interpreter is gone (removed, or upgraded in its place) is made anew.
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo 'Belfry needs Python 3.11 or newer, and $(PYTHON) is not. Choose one: make PYTHON=python3.12 $(MAKECMDGOALS)'; exit 1; }
+	$(PYTHON) -m venv --without-pip --clear $(VENV)
+
+# The interpreter's own pip installs into .venv: works where ensurepip, which would put one into it, is
+# missing, as on Debian without python3-venv. A pip older than 22.3 cannot do that, and needs ensurepip.
+$(STAMP): requirements.txt requirements-dev.txt $(PY)
+	@$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo 'Belfry needs Python 3.11 or newer, and $(VENV) has an older one. Run: make clean'; exit 1; }
+	@echo 'Installing what requirements-dev.txt lists …'
+	@if $(PYTHON) -m pip --python $(PY) --version >/dev/null 2>&1; \
+	  then $(PYTHON) -m pip --python $(PY) $(PIP); \
+	  else $(PY) -m ensurepip >/dev/null && $(PY) -m pip $(PIP); \
+	  fi || { echo 'Installing failed. Belfry needs a $(PYTHON) with pip, and the package index in reach.'; exit 1; }
+	@touch $(STAMP)
+
+clean:
+	@if [ -x $(PY) ] && [ -d .belfry ]; then $(PY) -m dev clean; fi
+	rm -rf $(VENV) .belfry .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

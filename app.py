@@ -1,0 +1,114 @@
+"""What is served: every address of Belfry, put together.
+
+| addresses | blueprint |
+|---|---|
+| `/api/messages`, `/api/channels/N/messages` | views/messages.py |
+| `/api/runs`, `/api/test-notifications` | views/runs.py |
+| `/api/notifications`, `/api/channels/N/preference` | views/inbox.py |
+| `/api/me`, `/api/users`, `/api/channels` | views/people.py |
+| `/api/servers`, `/api/channels/N` | views/servers.py |
+| `/rq`, `/login`, `/logout` | views/dashboard.py |
+| `/healthz`, `/readyz`, `/metrics` | views/health.py |
+| `/openapi.json`, `/docs` | views/openapi.py |
+
+Every error has one shape (views/problems.py); every answer carries `X-Request-Id`.
+"""
+
+import math
+import re
+import time
+import uuid
+
+from flask import Flask, Response, g, request
+from peewee import InterfaceError, OperationalError
+from werkzeug.routing import IntegerConverter
+
+import commands
+from belfry import accounts, logs
+from config import secret_key, settings
+from models import User, db
+from schemas import LARGEST_ID
+from views import dashboard, health, inbox, limits, messages, openapi, people, problems, runs, servers
+from views.endpoint import api, bearer_token
+
+BODY_BYTES = 64 * 1024
+API_SUBJECTS = (messages, runs, inbox, people, servers)  # importing them puts their endpoints on `api`
+
+
+class _Id(IntegerConverter):
+    """`<id:...>`: a number that PostgreSQL's bigint can hold; a larger one is nothing's id, so it is a 404."""
+
+    def __init__(self, url_map: object) -> None:
+        super().__init__(url_map, min=1, max=LARGEST_ID)  # type: ignore[arg-type]
+
+
+def create_app() -> Flask:
+    """The web application, on the settings of the environment. Needs SECRET_KEY."""
+    logs.configure(settings.log_level, settings.log_format)
+    app = Flask(__name__)
+    app.config.update(
+        SECRET_KEY=secret_key(),
+        MAX_CONTENT_LENGTH=BODY_BYTES,
+        SESSION_COOKIE_NAME="belfry",
+        SESSION_COOKIE_HTTPONLY=True,
+        SESSION_COOKIE_SAMESITE="Lax",
+        SESSION_COOKIE_SECURE=settings.secure_cookies,
+    )
+    app.json.sort_keys = False  # type: ignore[attr-defined]  # decisions come in the contract's order
+    app.url_map.converters["id"] = _Id
+    app.url_map.strict_slashes = False
+    problems.register(app)
+    app.before_request(_identify)
+    app.before_request(_authenticate)
+    limits.register(app)
+    app.after_request(_sign)
+    app.teardown_request(_leave)
+    app.register_blueprint(api)
+    app.register_blueprint(health.blueprint)
+    app.register_blueprint(openapi.blueprint)
+    dashboard.register(app)
+    commands.register(app)
+    return app
+
+
+def _identify() -> None:
+    """Name the request: by the id that a proxy gave it, where that is one, else by a new one."""
+    given = request.headers.get("X-Request-Id", "")
+    g.request_id = given if re.fullmatch(r"[A-Za-z0-9_.-]{8,64}", given) else uuid.uuid4().hex
+    g.log_context = logs.bind(request_id=g.request_id)
+
+
+def _authenticate() -> None:
+    """Find out who asks under /api, before anything is counted. Nobody is fine here; endpoints ask for more."""
+    g.user = None
+    if request.path.startswith("/api/") and (token := bearer_token()):
+        g.user = _whose(token)
+
+
+def _whose(token: str) -> User | None:
+    try:
+        return accounts.authenticate(token)
+    except (OperationalError, InterfaceError):
+        # The pool's connection may be left over from before PostgreSQL restarted: once more, on a new one.
+        db.close()
+        return accounts.authenticate(token)
+
+
+def _sign(answer: Response) -> Response:
+    answer.headers["X-Request-Id"] = g.get("request_id", "")
+    answer.headers.setdefault("X-Content-Type-Options", "nosniff")
+    if answer.status_code not in (429, 503):
+        answer.headers.pop("Retry-After", None)  # flask-limiter puts it on every answer
+    if reset := answer.headers.get("RateLimit-Reset"):
+        answer.headers["RateLimit-Reset"] = str(max(0, math.ceil(float(reset) - time.time())))  # seconds from now
+    if request.path.startswith("/api/"):
+        answer.headers.setdefault("Cache-Control", "no-store")
+    return answer
+
+
+def _leave(_: BaseException | None) -> None:
+    """Give the connection back to the pool, and the log its old context."""
+    if not db.is_closed():
+        db.close()
+    if token := g.pop("log_context", None):
+        logs.unbind(token)

@@ -1,0 +1,1 @@
+"""The domain: what is decided. Nothing in here imports Flask or RQ."""

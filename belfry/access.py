@@ -1,0 +1,111 @@
+"""Who may know of a channel, and post in it.
+
+- Members see their server's open channels, and the private ones that a role of theirs opens.
+- Admins see every channel. (They are told only of those that their roles open, like everybody.)
+- What one may not see does not exist: NotFound, the same as for an unknown id.
+- Seeing does not need a subscription; posting, and being told, do.
+"""
+
+from dataclasses import dataclass
+
+from belfry.errors import Forbidden, NotFound, SubscriptionRequired
+from belfry.recipients import ACTIVE_SUBSCRIPTION
+from belfry.sql import Row, row, rows
+from config import settings
+from models import User
+
+_OPENED = """EXISTS (
+    SELECT FROM channel_role o
+    JOIN member_role r ON r.role_id = o.role_id
+    WHERE o.channel_id = c.id
+    AND r.user_id = %(user_id)s
+)"""
+
+_SEEN = f"""(
+    %(is_admin)s
+    OR (EXISTS (SELECT FROM member m WHERE m.server_id = c.server_id AND m.user_id = %(user_id)s)
+        AND (NOT c.private OR {_OPENED}))
+)"""
+
+
+@dataclass(frozen=True)
+class SeenChannel:
+    """A channel, as somebody who may see it does. `moderates`: an admin, or in a moderating role."""
+
+    id: int
+    name: str
+    private: bool
+    posting: str
+    server_id: int
+    server_name: str
+    moderates: bool
+    subscribed: bool
+
+
+def _parameters(user: User) -> Row:
+    return {"user_id": user.id, "is_admin": user.is_admin, "grace_days": settings.past_due_grace_days}
+
+
+def channel_for(user: User, channel_id: int) -> SeenChannel:
+    """The channel. Raises NotFound where there is none that the user may know of."""
+    found = row(
+        f"""
+        SELECT c.id, c.name, c.private, c.posting, c.server_id, v.name AS server_name,
+            %(is_admin)s OR EXISTS (
+                SELECT FROM member_role mr
+                JOIN role ro ON ro.id = mr.role_id AND ro.moderator
+                WHERE mr.server_id = c.server_id
+                AND mr.user_id = %(user_id)s
+            ) AS moderates,
+            %(is_admin)s OR EXISTS (
+                SELECT FROM subscription s
+                WHERE s.user_id = %(user_id)s
+                AND {ACTIVE_SUBSCRIPTION}
+            ) AS subscribed
+        FROM channel c
+        JOIN server v ON v.id = c.server_id
+        WHERE c.id = %(channel_id)s
+        AND {_SEEN}
+        """,
+        {**_parameters(user), "channel_id": channel_id},
+    )
+    if found is None:
+        raise NotFound(f"There is no channel {channel_id}.")
+    return SeenChannel(**found)
+
+
+def require_posting(user: User, channel: SeenChannel) -> None:
+    """Raises Forbidden where the channel is for admins to post in, SubscriptionRequired without one."""
+    if channel.posting == "admins" and not user.is_admin:
+        raise Forbidden(f"Only admins post in #{channel.name}.")
+    if not channel.subscribed:
+        raise SubscriptionRequired("Posting needs an active subscription.")
+
+
+def visible_channels(user: User, *, after: int = 0, limit: int | None = None) -> list[Row]:
+    """Channels that the user may see, by id, above id `after`: {"id", "name", "private", "posting", "server"}."""
+    return [
+        {**channel, "server": {"id": channel.pop("server_id"), "name": channel.pop("server_name")}}
+        for channel in rows(
+            f"""
+            SELECT c.id, c.name, c.private, c.posting, c.server_id, v.name AS server_name
+            FROM channel c
+            JOIN server v ON v.id = c.server_id
+            WHERE c.id > %(after)s
+            AND {_SEEN}
+            ORDER BY c.id
+            LIMIT %(limit)s
+            """,
+            {**_parameters(user), "after": after, "limit": limit},
+        )
+    ]
+
+
+def is_member(user_id: int, server_id: int) -> bool:
+    """Whether somebody is in a server."""
+    return bool(
+        row(
+            "SELECT 1 AS yes FROM member WHERE server_id = %(server_id)s AND user_id = %(user_id)s",
+            {"server_id": server_id, "user_id": user_id},
+        )
+    )

@@ -1,0 +1,139 @@
+"""People, their tokens, and whether they pay."""
+
+import hashlib
+import secrets
+from datetime import UTC, datetime
+from typing import Any
+
+from peewee import IntegrityError
+
+from belfry.errors import Conflict, NotFound
+from belfry.sql import Row, execute, row, rows
+from models import ApiToken, Subscription, User, db
+
+TOKEN_PREFIX = "belfry_"  # so that a leaked one can be recognised  # noqa: S105
+
+
+def hash_token(token: str) -> bytes:
+    """What is stored of a token. It has 256 random bits: a plain hash is enough, and one lookup finds it."""
+    return hashlib.sha256(token.encode("utf-8", "surrogatepass")).digest()
+
+
+def create_user(username: str, name: str | None = None, email: str | None = None, *, is_admin: bool = False) -> User:
+    """A new person. Raises Conflict where the username is taken."""
+    try:
+        with db.atomic():
+            return User.create(username=username, name=name or username, email=email, is_admin=is_admin)
+    except IntegrityError:
+        raise Conflict(f"The username {username} is taken.") from None
+
+
+def find_user(user_id: int) -> User:
+    """Raises NotFound."""
+    user = User.get_or_none(User.id == user_id)
+    if user is None:
+        raise NotFound(f"There is no user {user_id}.")
+    return user
+
+
+def find_username(username: str) -> User:
+    """Raises NotFound. Upper and lower case are the same."""
+    user = User.get_or_none(User.username == username.lower())
+    if user is None:
+        raise NotFound(f"There is no user {username}.")
+    return user
+
+
+def update_user(user_id: int, changes: dict[str, Any]) -> User:
+    """Change name, email or is_admin. Raises NotFound."""
+    user = find_user(user_id)
+    for column, value in changes.items():
+        setattr(user, column, value)
+    user.save()
+    return user
+
+
+def list_users(*, after: int, limit: int, username: str | None = None) -> list[User]:
+    """People by id, above id `after`; only those whose username is `username`, if given."""
+    found = User.select().where(User.id > after).order_by(User.id).limit(limit)
+    return list(found.where(User.username == username.lower()) if username else found)
+
+
+def create_token(user: User, expires_at: datetime | None = None) -> tuple[Row, str]:
+    """A new token: what is stored of it, and the token itself, which cannot be had again."""
+    token = TOKEN_PREFIX + secrets.token_urlsafe(32)
+    made = row(
+        "INSERT INTO api_token (user_id, token_hash, expires_at)"
+        " VALUES (%(user_id)s, %(token_hash)s, %(expires_at)s)"
+        " RETURNING id, created_at, expires_at, revoked_at",
+        {"user_id": user.id, "token_hash": hash_token(token), "expires_at": expires_at},
+    )
+    assert made is not None
+    return made, token
+
+
+def list_tokens(user_id: int, *, after: int, limit: int) -> list[Row]:
+    """A person's tokens by id, without the tokens themselves. Raises NotFound for the person."""
+    find_user(user_id)
+    return rows(
+        "SELECT id, created_at, expires_at, revoked_at FROM api_token"
+        " WHERE user_id = %(user_id)s AND id > %(after)s ORDER BY id LIMIT %(limit)s",
+        {"user_id": user_id, "after": after, "limit": limit},
+    )
+
+
+def revoke_token(user_id: int, token_id: int) -> None:
+    """End a token, now. Raises NotFound; ending one twice is no error."""
+    found = execute(
+        "UPDATE api_token SET revoked_at = COALESCE(revoked_at, now()) WHERE id = %(id)s AND user_id = %(user_id)s",
+        {"id": token_id, "user_id": user_id},
+    )
+    if not found:
+        raise NotFound(f"There is no token {token_id} of user {user_id}.")
+
+
+def authenticate(token: str) -> User | None:
+    """Whose token this is; None where it is unknown, revoked or expired. One query."""
+    return authenticate_hash(hash_token(token))
+
+
+def authenticate_hash(token_hash: bytes) -> User | None:
+    """As `authenticate`, for a session that keeps the hash."""
+    found: User | None = (
+        User.select(User)
+        .join(ApiToken)
+        .where(
+            (ApiToken.token_hash == token_hash)
+            & ApiToken.revoked_at.is_null()
+            & (ApiToken.expires_at.is_null() | (ApiToken.expires_at > datetime.now(UTC)))
+        )
+        .first()
+    )
+    return found
+
+
+def subscription_of(user_id: int) -> Row | None:
+    """{"status", "current_period_end", "updated_at"}; None where there never was one. Raises NotFound."""
+    find_user(user_id)
+    found = Subscription.get_or_none(Subscription.user == user_id)
+    if found is None:
+        return None
+    return {name: getattr(found, name) for name in ("status", "current_period_end", "updated_at")}
+
+
+def set_subscription(user_id: int, status: str, current_period_end: datetime | None) -> Row:
+    """Set a person's subscription to what the payment provider says. The same again changes nothing.
+
+    Raises NotFound for the person.
+    """
+    find_user(user_id)
+    found = row(
+        "INSERT INTO subscription (user_id, status, current_period_end)"
+        " VALUES (%(user_id)s, %(status)s, %(current_period_end)s)"
+        " ON CONFLICT (user_id) DO UPDATE"
+        " SET status = EXCLUDED.status, current_period_end = EXCLUDED.current_period_end, updated_at = now()"
+        " RETURNING status, current_period_end, updated_at",
+        {"user_id": user_id, "status": status, "current_period_end": current_period_end},
+    )
+    assert found is not None
+    return found

@@ -1,0 +1,199 @@
+"""Servers, and who and what is in them: members, roles, channels."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from peewee import IntegrityError
+
+from belfry.accounts import find_user
+from belfry.errors import Conflict, Invalid, NotFound
+from belfry.sql import Row, execute, row, rows
+from models import Channel, Role, Server, db
+
+
+def find_server(server_id: int) -> Server:
+    """Raises NotFound."""
+    server = Server.get_or_none(Server.id == server_id)
+    if server is None:
+        raise NotFound(f"There is no server {server_id}.")
+    return server
+
+
+def list_servers(*, after: int, limit: int) -> list[Server]:
+    """Servers by id, above id `after`."""
+    return list(Server.select().where(Server.id > after).order_by(Server.id).limit(limit))
+
+
+def list_members(server_id: int, *, after: int, limit: int) -> list[Row]:
+    """Members by user id: {"user": {...}, "roles": [{"id", "name"}], "joined_at"}. Raises NotFound."""
+    find_server(server_id)
+    found = rows(
+        """
+        SELECT u.id, u.username, u.name, m.joined_at,
+            ARRAY(SELECT r.role_id FROM member_role r
+                  WHERE r.server_id = m.server_id AND r.user_id = m.user_id ORDER BY 1) AS role_ids
+        FROM member m
+        JOIN user_account u ON u.id = m.user_id
+        WHERE m.server_id = %(server_id)s
+        AND m.user_id > %(after)s
+        ORDER BY m.user_id
+        LIMIT %(limit)s
+        """,
+        {"server_id": server_id, "after": after, "limit": limit},
+    )
+    return [
+        {
+            "user": {"id": member["id"], "username": member["username"], "name": member["name"]},
+            "role_ids": member["role_ids"],
+            "joined_at": member["joined_at"],
+        }
+        for member in found
+    ]
+
+
+def put_member(server_id: int, user_id: int, role_ids: Sequence[int]) -> Row:
+    """Make somebody a member with exactly these roles; the same again changes nothing.
+
+    Raises NotFound for server or user, Invalid for a role of another server.
+    """
+    find_server(server_id)
+    find_user(user_id)
+    parameters = {"server_id": server_id, "user_id": user_id, "role_ids": list(role_ids)}
+    try:
+        with db.atomic():
+            execute(
+                "INSERT INTO member (server_id, user_id) VALUES (%(server_id)s, %(user_id)s)"
+                " ON CONFLICT DO NOTHING",
+                parameters,
+            )
+            execute(
+                "DELETE FROM member_role WHERE server_id = %(server_id)s AND user_id = %(user_id)s"
+                " AND role_id <> ALL(%(role_ids)s::bigint[])",
+                parameters,
+            )
+            execute(
+                "INSERT INTO member_role (role_id, user_id, server_id)"
+                " SELECT role_id, %(user_id)s, %(server_id)s FROM unnest(%(role_ids)s::bigint[]) AS role_id"
+                " ON CONFLICT DO NOTHING",
+                parameters,
+            )
+    except IntegrityError:
+        raise Invalid({"role_ids": ["Each must be a role of this server."]}) from None
+    return list_members(server_id, after=user_id - 1, limit=1)[0]
+
+
+def remove_member(server_id: int, user_id: int) -> None:
+    """Their roles in the server go with them. Raises NotFound."""
+    if not execute(
+        "DELETE FROM member WHERE server_id = %(server_id)s AND user_id = %(user_id)s",
+        {"server_id": server_id, "user_id": user_id},
+    ):
+        raise NotFound(f"User {user_id} is no member of server {server_id}.")
+
+
+def create_role(server_id: int, name: str, moderator: bool) -> Role:
+    """Raises NotFound for the server, Conflict where the name is taken in it."""
+    find_server(server_id)
+    try:
+        with db.atomic():
+            return Role.create(server=server_id, name=name, moderator=moderator)
+    except IntegrityError:
+        raise Conflict(f"There is a role {name} in this server already.") from None
+
+
+def list_roles(server_id: int, *, after: int, limit: int) -> list[Role]:
+    """Roles of a server by id. Raises NotFound."""
+    find_server(server_id)
+    return list(
+        Role.select().where((Role.server == server_id) & (Role.id > after)).order_by(Role.id).limit(limit)
+    )
+
+
+def delete_role(server_id: int, role_id: int) -> None:
+    """It goes from its members and channels as well. Raises NotFound."""
+    if not Role.delete().where((Role.id == role_id) & (Role.server == server_id)).execute():
+        raise NotFound(f"There is no role {role_id} in server {server_id}.")
+
+
+def create_channel(server_id: int, name: str, private: bool, posting: str) -> Channel:
+    """Raises NotFound for the server, Conflict where the name is taken in it."""
+    find_server(server_id)
+    try:
+        with db.atomic():
+            return Channel.create(server=server_id, name=name, private=private, posting=posting)
+    except IntegrityError:
+        raise Conflict(f"There is a channel {name} in this server already.") from None
+
+
+def list_channels(server_id: int, *, after: int, limit: int) -> list[Channel]:
+    """All channels of a server by id. Raises NotFound."""
+    find_server(server_id)
+    return list(
+        Channel.select(Channel, Server)
+        .join(Server)
+        .where((Channel.server == server_id) & (Channel.id > after))
+        .order_by(Channel.id)
+        .limit(limit)
+    )
+
+
+def update_channel(channel_id: int, changes: dict[str, Any]) -> None:
+    """Change name, private or posting. Raises NotFound, and Conflict where the name is taken."""
+    try:
+        with db.atomic():
+            if not Channel.select().where(Channel.id == channel_id).exists():
+                raise NotFound(f"There is no channel {channel_id}.")
+            if changes:
+                Channel.update(changes).where(Channel.id == channel_id).execute()
+    except IntegrityError:
+        raise Conflict(f"There is a channel {changes.get('name')} in this server already.") from None
+
+
+def delete_channel(channel_id: int) -> None:
+    """Raises NotFound, and Conflict where something was ever posted in it: that is kept."""
+    try:
+        with db.atomic():
+            if not Channel.delete().where(Channel.id == channel_id).execute():
+                raise NotFound(f"There is no channel {channel_id}.")
+    except IntegrityError:
+        raise Conflict("Messages were posted in this channel. Make it private instead.") from None
+
+
+def channel_roles(channel_id: int) -> list[Row]:
+    """The roles that open a channel: [{"id", "name", "moderator"}]. Raises NotFound."""
+    if not Channel.select().where(Channel.id == channel_id).exists():
+        raise NotFound(f"There is no channel {channel_id}.")
+    return rows(
+        "SELECT r.id, r.name, r.moderator FROM role r JOIN channel_role o ON o.role_id = r.id"
+        " WHERE o.channel_id = %(channel_id)s ORDER BY r.id",
+        {"channel_id": channel_id},
+    )
+
+
+def set_channel_roles(channel_id: int, role_ids: Sequence[int]) -> list[Row]:
+    """Let exactly these roles open a channel. Raises NotFound, and Invalid for a role of another server."""
+    channel = row("SELECT server_id FROM channel WHERE id = %(id)s", {"id": channel_id})
+    if channel is None:
+        raise NotFound(f"There is no channel {channel_id}.")
+    parameters = {"channel_id": channel_id, "server_id": channel["server_id"], "role_ids": list(role_ids)}
+    try:
+        with db.atomic():
+            execute("DELETE FROM channel_role WHERE channel_id = %(channel_id)s", parameters)
+            execute(
+                "INSERT INTO channel_role (channel_id, role_id, server_id)"
+                " SELECT DISTINCT %(channel_id)s::bigint, role_id, %(server_id)s::bigint"
+                " FROM unnest(%(role_ids)s::bigint[]) AS role_id",
+                parameters,
+            )
+    except IntegrityError:
+        raise Invalid({"role_ids": ["Each must be a role of this server."]}) from None
+    return channel_roles(channel_id)
+
+
+def servers_of(user_id: int) -> list[Row]:
+    """The servers that somebody is in: [{"id", "name"}], by id."""
+    return rows(
+        "SELECT v.id, v.name FROM server v JOIN member m ON m.server_id = v.id"
+        " WHERE m.user_id = %(user_id)s ORDER BY v.id",
+        {"user_id": user_id},
+    )

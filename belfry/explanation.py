@@ -1,0 +1,54 @@
+"""Why somebody was, or was not, told of a message."""
+
+from belfry.access import is_member
+from belfry.errors import Forbidden, NotFound
+from belfry.messages import find_message
+from belfry.recipients import DECISIONS, decide, subject_of
+from belfry.sql import Row, row
+from models import User
+
+
+def explain(reader: User | None, message_id: int, user_id: int) -> Row:
+    """{"user_id", "message_id", "decision", "detail", "notified_at", "read_at"}.
+
+    - Where a notification exists: the reason that counted when it was made, and since when it is read.
+    - Else what the rules say now. The author and admins see the same answer as the member.
+
+    `reader` None is an operator at the command line. Raises NotFound where the reader may not know of the
+    message, or the person is no member of its server and never was told; Forbidden where a member asks
+    about somebody else.
+    """
+    if reader is not None and not reader.is_admin:
+        find_message(reader, message_id)
+        if user_id != reader.id:
+            raise Forbidden("Only admins ask about somebody else.")
+    subject = subject_of(message_id)
+    if subject is None:
+        raise NotFound(f"There is no message {message_id}.")
+    told = row(
+        "SELECT reason::text AS reason, created_at, read_at FROM notification"
+        " WHERE user_id = %(user_id)s AND message_id = %(message_id)s",
+        {"user_id": user_id, "message_id": message_id},
+    )
+    decision = told["reason"] if told else decide(subject, user_id)
+    if decision is None:
+        raise NotFound(f"Nobody with id {user_id} is a member of the message's server.")
+    return {
+        "user_id": user_id,
+        "message_id": message_id,
+        "decision": decision,
+        "detail": _detail(decision, bool(told), subject.deleted, user_id, subject.server_id),
+        "notified_at": told["created_at"] if told else None,
+        "read_at": told["read_at"] if told else None,
+    }
+
+
+def _detail(decision: str, told: bool, deleted: bool, user_id: int, server_id: int) -> str:
+    sentences = [DECISIONS[decision]]
+    if told and not is_member(user_id, server_id):
+        sentences.append("They have left the server since.")
+    if deleted:
+        sentences.append("The message has been deleted since, and is shown to nobody.")
+    elif not told and decision in ("message", "mention", "mention_role", "mention_everyone"):
+        sentences.append("They have no notification yet: its run is not there yet, or the rules said no when it was.")
+    return " ".join(sentences)

@@ -1,0 +1,25 @@
+"""Whether the parts that Belfry stands on answer."""
+
+from collections.abc import Callable
+
+from peewee import InterfaceError, OperationalError
+from playhouse.pool import MaxConnectionsExceeded
+
+from belfry.schema import missing_migrations
+from belfry.sql import row
+
+
+def check(redis_answers: Callable[[], bool]) -> dict[str, str]:
+    """{"database", "redis", "migrations"}: "ok", or what is wrong in a few words."""
+    parts = {"database": "ok", "redis": "ok", "migrations": "ok"}
+    try:
+        row("SELECT 1")
+        missing = missing_migrations()
+        if missing:
+            parts["migrations"] = f"missing: {', '.join(missing)}"
+    except (OperationalError, InterfaceError, MaxConnectionsExceeded):
+        parts["database"] = "out of reach"
+        parts["migrations"] = "unknown while the database is out of reach"
+    if not redis_answers():
+        parts["redis"] = "out of reach"
+    return parts

@@ -1,0 +1,70 @@
+"""`Idempotency-Key`: a request that comes again gets the first answer again, for a day."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from belfry.errors import Conflict, IdempotencyMismatch
+from belfry.sql import execute, row
+
+
+@dataclass(frozen=True)
+class Once:
+    """A request that must have its effect once: whose, by which key, with what body, and how it is answered."""
+
+    user_id: int
+    key: str
+    body: Any
+    render: Callable[[Any], str]
+
+    @property
+    def request_hash(self) -> bytes:
+        """What tells one body from another; the order of its fields does not."""
+        return hashlib.sha256(json.dumps(self.body, sort_keys=True).encode()).digest()
+
+
+def claim(once: Once) -> str | None:
+    """The answer that this key was given before, or None: then the request is the first, and goes on.
+
+    Holds the key until the transaction ends. Raises Conflict while another request holds it, and
+    IdempotencyMismatch where it came before with another body.
+    """
+    held = row(
+        "SELECT pg_try_advisory_xact_lock(hashtextextended(%(name)s, 0)) AS held",
+        {"name": f"idempotency {once.user_id} {once.key}"},
+    )
+    if not held or not held["held"]:
+        raise Conflict("A request with this Idempotency-Key is still under way.")
+    found = row(
+        "SELECT request_hash, response FROM idempotency_key"
+        " WHERE user_id = %(user_id)s AND key = %(key)s AND created_at > now() - interval '24 hours'",
+        {"user_id": once.user_id, "key": once.key},
+    )
+    if found is None:
+        return None
+    if bytes(found["request_hash"]) != once.request_hash:
+        raise IdempotencyMismatch("This Idempotency-Key came before, with another body.")
+    return str(found["response"])
+
+
+def remember(once: Once, answered: Any) -> None:
+    """Keep the answer for the next time, in the transaction of what it answers, or once more when it changed."""
+    execute(
+        "INSERT INTO idempotency_key (user_id, key, request_hash, response)"
+        " VALUES (%(user_id)s, %(key)s, %(request_hash)s, %(response)s)"
+        " ON CONFLICT (user_id, key) DO UPDATE"
+        " SET request_hash = EXCLUDED.request_hash, response = EXCLUDED.response, created_at = now()",
+        {
+            "user_id": once.user_id,
+            "key": once.key,
+            "request_hash": once.request_hash,
+            "response": once.render(answered),
+        },
+    )
+
+
+def forget_old_keys() -> int:
+    """Drop what is older than a day; how many that were."""
+    return execute("DELETE FROM idempotency_key WHERE created_at < now() - interval '24 hours'")

@@ -1,0 +1,182 @@
+"""The inbox: what somebody was told, as it stands now.
+
+- Newest message first: the order of the key, so that a page reads its own rows and no others.
+- Title and text are made from the message when read: an edit is true everywhere at once.
+- What was deleted, and what is in a channel that one may no longer see, is not shown and not counted.
+- Everything is asked for one person: another person's notifications are simply not there.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from belfry.access import channel_for, visible_channels
+from belfry.errors import Invalid, NotFound
+from belfry.sql import Row, execute, row, rows
+from models import User, db
+
+BODY_CHARACTERS = 100
+
+_TOLD = "notification n JOIN message g ON g.id = n.message_id"
+_SHOWN = """
+    n.user_id = %(user_id)s
+    AND n.dismissed_at IS NULL
+    AND g.deleted_at IS NULL
+    AND g.channel_id = ANY(%(channel_ids)s::bigint[])
+"""
+
+
+def notification_id(user_id: int, message_id: int) -> str:
+    """The id by which the API names a notification: it holds both halves of the key."""
+    return f"{user_id}-{message_id}"
+
+
+def parse_notification_id(text: str) -> tuple[int, int]:
+    """(user id, message id). Raises ValueError for what is no notification's id."""
+    user_id, _, message_id = text.partition("-")
+    if not (user_id.isascii() and user_id.isdigit() and message_id.isascii() and message_id.isdigit()):
+        raise ValueError(f"{text[:50]!r} is no notification's id")
+    if int(user_id) >= 2**63 or int(message_id) >= 2**63:
+        raise ValueError(f"{text[:50]!r} is no notification's id")
+    return int(user_id), int(message_id)
+
+
+def _channels_of(user: User, channel_id: int | None) -> dict[int, Row]:
+    return {
+        channel["id"]: channel
+        for channel in visible_channels(user)
+        if channel_id is None or channel["id"] == channel_id
+    }
+
+
+def list_notifications(
+    user: User, *, before: int | None, limit: int, unread: bool = False, channel_id: int | None = None
+) -> list[Row]:
+    """The user's notifications of messages with an id below `before`, newest message first.
+
+    Raises NotFound for a channel that the user may not see.
+    """
+    if channel_id is not None:
+        channel_for(user, channel_id)
+    channels = _channels_of(user, channel_id)
+    found = rows(
+        f"""
+        SELECT n.message_id, n.created_at, n.read_at, n.reason::text AS reason, g.channel_id,
+            a.name AS author_name, left(g.content, {BODY_CHARACTERS + 1}) AS beginning
+        FROM {_TOLD}
+        JOIN user_account a ON a.id = g.author_id
+        WHERE {_SHOWN}
+        AND (%(before)s::bigint IS NULL OR n.message_id < %(before)s)
+        AND (NOT %(unread)s OR n.read_at IS NULL)
+        ORDER BY n.message_id DESC
+        LIMIT %(limit)s
+        """,
+        {
+            "user_id": user.id,
+            "channel_ids": list(channels),
+            "before": before,
+            "unread": unread,
+            "limit": limit,
+        },
+    )
+    return [_describe(user.id, notification, channels[notification["channel_id"]]) for notification in found]
+
+
+def _describe(user_id: int, notification: Row, channel: Row) -> Row:
+    server, mentioned = channel["server"], notification["reason"] != "message"
+    beginning = notification["beginning"]
+    cut = f"{beginning[:BODY_CHARACTERS]}…" if len(beginning) > BODY_CHARACTERS else beginning
+    event = "You were mentioned" if mentioned else "New message"
+    return {
+        "id": notification_id(user_id, notification["message_id"]),
+        "type": "mention" if mentioned else "message",
+        "reason": notification["reason"],
+        "title": f"{event} in {server['name']} #{channel['name']}",
+        "body": f"{notification['author_name']}: {cut}",
+        "url": f"/servers/{server['id']}/channels/{channel['id']}#message-{notification['message_id']}",
+        "message_id": notification["message_id"],
+        "channel": {"id": channel["id"], "name": channel["name"]},
+        "server": server,
+        "created_at": notification["created_at"],
+        "read_at": notification["read_at"],
+    }
+
+
+def unread_count(user: User) -> dict[str, Any]:
+    """{"unread", "mentions", "channels": [{"channel_id", "unread", "mentions"}]}: counted, not kept."""
+    per_channel = rows(
+        f"""
+        SELECT g.channel_id, count(*) AS unread, count(*) FILTER (WHERE n.reason <> 'message') AS mentions
+        FROM {_TOLD}
+        WHERE {_SHOWN}
+        AND n.read_at IS NULL
+        GROUP BY g.channel_id
+        ORDER BY g.channel_id
+        """,
+        {"user_id": user.id, "channel_ids": list(_channels_of(user, None))},
+    )
+    return {
+        "unread": sum(channel["unread"] for channel in per_channel),
+        "mentions": sum(channel["mentions"] for channel in per_channel),
+        "channels": per_channel,
+    }
+
+
+def mark_read(
+    user: User,
+    *,
+    ids: Sequence[tuple[int, int]] | None = None,
+    up_to: tuple[int, int] | None = None,
+    channel_id: int | None = None,
+) -> dict[str, int]:
+    """Mark the named notifications read, those up to one, a channel's, or (nothing given) all.
+
+    Answers {"marked", "unread"}. Ids of other people are passed over, and so is what is read already.
+    Raises NotFound for a channel that the user may not see, Invalid where `up_to` is another person's.
+    """
+    if up_to is not None and up_to[0] != user.id:
+        raise Invalid({"up_to": ["There is no such notification."]})
+    if channel_id is not None:
+        channel_for(user, channel_id)
+    own = [message_id for user_id, message_id in ids if user_id == user.id] if ids is not None else None
+    with db.atomic():
+        found = row(
+            f"""
+            WITH shown AS (
+                SELECT n.message_id
+                FROM {_TOLD}
+                WHERE {_SHOWN}
+                AND n.read_at IS NULL
+                AND (%(message_ids)s::bigint[] IS NULL OR n.message_id = ANY(%(message_ids)s::bigint[]))
+                AND (%(up_to)s::bigint IS NULL OR n.message_id <= %(up_to)s)
+                FOR NO KEY UPDATE OF n
+            ),
+            marked AS (
+                UPDATE notification n
+                SET read_at = now()
+                FROM shown
+                WHERE n.user_id = %(user_id)s
+                AND n.message_id = shown.message_id
+                RETURNING 1
+            )
+            SELECT count(*) AS marked FROM marked
+            """,
+            {
+                "user_id": user.id,
+                "channel_ids": list(_channels_of(user, channel_id)),
+                "message_ids": own,
+                "up_to": up_to[1] if up_to else None,
+            },
+        )
+        assert found is not None
+        return {"marked": found["marked"], "unread": unread_count(user)["unread"]}
+
+
+def dismiss(user: User, user_id: int, message_id: int) -> None:
+    """Take one notification out of the inbox, for good. Raises NotFound where it is not the user's, or is gone."""
+    touched = user.id == user_id and execute(
+        "UPDATE notification SET dismissed_at = now()"
+        " WHERE user_id = %(user_id)s AND message_id = %(message_id)s AND dismissed_at IS NULL",
+        {"user_id": user_id, "message_id": message_id},
+    )
+    if not touched:
+        raise NotFound(f"There is no notification {notification_id(user_id, message_id)}.")

@@ -1,0 +1,269 @@
+"""Who a message names: from its text to people and roles.
+
+Reading the text (`find_mentions`) and knowing the server (`resolve`) are apart: the caller looks up
+`possible_names` in between, in as many statements as it likes, and nothing here touches a database.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from markdown_it import MarkdownIt
+from markdown_it.rules_block import StateBlock
+from markdown_it.token import Token
+
+EVERYONE = "everyone"
+
+# A whole valid username or role name, to be held against the lower-case name. It ends in a letter or a
+# digit: in a text a trailing `. - _` belongs to the sentence, so that a name ending in one could never be
+# mentioned, and is refused when somebody wants to bear it.
+SHORTEST, LONGEST = 3, 32
+NAME = re.compile(rf"\A[a-z0-9][a-z0-9_.-]{{{SHORTEST - 2},{LONGEST - 2}}}[a-z0-9]\Z")
+
+UNKNOWN = "unknown_mention"
+WITHOUT_ACCESS = "mention_without_access"
+NOT_ALLOWED = "mention_not_allowed"
+
+# The parser's work grows with length times depth, so depth has a maximum. A list may be twenty deep (each
+# level counts twice): the library's own maximum of 20 is too little for `- - - - - - - - - - cut here`, which
+# is a list ten deep. What lies deeper is not parsed, nor is what follows a list as deep as that, up to the
+# end of the text, and so it names nobody.
+_MAX_NESTING = 40
+
+# The parser looks for the end of a block quote anew for each, up to the next empty line: `>#\n;\n` 2,000 times
+# over took it fifteen seconds. So the lines that it looks at are counted. Honest text of 10,000 characters
+# takes a few thousand steps.
+_MAX_STEPS = 100_000
+
+# HTML is off because messages are displayed so: what looks like a tag is text. `text_join` is off because it
+# would make an escaped `\@` and a `&#64;` the same as a plain `@`.
+_MARKDOWN = MarkdownIt("commonmark", {"html": False, "maxNesting": _MAX_NESTING}).disable("text_join")
+
+# `re.IGNORECASE` would let in the Kelvin sign and the long s: the classes are spelled out instead.
+_MENTION = re.compile(r"(?:\A|(?<=[\s'\"(\[{/<>*_~|]))@(?P<run>[A-Za-z0-9][A-Za-z0-9_.-]*)")
+_PUNCTUATION = "._-"
+_REST_OF_ADDRESS = re.compile(r"@[A-Za-z0-9-]+\.[A-Za-z0-9]")
+
+# Stands for an `@` that is not one, and for all markup that may neither come before a mention nor go on
+# with a name.
+_WALL = "`"
+_MARKUP = {
+    "softbreak": "\n",
+    "hardbreak": "\n",
+    # Underscores too, since `_` would go on with the name: in `_@bob_` the name ends at the markup.
+    "em_open": "*",
+    "em_close": "*",
+    "strong_open": "*",
+    "strong_close": "*",
+    "link_open": "[",
+    "link_close": ")",
+}
+
+
+class _TooEntangled(Exception):
+    """The text has taken more than `_MAX_STEPS` steps."""
+
+
+def _count_step(state: StateBlock, start_line: int, end_line: int, silent: bool) -> bool:
+    """A block rule that matches nothing, and is asked first about each line whenever it is looked at."""
+    state.env["steps"] = state.env.get("steps", 0) + 1
+    if state.env["steps"] > _MAX_STEPS:
+        raise _TooEntangled
+    return False
+
+
+_MARKDOWN.block.ruler.before(
+    "code", "count_step", _count_step, {"alt": ["paragraph", "reference", "blockquote", "list"]}
+)
+# The rule lists are put together on first use; two threads at once could see them half full.
+_MARKDOWN.parse("x")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An `@` and what follows it, which may turn out to name somebody."""
+
+    text: str  # as written, with the @, without trailing punctuation
+    names: tuple[str, ...]  # what it can mean: lower case, longest first, each matching `NAME`
+
+
+@dataclass(frozen=True)
+class Person:
+    """A member of the message's server. `sees_channel` is about the message's channel."""
+
+    id: int
+    username: str
+    sees_channel: bool
+
+
+@dataclass(frozen=True)
+class Role:
+    """A role of the message's server."""
+
+    id: int
+    name: str
+
+
+@dataclass(frozen=True)
+class MentionWarning:
+    """Why something that looks like a mention tells nobody, for the author to read."""
+
+    code: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class AllowedMentions:
+    """All that the author wants pinged, by id; it narrows what the text says and adds nothing."""
+
+    users: frozenset[int]
+    roles: frozenset[int]
+    everyone: bool
+
+
+@dataclass(frozen=True)
+class Mentions:
+    """Who is mentioned, each once, in order of appearance; `users` all see the channel."""
+
+    users: tuple[Person, ...]
+    roles: tuple[Role, ...]
+    everyone: bool
+    warnings: tuple[MentionWarning, ...]
+
+
+def find_mentions(content: str) -> tuple[Candidate, ...]:
+    """What in `content`, read as CommonMark, may be a mention; in order of appearance, each distinct text
+    (whatever its case, as first written) once. Empty where there is none. Never raises.
+
+    - Only text counts, that of link labels, image descriptions, headings and lists too: no code, no link's
+      target or title, no autolink, nothing in a block quote.
+    - The `@` is written plainly: `\\@` and `&#64;` are how to write one that mentions nobody.
+    - Before it is the start of the block, white space, or one of `'"([{/<>*_~|`. Emphasis counts as the
+      character that it is written with; a code span, a link and an image count as none of these.
+    - The name is the longest run of ASCII letters, digits and `. - _` that starts with a letter or digit.
+      Trailing punctuation is not part of it. Escapes within it count as the characters they stand for.
+    - A run that another letter, digit or mark follows (`@bobé`) is a name in a larger alphabet than ours,
+      and one that `@host.tld` follows is an address: neither is a mention, nor is its beginning.
+    - A run may mean itself or any beginning of it that ends before one of `. - _` (`@bob.smith`: bob.smith,
+      else bob; `@bobby`: never bob), of 3 to 32 characters. One that can mean nothing is text.
+    """
+    found: dict[str, Candidate] = {}
+    for text in _texts(content):
+        for match in _MENTION.finditer(text):
+            if _goes_on(text, match.end()):
+                continue
+            run = match["run"].rstrip(_PUNCTUATION)
+            if names := _names(run.lower()):
+                found.setdefault(run.lower(), Candidate(f"@{run}", names))
+    return tuple(found.values())
+
+
+def possible_names(candidates: Iterable[Candidate]) -> set[str]:
+    """All lower-case names that must be looked up, among people and roles alike, before `resolve`;
+    without `everyone`, which is nobody's."""
+    return {name for candidate in candidates for name in candidate.names} - {EVERYONE}
+
+
+def resolve(
+    candidates: Iterable[Candidate],
+    people: Mapping[str, Person],
+    roles: Mapping[str, Role],
+    *,
+    may_ping_groups: bool,
+    allowed: AllowedMentions | None = None,
+) -> Mentions:
+    """Whom `candidates` mention. `people` and `roles` are this server's alone, by lower-case name;
+    `may_ping_groups` is true of admins and moderators; `allowed` None narrows nothing.
+
+    - A candidate means the longest of its names that exists. `everyone` always exists; of one name's
+      bearers, everyone comes before a person and a person before a role. There is no falling back to a shorter
+      name because the longer one may not be pinged.
+    - No name exists: `unknown_mention`.
+    - A person who cannot see the channel: `mention_without_access`, and not mentioned.
+    - A role or everyone, by one who may not: `mention_not_allowed`, and not mentioned.
+    - What `allowed` leaves out is left out without a warning. The warnings above are about the text, and are
+      the same whatever `allowed` says.
+    """
+    mentioned: dict[int, Person] = {}
+    groups: dict[int, Role] = {}
+    everyone = False
+    warnings: dict[MentionWarning, None] = {}  # a set that keeps its order
+
+    for candidate in candidates:
+        name = next((n for n in candidate.names if n == EVERYONE or n in people or n in roles), None)
+        if name is None:
+            warnings[MentionWarning(UNKNOWN, f"{candidate.text} is nobody in this server")] = None
+        elif name != EVERYONE and name in people:
+            person = people[name]
+            if person.sees_channel:
+                mentioned[person.id] = person
+            else:
+                warnings[MentionWarning(WITHOUT_ACCESS, f"@{person.username} cannot see this channel")] = None
+        elif not may_ping_groups:
+            warnings[MentionWarning(NOT_ALLOWED, f"only admins and moderators may mention @{name}")] = None
+        elif name == EVERYONE:
+            everyone = True
+        else:
+            groups[roles[name].id] = roles[name]
+
+    return Mentions(
+        users=tuple(p for p in mentioned.values() if allowed is None or p.id in allowed.users),
+        roles=tuple(r for r in groups.values() if allowed is None or r.id in allowed.roles),
+        everyone=everyone and (allowed is None or allowed.everyone),
+        warnings=tuple(warnings),
+    )
+
+
+def _texts(content: str) -> Iterable[str]:
+    """The text of each block outside block quotes, as `_flatten` gives it; nothing of one too entangled
+    to be parsed in time."""
+    try:
+        tokens = _MARKDOWN.parse(content)
+    except _TooEntangled:
+        return
+    quotes = 0
+    for token in tokens:
+        if token.type == "blockquote_open":
+            quotes += 1
+        elif token.type == "blockquote_close":
+            quotes -= 1
+        elif token.type == "inline" and not quotes:
+            yield _flatten(token.children or ())
+
+
+def _flatten(tokens: Sequence[Token]) -> str:
+    """The text as displayed, with a character for each piece of markup, and every `@` that does not count
+    gone. In one string, so that a name which the parser took apart is whole again."""
+    parts: list[str] = []
+    in_autolink = False
+    for token in tokens:
+        if in_autolink and token.type != "link_close":
+            continue
+        in_autolink = token.type == "link_open" and token.info == "auto"
+        if token.type == "text":
+            parts.append(token.content)
+        elif token.type == "text_special":
+            parts.append(token.content.replace("@", _WALL))
+        elif token.type == "image":
+            parts.append(f"[{_flatten(token.children or ())})")
+        else:
+            parts.append(_MARKUP.get(token.type, _WALL))
+    return "".join(parts)
+
+
+def _goes_on(text: str, end: int) -> bool:
+    """Whether the run that ends at `end` is but the beginning of a word in another alphabet, or of an
+    address."""
+    foreign = unicodedata.category(text[end : end + 1] or " ")[0] in "LNM"
+    return foreign or _REST_OF_ADDRESS.match(text, end) is not None
+
+
+def _names(run: str) -> tuple[str, ...]:
+    """The names that a lower-case run without trailing punctuation may mean, longest first."""
+    # Looking no further than a name can be long keeps a text of one long run from being quadratic.
+    ends = [at for at in range(min(len(run), LONGEST + 1)) if run[at] in _PUNCTUATION] + [len(run)]
+    beginnings = dict.fromkeys(run[:end].rstrip(_PUNCTUATION) for end in reversed(ends))
+    return tuple(name for name in beginnings if SHORTEST <= len(name) <= LONGEST)

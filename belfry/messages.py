@@ -1,0 +1,287 @@
+"""Messages: written, edited and deleted, each together with the run that its change needs."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from psycopg.types.json import Jsonb
+
+from belfry import idempotency, mentions
+from belfry.access import SeenChannel, channel_for, require_posting
+from belfry.errors import Forbidden, NotFound
+from belfry.idempotency import Once
+from belfry.runs import create_run, runs_of_messages
+from belfry.sql import Row, execute, row, rows
+from models import User, db
+
+
+@dataclass(frozen=True)
+class Posted:
+    """What came of a request to post. `answer` is set where an earlier answer is given again."""
+
+    message: Row = field(default_factory=dict)
+    run_id: int = 0
+    answer: str | None = None
+
+
+def post_message(
+    author: User,
+    channel_id: int,
+    content: str,
+    allowed: mentions.AllowedMentions | None = None,
+    once: Once | None = None,
+) -> Posted:
+    """Write a message and its run (`pending`) in one transaction. Enqueue the run after it.
+
+    Raises NotFound where the author may not see the channel, Forbidden and SubscriptionRequired where they
+    may not post, and what `idempotency.claim` raises.
+    """
+    with db.atomic():
+        if once and (answer := idempotency.claim(once)):
+            return Posted(answer=answer)
+        channel = channel_for(author, channel_id)
+        require_posting(author, channel)
+        found = resolve_mentions(channel, content, may_ping_groups=channel.moderates, allowed=allowed)
+        written = row(
+            """
+            INSERT INTO message (channel_id, author_id, content, allowed_mentions,
+                mentioned_users, mentioned_roles, mentions_everyone)
+            VALUES (%(channel_id)s, %(author_id)s, %(content)s, %(allowed)s,
+                %(users)s::bigint[], %(roles)s::bigint[], %(everyone)s)
+            RETURNING id, created_at
+            """,
+            {
+                "channel_id": channel_id,
+                "author_id": author.id,
+                "content": content,
+                "allowed": Jsonb(_allowed_json(allowed)) if allowed else None,
+                **_mentioned(found),
+            },
+        )
+        assert written is not None
+        run_id = create_run(written["id"], "message")
+        message = {
+            "id": written["id"],
+            "channel_id": channel_id,
+            "author": {"id": author.id, "username": author.username, "name": author.name},
+            "content": content,
+            "created_at": written["created_at"],
+            "edited_at": None,
+            "mentions": found,
+            "warnings": found.warnings,
+            "run": {"id": run_id, "state": "pending"},
+        }
+        posted = Posted(message, run_id)
+        if once:
+            idempotency.remember(once, message)
+    return posted
+
+
+def resolve_mentions(
+    channel: SeenChannel,
+    content: str,
+    *,
+    may_ping_groups: bool,
+    allowed: mentions.AllowedMentions | None,
+) -> mentions.Mentions:
+    """Whom the content mentions, among the channel's server's members and roles."""
+    candidates = mentions.find_mentions(content)
+    names = sorted(mentions.possible_names(candidates))
+    people: dict[str, mentions.Person] = {}
+    roles: dict[str, mentions.Role] = {}
+    if names:
+        parameters = {"server_id": channel.server_id, "channel_id": channel.id, "names": names}
+        for found in rows(
+            """
+            SELECT u.id, u.username,
+                NOT c.private OR EXISTS (
+                    SELECT FROM channel_role o
+                    JOIN member_role r ON r.role_id = o.role_id AND r.user_id = u.id
+                    WHERE o.channel_id = c.id
+                ) AS sees_channel
+            FROM user_account u
+            JOIN member m ON m.user_id = u.id AND m.server_id = %(server_id)s
+            JOIN channel c ON c.id = %(channel_id)s
+            WHERE u.username = ANY(%(names)s::text[])
+            """,
+            parameters,
+        ):
+            people[found["username"]] = mentions.Person(**found)
+        for found in rows(
+            "SELECT id, name FROM role WHERE server_id = %(server_id)s AND name = ANY(%(names)s::text[])",
+            parameters,
+        ):
+            roles[found["name"]] = mentions.Role(**found)
+    return mentions.resolve(candidates, people, roles, may_ping_groups=may_ping_groups, allowed=allowed)
+
+
+def _mentioned(found: mentions.Mentions) -> dict[str, Any]:
+    return {
+        "users": sorted(person.id for person in found.users),
+        "roles": sorted(role.id for role in found.roles),
+        "everyone": found.everyone,
+    }
+
+
+def _allowed_json(allowed: mentions.AllowedMentions) -> dict[str, Any]:
+    return {"users": sorted(allowed.users), "roles": sorted(allowed.roles), "everyone": allowed.everyone}
+
+
+_COLUMNS = """
+    g.id, g.channel_id, g.content, g.created_at, g.edited_at, g.author_id, g.only_for_id,
+    g.mentioned_users, g.mentioned_roles, g.mentions_everyone, g.allowed_mentions,
+    u.username, u.name
+"""
+_VISIBLE = "g.deleted_at IS NULL AND (g.only_for_id IS NULL OR g.only_for_id = %(user_id)s)"
+
+
+def find_message(user: User, message_id: int, *, locked: bool = False) -> tuple[Row, SeenChannel]:
+    """A message as stored, and its channel. Raises NotFound where the user may not know of it, or it is deleted.
+
+    `locked` keeps everybody else from changing it, and waits for a slice that is telling people of it.
+    """
+    found = row(
+        f"SELECT {_COLUMNS} FROM message g JOIN user_account u ON u.id = g.author_id"
+        f" WHERE g.id = %(message_id)s AND {_VISIBLE}" + (" FOR NO KEY UPDATE OF g" if locked else ""),
+        {"message_id": message_id, "user_id": user.id},
+    )
+    if found is None:
+        raise NotFound(f"There is no message {message_id}.")
+    try:
+        return found, channel_for(user, found["channel_id"])
+    except NotFound:
+        raise NotFound(f"There is no message {message_id}.") from None
+
+
+def list_messages(user: User, channel_id: int, *, before: int | None, limit: int) -> list[Row]:
+    """A channel's messages, newest first, with an id below `before`. Raises NotFound for the channel."""
+    channel_for(user, channel_id)
+    return describe(
+        user,
+        rows(
+            f"SELECT {_COLUMNS} FROM message g JOIN user_account u ON u.id = g.author_id"
+            " WHERE g.channel_id = %(channel_id)s"
+            " AND (%(before)s::bigint IS NULL OR g.id < %(before)s)"
+            f" AND {_VISIBLE}"
+            " ORDER BY g.id DESC"
+            " LIMIT %(limit)s",
+            {"channel_id": channel_id, "before": before, "limit": limit, "user_id": user.id},
+        ),
+    )
+
+
+def describe(reader: User, messages: Sequence[Row]) -> list[Row]:
+    """Stored messages as they are sent: with names, and the run for their author and for admins. Three queries."""
+    if not messages:
+        return []
+    people = _names("SELECT id, username AS name FROM user_account", _all_ids(messages, "mentioned_users"))
+    roles = _names("SELECT id, name FROM role", _all_ids(messages, "mentioned_roles"))
+    own = [message["id"] for message in messages if reader.is_admin or message["author_id"] == reader.id]
+    runs = runs_of_messages(own) if own else {}
+    return [
+        {
+            "id": message["id"],
+            "channel_id": message["channel_id"],
+            "author": {
+                "id": message["author_id"],
+                "username": message["username"],
+                "name": message["name"],
+            },
+            "content": message["content"],
+            "created_at": message["created_at"],
+            "edited_at": message["edited_at"],
+            "mentions": mentions.Mentions(
+                users=tuple(
+                    mentions.Person(id=id_, username=people[id_], sees_channel=True)
+                    for id_ in message["mentioned_users"]
+                    if id_ in people
+                ),
+                roles=tuple(
+                    mentions.Role(id=id_, name=roles[id_]) for id_ in message["mentioned_roles"] if id_ in roles
+                ),
+                everyone=message["mentions_everyone"],
+                warnings=(),
+            ),
+            "run": runs.get(message["id"]),
+        }
+        for message in messages
+    ]
+
+
+def _all_ids(messages: Iterable[Row], column: str) -> list[int]:
+    return sorted({id_ for message in messages for id_ in message[column]})
+
+
+def _names(select: str, ids: list[int]) -> dict[int, str]:
+    if not ids:
+        return {}
+    return {
+        found["id"]: found["name"] for found in rows(f"{select} WHERE id = ANY(%(ids)s::bigint[])", {"ids": ids})
+    }
+
+
+def edit_message(editor: User, message_id: int, content: str) -> Posted:
+    """Replace a message's content. `run_id` is 0 where the mentions stay as they were: nobody has to be told.
+
+    Otherwise a run of kind `edit` tells the newly mentioned, and takes back what is unread of those who are
+    mentioned no more. Raises NotFound; Forbidden for everybody but the author; what posting raises.
+    """
+    with db.atomic():
+        stored, channel = find_message(editor, message_id, locked=True)
+        if stored["author_id"] != editor.id:
+            raise Forbidden("Only its author edits a message.")
+        require_posting(editor, channel)
+        allowed = stored["allowed_mentions"]
+        found = resolve_mentions(
+            channel,
+            content,
+            may_ping_groups=channel.moderates,
+            allowed=mentions.AllowedMentions(
+                frozenset(allowed["users"]), frozenset(allowed["roles"]), allowed["everyone"]
+            )
+            if allowed
+            else None,
+        )
+        now = _mentioned(found)
+        written = row(
+            """
+            UPDATE message
+            SET content = %(content)s,
+                mentioned_users = %(users)s::bigint[],
+                mentioned_roles = %(roles)s::bigint[],
+                mentions_everyone = %(everyone)s,
+                edited_at = now()
+            WHERE id = %(message_id)s
+            RETURNING edited_at
+            """,
+            {"content": content, "message_id": message_id, **now},
+        )
+        assert written is not None
+        changes = _mention_changes(stored, now)
+        run_id = create_run(message_id, "edit", changes) if any(changes.values()) else 0
+        message = describe(editor, [{**stored, "content": content, "edited_at": written["edited_at"]}])[0]
+    return Posted({**message, "mentions": found, "warnings": found.warnings}, run_id)
+
+
+def _mention_changes(stored: Row, now: dict[str, Any]) -> dict[str, Any]:
+    users, roles = set(stored["mentioned_users"]), set(stored["mentioned_roles"])
+    return {
+        "added_users": sorted(set(now["users"]) - users),
+        "added_roles": sorted(set(now["roles"]) - roles),
+        "added_everyone": now["everyone"] and not stored["mentions_everyone"],
+        "removed_users": sorted(users - set(now["users"])),
+        "removed_roles": sorted(roles - set(now["roles"])),
+        "removed_everyone": stored["mentions_everyone"] and not now["everyone"],
+    }
+
+
+def delete_message(user: User, message_id: int) -> None:
+    """Take a message back. Its notifications are shown no more from this commit on, and no slice tells of it.
+
+    Raises NotFound; Forbidden for everybody but the author, a moderator and an admin.
+    """
+    with db.atomic():
+        stored, channel = find_message(user, message_id, locked=True)
+        if stored["author_id"] != user.id and not channel.moderates:
+            raise Forbidden("Only its author, a moderator or an admin deletes a message.")
+        execute("UPDATE message SET deleted_at = now() WHERE id = %(id)s", {"id": message_id})

@@ -1,0 +1,31 @@
+"""What somebody wants to hear of one channel. No row means everything."""
+
+from datetime import datetime
+
+from belfry.access import channel_for
+from belfry.sql import Row, execute, row
+from models import User
+
+
+def preference_of(user: User, channel_id: int) -> Row:
+    """{"level", "muted_until"}. Creates nothing. Raises NotFound for a channel that one may not see."""
+    channel_for(user, channel_id)
+    found = row(
+        "SELECT level, muted_until FROM preference"
+        " WHERE channel_id = %(channel_id)s AND user_id = %(user_id)s",
+        {"channel_id": channel_id, "user_id": user.id},
+    )
+    return found or {"level": "all", "muted_until": None}
+
+
+def set_preference(user: User, channel_id: int, level: str, muted_until: datetime | None) -> Row:
+    """Set both at once; the preference as it is then. Raises NotFound as above."""
+    channel_for(user, channel_id)
+    execute(
+        "INSERT INTO preference (channel_id, user_id, level, muted_until)"
+        " VALUES (%(channel_id)s, %(user_id)s, %(level)s, %(muted_until)s)"
+        " ON CONFLICT (channel_id, user_id) DO UPDATE"
+        " SET level = EXCLUDED.level, muted_until = EXCLUDED.muted_until",
+        {"channel_id": channel_id, "user_id": user.id, "level": level, "muted_until": muted_until},
+    )
+    return {"level": level, "muted_until": muted_until}

@@ -1,0 +1,187 @@
+"""Who is told, and why: the one place where the rules live.
+
+The fan-out inserts where `DECISION` is a telling one, the statistics are its GROUP BY, and `explain` is it
+for one person. The tests hold it against an oracle in plain Python on random communities.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from belfry.sql import Row, row, rows
+from config import settings
+from models import REASONS
+
+TELLING = REASONS
+DECISIONS = {
+    "author": "They wrote the message, and nobody is told of their own.",
+    "no_channel_access": "The channel is private, and none of their roles opens it.",
+    "no_subscription": "They are not an admin, and have no subscription that is active.",
+    "preference_none": "They have switched this channel off. Nothing gets through, a mention neither.",
+    "mention": "They were mentioned by name. That passes a mute and the wish for mentions only.",
+    "mention_role": "A role of theirs was mentioned. That passes the wish for mentions only, but no mute.",
+    "mention_everyone": "Everyone was mentioned. That passes the wish for mentions only, but no mute.",
+    "muted": "They have muted this channel until a time still to come, and were not mentioned by name.",
+    "preference_mentions": "They want mentions only in this channel, and were not mentioned.",
+    "message": "They can see the channel, are an admin or subscribed, and have not asked for less.",
+}
+
+ACTIVE_SUBSCRIPTION = """(
+    (s.status IN ('active', 'trialing')
+        AND (s.current_period_end IS NULL OR s.current_period_end >= now() - interval '1 day'))
+    OR (s.status = 'past_due'
+        AND (s.current_period_end IS NULL
+             OR s.current_period_end >= now() - make_interval(days => %(grace_days)s)))
+)"""
+"""Of `subscription s`, true, false, or NULL where there is none. Contract, section 4, rule 3:
+
+- `active` and `trialing` count until a day after the period's end: the payment provider's news may be late;
+- `past_due` counts for PAST_DUE_GRACE_DAYS after it;
+- a period without an end does not end. The database's clock decides.
+"""
+
+
+def _has_role(roles: str) -> str:
+    """Whether member `m` has one of the roles in parameter `roles`.
+
+    The range stands inside as well, so that a slice which the planner answers by a hash reads its own
+    members' roles and not everybody's.
+    """
+    return f"""EXISTS (
+            SELECT FROM member_role r
+            WHERE r.user_id = m.user_id
+            AND r.role_id = ANY(%({roles})s::bigint[])
+            AND r.user_id > %(after)s AND r.user_id <= %(up_to)s)"""
+
+
+DECISION = f"""CASE
+    WHEN m.user_id = %(author_id)s
+        THEN 'author'
+    WHEN %(private)s AND NOT {_has_role("opening_roles")}
+        THEN 'no_channel_access'
+    WHEN NOT u.is_admin AND {ACTIVE_SUBSCRIPTION} IS NOT TRUE
+        THEN 'no_subscription'
+    WHEN p.level = 'none'
+        THEN 'preference_none'
+    WHEN m.user_id = ANY(%(mentioned_users)s::bigint[])
+        THEN 'mention'
+    WHEN p.muted_until > now()
+        THEN 'muted'
+    WHEN {_has_role("mentioned_roles")}
+        THEN 'mention_role'
+    WHEN %(mentions_everyone)s
+        THEN 'mention_everyone'
+    WHEN p.level = 'mentions'
+        THEN 'preference_mentions'
+    ELSE 'message'
+END"""
+"""Exactly one reason for each member of the server. Contract, section 4, in its order but for one step:
+
+`muted` stands before the two group mentions, because neither passes a mute; whoever is muted and not
+named personally ends at `muted` in either order, and so the question is asked once.
+"""
+
+DECIDED = f"""
+    SELECT m.user_id, {DECISION} AS decision
+    FROM member m
+    JOIN user_account u ON u.id = m.user_id
+    LEFT JOIN subscription s ON s.user_id = m.user_id
+    LEFT JOIN preference p ON p.channel_id = %(channel_id)s AND p.user_id = m.user_id
+    WHERE m.server_id = %(server_id)s
+    AND m.user_id > %(after)s
+    AND m.user_id <= %(up_to)s
+    AND (%(only_for)s::bigint IS NULL OR m.user_id = %(only_for)s)
+"""
+"""(user_id, decision) of the members in a range of ids, for `Subject.parameters(after, up_to)`."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What the rules need to know of one message, as it stands now."""
+
+    message_id: int
+    server_id: int
+    channel_id: int
+    author_id: int
+    private: bool
+    opening_roles: list[int]
+    mentioned_users: list[int]
+    mentioned_roles: list[int]
+    mentions_everyone: bool
+    only_for: int | None
+    deleted: bool
+
+    def parameters(self, after: int, up_to: int) -> dict[str, Any]:
+        """The parameters of DECIDED for the members with `after < user_id <= up_to`."""
+        return {**vars(self), "after": after, "up_to": up_to, "grace_days": settings.past_due_grace_days}
+
+
+_SUBJECT = """
+    SELECT g.id AS message_id, c.server_id, c.id AS channel_id, g.author_id, c.private,
+        ARRAY(SELECT o.role_id FROM channel_role o WHERE o.channel_id = c.id ORDER BY 1) AS opening_roles,
+        g.mentioned_users, g.mentioned_roles, g.mentions_everyone,
+        g.only_for_id AS only_for, g.deleted_at IS NOT NULL AS deleted
+    FROM message g
+    JOIN channel c ON c.id = g.channel_id
+    WHERE g.id = %(message_id)s
+"""
+
+
+def subject_of(message_id: int, *, locked: bool = False) -> Subject | None:
+    """The message as the rules see it; None when there is none.
+
+    `locked` holds the message as it is until the transaction ends: an edit or a deletion waits, so that one
+    slice is decided by one revision.
+    """
+    found = row(_SUBJECT + ("FOR SHARE OF g" if locked else ""), {"message_id": message_id})
+    return Subject(**found) if found else None
+
+
+def decide(subject: Subject, user_id: int) -> str | None:
+    """The decision that the rules make of one person now; None where they are not in its audience:
+    no member of the server, or of a test message that is for somebody else."""
+    found = row(DECIDED, subject.parameters(user_id - 1, user_id))
+    return found["decision"] if found else None
+
+
+def slice_end(subject: Subject, after: int, members: int) -> Row:
+    """How far the next slice reaches: {"up_to": last user id or None, "members": how many}."""
+    found = row(
+        "SELECT max(user_id) AS up_to, count(*) AS members FROM ("
+        " SELECT m.user_id FROM member m"
+        " WHERE m.server_id = %(server_id)s"
+        " AND m.user_id > %(after)s"
+        " AND (%(only_for)s::bigint IS NULL OR m.user_id = %(only_for)s)"
+        " ORDER BY m.user_id"
+        " LIMIT %(members)s) ahead",
+        {"server_id": subject.server_id, "only_for": subject.only_for, "after": after, "members": members},
+    )
+    assert found is not None  # an aggregate always has a row
+    return found
+
+
+def audience_size(subject: Subject) -> int:
+    """How many members the run has to decide about: the server's, or one."""
+    found = row(
+        "SELECT count(*) AS members FROM member m"
+        " WHERE m.server_id = %(server_id)s"
+        " AND (%(only_for)s::bigint IS NULL OR m.user_id = %(only_for)s)",
+        vars(subject),
+    )
+    assert found is not None
+    return int(found["members"])
+
+
+def compare(subject: Subject, after: int, up_to: int) -> list[Row]:
+    """What a replay of one range would find: rows of {"decision", "told", "members"}.
+
+    `told` says whether a notification exists already. Nothing is written.
+    """
+    return rows(
+        f"WITH decided AS MATERIALIZED ({DECIDED})"
+        " SELECT d.decision, n.user_id IS NOT NULL AS told, count(*) AS members"
+        " FROM decided d"
+        " LEFT JOIN notification n ON n.user_id = d.user_id AND n.message_id = %(message_id)s"
+        " GROUP BY 1, 2"
+        " ORDER BY 1, 2",
+        subject.parameters(after, up_to),
+    )

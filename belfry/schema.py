@@ -1,0 +1,39 @@
+"""Bringing the database to the shape that this release needs, and asking whether it is there."""
+
+import logging
+from pathlib import Path
+
+from playhouse.migrations import Runner
+
+from belfry.sql import execute, row
+from models import db
+
+log = logging.getLogger(__name__)
+
+MIGRATIONS = Path(__file__).parent.parent / "migrations"
+MIGRATION_LOCK = 0x62656C6D  # the advisory lock's key: "belm"
+
+
+def _runner() -> Runner:
+    return Runner(db, directory=str(MIGRATIONS), table_name="schema_migration")
+
+
+def migrate() -> list[str]:
+    """Apply what is missing, in order; the names of those applied, [] when all were there.
+
+    Two at once take turns: the second waits, and finds nothing left to do.
+    """
+    with db.connection_context():
+        execute("SELECT pg_advisory_lock(%(key)s)", {"key": MIGRATION_LOCK})
+        try:
+            applied: list[str] = _runner().up()
+        finally:
+            execute("SELECT pg_advisory_unlock(%(key)s)", {"key": MIGRATION_LOCK})
+    return applied
+
+
+def missing_migrations() -> list[str]:
+    """The names of the migrations that this release has and the database has not."""
+    there = row("SELECT to_regclass('schema_migration') IS NOT NULL AS there")
+    applied = set(_runner().applied()) if there and there["there"] else set()
+    return [path.stem for path in sorted(MIGRATIONS.glob("[0-9]*.py")) if path.stem not in applied]

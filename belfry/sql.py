@@ -1,0 +1,37 @@
+"""Two helpers over peewee's connection for statements that are written as SQL.
+
+A query that needs one of PostgreSQL's own guarantees (a lock, a conflict clause, a statement that writes
+and counts) is written as SQL with named parameters; everything simple goes through the models.
+"""
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from models import db
+
+Row = dict[str, Any]
+
+
+
+
+def _utc(value: Any) -> Any:
+    return value.astimezone(UTC) if isinstance(value, datetime) else value
+
+
+def rows(statement: str, parameters: Mapping[str, Any] | None = None) -> list[Row]:
+    """Run one statement; its rows as dicts, times in UTC. [] when there are none."""
+    cursor = db.execute_sql(statement, parameters)
+    names = [column.name for column in cursor.description]
+    return [dict(zip(names, map(_utc, values), strict=True)) for values in cursor.fetchall()]
+
+
+def row(statement: str, parameters: Mapping[str, Any] | None = None) -> Row | None:
+    """The first row of one statement as a dict; None when there is none."""
+    found = rows(statement, parameters)
+    return found[0] if found else None
+
+
+def execute(statement: str, parameters: Mapping[str, Any] | None = None) -> int:
+    """Run one statement that returns no rows; the number of rows that it touched."""
+    return int(db.execute_sql(statement, parameters).rowcount)

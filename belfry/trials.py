@@ -1,0 +1,71 @@
+"""Test notifications: a real message and a real run, to see whether the whole path works.
+
+- `me`: a message from Belfry itself that only the caller can see and is told of.
+- `channel`: an ordinary message of the caller's in the channel; everybody else there is told.
+- Without a channel it is the first one of a server that the caller is in; where there is none at all,
+  a server `Belfry test` is made, with the caller in it, so that a fresh installation can be tried.
+"""
+
+from belfry.access import channel_for
+from belfry.messages import resolve_mentions
+from belfry.runs import create_run
+from belfry.sql import row
+from models import Channel, Member, Server, User, db
+
+SENDER = "belfry"
+AUDIENCES = ("me", "channel")
+
+
+def send_test(caller: User, channel_id: int | None, content: str | None, audience: str) -> int:
+    """Write the message and its run, of kind `test`; the run's id. Raises NotFound for the channel."""
+    with db.atomic():
+        channel = channel_for(caller, channel_id or _first_channel(caller))
+        text = content or (
+            f"Test notification for @{caller.username}" if audience == "me" else "Test notification for this channel"
+        )
+        found = resolve_mentions(channel, text, may_ping_groups=channel.moderates, allowed=None)
+        author_id = _sender() if audience == "me" else caller.id
+        written = row(
+            """
+            INSERT INTO message (channel_id, author_id, content, mentioned_users, mentioned_roles,
+                mentions_everyone, only_for_id)
+            VALUES (%(channel_id)s, %(author_id)s, %(content)s, %(users)s::bigint[], %(roles)s::bigint[],
+                %(everyone)s, %(only_for)s)
+            RETURNING id
+            """,
+            {
+                "channel_id": channel.id,
+                "author_id": author_id,
+                "content": text,
+                "users": [person.id for person in found.users],
+                "roles": [role.id for role in found.roles],
+                "everyone": found.everyone,
+                "only_for": caller.id if audience == "me" else None,
+            },
+        )
+        assert written is not None
+        return create_run(written["id"], "test")
+
+
+def _sender() -> int:
+    """The account that Belfry's own messages come from. It has no token: nobody can sign in with it."""
+    row(
+        "INSERT INTO user_account (username, name) VALUES (%(sender)s, 'Belfry')"
+        " ON CONFLICT (username) DO NOTHING RETURNING id",
+        {"sender": SENDER},
+    )
+    return int(User.get(User.username == SENDER).id)
+
+
+def _first_channel(caller: User) -> int:
+    found = row(
+        "SELECT c.id FROM channel c JOIN member m ON m.server_id = c.server_id"
+        " WHERE m.user_id = %(user_id)s ORDER BY c.private, c.id LIMIT 1",
+        {"user_id": caller.id},
+    )
+    if found:
+        return int(found["id"])
+    server = Server.create(name="Belfry test")
+    Member.create(server=server, user=caller)
+    return int(Channel.create(server=server, name="test").id)
+

@@ -1,0 +1,304 @@
+"""The commands: `flask --app app COMMAND`. Each has --help, and --json where it prints data."""
+
+import json
+import time
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import click
+from flask import Flask
+from marshmallow import ValidationError
+from peewee import InterfaceError, OperationalError, ProgrammingError
+
+import jobs
+import schemas
+import worker as worker_process
+from belfry import accounts, explanation, runs, schema, seeding, trials
+from belfry.errors import Refused
+from models import RUN_STATES, SUBSCRIPTION_STATUSES, User, db
+from views.runs import describe_run
+
+WAIT_SECONDS = 600
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def command(group: list[click.Command] | click.Group, name: str) -> Callable[[Callable[..., None]], click.Command]:
+    """A command that says what it refuses in one sentence, and exits 1; its connection is closed after it."""
+
+    def decorate(function: Callable[..., None]) -> click.Command:
+        @wraps(function)
+        def guarded(*arguments: Any, **options: Any) -> None:
+            try:
+                function(*arguments, **options)
+            except Refused as error:
+                raise click.ClickException(error.detail) from None
+            except (OperationalError, InterfaceError) as error:
+                raise click.ClickException(f"The database is out of reach: {str(error).strip()}") from None
+            except ProgrammingError as error:
+                if schema.missing_migrations():
+                    raise click.ClickException("The database has no tables yet: flask --app app migrate") from error
+                raise
+            finally:
+                if not db.is_closed():
+                    db.close()
+
+        made = click.command(name)(guarded)
+        if isinstance(group, click.Group):
+            group.add_command(made)
+        else:
+            group.append(made)
+        return made
+
+    return decorate
+
+
+COMMANDS: list[click.Command] = []
+
+
+def register(app: Flask) -> None:
+    """Put the commands on the app."""
+    for one in COMMANDS:
+        app.cli.add_command(one)
+
+
+def _print_json(value: Any) -> None:
+    click.echo(json.dumps(value, ensure_ascii=False))
+
+
+def _name(_: click.Context, __: click.Parameter, value: str) -> str:
+    try:
+        return str(schemas.Name().deserialize(value))
+    except ValidationError as error:
+        raise click.BadParameter(" ".join(error.messages)) from None
+
+
+@command(COMMANDS, "migrate")
+@json_option
+def migrate(as_json: bool) -> None:
+    """Bring the schema up to date. Safe to run twice, and by two at once."""
+    applied = schema.migrate()
+    if as_json:
+        _print_json({"applied": applied})
+    else:
+        click.echo("\n".join(f"applied {name}" for name in applied) or "nothing to do")
+
+
+@command(COMMANDS, "create-user")
+@click.argument("name", metavar="NAME", callback=_name)
+@click.option("--admin", is_flag=True, help="May administer everything.")
+@click.option("--name", "full_name", help="The name that people see; NAME unless given.")
+@click.option("--email")
+@click.option("--subscription", type=click.Choice(SUBSCRIPTION_STATUSES), help="A subscription without an end.")
+@click.option("--token", "with_token", is_flag=True, help="Make a token as well, and print it once.")
+@json_option
+def create_user(
+    name: str,
+    admin: bool,
+    full_name: str | None,
+    email: str | None,
+    subscription: str | None,
+    with_token: bool,
+    as_json: bool,
+) -> None:
+    """Make a person with the username NAME."""
+    with db.atomic():
+        user = accounts.create_user(name, full_name, email, is_admin=admin)
+        if subscription:
+            accounts.set_subscription(user.id, subscription, None)
+        token = accounts.create_token(user)[1] if with_token else None
+    made = {"id": user.id, "username": user.username, "name": user.name, "is_admin": user.is_admin}
+    if token:
+        made["token"] = token
+    if as_json:
+        _print_json(made)
+        return
+    click.echo(f"user {user.id}: {user.username}{' (admin)' if admin else ''}")
+    if token:
+        click.echo(f"token: {token}")
+
+
+@command(COMMANDS, "create-token")
+@click.argument("name", metavar="NAME")
+@json_option
+def create_token(name: str, as_json: bool) -> None:
+    """Make a token for the person with the username NAME, and print it once."""
+    user = accounts.find_username(name)
+    token = accounts.create_token(user)[1]
+    if as_json:
+        _print_json({"username": user.username, "token": token})
+    else:
+        click.echo(token)
+
+
+@command(COMMANDS, "seed")
+@click.option("--members", type=click.IntRange(1, 10_000_000), required=True)
+@click.option("--channels", type=click.IntRange(1, 1000), default=3, show_default=True)
+@json_option
+def seed(members: int, channels: int, as_json: bool) -> None:
+    """Make a community to try things on: a server with members, roles, channels, subscriptions and preferences."""
+    with click.progressbar(length=members, label="members", file=click.get_text_stream("stderr")) as bar:
+        made = seeding.seed(members, channels, bar.update)
+    if as_json:
+        _print_json(made)
+    else:
+        click.echo(
+            f"server {made['server_id']}, channels {', '.join(map(str, made['channel_ids']))}, "
+            f"{members} members ({', '.join(made['usernames'])}, …)"
+        )
+
+
+@command(COMMANDS, "send-test-notification")
+@click.option("--channel", "channel_id", type=click.IntRange(1, schemas.LARGEST_ID), help="The first one unless given.")
+@click.option("--audience", type=click.Choice(trials.AUDIENCES), default="me", show_default=True)
+@click.option("--as", "username", metavar="NAME", help="Who sends it; the first admin unless given.")
+@click.option("--wait", is_flag=True, help="Show its progress and statistics; exit 1 if it failed.")
+@json_option
+def send_test_notification(
+    channel_id: int | None, audience: str, username: str | None, wait: bool, as_json: bool
+) -> None:
+    """Send a test notification through the real queue."""
+    run_id = trials.send_test(_sender(username), channel_id, None, audience)
+    if not jobs.enqueue_runs([run_id]):
+        click.echo("Redis is out of reach: a worker will find the run when it is back.", err=True)
+    run = _wait(run_id) if wait else runs.find_run(run_id)
+    _print_run(run, as_json)
+    if run["state"] == "failed":
+        raise SystemExit(1)
+
+
+def _sender(username: str | None) -> User:
+    if username:
+        return accounts.find_username(username)
+    admin: User | None = User.select().where(User.is_admin).order_by(User.id).first()
+    if admin is None:
+        raise click.ClickException("There is no admin yet: flask --app app create-user NAME --admin --token")
+    return admin
+
+
+def _wait(run_id: int) -> dict[str, Any]:
+    """Until the run is finished, with its progress; raises ClickException when that takes too long."""
+    give_up = time.monotonic() + WAIT_SECONDS
+    with click.progressbar(length=1, label=f"run {run_id}", file=click.get_text_stream("stderr")) as bar:
+        while time.monotonic() < give_up:
+            run = runs.find_run(run_id)
+            bar.length = run["total"] or 1
+            bar.update(run["done"] - bar.pos)
+            if run["finished_at"]:
+                return run
+            time.sleep(0.1)
+    raise click.ClickException(f"Run {run_id} is not finished after {WAIT_SECONDS} seconds. Is a worker running?")
+
+
+def _print_run(run: dict[str, Any], as_json: bool) -> None:
+    sent = schemas.Run().dump(describe_run(run))
+    if as_json:
+        _print_json(sent)
+        return
+    statistics = sent["stats"]
+    click.echo(
+        f"run {sent['id']} ({sent['kind']}) of message {sent['message_id']}: {sent['state']}, "
+        f"attempt {sent['attempts']}, {sent['progress']['done']} of {sent['progress']['total'] or '?'} members"
+    )
+    if sent["error"]:
+        click.echo(f"  error: {sent['error']}")
+    click.echo(f"  {statistics['notified']} of {statistics['audience']} to be told; {statistics['added']} rows added")
+    for decision, members in statistics["decisions"].items():
+        if members:
+            click.echo(f"  {decision:20} {members:>10}")
+
+
+@command(COMMANDS, "worker")
+@click.option("--burst", is_flag=True, help="Stop when the queues are empty.")
+def worker(burst: bool) -> None:
+    """Run jobs: fan-out, retries, recovery. SIGTERM finishes the work in hand."""
+    worker_process.work(burst)
+
+
+@command(COMMANDS, "explain")
+@click.argument("message_id", type=click.IntRange(1, schemas.LARGEST_ID))
+@click.argument("username")
+@json_option
+def explain(message_id: int, username: str, as_json: bool) -> None:
+    """Say why somebody was, or was not, told of a message."""
+    user = accounts.find_username(username)
+    found = schemas.Explanation().dump(explanation.explain(None, message_id, user.id))
+    if as_json:
+        _print_json(found)
+        return
+    when = f"told at {found['notified_at']}" if found["notified_at"] else "not told"
+    read = f", read at {found['read_at']}" if found["read_at"] else ""
+    click.echo(f"{user.username}: {when}{read}: {found['decision']}. {found['detail']}")
+
+
+@click.group("runs")
+def runs_group() -> None:
+    """Operate runs: list, show, replay, retry."""
+
+
+COMMANDS.append(runs_group)
+
+
+@command(runs_group, "list")
+@click.option("--state", type=click.Choice(RUN_STATES))
+@click.option("--limit", type=click.IntRange(1, 1000), default=20, show_default=True)
+@json_option
+def list_runs(state: str | None, limit: int, as_json: bool) -> None:
+    """The newest runs."""
+    found = runs.list_runs(before=None, limit=limit, state=state)
+    if as_json:
+        _print_json([schemas.Run().dump(describe_run(run)) for run in found])
+        return
+    for run in found:
+        click.echo(
+            f"{run['id']:>8}  {run['kind']:8} {run['state']:10} message {run['message_id']:<8} "
+            f"{run['done']} of {run['total'] if run['total'] is not None else '?'}"
+            + (f"  {run['error'].splitlines()[0][:100]}" if run["error"] else "")
+        )
+
+
+@command(runs_group, "show")
+@click.argument("run_id", type=click.IntRange(1, schemas.LARGEST_ID))
+@json_option
+def show_run(run_id: int, as_json: bool) -> None:
+    """One run and its statistics."""
+    _print_run(runs.find_run(run_id), as_json)
+
+
+@command(runs_group, "replay")
+@click.argument("run_id", type=click.IntRange(1, schemas.LARGEST_ID))
+@click.option("--dry-run", is_flag=True, help="Only say what would be added.")
+@json_option
+def replay_run(run_id: int, dry_run: bool, as_json: bool) -> None:
+    """Decide again about everybody by the rules of now; nobody is told twice."""
+    replayed = runs.replay(run_id, dry_run=dry_run)
+    if replayed["run_id"]:
+        jobs.enqueue_runs([replayed["run_id"]])
+    if as_json:
+        _print_json(replayed)
+        return
+    click.echo(f"{'would add' if dry_run else 'adds'} {replayed['added']}, {replayed['stays']} stay")
+    for decision, now in replayed["now"].items():
+        then = replayed["then"][decision]
+        if now or then:
+            click.echo(f"  {decision:20} {then:>10} then {now:>10} now")
+    if replayed["run_id"]:
+        click.echo(f"run {replayed['run_id']}")
+
+
+@command(runs_group, "retry")
+@click.argument("run_ids", metavar="[ID]...", nargs=-1, type=click.IntRange(1, schemas.LARGEST_ID))
+@click.option("--failed", is_flag=True, help="All that failed.")
+@json_option
+def retry_runs(run_ids: tuple[int, ...], failed: bool, as_json: bool) -> None:
+    """Try failed runs again: all (--failed), or those named. They go on where they stopped."""
+    if bool(run_ids) == failed:
+        raise click.UsageError("Give either run ids or --failed.")
+    retried = runs.retry_failed(None if failed else run_ids)
+    if retried:
+        jobs.enqueue_runs(retried)
+    if as_json:
+        _print_json({"retried": retried})
+    else:
+        click.echo(f"{len(retried)} run(s) again: {', '.join(map(str, retried))}" if retried else "nothing to do")

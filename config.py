@@ -1,0 +1,165 @@
+"""Every environment variable that Belfry reads. Nothing else reads the environment.
+
+`settings` is made once, when this module is imported. A value that cannot be meant ends the process
+with one sentence that names the variable. The table in the README lists the same names; a test compares them.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
+
+from limits import parse_many
+from psycopg import ProgrammingError
+from psycopg.conninfo import conninfo_to_dict
+from redis.connection import parse_url
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A variable's value cannot be meant. The message names the variable."""
+
+
+def _text(value: str) -> str:
+    return value
+
+
+def _postgresql_url(value: str) -> str:
+    if not value.startswith(("postgres://", "postgresql://")):
+        raise ValueError("must begin with postgres:// or postgresql://")
+    try:
+        parts = conninfo_to_dict(value)
+    except ProgrammingError as error:
+        raise ValueError(f"is no PostgreSQL URL: {str(error).strip()}") from None
+    if not parts.get("dbname"):
+        raise ValueError("names no database")
+    return value
+
+
+def _redis_url(value: str) -> str:
+    if not value.startswith(("redis://", "rediss://", "unix://")):
+        raise ValueError("must begin with redis://, rediss:// or unix://")
+    try:
+        parse_url(value)  # type: ignore[no-untyped-call]
+    except ValueError as error:
+        raise ValueError(f"is no Redis URL: {error}") from None
+    return value
+
+
+def _secret(value: str) -> str:
+    if len(value) < 32:
+        raise ValueError("must have at least 32 characters (python3 -c 'import secrets; print(secrets.token_hex())')")
+    return value
+
+
+def _number(low: int, high: int) -> Callable[[str], int]:
+    def read(value: str) -> int:
+        try:
+            number = int(value)
+        except ValueError:
+            raise ValueError("must be a whole number") from None
+        if not low <= number <= high:
+            raise ValueError(f"must be between {low} and {high}")
+        return number
+
+    return read
+
+
+def _one_of(*choices: str) -> Callable[[str], str]:
+    def read(value: str) -> str:
+        for choice in choices:
+            if value.lower() == choice.lower():
+                return choice
+        raise ValueError(f"must be one of {', '.join(choices)}")
+
+    return read
+
+
+def _flag(value: str) -> bool:
+    if value.lower() in ("1", "true", "yes", "on"):
+        return True
+    if value.lower() in ("0", "false", "no", "off"):
+        return False
+    raise ValueError("must be 1 or 0")
+
+
+def _rate(value: str) -> str:
+    try:
+        parse_many(value)
+    except ValueError:
+        raise ValueError("must look like '200 per 15 minutes'") from None
+    return value
+
+
+def _web_address(value: str) -> str:
+    if not value.startswith(("http://", "https://")):
+        raise ValueError("must begin with http:// or https://")
+    return value.rstrip("/")
+
+
+def _variable(read: Callable[[str], T], default: T, about: str) -> Any:
+    return field(default=default, metadata={"read": read, "about": about})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One field a variable, by the same name in lower case. `metadata["about"]` says what it is for."""
+
+    database_url: str = _variable(
+        _postgresql_url, "postgresql://localhost/belfry", "PostgreSQL 15 or newer: the truth"
+    )
+    redis_url: str = _variable(_redis_url, "redis://localhost:6379/0", "Redis 6.2 or newer, or Valkey: the queue")
+    secret_key: str = _variable(_secret, "", "signs the session cookie; needed to serve, at least 32 characters")
+    port: int = _variable(_number(1, 65535), 8000, "where the web process listens")
+    web_concurrency: int = _variable(_number(1, 256), 2, "web processes")
+    web_threads: int = _variable(_number(1, 256), 8, "threads in each web process, and its database connections")
+    public_url: str = _variable(_web_address, "http://localhost:8000", "the address that people see")
+    secure_cookies: bool = _variable(_flag, True, "session cookies over HTTPS only; 0 for development on http://")
+    log_level: str = _variable(_one_of("DEBUG", "INFO", "WARNING", "ERROR"), "INFO", "what is logged")
+    log_format: str = _variable(_one_of("text", "json"), "text", "text for people, json for machines")
+    rate_limit_messages: str = _variable(_rate, "200 per 15 minutes", "messages of one author")
+    rate_limit_default: str = _variable(_rate, "1200 per minute", "every other request of one person")
+    past_due_grace_days: int = _variable(_number(0, 366), 7, "days that a past_due subscription still counts")
+    metrics_token: str = _variable(_text, "", "opens /metrics to a scraper; empty: admins' tokens only")
+    slice_members: int = _variable(_number(1, 1_000_000), 20_000, "members in one slice of a fan-out")
+    job_timeout: int = _variable(_number(5, 86_400), 300, "seconds that one job may run")
+    sweep_seconds: int = _variable(_number(1, 3_600), 5, "seconds between two looks for work that was lost")
+    retry_seconds: int = _variable(_number(1, 3_600), 5, "seconds before the first retry; then thrice as long each")
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> "Settings":
+        """Read all variables; one that is absent or empty has its default.
+
+        Raises ConfigError, naming the variable, for a value that cannot be meant.
+        """
+        values = {}
+        for variable in fields(cls):
+            name = variable.name.upper()
+            text = environment.get(name, "").strip()
+            if not text:
+                continue
+            try:
+                values[variable.name] = variable.metadata["read"](text)
+            except ValueError as error:
+                raise ConfigError(f"{name} {error}") from None
+        return cls(**values)
+
+
+def _load() -> Settings:
+    try:
+        return Settings.from_environment(os.environ)
+    except ConfigError as error:
+        raise SystemExit(f"belfry: {error}") from None
+
+
+settings = _load()
+
+
+def secret_key() -> str:
+    """The key that signs cookies. Ends the process where none is set: a default would be everybody's key."""
+    if not settings.secret_key:
+        raise SystemExit(
+            "belfry: SECRET_KEY is not set. Make one with: python3 -c 'import secrets; print(secrets.token_hex())'"
+        )
+    return settings.secret_key

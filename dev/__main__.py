@@ -1,0 +1,73 @@
+"""`python -m dev COMMAND`: what the Makefile's targets run.
+
+    demo                  the whole way once, on 10,000 members, and everything gone again
+    run                   a web process and a worker, until Ctrl-C
+    web, worker           each alone, for two terminals
+    test [PYTEST OPTION]  the test suite on a PostgreSQL and a Redis of its own
+    flask COMMAND         one of Belfry's commands, on the data of `run`
+    clean                 remove the data of `run`
+"""
+
+import shutil
+import sys
+from collections.abc import Sequence
+
+from dev import DATA_DIR, CommandError, say, stop
+from dev.places import sweep
+from dev.servers import stop_unused
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one command; returns the exit status."""
+    if not arguments or arguments[0] not in ("demo", "run", "web", "worker", "test", "flask", "clean"):
+        say(str(__doc__))
+        return 2
+    command, rest = arguments[0], arguments[1:]
+    if rest and command not in ("test", "flask"):
+        say(f"`{command}` takes no arguments.")
+        return 2
+    stop.listen()
+    try:
+        return _run(command, rest)
+    except stop.Stopped as stopped:
+        say("\nStopped.")
+        return 128 + stopped.signum
+    except CommandError as error:
+        say(f"\n{error}")
+        return 1
+
+
+def _run(command: str, rest: Sequence[str]) -> int:
+    # Imported when needed: `clean` works where Belfry's own requirements are not installed.
+    if command == "demo":
+        from dev.demo import demo
+
+        return demo()
+    if command == "test":
+        from dev.testing import test
+
+        return test(rest)
+    if command == "clean":
+        return _clean()
+    from dev import serve
+    from dev.processes import in_foreground
+    from dev.stack import FLASK
+
+    if command == "flask":
+        with serve.prepared() as env:
+            return in_foreground((*FLASK, *rest), env)
+    return {"run": serve.run, "web": serve.web, "worker": serve.worker}[command]()
+
+
+def _clean() -> int:
+    if not DATA_DIR.exists():
+        return 0
+    sweep()
+    if not stop_unused(DATA_DIR) or any(DATA_DIR.glob("tmp-*")):
+        raise CommandError("Another command is using the data. End it first.")
+    shutil.rmtree(DATA_DIR)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,47 @@
+"""Which process wrote this pid file, if it still runs, and how to end it.
+
+A pid is a number that the kernel gives to somebody else later on, soon in a container. So a process counts
+as ours only if one argument of its command line is a path of ours. Nothing is ever signalled for its name.
+"""
+
+import signal
+from collections.abc import Iterable
+from pathlib import Path
+
+import psutil  # type: ignore[import-untyped]
+
+
+def process_of(pid_files: Iterable[Path], argument: Path) -> psutil.Process | None:
+    """The running process whose pid begins one of the files, and which was started with `argument`."""
+    for pid_file in pid_files:
+        try:
+            process = psutil.Process(int(pid_file.read_text().split("\n", 1)[0]))
+            if str(argument) in process.cmdline():
+                return process
+        except (OSError, ValueError, psutil.Error):
+            continue
+    return None
+
+
+def pid_is_somebody_elses(pid_file: Path, argument: Path) -> bool:
+    """Whether the file's pid now belongs to a process that was not started with `argument`."""
+    try:
+        command_line = psutil.Process(int(pid_file.read_text().split("\n", 1)[0])).cmdline()
+    except (OSError, ValueError, psutil.Error):
+        return False
+    return bool(command_line) and str(argument) not in command_line
+
+
+def end(process: psutil.Process, *steps: tuple[signal.Signals, float]) -> None:
+    """Send one signal after the other, each with its seconds to take effect, until the process is gone."""
+    for signum, seconds in steps:
+        try:
+            process.send_signal(signum)  # psutil refuses where the pid was given to another process meanwhile
+            process.wait(seconds)
+        except psutil.NoSuchProcess:
+            return
+        except psutil.TimeoutExpired:
+            if process.status() == psutil.STATUS_ZOMBIE:  # ended; its parent has not asked how
+                return
+        else:
+            return

@@ -1,0 +1,125 @@
+"""`run`, `web` and `worker`: Belfry on this machine until somebody stops it; its data stays in `.belfry/`."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psycopg
+
+from dev import ROOT, ports, say, stack, stop
+from dev.client import Client
+from dev.locks import exclusive
+from dev.places import data_dir, sweep
+from dev.processes import Child
+from dev.servers import servers
+
+MEMBERS = 50
+STOPPING = "\nStopping …"
+
+
+def run() -> int:
+    """A web process and a worker, and what to try on them."""
+    web_log, worker_log = data_dir() / "web.log", data_dir() / "worker.log"
+    with ports.listen() as listening:
+        address = ports.address_of(listening)
+        with (
+            prepared(address) as env,
+            stack.worker(env, worker_log) as worker,
+            stack.web(env, listening, web_log) as web,
+        ):
+            _guide(env, address)
+            say(f"Logs           {_short(web_log)}  {_short(worker_log)}")
+            say("Ctrl-C ends all of it; what you made stays.")
+            _until_stopped(web, worker)
+    return 0
+
+
+def web() -> int:
+    """The web process alone, its log on the terminal."""
+    with ports.listen() as listening:
+        address = ports.address_of(listening)
+        with prepared(address) as env, stack.web(env, listening) as process:
+            _guide(env, address)
+            say("Nobody is told before a worker runs: `make worker` in another terminal. Ctrl-C ends this one.")
+            _until_stopped(process)
+    return 0
+
+
+def worker() -> int:
+    """A worker alone, its log on the terminal. Any number of them may run."""
+    with prepared() as env, stack.worker(env) as process:
+        say("A worker is at work for the web process of `make web`. Ctrl-C ends it.")
+        _until_stopped(process)
+    return 0
+
+
+@contextmanager
+def prepared(address: str | None = None) -> Iterator[dict[str, str]]:
+    """While the block runs, the servers do; yields the environment for Belfry, with its schema up to date.
+
+    A database without people gets an administrator and a small community; one that has some is left alone.
+    """
+    sweep()
+    with servers(data_dir()) as urls:
+        env = stack.environment(urls, address)
+        with exclusive(data_dir() / "setup.lock", pause=stop.sleep):  # two at once make one community
+            stack.migrate(env)
+            if stack.nobody_is_there(env["DATABASE_URL"]):
+                say(f"Making a community of {MEMBERS} …")
+                stack.make_community(env, MEMBERS)
+        yield env
+
+
+def _until_stopped(*children: Child) -> None:
+    """Wait for Ctrl-C or SIGTERM. Raises CommandError when one of the children ends by itself."""
+    try:
+        while True:
+            for child in children:
+                child.check()
+            stop.sleep(0.5)
+    except stop.Stopped:
+        say(STOPPING)
+
+
+def _guide(env: dict[str, str], address: str) -> None:
+    """Print where Belfry is, and commands to paste. They work as they stand on what `prepared` made."""
+    admin, member = stack.new_token(env, "admin"), stack.new_token(env, "member-1")
+    say(f"\nBelfry serves  {address}  (documentation: {address}/docs)")
+    if admin is None or member is None:
+        say("This database has people of its own. A token for one of them:")
+        say("    .venv/bin/python -m dev flask create-token NAME\n")
+        return
+    say(f"Queues         {address}/rq  (sign in with the admin's token)")
+    say(f"Admin's token  {admin}")
+    say(f"Member's       {member}")
+    channels = Client(address, admin).get("/api/channels")["items"]
+    person = Client(address, member).get("/api/me")["id"]
+    with psycopg.connect(env["DATABASE_URL"], connect_timeout=10) as connection:
+        row = connection.execute("SELECT coalesce(max(id), 0) + 1 FROM message").fetchone()
+    if not channels or row is None:
+        return
+    body = f'{{"channel_id": {channels[0]["id"]}, "content": "gold breaks out, @member-1"}}'
+    say(f"""
+To paste into another terminal, in this order:
+
+    BELFRY={address}
+    ADMIN="Authorization: Bearer {admin}"
+    MEMBER="Authorization: Bearer {member}"
+
+    # a message to a whole channel, and to one of its members by name
+    curl -H "$ADMIN" -H 'Content-Type: application/json' -d '{body}' $BELFRY/api/messages
+    # its fan-out: who was told, and how many were not, for which reason (ids: as the answer above has them)
+    curl -H "$ADMIN" $BELFRY/api/runs/{row[0]}
+    # what the member finds
+    curl -H "$MEMBER" "$BELFRY/api/notifications?unread=1"
+    # why that member was told
+    curl -H "$ADMIN" "$BELFRY/api/messages/{row[0]}/explain?user_id={person}"
+    # a test of the whole path, to oneself
+    curl -X POST -H "$ADMIN" $BELFRY/api/test-notifications
+    # the same as a command; any other one likewise
+    .venv/bin/python -m dev flask send-test-notification --as admin --wait
+""")
+
+
+def _short(path: Path) -> str:
+    return str(path.relative_to(ROOT))

@@ -1,0 +1,306 @@
+"""Every table, index and constraint. `migrations/` builds them; a test holds the two together.
+
+The database refuses what the rules forbid: a role of another server, a second subscription, a second
+notification for one person and message. Times are `timestamptz` in UTC. Text with a fixed set of values
+has a CHECK; the four reasons for which somebody is told are a type of their own, `reason`.
+"""
+
+from datetime import UTC, datetime
+from typing import Any
+
+from peewee import (
+    SQL,
+    BigAutoField,
+    BigIntegerField,
+    BlobField,
+    BooleanField,
+    Check,
+    CompositeKey,
+    Field,
+    ForeignKeyField,
+    IntegerField,
+    JSONField,
+    Model,
+    SmallIntegerField,
+    TextField,
+)
+from playhouse.pool import PooledPostgresqlDatabase
+from playhouse.postgres_ext import ArrayField
+from psycopg.conninfo import conninfo_to_dict
+
+from config import settings
+
+SUBSCRIPTION_STATUSES = (
+    "active", "trialing", "past_due", "canceled", "unpaid", "incomplete", "incomplete_expired", "paused",
+)  # the payment provider's words (Stripe's)  # fmt: skip
+RUN_KINDS = ("message", "edit", "test", "replay")
+RUN_STATES = ("pending", "queued", "running", "succeeded", "failed")
+UNFINISHED = ("pending", "queued", "running")
+POSTING = ("members", "admins")
+LEVELS = ("all", "mentions", "none")
+REASONS = ("message", "mention", "mention_role", "mention_everyone")
+NAME_PATTERN = "^[a-z0-9][a-z0-9_.-]{1,30}[a-z0-9]$"
+NAME_RULE = (
+    "3 to 32 of a-z 0-9 _ . - that begin and end with a letter or digit "
+    "(a last . - _ could never be mentioned), and not 'everyone'"
+)
+TRIES = 6  # attempts without any progress before a run is failed: the first, and five retries
+
+
+def _connect_parameters() -> dict[str, Any]:
+    parameters: dict[str, Any] = dict(conninfo_to_dict(settings.database_url))
+    parameters.setdefault("connect_timeout", 5)
+    parameters.setdefault("application_name", "belfry")
+    # A host that vanished is noticed within half a minute, not after the kernel's two hours.
+    parameters.setdefault("keepalives_idle", 10)
+    parameters.setdefault("keepalives_interval", 5)
+    parameters.setdefault("keepalives_count", 3)
+    parameters.setdefault("tcp_user_timeout", 30_000)
+    return parameters
+
+
+def make_database() -> PooledPostgresqlDatabase:
+    """A pool of connections to DATABASE_URL, one for each thread that works; nothing is opened yet."""
+    parameters = _connect_parameters()
+    return PooledPostgresqlDatabase(
+        parameters.pop("dbname"),
+        max_connections=settings.web_threads + 2,  # the sweeper's, and one for the commands
+        stale_timeout=300,
+        timeout=5,
+        prefer_psycopg3=True,
+        **parameters,
+    )
+
+
+db = make_database()
+
+
+class TimeField(Field):
+    """`timestamptz`, always in UTC in Python. peewee's own DateTimeField drops the offset."""
+
+    field_type = "TIMESTAMPTZ"
+
+    def python_value(self, value: datetime | None) -> datetime | None:
+        return value.astimezone(UTC) if value is not None else None
+
+
+class ReasonField(Field):
+    """Why somebody was told: the database's own type, which knows no other reasons."""
+
+    field_type = "reason"
+
+
+def _now() -> list[SQL]:
+    return [SQL("DEFAULT now()")]
+
+
+def _among(column: str, values: tuple[str, ...]) -> Any:
+    listed = ", ".join(f"'{value}'" for value in values)
+    return Check(f"{column} IN ({listed})")
+
+
+class Table(Model):
+    class Meta:
+        database = db
+        legacy_table_names = False
+
+
+class User(Table):
+    id = BigAutoField()
+    username = TextField(unique=True)
+    name = TextField()
+    email = TextField(null=True)
+    is_admin = BooleanField(constraints=[SQL("DEFAULT false")])
+    created_at = TimeField(constraints=_now())
+
+    class Meta:
+        table_name = "user_account"  # `user` is a reserved word
+
+
+class ApiToken(Table):
+    id = BigAutoField()
+    user = ForeignKeyField(User, on_delete="CASCADE")
+    token_hash = BlobField(unique=True)
+    created_at = TimeField(constraints=_now())
+    expires_at = TimeField(null=True)
+    revoked_at = TimeField(null=True)
+
+    class Meta:
+        table_name = "api_token"
+
+
+class Subscription(Table):
+    user = ForeignKeyField(User, primary_key=True, on_delete="CASCADE")
+    status = TextField(constraints=[_among("status", SUBSCRIPTION_STATUSES)])
+    current_period_end = TimeField(null=True)
+    updated_at = TimeField(constraints=_now())
+
+
+class Server(Table):
+    id = BigAutoField()
+    name = TextField()
+    created_at = TimeField(constraints=_now())
+
+
+class Role(Table):
+    id = BigAutoField()
+    server = ForeignKeyField(Server, on_delete="CASCADE", index=False)
+    name = TextField()
+    moderator = BooleanField(constraints=[SQL("DEFAULT false")])
+
+    class Meta:
+        indexes = ((("server_id", "name"), True), (("id", "server_id"), True))
+
+
+class Member(Table):
+    """The key's order is that in which a fan-out walks: one server, ascending people."""
+
+    server = ForeignKeyField(Server, on_delete="CASCADE", index=False)
+    user = ForeignKeyField(User, on_delete="CASCADE")
+    joined_at = TimeField(constraints=_now())
+
+    class Meta:
+        primary_key = CompositeKey("server", "user")
+
+
+class MemberRole(Table):
+    """Two composite foreign keys, so that nobody has a role of a server that they are not in."""
+
+    role_id = BigIntegerField()
+    user_id = BigIntegerField()
+    server_id = BigIntegerField()
+
+    class Meta:
+        table_name = "member_role"
+        primary_key = CompositeKey("role_id", "user_id")
+        indexes = ((("server_id", "user_id"), False),)
+
+
+class Channel(Table):
+    id = BigAutoField()
+    server = ForeignKeyField(Server, on_delete="CASCADE", index=False)
+    name = TextField()
+    private = BooleanField(constraints=[SQL("DEFAULT false")])
+    posting = TextField(constraints=[_among("posting", POSTING), SQL("DEFAULT 'members'")])
+
+    class Meta:
+        indexes = ((("server_id", "name"), True), (("id", "server_id"), True))
+
+
+class ChannelRole(Table):
+    """Which roles open a private channel."""
+
+    channel_id = BigIntegerField()
+    role_id = BigIntegerField()
+    server_id = BigIntegerField()
+
+    class Meta:
+        table_name = "channel_role"
+        primary_key = CompositeKey("channel_id", "role_id")
+        indexes = ((("role_id",), False),)
+
+
+class Preference(Table):
+    """No row means `all`. Keyed by channel first, because a fan-out reads one channel's."""
+
+    channel = ForeignKeyField(Channel, on_delete="CASCADE", index=False)
+    user = ForeignKeyField(User, on_delete="CASCADE", index=False)
+    level = TextField(constraints=[_among("level", LEVELS), SQL("DEFAULT 'all'")])
+    muted_until = TimeField(null=True)
+
+    class Meta:
+        primary_key = CompositeKey("channel", "user")
+
+
+class Message(Table):
+    """`mentioned_*` are what `content` names, resolved when it was written and narrowed by `allowed_mentions`."""
+
+    id = BigAutoField()
+    channel = ForeignKeyField(Channel, index=False)
+    author = ForeignKeyField(User, index=False)
+    content = TextField()
+    mentioned_users = ArrayField(BigIntegerField, index=False, constraints=[SQL("DEFAULT '{}'")])
+    mentioned_roles = ArrayField(BigIntegerField, index=False, constraints=[SQL("DEFAULT '{}'")])
+    mentions_everyone = BooleanField(constraints=[SQL("DEFAULT false")])
+    allowed_mentions = JSONField(null=True)
+    only_for = ForeignKeyField(User, null=True, index=False)  # a test message that one person alone gets
+    created_at = TimeField(constraints=_now())
+    edited_at = TimeField(null=True)
+    deleted_at = TimeField(null=True)
+
+    class Meta:
+        indexes = ((("channel_id", "id"), False),)  # a channel's newest first
+
+
+class Run(Table):
+    """One fan-out of one message, and the outbox: written in the message's own transaction.
+
+    - `walked_to`: the members up to this user id are done; the next slice begins after it.
+    - `due_at`: until then somebody is believed to be taking care of it; afterwards the sweeper is.
+    - `tries_left`: attempts that may still fail without progress. A slice that commits fills it up.
+    - `mention_changes`: of an edit, who was added to and removed from the mentions.
+    """
+
+    id = BigAutoField()
+    message = ForeignKeyField(Message, index=True)
+    kind = TextField(constraints=[_among("kind", RUN_KINDS)])
+    state = TextField(constraints=[_among("state", RUN_STATES), SQL("DEFAULT 'pending'")])
+    attempts = IntegerField(constraints=[SQL("DEFAULT 0")])
+    tries_left = SmallIntegerField(constraints=[SQL(f"DEFAULT {TRIES}")])
+    walked_to = BigIntegerField(constraints=[SQL("DEFAULT 0")])
+    done = IntegerField(constraints=[SQL("DEFAULT 0")])
+    total = IntegerField(null=True)
+    added = IntegerField(constraints=[SQL("DEFAULT 0")])
+    withdrawn = IntegerField(constraints=[SQL("DEFAULT 0")])
+    decisions = JSONField(constraints=[SQL("DEFAULT '{}'")])
+    mention_changes = JSONField(null=True)
+    error = TextField(null=True)
+    due_at = TimeField(constraints=[SQL("DEFAULT now() + interval '10 seconds'")])
+    created_at = TimeField(constraints=_now())
+    started_at = TimeField(null=True)
+    finished_at = TimeField(null=True)
+
+
+# One message is fanned out once as itself; edits and replays come on top.
+Run.add_index(Run.message, unique=True, where=SQL("kind IN ('message', 'test')"), name="run_one_per_message")
+# The sweeper's question, and /metrics': what is unfinished, soonest first. Tiny: finished runs are not in it.
+Run.add_index(Run.due_at, where=SQL("state IN ('pending', 'queued', 'running')"), name="run_unfinished")
+# `runs list --state failed` and its like on a table of millions. Tiny as well.
+Run.add_index(Run.id, where=SQL("state = 'failed'"), name="run_failed")
+
+
+class Notification(Table):
+    """One row per person and message, and no other index: each is paid for by every recipient.
+
+    No foreign keys, for the same reason (they halve the rate): people and messages are never removed from
+    their tables, so nothing can dangle. Title and text are made from the message when read. `dismissed_at`
+    rather than a DELETE, so that a run that is repeated cannot tell the person again.
+    """
+
+    user_id = BigIntegerField()
+    message_id = BigIntegerField()
+    created_at = TimeField(constraints=_now())
+    read_at = TimeField(null=True)
+    dismissed_at = TimeField(null=True)
+    reason = ReasonField()
+
+    class Meta:
+        primary_key = CompositeKey("user_id", "message_id")
+
+
+class IdempotencyKey(Table):
+    user = ForeignKeyField(User, on_delete="CASCADE", index=False)
+    key = TextField()
+    request_hash = BlobField()
+    response = TextField()  # as it was sent, byte for byte
+    created_at = TimeField(constraints=_now(), index=True)  # the sweeper drops what is older than a day
+
+    class Meta:
+        table_name = "idempotency_key"
+        primary_key = CompositeKey("user", "key")
+
+
+TABLES = (
+    User, ApiToken, Subscription, Server, Role, Member, MemberRole, Channel, ChannelRole, Preference,
+    Message, Run, Notification, IdempotencyKey,
+)  # fmt: skip

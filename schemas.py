@@ -1,0 +1,486 @@
+"""Every JSON shape, in and out. What is sent.
+
+Unknown fields are refused; integers and booleans are not guessed from other types; text that PostgreSQL
+cannot hold (NUL, lone surrogates) is refused here, with its field's name. No schema asks the database.
+"""
+
+import re
+from datetime import UTC, datetime
+from typing import Any
+
+from marshmallow import RAISE, Schema, ValidationError, fields, pre_load, validates_schema
+from marshmallow.validate import Length, OneOf, Range, Regexp
+
+from belfry.inbox import parse_notification_id
+from belfry.recipients import DECISIONS
+from belfry.trials import AUDIENCES, SENDER
+from models import LEVELS, NAME_PATTERN, NAME_RULE, POSTING, RUN_KINDS, RUN_STATES, SUBSCRIPTION_STATUSES
+
+LARGEST_ID = 2**63 - 1
+PAGE_DEFAULT, PAGE_MOST = 50, 100
+
+
+class Shape(Schema):
+    class Meta:
+        unknown = RAISE
+
+
+# Fields ---------------------------------------------------------------------------------------------------
+
+
+class Text(fields.String):
+    """Text that UTF-8 and PostgreSQL can hold."""
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> str:
+        text = super()._deserialize(value, attr, data, **kwargs)
+        if "\0" in text:
+            raise ValidationError("Must not contain NUL.")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValidationError("Must be valid Unicode: a surrogate stands alone.") from None
+        return text
+
+
+class Trimmed(Text):
+    """Text without the white space around it; what is left counts."""
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> str:
+        return super()._deserialize(value, attr, data, **kwargs).strip()
+
+
+class Name(Trimmed):
+    """A username or a role's name, in lower case; one that `@` can mention."""
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> str:
+        name = super()._deserialize(value, attr, data, **kwargs).lower()
+        if not re.fullmatch(NAME_PATTERN, name) or name == "everyone":
+            raise ValidationError(f"Must be {NAME_RULE}.")
+        if name == SENDER:
+            raise ValidationError("Is Belfry's own name.")
+        return name
+
+
+class Id(fields.Integer):
+    """A positive whole number, not a text and not a boolean."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(strict=True, validate=Range(1, LARGEST_ID), **kwargs)
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> Any:
+        if isinstance(value, bool):
+            raise self.make_error("invalid")
+        return super()._deserialize(value, attr, data, **kwargs)
+
+
+class Flag(fields.Boolean):
+    """true or false, and nothing that merely looks like them."""
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> bool:
+        if not isinstance(value, bool):
+            raise self.make_error("invalid")
+        return value
+
+
+class Time(fields.AwareDateTime):
+    """RFC 3339; sent in UTC with `Z`, taken with any offset but not without one."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(format="iso", **kwargs)
+
+    def _serialize(self, value: datetime | None, attr: str | None, obj: Any, **kwargs: Any) -> str | None:
+        return None if value is None else value.astimezone(UTC).isoformat().replace("+00:00", "Z")
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> datetime:
+        if not isinstance(value, str) or not re.match(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d", value):
+            raise ValidationError("Must be a time like 2026-01-31T12:00:00Z.")
+        time: datetime = super()._deserialize(value, attr, data, **kwargs)
+        if not 1970 <= time.year < 9999:
+            raise ValidationError("Must be between the years 1970 and 9998.")
+        return time
+
+
+class NotificationId(fields.String):
+    """(user id, message id), out of the text that names a notification."""
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> Any:
+        try:
+            return parse_notification_id(super()._deserialize(value, attr, data, **kwargs))
+        except ValueError as error:
+            raise ValidationError(str(error)) from None
+
+
+def _content(**kwargs: Any) -> Trimmed:
+    return Trimmed(validate=Length(1, 10_000, error="Must have 1 to 10,000 characters after trimming."), **kwargs)
+
+
+def _title(**kwargs: Any) -> Trimmed:
+    return Trimmed(validate=Length(1, 100), **kwargs)
+
+
+def _email(**kwargs: Any) -> Trimmed:
+    pattern = Regexp(r"[^@\s]+@[^@\s]+$", error="Must be an e-mail address.")
+    return Trimmed(allow_none=True, validate=[Length(3, 254), pattern], **kwargs)
+
+
+# Errors and lists -----------------------------------------------------------------------------------------
+
+
+class Problem(Shape):
+    """RFC 9457."""
+
+    type = fields.String()
+    title = fields.String()
+    status = fields.Integer()
+    detail = fields.String()
+    code = fields.String()
+    errors = fields.Dict(keys=fields.String(), values=fields.List(fields.String()))
+
+
+class Page(Shape):
+    """Which part of a list."""
+
+    limit = fields.Integer(load_default=PAGE_DEFAULT, validate=Range(1, PAGE_MOST))
+    cursor = fields.String(load_default=None)
+
+
+# People ---------------------------------------------------------------------------------------------------
+
+
+class PersonRef(Shape):
+    id = fields.Integer()
+    username = fields.String()
+    name = fields.String()
+
+
+class UserIn(Shape):
+    username = Name(required=True)
+    name = _title(load_default=None)
+    email = _email(load_default=None)
+    is_admin = Flag(load_default=False)
+
+
+class UserChange(Shape):
+    name = _title()
+    email = _email()
+    is_admin = Flag()
+
+
+class User(Shape):
+    id = fields.Integer()
+    username = fields.String()
+    name = fields.String()
+    email = fields.String(allow_none=True)
+    is_admin = fields.Boolean()
+    created_at = Time()
+
+
+class UserPage(Page):
+    username = fields.String(load_default=None)
+
+
+class SubscriptionIn(Shape):
+    status = fields.String(required=True, validate=OneOf(SUBSCRIPTION_STATUSES))
+    current_period_end = Time(load_default=None, allow_none=True)
+
+
+class Subscription(Shape):
+    status = fields.String()
+    current_period_end = Time(allow_none=True)
+    updated_at = Time()
+
+
+class Me(User):
+    subscription = fields.Nested(Subscription, allow_none=True)
+    servers = fields.List(fields.Nested(lambda: ServerRef()))
+
+
+class TokenIn(Shape):
+    expires_at = Time(load_default=None, allow_none=True)
+
+
+class Token(Shape):
+    """`token` is there once: in the answer that made it."""
+
+    id = fields.Integer()
+    token = fields.String()
+    created_at = Time()
+    expires_at = Time(allow_none=True)
+    revoked_at = Time(allow_none=True)
+
+
+# Communities ----------------------------------------------------------------------------------------------
+
+
+class ServerIn(Shape):
+    name = _title(required=True)
+
+
+class ServerRef(Shape):
+    id = fields.Integer()
+    name = fields.String()
+
+
+class Server(ServerRef):
+    created_at = Time()
+
+
+class MemberIn(Shape):
+    user_id = Id(required=True)
+    role_ids = fields.List(Id(), load_default=list, validate=Length(max=100))
+
+
+class MemberRoles(Shape):
+    role_ids = fields.List(Id(), required=True, validate=Length(max=100))
+
+
+class Member(Shape):
+    user = fields.Nested(PersonRef)
+    role_ids = fields.List(fields.Integer())
+    joined_at = Time()
+
+
+class RoleIn(Shape):
+    name = Name(required=True)
+    moderator = Flag(load_default=False)
+
+
+class Role(Shape):
+    id = fields.Integer()
+    name = fields.String()
+    moderator = fields.Boolean()
+
+
+class ChannelIn(Shape):
+    name = _title(required=True)
+    private = Flag(load_default=False)
+    posting = fields.String(load_default="members", validate=OneOf(POSTING))
+
+
+class ChannelChange(Shape):
+    name = _title()
+    private = Flag()
+    posting = fields.String(validate=OneOf(POSTING))
+
+
+class ChannelRef(Shape):
+    id = fields.Integer()
+    name = fields.String()
+
+
+class Channel(ChannelRef):
+    private = fields.Boolean()
+    posting = fields.String()
+    server = fields.Nested(ServerRef)
+
+
+class ChannelRoles(Shape):
+    role_ids = fields.List(Id(), required=True, validate=Length(max=100))
+
+
+class PreferenceIn(Shape):
+    level = fields.String(load_default="all", validate=OneOf(LEVELS))
+    muted_until = Time(load_default=None, allow_none=True)
+
+
+class Preference(Shape):
+    level = fields.String()
+    muted_until = Time(allow_none=True)
+
+
+# Messages -------------------------------------------------------------------------------------------------
+
+
+class AllowedMentions(Shape):
+    users = fields.List(Id(), load_default=list, validate=Length(max=1000))
+    roles = fields.List(Id(), load_default=list, validate=Length(max=1000))
+    everyone = Flag(load_default=False)
+
+
+class MessageIn(Shape):
+    channel_id = Id(required=True)
+    content = _content(required=True)
+    allowed_mentions = fields.Nested(AllowedMentions, load_default=None)
+
+
+class MessageChange(Shape):
+    content = _content(required=True)
+
+
+class MentionedUser(Shape):
+    id = fields.Integer()
+    username = fields.String()
+
+
+class MentionedRole(Shape):
+    id = fields.Integer()
+    name = fields.String()
+
+
+class Mentions(Shape):
+    users = fields.List(fields.Nested(MentionedUser))
+    roles = fields.List(fields.Nested(MentionedRole))
+    everyone = fields.Boolean()
+
+
+class Warning_(Shape):
+    code = fields.String()
+    detail = fields.String()
+
+
+class RunRef(Shape):
+    id = fields.Integer()
+    state = fields.String()
+    url = fields.Function(lambda run: f"/api/runs/{run['id']}")
+
+
+class Message(Shape):
+    """`warnings` comes with the answer to a POST or PATCH; `run` is null for all but the author and admins."""
+
+    id = fields.Integer()
+    channel_id = fields.Integer()
+    author = fields.Nested(PersonRef)
+    content = fields.String()
+    created_at = Time()
+    edited_at = Time(allow_none=True)
+    mentions = fields.Nested(Mentions)
+    warnings = fields.List(fields.Nested(Warning_))
+    run = fields.Nested(RunRef, allow_none=True)
+
+
+class ExplainQuery(Shape):
+    user_id = fields.Integer(load_default=None, validate=Range(1, LARGEST_ID))
+
+
+class Explanation(Shape):
+    user_id = fields.Integer()
+    message_id = fields.Integer()
+    decision = fields.String(validate=OneOf(tuple(DECISIONS)))
+    detail = fields.String()
+    notified_at = Time(allow_none=True)
+    read_at = Time(allow_none=True)
+
+
+# Runs -----------------------------------------------------------------------------------------------------
+
+
+class Progress(Shape):
+    done = fields.Integer()
+    total = fields.Integer(allow_none=True)
+
+
+class Statistics(Shape):
+    audience = fields.Integer()
+    notified = fields.Integer()
+    decisions = fields.Dict(keys=fields.String(), values=fields.Integer())
+    added = fields.Integer()
+    withdrawn = fields.Integer()
+
+
+class Run(Shape):
+    id = fields.Integer()
+    message_id = fields.Integer()
+    kind = fields.String(validate=OneOf(RUN_KINDS))
+    state = fields.String(validate=OneOf(RUN_STATES))
+    attempts = fields.Integer()
+    progress = fields.Nested(Progress)
+    stats = fields.Nested(Statistics)
+    error = fields.String(allow_none=True)
+    created_at = Time()
+    started_at = Time(allow_none=True)
+    finished_at = Time(allow_none=True)
+
+
+class RunQuery(Page):
+    state = fields.String(load_default=None, validate=OneOf(RUN_STATES))
+    channel_id = fields.Integer(load_default=None, validate=Range(1, LARGEST_ID))
+
+
+class ReplayIn(Shape):
+    dry_run = Flag(load_default=False)
+
+
+class Replay(Shape):
+    dry_run = fields.Boolean()
+    added = fields.Integer()
+    stays = fields.Integer()
+    then = fields.Dict(keys=fields.String(), values=fields.Integer())
+    now = fields.Dict(keys=fields.String(), values=fields.Integer())
+    run = fields.Nested(RunRef, allow_none=True)
+
+
+class TestNotificationIn(Shape):
+    channel_id = Id(load_default=None, allow_none=True)
+    content = _content(load_default=None, allow_none=True)
+    audience = fields.String(load_default="me", validate=OneOf(AUDIENCES))
+
+
+# Inbox ----------------------------------------------------------------------------------------------------
+
+
+class NotificationQuery(Page):
+    unread = fields.Boolean(load_default=False)
+    channel_id = fields.Integer(load_default=None, validate=Range(1, LARGEST_ID))
+
+
+class Notification(Shape):
+    id = fields.String()
+    type = fields.String(validate=OneOf(("message", "mention")))
+    reason = fields.String()
+    title = fields.String()
+    body = fields.String()
+    url = fields.String()
+    message_id = fields.Integer()
+    channel = fields.Nested(ChannelRef)
+    server = fields.Nested(ServerRef)
+    created_at = Time()
+    read_at = Time(allow_none=True)
+
+
+class ChannelUnread(Shape):
+    channel_id = fields.Integer()
+    unread = fields.Integer()
+    mentions = fields.Integer()
+
+
+class UnreadCount(Shape):
+    unread = fields.Integer()
+    mentions = fields.Integer()
+    channels = fields.List(fields.Nested(ChannelUnread))
+
+
+class MarkRead(Shape):
+    """Exactly one of the four."""
+
+    ids = fields.List(NotificationId(), validate=Length(1, 1000))
+    up_to = NotificationId()
+    channel_id = Id()
+    all = Flag()
+
+    @pre_load
+    def _count(self, data: dict[str, Any], **_: Any) -> dict[str, Any]:
+        if len(data.keys() & {"ids", "up_to", "channel_id", "all"}) != 1:
+            raise ValidationError("Give exactly one of ids, up_to, channel_id and all.")
+        return data
+
+    @validates_schema
+    def _all_is_true(self, data: dict[str, Any], **_: Any) -> None:
+        if data.get("all") is False:
+            raise ValidationError("Must be true.", "all")
+
+
+class Marked(Shape):
+    marked = fields.Integer()
+    unread = fields.Integer()
+
+
+# Health ---------------------------------------------------------------------------------------------------
+
+
+class Health(Shape):
+    status = fields.String()
+
+
+class Readiness(Shape):
+    status = fields.String()
+    parts = fields.Dict(keys=fields.String(), values=fields.String())

@@ -1,0 +1,90 @@
+"""What every test stands on: a real PostgreSQL and a real Redis of its own, and a named cast.
+
+`make test` sets both up and puts their addresses into DATABASE_URL and REDIS_URL. Everything in them is
+deleted before each test.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+
+import pytest
+
+if "DATABASE_URL" not in os.environ or "REDIS_URL" not in os.environ:
+    pytest.exit("Run the tests by `make test`: it sets up the database and the Redis that they empty.", returncode=2)
+os.environ.setdefault("SECRET_KEY", "a key for the tests, of no use to anybody else")
+os.environ.setdefault("SECURE_COOKIES", "0")
+
+from flask import Flask
+from flask.testing import FlaskClient
+from redis import Redis
+from rq import SimpleWorker
+
+import jobs
+from app import create_app
+from belfry import schema
+from models import TABLES, db
+from tests.people import Api, Cast, make_cast
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _schema() -> Iterator[None]:
+    schema.migrate()
+    yield
+    db.close_all()
+
+
+@pytest.fixture(autouse=True)
+def _clean(_schema: None) -> Iterator[None]:
+    db.connect(reuse_if_open=True)
+    tables = ", ".join(f'"{table._meta.table_name}"' for table in TABLES)
+    db.execute_sql(f"TRUNCATE {tables} RESTART IDENTITY")
+    jobs.redis_connection().flushdb()
+    yield
+    if not db.is_closed():
+        db.close()
+
+
+@pytest.fixture(scope="session")
+def app() -> Flask:
+    return create_app()
+
+
+@pytest.fixture
+def client(app: Flask) -> FlaskClient:
+    return app.test_client()
+
+
+@pytest.fixture
+def redis() -> Redis:
+    return jobs.redis_connection()
+
+
+@pytest.fixture
+def cast() -> Cast:
+    """A small community; see tests/people.py for who is who."""
+    return make_cast()
+
+
+@pytest.fixture
+def api(app: Flask) -> Callable[..., Api]:
+    """`api(cast.admin).post("/api/messages", json={...})`: the API as one person; `api()` as nobody."""
+
+    def as_person(person: SimpleNamespace | None = None) -> Api:
+        return Api(app.test_client(), person.token if person else None)
+
+    return as_person
+
+
+@pytest.fixture
+def run_jobs() -> Callable[[], int]:
+    """Run what is queued, in this process; how many jobs were left in the queue after it (0)."""
+
+    def run() -> int:
+        queues = [jobs.queue(name) for name in jobs.QUEUES]
+        SimpleWorker(queues, connection=jobs.redis_connection(), serializer="json").work(
+            burst=True, logging_level="WARNING"
+        )
+        return sum(queue.count for queue in queues)
+
+    return run

@@ -1,0 +1,3 @@
+from flask import Flask
+def register(app: Flask) -> None:
+    pass

@@ -1,0 +1,105 @@
+"""Messages: post, read, edit, delete, and why somebody was, or was not, told."""
+
+import re
+from typing import Any
+
+from flask import Response, json, request
+
+import schemas
+from belfry import explanation, messages
+from belfry.errors import Invalid
+from belfry.idempotency import Once, remember
+from belfry.mentions import AllowedMentions
+from jobs import enqueue_runs
+from views.endpoint import Answer, api, current_user, endpoint, json_response, paginate
+from views.limits import limit_messages
+
+_message = schemas.Message()
+
+
+def _render(message: Any) -> str:
+    return json.dumps(_message.dump(message), ensure_ascii=False)
+
+
+def _once(body: dict[str, Any]) -> Once | None:
+    key = request.headers.get("Idempotency-Key")
+    if key is None:
+        return None
+    if not re.fullmatch(r"[!-~]{1,255}", key):
+        raise Invalid({"Idempotency-Key": ["Must have 1 to 255 visible ASCII characters."]})
+    return Once(current_user().id, key, request.get_json(), _render)
+
+
+@api.post("/messages")
+@limit_messages
+@endpoint(body=schemas.MessageIn, gives=schemas.Message, status=201)
+def post_message(body: dict[str, Any]) -> Answer | Response:
+    """Post a message. Everyone who should know is told by a run, which this answer does not wait for."""
+    allowed = body["allowed_mentions"]
+    once = _once(body)
+    posted = messages.post_message(
+        current_user(),
+        body["channel_id"],
+        body["content"],
+        AllowedMentions(frozenset(allowed["users"]), frozenset(allowed["roles"]), allowed["everyone"])
+        if allowed
+        else None,
+        once,
+    )
+    if posted.answer is not None:
+        location = f"/api/messages/{json.loads(posted.answer)['id']}"
+        return json_response(posted.answer, 201, {"Location": location, "Idempotency-Replayed": "true"})
+    message = posted.message
+    if enqueue_runs([posted.run_id]):
+        message["run"]["state"] = "queued"
+        if once:
+            remember(once, message)
+    return Answer(message, headers={"Location": f"/api/messages/{message['id']}"})
+
+
+@api.get("/channels/<id:channel_id>/messages")
+@endpoint(query=schemas.Page, gives=schemas.Message)
+def list_messages(channel_id: int, query: dict[str, Any]) -> Any:
+    """A channel's messages, newest first."""
+    return paginate(
+        query,
+        lambda before, limit: messages.list_messages(current_user(), channel_id, before=before, limit=limit),
+        lambda message: message["id"],
+    )
+
+
+@api.get("/messages/<id:message_id>")
+@endpoint(gives=schemas.Message)
+def get_message(message_id: int) -> Any:
+    """One message, as it is now."""
+    stored, _ = messages.find_message(current_user(), message_id)
+    return messages.describe(current_user(), [stored])[0]
+
+
+@api.patch("/messages/<id:message_id>")
+@limit_messages
+@endpoint(body=schemas.MessageChange, gives=schemas.Message)
+def edit_message(message_id: int, body: dict[str, Any]) -> Any:
+    """Edit one's own message. Whom it mentions now is told; who is mentioned no more loses what is unread."""
+    posted = messages.edit_message(current_user(), message_id, body["content"])
+    message = posted.message
+    if posted.run_id:
+        enqueued = enqueue_runs([posted.run_id])
+        message["run"] = {"id": posted.run_id, "state": "queued" if enqueued else "pending"}
+    return message
+
+
+@api.delete("/messages/<id:message_id>")
+@endpoint(status=204)
+def delete_message(message_id: int) -> None:
+    """Take a message back: its author, a moderator or an admin. Nobody is shown its notifications any more."""
+    messages.delete_message(current_user(), message_id)
+
+
+@api.get("/messages/<id:message_id>/explain")
+@endpoint(query=schemas.ExplainQuery, gives=schemas.Explanation)
+def explain(message_id: int, query: dict[str, Any]) -> Any:
+    """Why a member was, or was not, told: about oneself, or for admins about anybody."""
+    return explanation.explain(current_user(), message_id, query["user_id"] or current_user().id)
+
+

@@ -1,0 +1,104 @@
+"""Oneself; and, for admins, people, their tokens and subscriptions."""
+
+from typing import Any
+
+import schemas
+from belfry import accounts, communities
+from belfry.access import visible_channels
+from views.endpoint import Answer, api, current_user, endpoint, paginate
+
+
+@api.get("/me")
+@endpoint(gives=schemas.Me)
+def me() -> Any:
+    """Who one is, whether one's subscription counts, and which servers one is in."""
+    user = current_user()
+    return {
+        **user.__data__,
+        "subscription": accounts.subscription_of(user.id),
+        "servers": communities.servers_of(user.id),
+    }
+
+
+@api.get("/channels")
+@endpoint(query=schemas.Page, gives=schemas.Channel)
+def list_own_channels(query: dict[str, Any]) -> Any:
+    """The channels that one may see."""
+    return paginate(
+        query,
+        lambda after, limit: visible_channels(current_user(), after=after or 0, limit=limit),
+        lambda channel: channel["id"],
+    )
+
+
+@api.get("/users")
+@endpoint(query=schemas.UserPage, gives=schemas.User, admin=True)
+def list_users(query: dict[str, Any]) -> Any:
+    """Everybody, or the one with a username."""
+    return paginate(
+        query,
+        lambda after, limit: accounts.list_users(after=after or 0, limit=limit, username=query["username"]),
+        lambda user: user.id,
+    )
+
+
+@api.post("/users")
+@endpoint(body=schemas.UserIn, gives=schemas.User, status=201, admin=True)
+def create_user(body: dict[str, Any]) -> Answer:
+    """A new person."""
+    user = accounts.create_user(**body)
+    return Answer(accounts.find_user(user.id), headers={"Location": f"/api/users/{user.id}"})
+
+
+@api.get("/users/<id:user_id>")
+@endpoint(gives=schemas.User, admin=True)
+def get_user(user_id: int) -> Any:
+    """One person."""
+    return accounts.find_user(user_id)
+
+
+@api.patch("/users/<id:user_id>")
+@endpoint(body=schemas.UserChange, gives=schemas.User, admin=True)
+def update_user(user_id: int, body: dict[str, Any]) -> Any:
+    """Change a person's name or e-mail address, or make them an admin."""
+    return accounts.update_user(user_id, body)
+
+
+@api.get("/users/<id:user_id>/subscription")
+@endpoint(gives=schemas.Subscription, admin=True)
+def get_subscription(user_id: int) -> Any:
+    """A person's subscription; null where there never was one."""
+    return accounts.subscription_of(user_id)
+
+
+@api.put("/users/<id:user_id>/subscription")
+@endpoint(body=schemas.SubscriptionIn, gives=schemas.Subscription, admin=True)
+def put_subscription(user_id: int, body: dict[str, Any]) -> Any:
+    """Say what the payment provider says. The same again changes nothing."""
+    return accounts.set_subscription(user_id, body["status"], body["current_period_end"])
+
+
+@api.get("/users/<id:user_id>/tokens")
+@endpoint(query=schemas.Page, gives=schemas.Token, admin=True)
+def list_tokens(user_id: int, query: dict[str, Any]) -> Any:
+    """A person's tokens, without the tokens themselves."""
+    return paginate(
+        query,
+        lambda after, limit: accounts.list_tokens(user_id, after=after or 0, limit=limit),
+        lambda token: token["id"],
+    )
+
+
+@api.post("/users/<id:user_id>/tokens")
+@endpoint(body=schemas.TokenIn, gives=schemas.Token, status=201, admin=True, optional_body=True)
+def create_token(user_id: int, body: dict[str, Any]) -> Any:
+    """A new token. It is shown this once."""
+    stored, token = accounts.create_token(accounts.find_user(user_id), body["expires_at"])
+    return {**stored, "token": token}
+
+
+@api.delete("/users/<id:user_id>/tokens/<id:token_id>")
+@endpoint(status=204, admin=True)
+def revoke_token(user_id: int, token_id: int) -> None:
+    """End a token, now."""
+    accounts.revoke_token(user_id, token_id)

@@ -1,0 +1,112 @@
+"""The one error shape (RFC 9457), and the one place where it is made."""
+
+import logging
+from http import HTTPStatus
+from typing import Any
+
+from flask import Flask, Response, g, json
+from flask_limiter.errors import RateLimitExceeded
+from peewee import InterfaceError, OperationalError
+from playhouse.pool import MaxConnectionsExceeded
+from werkzeug.exceptions import HTTPException
+
+from belfry.errors import Conflict, Forbidden, IdempotencyMismatch, Invalid, NotFound, Refused
+
+log = logging.getLogger(__name__)
+
+STATUS = {
+    NotFound: 404,
+    Forbidden: 403,
+    Conflict: 409,
+    IdempotencyMismatch: 422,
+    Invalid: 422,
+}
+CODES = {
+    400: "malformed_json",
+    401: "unauthenticated",
+    403: "forbidden",
+    404: "not_found",
+    405: "method_not_allowed",
+    413: "too_large",
+    415: "unsupported_media_type",
+    422: "invalid",
+    429: "rate_limited",
+    500: "internal",
+    503: "unavailable",
+}
+RETRY_AFTER_SECONDS = 5  # of a 503: a restart of PostgreSQL takes about that
+
+
+class HttpProblem(Exception):
+    """A refusal that only HTTP knows: 400, 401, 403, 413, 415."""
+
+    def __init__(self, status: int, detail: str, headers: dict[str, str] | None = None) -> None:
+        super().__init__(detail)
+        self.status, self.detail, self.headers = status, detail, headers or {}
+
+
+def problem(
+    status: int,
+    detail: str,
+    *,
+    code: str | None = None,
+    errors: dict[str, Any] | None = None,
+    headers: dict[str, str] | None = None,
+) -> Response:
+    """An answer that refuses. `code` is the status's own unless given; `errors` is {field: [why, ...]}."""
+    body: dict[str, Any] = {
+        "type": "about:blank",
+        "title": HTTPStatus(status).phrase,
+        "status": status,
+        "detail": detail,
+        "code": code or CODES.get(status, "http_error"),
+    }
+    if errors is not None:
+        body["errors"] = errors
+    answer = Response(json.dumps(body) + "\n", status, mimetype="application/problem+json")
+    answer.headers.update(headers or {})
+    return answer
+
+
+def register(app: Flask) -> None:
+    """Give every error of the app this shape: ours, Flask's, the database's, and what nobody foresaw."""
+
+    @app.errorhandler(Refused)
+    def refused(error: Refused) -> Response:
+        status = next(number for kind, number in STATUS.items() if isinstance(error, kind))
+        errors = error.errors if isinstance(error, Invalid) else None
+        detail = "A field is wrong; `errors` says which and why." if errors is not None else error.detail
+        return problem(status, detail, code=error.code, errors=errors)
+
+    @app.errorhandler(HttpProblem)
+    def http_problem(error: HttpProblem) -> Response:
+        return problem(error.status, error.detail, headers=error.headers)
+
+    @app.errorhandler(RateLimitExceeded)
+    def rate_limited(error: RateLimitExceeded) -> Response:
+        return problem(429, f"Too many requests: {error.description} for one person.")
+
+    @app.errorhandler(HTTPException)
+    def http_error(error: HTTPException) -> Response:
+        status = error.code or 500
+        headers = {name: value for name, value in error.get_headers() if name in ("Allow", "Retry-After", "Location")}
+        details = {
+            404: "There is nothing at this address.",
+            405: "This address does not take this method; Allow lists those that it takes.",
+            413: "The body is larger than 64 KiB.",
+        }
+        return problem(status, details.get(status, error.description or ""), headers=headers)
+
+    @app.errorhandler(OperationalError)
+    @app.errorhandler(InterfaceError)
+    @app.errorhandler(MaxConnectionsExceeded)
+    def unavailable(error: Exception) -> Response:
+        log.error("the database is out of reach: %s: %s", type(error).__name__, error)
+        return problem(
+            503, "The database is out of reach. Try again soon.", headers={"Retry-After": str(RETRY_AFTER_SECONDS)}
+        )
+
+    @app.errorhandler(Exception)
+    def crashed(error: Exception) -> Response:
+        log.error("request %s crashed", g.get("request_id"), exc_info=error)
+        return problem(500, f"Something broke here. It has been logged as request {g.get('request_id')}.")

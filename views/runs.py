@@ -1,0 +1,64 @@
+"""Runs: how a fan-out goes, replays, and test notifications."""
+
+from typing import Any
+
+import schemas
+from belfry import runs, trials
+from belfry.sql import Row
+from jobs import enqueue_runs
+from views.endpoint import Answer, api, current_user, endpoint, paginate
+
+
+def describe_run(run: Row) -> Row:
+    """A stored run as it is sent."""
+    return {
+        **run,
+        "progress": {"done": run["done"], "total": run["total"]},
+        "stats": runs.statistics(run),
+    }
+
+
+@api.get("/runs/<id:run_id>")
+@endpoint(gives=schemas.Run)
+def get_run(run_id: int) -> Any:
+    """How the fan-out of a message goes, or went: for its author, and for admins."""
+    return describe_run(runs.find_run(run_id, current_user()))
+
+
+@api.get("/runs")
+@endpoint(query=schemas.RunQuery, gives=schemas.Run, admin=True)
+def list_runs(query: dict[str, Any]) -> Any:
+    """All runs, newest first."""
+    return paginate(
+        query,
+        lambda before, limit: [
+            describe_run(run)
+            for run in runs.list_runs(
+                before=before, limit=limit, state=query["state"], channel_id=query["channel_id"]
+            )
+        ],
+        lambda run: run["id"],
+    )
+
+
+@api.post("/runs/<id:run_id>/replay")
+@endpoint(body=schemas.ReplayIn, gives=schemas.Replay, admin=True, optional_body=True)
+def replay(run_id: int, body: dict[str, Any]) -> Any:
+    """Decide again about everybody by the rules of now: what would be, or is being, added, and what stays."""
+    replayed = runs.replay(run_id, dry_run=body["dry_run"])
+    new_run = replayed["run_id"]
+    if new_run is None:
+        return {**replayed, "run": None}
+    state = "queued" if enqueue_runs([new_run]) else "pending"
+    return Answer(
+        {**replayed, "run": {"id": new_run, "state": state}}, 202, {"Location": f"/api/runs/{new_run}"}
+    )
+
+
+@api.post("/test-notifications")
+@endpoint(body=schemas.TestNotificationIn, gives=schemas.Run, status=202, admin=True, optional_body=True)
+def test_notification(body: dict[str, Any]) -> Answer:
+    """Send a test notification through the real queue: to oneself, or to a channel."""
+    run_id = trials.send_test(current_user(), body["channel_id"], body["content"], body["audience"])
+    enqueue_runs([run_id])
+    return Answer(describe_run(runs.find_run(run_id)), headers={"Location": f"/api/runs/{run_id}"})

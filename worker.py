@@ -1,0 +1,108 @@
+"""The worker of the Procfile: RQ's own, which also sweeps, schedules retries, and outlives a restart of Redis."""
+
+import logging
+import signal
+import threading
+import time
+
+from peewee import InterfaceError, OperationalError
+from playhouse.pool import MaxConnectionsExceeded
+from redis import Redis
+from redis.exceptions import RedisError
+from rq import Worker
+from rq.job import Job
+from rq.queue import Queue
+
+import jobs
+from config import settings
+
+log = logging.getLogger(__name__)
+
+_fork_or_sweep = threading.Lock()
+"""A fork copies locks as they are. While the sweeper's thread is in the database, nothing may fork."""
+
+
+class BelfryWorker(Worker):  # type: ignore[misc]
+    """RQ's forking worker. Its jobs' modules are imported before the fork: four times as many jobs a second."""
+
+    max_connection_wait_time = 5.0  # seconds between attempts to reach Redis; RQ's own limit is a minute
+    asked_to_stop = False
+
+    def request_stop(self, signum: int, frame: object) -> None:
+        self.asked_to_stop = True
+        super().request_stop(signum, frame)
+
+    def fork_work_horse(self, job: Job, queue: Queue) -> None:
+        with _fork_or_sweep:
+            super().fork_work_horse(job, queue)
+
+    def setup_work_horse_signals(self) -> None:
+        """Heroku sends SIGTERM to every process: the work in hand is finished, and the worker ends after it."""
+        super().setup_work_horse_signals()
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+class Sweeper(threading.Thread):
+    """Looks every SWEEP_SECONDS for runs that nobody takes care of. Goes on whatever is out of reach."""
+
+    def __init__(self) -> None:
+        super().__init__(name="sweeper", daemon=True)
+        self._stop_asked = threading.Event()
+
+    def run(self) -> None:
+        while not self._stop_asked.is_set():
+            sweep_once()
+            self._stop_asked.wait(settings.sweep_seconds)
+
+    def stop(self) -> None:
+        """Ends it after the sweep in hand."""
+        self._stop_asked.set()
+        self.join(timeout=10)
+
+
+def sweep_once() -> None:
+    """One sweep; with the database away the log says so, and the next one tries again."""
+    with _fork_or_sweep:
+        try:
+            jobs.sweep()
+        except (OperationalError, InterfaceError, MaxConnectionsExceeded) as error:
+            log.warning("the database is out of reach, nothing is swept: %s", error)
+
+
+def work(burst: bool = False) -> None:
+    """Run jobs until SIGTERM or SIGINT; with `burst`, until the queues are empty.
+
+    Waits for Redis where it is not there yet, and begins anew where RQ's worker gives up on it.
+    """
+    # Its own connection: RQ waits on it for minutes, and requests' short timeouts would cut that off.
+    connection = Redis.from_url(settings.redis_url, socket_connect_timeout=5)
+    sweeper = Sweeper()
+    if burst:
+        sweep_once()
+    else:
+        sweeper.start()
+    try:
+        while not _work_once(connection, burst):
+            time.sleep(1)
+    finally:
+        if not burst:
+            sweeper.stop()
+
+
+def _work_once(connection: Redis, burst: bool) -> bool:
+    """Until the worker ends; True when that was meant."""
+    try:
+        worker = BelfryWorker(
+            [jobs.queue(name, connection) for name in jobs.QUEUES],
+            connection=connection,
+            serializer="json",
+            worker_ttl=30,
+            maintenance_interval=10,
+            job_monitoring_interval=5,
+        )
+        worker.log_result_lifespan = False
+        worker.work(burst=burst, with_scheduler=True, logging_level=None)
+    except RedisError as error:
+        log.warning("Redis is out of reach: %s", error)
+        return False
+    return burst or worker.asked_to_stop
