@@ -101,6 +101,7 @@ TELL_OF_EDIT = f"""
 
 _RUN = """
     SELECT id, message_id, kind, state, walked_to, done, decisions, mention_changes,
+        set_config('jit', 'off', true),
         set_config('statement_timeout', %(statement)s, true),
         set_config('idle_in_transaction_session_timeout', %(idle)s, true)
     FROM run
@@ -108,7 +109,8 @@ _RUN = """
     FOR UPDATE
 """
 """Locks the run for one slice, and has PostgreSQL end what hangs: a statement that outlasts the job, and a
-transaction whose process sleeps on its locks. Both settings end with the transaction."""
+transaction whose process sleeps on its locks. Compiling the statement would take longer than running it.
+All three settings end with the transaction."""
 
 _BEGIN = """
     UPDATE run

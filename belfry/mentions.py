@@ -33,9 +33,9 @@ NOT_ALLOWED = "mention_not_allowed"
 # end of the text, and so it names nobody.
 _MAX_NESTING = 40
 
-# The parser looks for the end of a block quote anew for each, up to the next empty line: `>#\n;\n` 2,000 times
-# over took it fifteen seconds. So the lines that it looks at are counted. Honest text of 10,000 characters
-# takes a few thousand steps.
+# The parser looks for each block quote's end anew, down to the next empty line: `>#\n;\n` 2,000 times over
+# took it fifteen seconds. So the lines that it looks at are counted. Honest text of 10,000 characters takes a
+# few thousand steps; a text that takes more than these names nobody.
 _MAX_STEPS = 100_000
 
 # HTML is off because messages are displayed so: what looks like a tag is text. `text_join` is off because it
@@ -178,9 +178,8 @@ def resolve(
     """Whom `candidates` mention. `people` and `roles` are this server's alone, by lower-case name;
     `may_ping_groups` is true of admins and moderators; `allowed` None narrows nothing.
 
-    - A candidate means the longest of its names that exists. `everyone` always exists; of one name's
-      bearers, everyone comes before a person and a person before a role. There is no falling back to a shorter
-      name because the longer one may not be pinged.
+    - A candidate means the longest of its names that exists, and no shorter one where that may not be
+      pinged. `everyone` always exists, and means everyone; a person comes before a role of the same name.
     - No name exists: `unknown_mention`.
     - A person who cannot see the channel: `mention_without_access`, and not mentioned.
     - A role or everyone, by one who may not: `mention_not_allowed`, and not mentioned.

@@ -84,14 +84,21 @@ DECIDED = f"""
     SELECT m.user_id, {DECISION} AS decision
     FROM member m
     JOIN user_account u ON u.id = m.user_id
+        AND u.id > %(after)s AND u.id <= %(up_to)s
     LEFT JOIN subscription s ON s.user_id = m.user_id
+        AND s.user_id > %(after)s AND s.user_id <= %(up_to)s
     LEFT JOIN preference p ON p.channel_id = %(channel_id)s AND p.user_id = m.user_id
+        AND p.user_id > %(after)s AND p.user_id <= %(up_to)s
     WHERE m.server_id = %(server_id)s
     AND m.user_id > %(after)s
     AND m.user_id <= %(up_to)s
     AND (%(only_for)s::bigint IS NULL OR m.user_id = %(only_for)s)
 """
-"""(user_id, decision) of the members in a range of ids, for `Subject.parameters(after, up_to)`."""
+"""(user_id, decision) of the members in a range of ids, for `Subject.parameters(after, up_to)`.
+
+The range stands at each table: PostgreSQL carries an equality over a join, but no inequality, and would read
+everybody's accounts and subscriptions for every slice.
+"""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,203 @@
+"""Real processes for tests: a web process, workers, and a way to take Redis from them."""
+
+import contextlib
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from redis.connection import parse_url
+
+ROOT = Path(__file__).parent.parent
+PATIENCE = 30.0  # seconds; only for what must come, never asserted as a speed
+
+
+def wait_until(condition: Callable[[], object], what: str, seconds: float = PATIENCE) -> None:
+    """Returns as soon as the condition holds; fails with `what` when it never does."""
+    give_up = time.monotonic() + seconds
+    while time.monotonic() < give_up:
+        if condition():
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"waited {seconds:.0f} s for: {what}")
+
+
+class Process:
+    """A child process of a test, with its log."""
+
+    def __init__(self, arguments: list[str], environment: dict[str, str]) -> None:
+        self._file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed in stop()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", *arguments],
+            cwd=ROOT,
+            env={**os.environ, "LOG_FORMAT": "json", **environment},
+            stdout=self._file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def log(self) -> str:
+        return os.pread(self._file.fileno(), 10_000_000, 0).decode()
+
+    def running(self) -> bool:
+        return self._process.poll() is None
+
+    def send(self, sent: signal.Signals) -> None:
+        self._process.send_signal(sent)
+
+    def wait(self, seconds: float = PATIENCE) -> int:
+        return self._process.wait(timeout=seconds)
+
+    def stop(self) -> None:
+        """Ends it and all that it started, whatever state they are in."""
+        if self.running():
+            self._process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout=10)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait(timeout=10)
+        self._file.close()
+
+
+@contextmanager
+def running(arguments: list[str], **environment: str) -> Iterator[Process]:
+    process = Process(arguments, environment)
+    try:
+        yield process
+    except BaseException:
+        print(f"--- {' '.join(arguments)} ---\n{process.log()[-6000:]}")
+        raise
+    finally:
+        process.stop()
+
+
+@contextmanager
+def a_worker(**environment: str) -> Iterator[Process]:
+    """`flask --app app worker`, quick to retry and to sweep."""
+    with running(
+        ["flask", "--app", "app", "worker"], **{"RETRY_SECONDS": "1", "SWEEP_SECONDS": "1", **environment}
+    ) as process:
+        wait_until(lambda: "Listening on" in process.log(), "the worker to listen")
+        yield process
+
+
+@contextmanager
+def a_web_process(**environment: str) -> Iterator[str]:
+    """gunicorn as in the Procfile; the address where it answers."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    with running(
+        ["gunicorn", "--bind", f"127.0.0.1:{port}", "--worker-class", "gthread", "--threads", "4", "app:create_app()"],
+        WEB_CONCURRENCY="1",
+        **environment,
+    ):
+        wait_until(lambda: _answers(f"{address}/healthz"), "the web process to answer")
+        yield address
+
+
+def _answers(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(address, timeout=2) as answer:
+            return bool(answer.status == 200)
+    except (OSError, urllib.error.URLError):
+        return False
+
+
+class RedisGate:
+    """A door before Redis that tests can shut: connections through it are cut, and new ones are refused."""
+
+    def __init__(self, target_url: str) -> None:
+        self._target = parse_url(target_url)
+        self._directory = tempfile.TemporaryDirectory(prefix="belfry-gate-")
+        self._path = str(Path(self._directory.name) / "redis.sock")
+        self.url = f"unix://{self._path}?db={self._target.get('db', 0)}"
+        if password := self._target.get("password"):
+            self.url = f"unix://{self._target.get('username') or ''}:{password}@{self._path}?db={self._target.get('db', 0)}"
+        self._listener: socket.socket | None = None
+        self._pairs: list[tuple[socket.socket, socket.socket]] = []
+        self._lock = threading.Lock()
+        self.open()
+
+    def open(self) -> None:
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(self._path)
+        listener.listen()
+        self._listener = listener
+        threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
+
+    def shut(self) -> None:
+        listener, self._listener = self._listener, None
+        if listener:
+            listener.shutdown(socket.SHUT_RDWR)
+            listener.close()
+        Path(self._path).unlink(missing_ok=True)
+        with self._lock:
+            pairs, self._pairs = self._pairs, []
+        for pair in pairs:
+            for end in pair:
+                with contextlib.suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self.shut()
+        self._directory.cleanup()
+
+    def _connect(self) -> socket.socket:
+        if "path" in self._target:
+            upstream = socket.socket(socket.AF_UNIX)
+            upstream.connect(self._target["path"])
+            return upstream
+        return socket.create_connection((self._target.get("host", "localhost"), self._target.get("port", 6379)))
+
+    def _accept(self, listener: socket.socket) -> None:
+        while True:
+            try:
+                client, _ = listener.accept()
+            except OSError:
+                return
+            pair = (client, self._connect())
+            with self._lock:
+                self._pairs.append(pair)
+            threading.Thread(target=_forward, args=pair, daemon=True).start()
+
+
+def _forward(one: socket.socket, other: socket.socket) -> None:
+    with one, other, selectors.DefaultSelector() as selector:
+        selector.register(one, selectors.EVENT_READ, other)
+        selector.register(other, selectors.EVENT_READ, one)
+        while True:
+            for key, _ in selector.select():
+                try:
+                    data = key.fileobj.recv(65536)  # type: ignore[union-attr]
+                    if not data:
+                        return
+                    key.data.sendall(data)
+                except OSError:
+                    return
+
+
+@contextmanager
+def a_gate(target_url: str) -> Iterator[RedisGate]:
+    gate = RedisGate(target_url)
+    try:
+        yield gate
+    finally:
+        gate.close()

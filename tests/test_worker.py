@@ -1,0 +1,152 @@
+"""The path through real processes: a web process, Redis, and a separate worker."""
+
+import json
+import os
+import signal
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psutil
+
+import jobs
+from belfry.sql import execute, row
+from models import Notification, Run
+from tests.processes import a_gate, a_web_process, a_worker, running, wait_until
+
+
+def post(address: str, token: str, channel_id: int, content: str) -> tuple[int, dict[str, Any]]:
+    request = urllib.request.Request(
+        f"{address}/api/messages",
+        json.dumps({"channel_id": channel_id, "content": content}).encode(),
+        {"Authorization": f"Bearer {token}", "Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=20) as answer:
+        return answer.status, json.load(answer)
+
+
+def state_of(run_id: int) -> str:
+    return str(Run.get_by_id(run_id).state)
+
+
+def told_of(message_id: int) -> set[int]:
+    return {told.user_id for told in Notification.select().where(Notification.message_id == message_id)}
+
+
+@contextmanager
+def notifications_that(body: str) -> Iterator[None]:
+    """Every statement that inserts notifications first does `body`, as PL/pgSQL."""
+    execute(
+        f"CREATE FUNCTION test_fault() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {body} RETURN NULL; END $$;"
+        "CREATE TRIGGER test_fault BEFORE INSERT ON notification FOR EACH STATEMENT EXECUTE FUNCTION test_fault()"
+    )
+    try:
+        yield
+    finally:
+        execute("DROP FUNCTION test_fault CASCADE")
+
+
+def test_a_message_reaches_the_inbox_through_web_queue_and_worker(cast):
+    with a_web_process() as address, a_worker() as worker:
+        status, message = post(address, cast.subscriber.token, cast.general, "gold breaks out, @vera")
+        assert status == 201
+        wait_until(lambda: state_of(message["run"]["id"]) == "succeeded", "the run to succeed")
+        assert told_of(message["id"]) == {cast.admin.id, cast.moderator.id, cast.vip.id}
+
+        lines = [json.loads(line) for line in worker.log().splitlines() if line.startswith("{")]
+        done = next(line for line in lines if line["message"] == f"run {message['run']['id']} succeeded")
+        assert done["run_id"] == message["run"]["id"]
+        assert done["job_id"]
+
+
+def test_an_error_is_recorded_on_the_run_and_retried_until_it_passes(cast):
+    with a_web_process() as address, a_worker():
+        with notifications_that("RAISE EXCEPTION 'the disk is full';"):
+            _, message = post(address, cast.subscriber.token, cast.general, "gold")
+            run_id = message["run"]["id"]
+            wait_until(lambda: Run.get_by_id(run_id).error, "the failure to be recorded")
+            failed = Run.get_by_id(run_id)
+            assert "the disk is full" in failed.error
+            assert failed.state == "queued"
+            assert told_of(message["id"]) == set()
+        wait_until(lambda: state_of(run_id) == "succeeded", "the retry to succeed")
+        retried = Run.get_by_id(run_id)
+        assert retried.attempts >= 2
+        assert retried.error is None
+        assert told_of(message["id"]) == {cast.admin.id, cast.moderator.id, cast.vip.id}
+
+
+def test_with_redis_out_posting_answers_201_and_the_sweeper_finds_the_run(cast, redis):
+    with a_gate(os.environ["REDIS_URL"]) as gate:
+        behind = {"REDIS_URL": gate.url}
+        with a_web_process(**behind) as address, a_worker(**behind) as worker:
+            gate.shut()
+            posted = [post(address, cast.subscriber.token, cast.general, f"gold {number}") for number in range(3)]
+            assert [status for status, _ in posted] == [201, 201, 201]
+            assert {message["run"]["state"] for _, message in posted} == {"pending"}
+            assert {run.state for run in Run.select()} == {"pending"}
+            redis.flushdb()
+            gate.open()
+            wait_until(lambda: {run.state for run in Run.select()} == {"succeeded"}, "the runs to be found", 60)
+            for _, message in posted:
+                assert told_of(message["id"]) == {cast.admin.id, cast.moderator.id, cast.vip.id}
+            assert worker.running()
+
+
+def test_a_worker_that_starts_before_redis_waits_for_it(cast):
+    with a_gate(os.environ["REDIS_URL"]) as gate:
+        gate.shut()
+        with running(["flask", "--app", "app", "worker"], REDIS_URL=gate.url, SWEEP_SECONDS="1") as worker:
+            wait_until(lambda: "Redis is out of reach" in worker.log(), "the worker to say so")
+            gate.open()
+            wait_until(lambda: "Listening on" in worker.log(), "the worker to listen")
+
+
+def test_sigterm_finishes_the_work_in_hand(api, cast):
+    with a_worker() as worker, notifications_that("PERFORM pg_sleep(2);"):
+        message = api(cast.subscriber).post("/api/messages", json={"channel_id": cast.general, "content": "gold"})
+        run_id = message.get_json()["run"]["id"]
+        wait_until(_at_work, "the worker to be at work")
+        # As Heroku does it: to every process of the dyno, the work-horse included.
+        for process in [*psutil.Process(worker.pid).children(recursive=True), psutil.Process(worker.pid)]:
+            process.send_signal(signal.SIGTERM)
+        assert worker.wait() == 0
+        assert state_of(run_id) == "succeeded"
+        assert told_of(message.get_json()["id"]) == {cast.admin.id, cast.moderator.id, cast.vip.id}
+
+
+def _at_work() -> bool:
+    found = row(
+        "SELECT count(*) AS sessions FROM pg_stat_activity"
+        " WHERE wait_event = 'PgSleep' AND datname = current_database()"
+    )
+    return bool(found and found["sessions"])
+
+
+def test_a_killed_work_horse_costs_nobody_their_notification(api, cast):
+    with a_worker() as worker, notifications_that("PERFORM pg_sleep(1);"):
+        message = api(cast.subscriber).post("/api/messages", json={"channel_id": cast.general, "content": "gold"})
+        run_id = message.get_json()["run"]["id"]
+        wait_until(_at_work, "the worker to be at work")
+        horse = max(psutil.Process(worker.pid).children(), key=lambda child: child.create_time())
+        horse.kill()
+        wait_until(lambda: state_of(run_id) == "succeeded", "another attempt to succeed", 60)
+    assert Run.get_by_id(run_id).attempts == 2
+    assert told_of(message.get_json()["id"]) == {cast.admin.id, cast.moderator.id, cast.vip.id}
+
+
+def test_plain_rq_workers_can_run_the_jobs_too(api, cast):
+    message = api(cast.subscriber).post("/api/messages", json={"channel_id": cast.general, "content": "gold"})
+    with running(
+        ["rq.cli", "worker", "-S", "json", "--burst", "-u", os.environ["REDIS_URL"], *jobs.QUEUES]
+    ) as worker:
+        assert worker.wait(60) == 0
+    assert state_of(message.get_json()["run"]["id"]) == "succeeded"
+
+
+def test_the_burst_worker_ends_when_all_is_done(api, cast):
+    message = api(cast.subscriber).post("/api/messages", json={"channel_id": cast.general, "content": "gold"})
+    with running(["flask", "--app", "app", "worker", "--burst"]) as worker:
+        assert worker.wait(60) == 0
+    assert state_of(message.get_json()["run"]["id"]) == "succeeded"
