@@ -14,6 +14,7 @@
 Every error has one shape (views/problems.py); every answer carries `X-Request-Id`.
 """
 
+import logging
 import math
 import re
 import time
@@ -30,6 +31,8 @@ from models import User, db
 from schemas import LARGEST_ID
 from views import dashboard, health, inbox, limits, messages, openapi, people, problems, runs, servers
 from views.endpoint import api, bearer_token
+
+log = logging.getLogger(__name__)
 
 BODY_BYTES = 64 * 1024
 API_SUBJECTS = (messages, runs, inbox, people, servers)  # importing them puts their endpoints on `api`
@@ -76,6 +79,7 @@ def _identify() -> None:
     given = request.headers.get("X-Request-Id", "")
     g.request_id = given if re.fullmatch(r"[A-Za-z0-9_.-]{8,64}", given) else uuid.uuid4().hex
     g.log_context = logs.bind(request_id=g.request_id)
+    g.began = time.perf_counter()
 
 
 def _authenticate() -> None:
@@ -95,7 +99,14 @@ def _whose(token: str) -> User | None:
 
 
 def _sign(answer: Response) -> Response:
-    answer.headers["X-Request-Id"] = g.get("request_id", "")
+    answer.headers["X-Request-Id"] = g.request_id
+    log.info(
+        "%s %s %s in %.1f ms",
+        request.method,
+        request.path,
+        answer.status_code,
+        (time.perf_counter() - g.began) * 1000,
+    )
     answer.headers.setdefault("X-Content-Type-Options", "nosniff")
     if answer.status_code not in (429, 503):
         answer.headers.pop("Retry-After", None)  # flask-limiter puts it on every answer

@@ -105,9 +105,8 @@ def a_web_process(**environment: str) -> Iterator[str]:
         port = free.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
     with running(
-        ["gunicorn", "--bind", f"127.0.0.1:{port}", "--worker-class", "gthread", "--threads", "4", "app:create_app()"],
-        WEB_CONCURRENCY="1",
-        **environment,
+        ["gunicorn", "--bind", f"127.0.0.1:{port}", "app:create_app()"],
+        **{"WEB_CONCURRENCY": "1", **environment},
     ):
         wait_until(lambda: _answers(f"{address}/healthz"), "the web process to answer")
         yield address

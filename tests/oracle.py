@@ -1,0 +1,110 @@
+"""What the contract says of each member, in plain Python: what the tests hold the SQL against.
+
+Written from the contract's section "Decisions" alone. Nothing here may be taken from, or shared with, the
+code under test: an oracle that borrows its answer agrees with any mistake.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+PROVIDER_SLACK = timedelta(days=1)
+TELLING = ("message", "mention", "mention_role", "mention_everyone")
+SILENT = ("author", "no_channel_access", "no_subscription", "preference_none", "preference_mentions", "muted")
+
+
+@dataclass
+class Subscription:
+    status: str
+    period_end: datetime | None = None
+
+
+@dataclass
+class Preference:
+    level: str = "all"
+    muted_until: datetime | None = None
+
+
+@dataclass
+class Member:
+    """One person in the server. None for the subscription or the preference: there is no such row."""
+
+    admin: bool = False
+    subscription: Subscription | None = None
+    roles: frozenset[int] = frozenset()
+    preference: Preference | None = None
+
+
+@dataclass
+class Community:
+    """A server with one channel and one message in it. People and roles are known by their numbers.
+
+    `author` and `named` may be numbers of people who are not among the members. `only_for` is set of a test
+    notification "to me": nobody else is in its audience.
+    """
+
+    members: dict[int, Member]
+    author: int
+    private: bool = False
+    opening_roles: frozenset[int] = frozenset()
+    named: frozenset[int] = frozenset()
+    named_roles: frozenset[int] = frozenset()
+    everyone: bool = False
+    only_for: int | None = None
+    grace: timedelta = timedelta(days=7)
+
+
+def entitled(subscription: Subscription | None, now: datetime, grace: timedelta) -> bool:
+    if subscription is None:
+        return False
+    if subscription.status in ("active", "trialing"):
+        slack = PROVIDER_SLACK
+    elif subscription.status == "past_due":
+        slack = grace
+    else:
+        return False
+    return subscription.period_end is None or now - subscription.period_end <= slack
+
+
+def decision(community: Community, number: int, now: datetime) -> str:
+    """The one reason why this member is, or is not, told. The order of the lines is the contract's."""
+    member = community.members[number]
+    wish = member.preference or Preference()
+    muted = wish.muted_until is not None and wish.muted_until > now
+
+    if number == community.author:
+        return "author"
+    if community.private and not member.roles & community.opening_roles:
+        return "no_channel_access"
+    if not member.admin and not entitled(member.subscription, now, community.grace):
+        return "no_subscription"
+    if wish.level == "none":
+        return "preference_none"
+    if number in community.named:
+        return "mention"
+    if member.roles & community.named_roles and not muted:
+        return "mention_role"
+    if community.everyone and not muted:
+        return "mention_everyone"
+    if muted:
+        return "muted"
+    if wish.level == "mentions":
+        return "preference_mentions"
+    return "message"
+
+
+def decisions(community: Community, now: datetime) -> dict[int, str]:
+    """The decision of everybody in the message's audience."""
+    return {
+        number: decision(community, number, now) for number in community.members if community.only_for in (None, number)
+    }
+
+
+def statistics(decided: dict[int, str]) -> dict:
+    """A run's `stats` for these decisions: every kind of decision is in them, the ones nobody got too."""
+    counted = Counter(decided.values())
+    return {
+        "audience": len(decided),
+        "notified": sum(counted[kind] for kind in TELLING),
+        "decisions": {kind: counted[kind] for kind in TELLING + SILENT},
+    }

@@ -1,0 +1,89 @@
+"""The environment: what it means, and that what cannot be meant stops the start with the variable's name."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from config import ConfigError, Settings
+
+
+def test_an_empty_environment_means_the_defaults():
+    settings = Settings.from_environment({"PORT": "", "SOMETHING_ELSE": "x"})
+    assert settings == Settings()
+    assert settings.secret_key == ""  # nobody's default key
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "meant"),
+    [
+        ("DATABASE_URL", "postgres://u:p@h:5433/d?sslmode=require", "postgres://u:p@h:5433/d?sslmode=require"),
+        ("DATABASE_URL", "postgresql://postgres@/belfry?host=/tmp/x", "postgresql://postgres@/belfry?host=/tmp/x"),
+        ("REDIS_URL", "rediss://:p@h:6380/1", "rediss://:p@h:6380/1"),
+        ("REDIS_URL", "unix:///tmp/redis.sock?db=2", "unix:///tmp/redis.sock?db=2"),
+        ("PORT", " 5000 ", 5000),
+        ("SECURE_COOKIES", "0", False),
+        ("LOG_LEVEL", "debug", "DEBUG"),
+        ("LOG_FORMAT", "JSON", "json"),
+        ("RATE_LIMIT_MESSAGES", "5 per second; 200 per 15 minutes", "5 per second; 200 per 15 minutes"),
+        ("PUBLIC_URL", "https://example.com/", "https://example.com"),
+        ("PAST_DUE_GRACE_DAYS", "0", 0),
+    ],
+)
+def test_a_value_is_read(name, value, meant):
+    assert getattr(Settings.from_environment({name: value}), name.lower()) == meant
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("DATABASE_URL", "mysql://localhost/belfry"),
+        ("DATABASE_URL", "postgresql://localhost"),
+        ("DATABASE_URL", "postgresql://localhost/belfry?nonsense=1"),
+        ("REDIS_URL", "localhost:6379"),
+        ("REDIS_URL", "redis://localhost:port/0"),
+        ("SECRET_KEY", "short"),
+        ("PORT", "0"),
+        ("PORT", "70000"),
+        ("PORT", "http"),
+        ("WEB_CONCURRENCY", "0"),
+        ("WEB_THREADS", "many"),
+        ("SECURE_COOKIES", "perhaps"),
+        ("LOG_LEVEL", "LOUD"),
+        ("LOG_FORMAT", "xml"),
+        ("PUBLIC_URL", "example.com"),
+        ("RATE_LIMIT_MESSAGES", "a few"),
+        ("RATE_LIMIT_DEFAULT", "10 per fortnight"),
+        ("PAST_DUE_GRACE_DAYS", "-1"),
+        ("SLICE_MEMBERS", "0"),
+        ("JOB_TIMEOUT", "1"),
+        ("SWEEP_SECONDS", "0"),
+        ("RETRY_SECONDS", "1.5"),
+    ],
+)
+def test_a_value_that_cannot_be_meant_is_refused_by_name(name, value):
+    with pytest.raises(ConfigError, match=f"^{name} "):
+        Settings.from_environment({name: value})
+
+
+def start(**changes: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", "import app; app.create_app()"],
+        env={**os.environ, **changes},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_a_wrong_value_stops_the_start_with_one_sentence():
+    stopped = start(PORT="ninety")
+    assert stopped.returncode == 1
+    assert stopped.stderr == "belfry: PORT must be a whole number\n"
+
+
+def test_without_a_secret_key_nothing_is_served():
+    stopped = start(SECRET_KEY="")
+    assert stopped.returncode == 1
+    assert stopped.stderr.startswith("belfry: SECRET_KEY is not set.")

@@ -1,0 +1,95 @@
+"""The tables: what the migrations make is what the models say, and the database refuses what the rules forbid."""
+
+import threading
+import uuid
+
+import pytest
+from peewee import DataError, IntegrityError, PostgresqlDatabase
+from playhouse.schema_diff import diff_models
+
+from belfry import schema
+from belfry.sql import execute, row, rows
+from models import TABLES, Notification, Role, Server, Subscription, User, db
+
+
+def test_the_migrations_make_what_the_models_say():
+    found = diff_models(db, list(TABLES))
+    assert not found, found
+
+
+def test_no_column_forgets_its_offset():
+    wrong = rows(
+        "SELECT table_name, column_name FROM information_schema.columns"
+        " WHERE table_schema = 'public' AND data_type = 'timestamp without time zone'"
+        " AND table_name <> 'schema_migration'"
+    )
+    assert wrong == []
+
+
+def test_the_notification_has_its_key_and_no_other_index():
+    indexes = rows("SELECT indexdef FROM pg_indexes WHERE tablename = 'notification'")
+    assert [index["indexdef"].split("USING")[1].strip() for index in indexes] == ["btree (user_id, message_id)"]
+
+
+def test_migrating_twice_and_by_two_at_once_is_safe(monkeypatch):
+    name = f"belfry_migrating_{uuid.uuid4().hex[:12]}"
+    execute(f'CREATE DATABASE "{name}"')
+    parameters = {key: value for key, value in db.connect_params.items() if key != "dbname"}
+    fresh = PostgresqlDatabase(name, prefer_psycopg3=True, **parameters)
+    monkeypatch.setattr(schema, "db", fresh)
+    monkeypatch.setattr("belfry.sql.db", fresh)
+    try:
+        applied: list[list[str]] = []
+        threads = [threading.Thread(target=lambda: applied.append(schema.migrate())) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(applied) == [[], [], ["0001_initial"]]
+        with fresh.connection_context():
+            assert schema.missing_migrations() == []
+    finally:
+        monkeypatch.undo()
+        execute(f'DROP DATABASE "{name}" WITH (FORCE)')
+
+
+def refused(statement: str, **parameters: object) -> None:
+    with pytest.raises((IntegrityError, DataError)), db.atomic():
+        execute(statement, parameters)
+
+
+def test_the_database_refuses_what_the_rules_forbid(cast):
+    other = Server.create(name="Other")
+    foreign = Role.create(server=other, name="foreign")
+    refused(
+        "INSERT INTO member_role (role_id, user_id, server_id) VALUES (%(role)s, %(user)s, %(server)s)",
+        role=foreign.id, user=cast.subscriber.id, server=cast.server_id,
+    )  # fmt: skip
+    refused(
+        "INSERT INTO channel_role (channel_id, role_id, server_id) VALUES (%(channel)s, %(role)s, %(server)s)",
+        channel=cast.vault, role=foreign.id, server=cast.server_id,
+    )  # fmt: skip
+    refused("INSERT INTO member_role (role_id, user_id, server_id) VALUES (%(role)s, %(user)s, %(server)s)",
+            role=cast.vip_role, user=cast.stranger.id, server=cast.server_id)  # fmt: skip
+    refused("INSERT INTO subscription (user_id, status) VALUES (%(user)s, 'active')", user=cast.subscriber.id)
+    refused("UPDATE subscription SET status = 'sort of'")
+    refused("INSERT INTO user_account (username, name) VALUES ('Loud', 'Loud')")
+    refused("INSERT INTO user_account (username, name) VALUES ('everyone', 'Everyone')")
+    refused("INSERT INTO user_account (username, name) VALUES ('dot.', 'Dot')")
+    refused("INSERT INTO message (channel_id, author_id, content) VALUES (%(channel)s, %(user)s, '')",
+            channel=cast.general, user=cast.subscriber.id)  # fmt: skip
+    refused("INSERT INTO preference (channel_id, user_id, level) VALUES (%(channel)s, %(user)s, 'some')",
+            channel=cast.general, user=cast.subscriber.id)  # fmt: skip
+    refused("INSERT INTO notification (user_id, message_id, reason) VALUES (1, 1, 'muted')")
+    Notification.insert(user_id=1, message_id=1, reason="message").execute()
+    refused("INSERT INTO notification (user_id, message_id, reason) VALUES (1, 1, 'mention')")
+    assert Subscription.select().count() == 5
+    assert User.select().where(User.username == "everyone").count() == 0
+
+
+def test_one_message_has_one_run_of_its_own(api, cast):
+    message = api(cast.subscriber).post("/api/messages", json={"channel_id": cast.general, "content": "gold"})
+    refused("INSERT INTO run (message_id, kind) VALUES (%(id)s, 'message')", id=message.get_json()["id"])
+    refused("UPDATE run SET state = 'failed', finished_at = now()")  # without saying why
+    refused("UPDATE run SET state = 'succeeded'")  # without saying when
+    assert row("SELECT state FROM run") == {"state": "queued"}
