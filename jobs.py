@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 
+from peewee import InterfaceError, OperationalError
 from redis import Redis
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
@@ -54,8 +55,8 @@ def redis_connection() -> Redis:
     """The web's and the jobs' connection to Redis: short timeouts, for a request must not wait for it."""
     return Redis.from_url(
         settings.redis_url,
-        socket_connect_timeout=1,
-        socket_timeout=3,
+        socket_connect_timeout=0.5,
+        socket_timeout=2,
         retry=RedisRetry(NoBackoff(), 1),  # a connection that a restart of Redis left dead is made again once
         health_check_interval=30,
     )
@@ -89,7 +90,11 @@ def enqueue_runs(run_ids: Sequence[int]) -> bool:
     except RedisError as error:
         log.warning("Redis is out of reach, %s run(s) stay pending: %s", len(wishes), error)
         return False
-    runs.mark_queued(run_ids, QUEUED_SECONDS)
+    try:
+        runs.mark_queued(run_ids, QUEUED_SECONDS)
+    except (OperationalError, InterfaceError) as error:
+        # They are committed and in the queue: whoever waits for an answer must not get an error for this.
+        log.warning("run(s) %s are queued, but could not be marked so: %s", list(run_ids), error)
     return True
 
 

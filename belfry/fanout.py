@@ -149,9 +149,11 @@ _GIVE_UP = """
         error = COALESCE(error, 'gave up after ' || attempts || ' attempts: each ended without a word, '
                                 'as when its process is killed')
     WHERE id = %(run_id)s
-    AND state <> 'succeeded'
-    AND state <> 'failed'
+    AND state NOT IN ('succeeded', 'failed')
+    AND tries_left = 0
+    AND due_at <= now()
 """
+"""The last attempt has ended without a word: its lease is over, and it wrote neither progress nor a failure."""
 
 LEASE_SECONDS = 20
 """How long a run is left alone after the last sign of life from whoever works on it; a slice takes well under one."""
@@ -161,14 +163,14 @@ def execute(run_id: int) -> str:
     """Work on a run until it is finished; answers its state, or `missing` where there is no such run.
 
     Safe at any time and any number of times: a run that succeeded is left as it is, one that stopped half-way
-    goes on where it stopped. A failed run that is asked for again gets one more attempt. Whatever goes wrong
+    goes on where it stopped, one whose last attempt is under way elsewhere is left to it. A failed run that is
+    asked for again gets one more attempt. Whatever goes wrong
     goes up to the caller, with everything that was committed before it kept.
     """
     if not _begin(run_id):
-        statement_rows = execute_sql(_GIVE_UP, {"run_id": run_id})
-        found = row("SELECT state FROM run WHERE id = %(run_id)s", {"run_id": run_id})
-        if statement_rows:
+        if execute_sql(_GIVE_UP, {"run_id": run_id}):
             log.error("run %s gave up", run_id)
+        found = row("SELECT state FROM run WHERE id = %(run_id)s", {"run_id": run_id})
         return found["state"] if found else "missing"
     while not advance(run_id):
         pass

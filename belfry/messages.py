@@ -31,7 +31,7 @@ def post_message(
     allowed: mentions.AllowedMentions | None = None,
     once: Once | None = None,
 ) -> Posted:
-    """Write a message and its run (`pending`) in one transaction. Enqueue the run after it.
+    """Write a message and its run in one transaction. Enqueue the run after it; if that fails, it is `pending`.
 
     Raises NotFound where the author may not see the channel, Forbidden and SubscriptionRequired where they
     may not post, and what `idempotency.claim` raises.
@@ -69,7 +69,7 @@ def post_message(
             "edited_at": None,
             "mentions": found,
             "warnings": found.warnings,
-            "run": {"id": run_id, "state": "pending"},
+            "run": {"id": run_id, "state": "queued"},  # as it is, a moment after the commit
         }
         posted = Posted(message, run_id)
         if once:

@@ -1,4 +1,4 @@
-"""The queue dashboard and the page to sign in to it: who may, what it shows, what it does, and what it must not.
+"""The queue dashboard, and signing in to it: who may, what it shows, what it does, and what it must not.
 
 The jobs are real: made on Belfry's queues, and run by a worker of RQ's.
 """
@@ -16,7 +16,9 @@ from urllib.parse import unquote
 import pytest
 from flask import Flask
 from redis import Redis
+from redis.backoff import NoBackoff
 from redis.exceptions import TimeoutError as RedisTimeoutError
+from redis.retry import Retry
 from rq import SimpleWorker, Worker
 from rq.job import Job
 from rq.serializers import JSONSerializer
@@ -28,6 +30,7 @@ from config import settings
 from models import ApiToken, User
 from views import dashboard
 
+ONCE = Retry(NoBackoff(), 0)
 SAME = {"Sec-Fetch-Site": "same-origin"}
 BROWSER = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
 SCRIPT = "<script>alert(1)</script>"
@@ -340,7 +343,11 @@ def test_a_job_of_every_state_has_its_page(admin, queue, work, failed):
         assert admin.get(f"/rq/0/data/job/{job_id}.json").json["status"] == state
         assert listed(admin, state) == [job_id]
     shown = admin.get(f"/rq/0/data/job/{finished.id}.json").json
-    assert (shown["result"], shown["description"], shown["metadata"]) == (2.0, "run 8", '{&quot;slice&quot;: 3}')
+    assert (shown["result"], shown["description"], shown["metadata"]) == (
+        2.0,
+        "run 8",
+        "{&quot;slice&quot;: 3}",
+    )
     assert "ValueError" in admin.get(f"/rq/0/data/job/{failed}.json").json["exc_info"]
 
 
@@ -364,7 +371,12 @@ def test_pages_of_a_list_neither_repeat_nor_skip(admin, queue, registry):
         for job in made:
             job.cancel()
     ids = [job.id for job in made]
-    assert [listed(admin, registry, 8, "asc", page) for page in (1, 2, 3, 4)] == [ids[:8], ids[8:16], ids[16:], []]
+    assert [listed(admin, registry, 8, "asc", page) for page in (1, 2, 3, 4)] == [
+        ids[:8],
+        ids[8:16],
+        ids[16:],
+        [],
+    ]
     assert [listed(admin, registry, 8, "dsc", page) for page in (1, 2, 3, 4)] == [
         ids[12:][::-1],
         ids[4:12][::-1],
@@ -473,7 +485,9 @@ def test_deleting_one(client, cast, queue, redis):
     assert (queue.count, Job.exists(job.id, redis)) == (0, False)
 
 
-@pytest.mark.parametrize("registry", ["queued", "scheduled", "deferred", "started", "finished", "failed", "canceled"])
+@pytest.mark.parametrize(
+    "registry", ["queued", "scheduled", "deferred", "started", "finished", "failed", "canceled"]
+)
 def test_emptying_a_registry(admin, queue, work, redis, registry, idle_worker):
     for number in range(2):
         job = queue.enqueue("math.sqrt", -1 if registry == "failed" else 4, job_id=f"job-{number}")
@@ -658,9 +672,11 @@ def test_the_address_is_shown(app, admin):
     assert app.config["RQ_DASHBOARD_REDIS_URL"][0] in text
 
 
-@pytest.mark.parametrize("path", [path for path in PAGES if "static" not in path] + ["/rq/0/view/job/x", *ACTIONS])
+@pytest.mark.parametrize(
+    "path", [path for path in PAGES if "static" not in path] + ["/rq/0/view/job/x", *ACTIONS]
+)
 def test_redis_out_of_reach_is_said(app, admin, monkeypatch, path):
-    monkeypatch.setattr(app, "redis_conn", Redis(unix_socket_path="/nowhere/redis.sock"))
+    monkeypatch.setattr(app, "redis_conn", Redis(unix_socket_path="/nowhere/redis.sock", retry=ONCE))
     method = "POST" if path in ACTIONS else "GET"
     answer = admin.open(method, path)
     assert (answer.status_code, answer.json["code"]) == (503, "unavailable")

@@ -50,8 +50,8 @@ def post_message(body: dict[str, Any]) -> Answer | Response:
         location = f"/api/messages/{json.loads(posted.answer)['id']}"
         return json_response(posted.answer, 201, {"Location": location, "Idempotency-Replayed": "true"})
     message = posted.message
-    if enqueue_runs([posted.run_id]):
-        message["run"]["state"] = "queued"
+    if not enqueue_runs([posted.run_id]):
+        message["run"]["state"] = "pending"
         if once:
             remember(once, message)
     return Answer(message, headers={"Location": f"/api/messages/{message['id']}"})

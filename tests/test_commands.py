@@ -1,0 +1,136 @@
+"""The commands, as typed."""
+
+import json
+
+import pytest
+from click.testing import Result
+from flask import Flask
+
+from belfry.sql import execute
+from models import Member, Notification, Run, Subscription, User
+
+
+@pytest.fixture
+def command(app: Flask):
+    def run(*arguments: str, code: int = 0) -> Result:
+        result = app.test_cli_runner().invoke(args=list(arguments))
+        assert result.exit_code == code, result.output
+        return result
+
+    return run
+
+
+def test_create_user_prints_the_person_and_the_token_once(command, client):
+    made = json.loads(command("create-user", "Gil", "--admin", "--name", "Gil G", "--token", "--json").stdout)
+    assert made["username"] == "gil"
+    me = client.get("/api/me", headers={"Authorization": f"Bearer {made['token']}"}).get_json()
+    assert (me["name"], me["is_admin"]) == ("Gil G", True)
+    again = json.loads(command("create-token", "GIL", "--json").stdout)
+    assert again["token"] != made["token"]
+    assert made["token"] not in command("create-user", "ann", "--subscription", "active").stdout
+    assert Subscription.get().status == "active"
+
+
+@pytest.mark.parametrize("name", ["ab", "a" * 33, "everyone", "belfry", "Ünal", "dot.", "_dash", "two words", "nul\0"])
+def test_a_name_that_could_not_be_mentioned_is_refused(command, name):
+    assert "Invalid value" in command("create-user", name, code=2).output
+    assert not User.select().exists()
+
+
+def test_a_taken_name_and_an_unknown_one_say_so(command, cast):
+    assert command("create-user", "sam", code=1).output == "Error: The username sam is taken.\n"
+    assert command("create-token", "nobody", code=1).output == "Error: There is no user nobody.\n"
+
+
+def test_seed_makes_a_community_with_every_admin_in_it(command, cast):
+    made = json.loads(command("seed", "--members", "120", "--channels", "4", "--json").stdout)
+    assert made["members"] == 120
+    assert len(made["channel_ids"]) == 4
+    assert made["usernames"][0] == "member-1"
+    members = {member.user_id for member in Member.select().where(Member.server == made["server_id"])}
+    assert len(members) == 121
+    assert cast.admin.id in members
+    statuses = {subscription.status for subscription in Subscription.select()}
+    assert statuses == {"active", "trialing", "past_due", "canceled"}
+    again = json.loads(command("seed", "--members", "10", "--json").stdout)
+    assert again["usernames"][0] == "member-121"
+
+
+def test_seed_refuses_what_is_no_community(command):
+    command("seed", code=2)
+    command("seed", "--members", "0", code=2)
+    command("seed", "--members", "ten", code=2)
+
+
+def test_send_test_notification_works_on_a_fresh_installation(command, run_jobs):
+    assert "There is no admin yet" in command("send-test-notification", code=1).output
+    command("create-user", "gil", "--admin")
+    sent = json.loads(command("send-test-notification", "--json").stdout)
+    assert (sent["kind"], sent["state"]) == ("test", "queued")
+    run_jobs()
+    shown = json.loads(command("runs", "show", str(sent["id"]), "--json").stdout)
+    assert shown["state"] == "succeeded"
+    assert shown["stats"]["notified"] == shown["stats"]["audience"] == 1
+    told = Notification.get()
+    assert told.user_id == User.get(User.username == "gil").id
+    assert "told at" in command("explain", str(sent["message_id"]), "gil").stdout
+
+
+def test_waiting_for_a_run_that_failed_exits_1(command, cast, monkeypatch):
+    def fail(run_ids):
+        execute("UPDATE run SET state = 'failed', finished_at = now(), error = 'the disk is full'")
+        return True
+
+    monkeypatch.setattr("jobs.enqueue_runs", fail)
+    output = command("send-test-notification", "--audience", "channel", "--wait", code=1).output
+    assert "the disk is full" in output
+
+
+def test_runs_are_listed_shown_replayed_and_retried(command, api, cast, run_jobs):
+    api(cast.subscriber).post("/api/messages", json={"channel_id": cast.general, "content": "gold"})
+    run_jobs()
+    assert "succeeded" in command("runs", "list").stdout
+    assert command("runs", "list", "--state", "failed").stdout == ""
+    assert "no_subscription" in command("runs", "show", "1").stdout
+    assert command("runs", "show", "99", code=1).output == "Error: There is no run 99.\n"
+
+    dry = json.loads(command("runs", "replay", "1", "--dry-run", "--json").stdout)
+    assert (dry["added"], dry["stays"], dry["run_id"]) == (0, 3, None)
+    Subscription.update(status="active").where(Subscription.user == cast.lapsed.id).execute()
+    assert "would add 1, 3 stay" in command("runs", "replay", "1", "--dry-run").stdout
+    assert Run.select().count() == 1
+    assert "adds 1, 3 stay" in command("runs", "replay", "1").stdout
+    run_jobs()
+    assert Notification.select().count() == 4
+
+    execute("UPDATE run SET state = 'failed', error = 'the disk is full' WHERE id = 1")
+    assert "the disk is full" in command("runs", "list", "--state", "failed").stdout
+    command("runs", "retry", code=2)
+    assert command("runs", "retry", "--failed").stdout == "1 run(s) again: 1\n"
+    run_jobs()
+    assert Run.get_by_id(1).state == "succeeded"
+    assert command("runs", "retry", "--failed").stdout == "nothing to do\n"
+    assert Notification.select().count() == 4
+
+
+def test_explain_says_why_not(command, api, cast, run_jobs):
+    api(cast.subscriber).post("/api/messages", json={"channel_id": cast.general, "content": "gold"})
+    run_jobs()
+    assert "lars: not told: no_subscription." in command("explain", "1", "lars").stdout
+    found = json.loads(command("explain", "1", "vera", "--json").stdout)
+    assert found["decision"] == "message"
+    assert "Nobody with id 6 is a member" in command("explain", "1", "stan", code=1).output
+
+
+def test_migrate_can_be_run_again(command):
+    assert command("migrate").stdout == "nothing to do\n"
+    assert json.loads(command("migrate", "--json").stdout) == {"applied": []}
+
+
+def test_without_tables_a_command_says_what_to_do(command, monkeypatch):
+    monkeypatch.setattr("commands.schema.missing_migrations", lambda: ["0001_initial"])
+    execute("ALTER TABLE user_account RENAME TO hidden")
+    try:
+        assert "flask --app app migrate" in command("create-token", "sam", code=1).output
+    finally:
+        execute("ALTER TABLE hidden RENAME TO user_account")
