@@ -57,6 +57,6 @@ $(STAMP): requirements.txt requirements-dev.txt $(PY)
 	@touch $(STAMP)
 
 clean:
-	@if [ -x $(PY) ] && [ -d .belfry ]; then $(PY) -m dev clean; fi
+	@if [ -e $(STAMP) ] && [ -d .belfry ]; then $(PY) -m dev clean; fi
 	rm -rf $(VENV) .belfry .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,6 +1,7 @@
 """The commands: `flask --app app COMMAND`. Each has --help, and --json where it prints data."""
 
 import json
+import sys
 import time
 from collections.abc import Callable
 from functools import wraps
@@ -138,7 +139,7 @@ def create_token(name: str, as_json: bool) -> None:
 @json_option
 def seed(members: int, channels: int, as_json: bool) -> None:
     """Make a community to try things on: a server with members, roles, channels, subscriptions and preferences."""
-    with click.progressbar(length=members, label="members", file=click.get_text_stream("stderr")) as bar:
+    with click.progressbar(length=members, label="members", file=sys.stderr) as bar:
         made = seeding.seed(members, channels, bar.update)
     if as_json:
         _print_json(made)
@@ -180,7 +181,7 @@ def _sender(username: str | None) -> User:
 def _wait(run_id: int) -> dict[str, Any]:
     """Until the run is finished, with its progress; raises ClickException when that takes too long."""
     give_up = time.monotonic() + WAIT_SECONDS
-    with click.progressbar(length=1, label=f"run {run_id}", file=click.get_text_stream("stderr")) as bar:
+    with click.progressbar(length=1, label=f"run {run_id}", file=sys.stderr) as bar:
         while time.monotonic() < give_up:
             run = runs.find_run(run_id)
             bar.length = run["total"] or 1

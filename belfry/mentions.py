@@ -136,7 +136,8 @@ class Mentions:
 
 def find_mentions(content: str) -> tuple[Candidate, ...]:
     """What in `content`, read as CommonMark, may be a mention; in order of appearance, each distinct text
-    (whatever its case, as first written) once. Empty where there is none. Never raises.
+    (whatever its case, as first written) once. Empty where there is none, or where the text is nested so
+    perversely that parsing it would take seconds. Never raises.
 
     - Only text counts, that of link labels, image descriptions, headings and lists too: no code, no link's
       target or title, no autolink, nothing in a block quote.

@@ -13,8 +13,6 @@ import sys
 from collections.abc import Sequence
 
 from dev import DATA_DIR, CommandError, say, stop
-from dev.places import sweep
-from dev.servers import stop_unused
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -38,7 +36,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _run(command: str, rest: Sequence[str]) -> int:
-    # Imported when needed: `clean` works where Belfry's own requirements are not installed.
+    # Imported only now: from `stop.listen` on, Ctrl-C is one sentence and not a traceback.
     if command == "demo":
         from dev.demo import demo
 
@@ -60,6 +58,9 @@ def _run(command: str, rest: Sequence[str]) -> int:
 
 
 def _clean() -> int:
+    from dev.places import sweep
+    from dev.servers import stop_unused
+
     if not DATA_DIR.exists():
         return 0
     sweep()

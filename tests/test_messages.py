@@ -8,6 +8,8 @@ from threading import Barrier
 
 import pytest
 from redis import Redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 import jobs
 from belfry import accounts, communities
@@ -39,7 +41,8 @@ def test_the_answer_to_a_post_is_that_of_the_contract(cast, post):
     message = answer.get_json()
     created_at, number, run = message["created_at"], message["id"], message["run"]["id"]
     expected = {
-        "id": number, "channel_id": cast.general, "author": {"id": cast.subscriber.id, "username": "sam", "name": "Sam"},
+        "id": number, "channel_id": cast.general,
+        "author": {"id": cast.subscriber.id, "username": "sam", "name": "Sam"},
         "content": "gold breaks out, @moira, @bobby", "created_at": created_at, "edited_at": None,
         "mentions": {"users": [{"id": cast.moderator.id, "username": "moira"}], "roles": [], "everyone": False},
         "warnings": [{"code": "unknown_mention", "detail": "@bobby is nobody in this server"}],
@@ -98,8 +101,9 @@ def test_allowed_mentions_narrow_and_never_add(cast, post):
 
 def test_content_is_trimmed_and_otherwise_kept(post):
     for content in (
-        "a", "two\n\n  lines", "日本語 עברית العربية", "👩‍👩‍👧‍👦 e\u0301 \u202eright to left\u202c", "\ufeff\u200bzero", "\x01\x7f",
-        "'; DROP TABLE message; --", "{{ 7 * 7 }} ${7*7} %s %(id)s {0}", "<script>alert(1)</script>", "\\u0000 \\", "|" * 10,
+        "a", "two\n\n  lines", "日本語 עברית العربية", "\U0001f469\u200d\U0001f469 e\u0301 \u202eto the left\u202c",
+        "\ufeff\u200bzero", "\x01\x7f", "\\u0000 \\", "'; DROP TABLE message; --", "<script>alert(1)</script>",
+        "{{ 7 * 7 }} ${7*7} %s %(id)s {0}",
     ):  # fmt: skip
         assert post(f" \t\r\n\u00a0{content}\u2003\n").get_json()["content"] == content
 
@@ -118,7 +122,8 @@ def test_ten_thousand_characters_beyond_the_basic_plane(api, cast):
 
 
 def test_posting_does_not_need_redis(cast, post, monkeypatch):
-    monkeypatch.setattr(jobs, "redis_connection", lambda: Redis(host="127.0.0.1", port=1, socket_timeout=1))
+    nowhere = Redis(host="127.0.0.1", port=1, retry=Retry(NoBackoff(), 0))
+    monkeypatch.setattr(jobs, "redis_connection", lambda: nowhere)
     answer = post("hello", key="once")
     assert answer.status_code == 201
     assert answer.get_json()["run"]["state"] == "pending"
@@ -159,14 +164,13 @@ def test_the_first_answer_stays_whatever_became_of_the_message(api, cast, post, 
 
 
 def test_the_order_of_the_members_does_not_tell_bodies_apart_but_their_values_do(api, cast):
-    sam = api(cast.subscriber)
-    bodies = ('{"channel_id": 1, "content": "x"}', '{ "content":"\\u0078","channel_id":1 }', '{"channel_id":1,"content":"x "}')
-    answers = [
-        sam.post("/api/messages", data=body, content_type="application/json", headers={"Idempotency-Key": "once"})
-        for body in bodies
-    ]
-    assert answers[0].data == answers[1].data
-    assert_problem(answers[2], 422, "idempotency_mismatch")
+    def send(body):
+        arguments = {"content_type": "application/json", "headers": {"Idempotency-Key": "once"}}
+        return api(cast.subscriber).post("/api/messages", data=body, **arguments)
+
+    first = send('{"channel_id": 1, "content": "x"}')
+    assert send('{ "content":"\\u0078","channel_id":1 }').data == first.data
+    assert_problem(send('{"channel_id": 1, "content": "y"}'), 422, "idempotency_mismatch")
 
 
 def test_keys_are_each_authors_own(cast, post):
@@ -209,10 +213,11 @@ def test_the_same_request_many_times_at_once_posts_once(post):
 
         with ThreadPoolExecutor(6) as threads:
             answers = list(threads.map(send, range(6)))
-        new = [answer for answer in answers if answer.status_code == 201 and "Idempotency-Replayed" not in answer.headers]
+        posted = [answer for answer in answers if answer.status_code == 201]
+        new = [answer for answer in posted if "Idempotency-Replayed" not in answer.headers]
         assert len(new) == 1
         for answer in answers:
-            if answer.status_code == 201:
+            if answer in posted:
                 assert answer.get_json()["id"] == new[0].get_json()["id"]
             else:
                 assert_problem(answer, 409, "conflict")
@@ -289,8 +294,8 @@ def test_an_edit_that_mentions_the_same_people_needs_no_run(api, cast, post):
 
 def test_an_edit_mentions_no_more_than_the_post_allowed(api, cast, post):
     narrow = {"users": [cast.vip.id], "everyone": False}
-    message = post("hello", cast.admin, allowed_mentions=narrow).get_json()
-    edited = api(cast.admin).patch(f"/api/messages/{message['id']}", json={"content": "@vera @sam @everyone"}).get_json()
+    path = f"/api/messages/{post('hello', cast.admin, allowed_mentions=narrow).get_json()['id']}"
+    edited = api(cast.admin).patch(path, json={"content": "@vera @sam @everyone"}).get_json()
     assert edited["mentions"] == {"users": [{"id": cast.vip.id, "username": "vera"}], "roles": [], "everyone": False}
 
 

@@ -1,0 +1,224 @@
+"""rq-dashboard's views that get it wrong, anew, by its own names for them: with JSON, and never with pickle.
+
+It reads some jobs with pickle, and so would run whatever somebody with access to Redis wrote there. And it
+writes what jobs say into its pages as it is; here texts are escaped in the JSON that its scripts show.
+"""
+
+import json
+import re
+from contextlib import suppress
+from html import escape
+from math import ceil
+from typing import Any
+
+from flask import Response, current_app, jsonify, render_template, url_for
+from rq import Queue, Worker
+from rq.exceptions import InvalidJobOperation, NoSuchJobError
+from rq.job import Job
+from rq.serializers import JSONSerializer
+from rq_dashboard import web
+
+import jobs
+
+LIBRARY = web.blueprint.name
+JOB_ID = r"[A-Za-z0-9_-]{1,100}"
+
+
+class _LenientJson(JSONSerializer):  # type: ignore[misc]
+    """For showing jobs: what is not JSON is said to be so, and does not take the page of all others away."""
+
+    @staticmethod
+    def loads(data: bytes) -> Any:
+        try:
+            return JSONSerializer.loads(data)
+        except ValueError:
+            return "(not JSON)"
+
+
+class _SeenWorker(Worker):  # type: ignore[misc]
+    """A worker looked at from outside."""
+
+    def _set_connection(self, connection: Any) -> Any:
+        return connection  # the library's would raise the timeout of the web's own connections to minutes
+
+
+def _redis() -> Any:
+    return current_app.redis_conn  # type: ignore[attr-defined]
+
+
+def _queue(name: str) -> Any:
+    return jobs.queue(name, _redis())
+
+
+def _job(job_id: str, serializer: Any = JSONSerializer) -> Any:
+    return Job.fetch(job_id, connection=_redis(), serializer=serializer)
+
+
+def _source(queue_name: str, registry_name: str) -> Any:
+    """The queue itself for `queued`, else the queue's registry of that name."""
+    queue = _queue(queue_name)
+    return queue if registry_name == "queued" else getattr(queue, f"{registry_name}_job_registry")
+
+
+def _escaped(value: Any) -> Any:
+    """The same with every text fit for HTML, into which the library's scripts write it as it is."""
+    if isinstance(value, str):
+        return escape(value)
+    if isinstance(value, dict):
+        return {_escaped(key): _escaped(inner) for key, inner in value.items()}
+    return [_escaped(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _show(template: str, **values: Any) -> str:
+    return render_template(
+        f"rq_dashboard/{template}",
+        current_instance=0,
+        instance_list=current_app.config["RQ_DASHBOARD_REDIS_URL"],
+        rq_url_prefix=url_for(f"{LIBRARY}.queues_overview"),
+        rq_dashboard_version=web.rq_dashboard_version,
+        rq_version=web.rq_version,
+        enable_delete=True,
+        **values,
+    )
+
+
+def workers_overview(instance_number: int) -> str:
+    return _show("workers.html", active_tab="workers")
+
+
+def jobs_overview(instance_number: int, queue_name: str | None, **how: Any) -> Any:
+    """Without a name it is the queue that there is, and not the library's `default`."""
+    return web.jobs_overview(instance_number, queue_name or jobs.NOTIFICATIONS, **how)
+
+
+def job_view(instance_number: int, job_id: str) -> str:
+    return _show("job.html", id=_job(job_id).id)
+
+
+def list_queues(instance_number: int) -> Response:
+    queues = web.serialize_queues(0, sorted(Queue.all(connection=_redis(), serializer=JSONSerializer)))
+    return jsonify(queues=_escaped(queues))
+
+
+def list_workers(instance_number: int) -> Response:
+    """A job is called by its description: its arguments may be of any length, and not JSON."""
+    workers = []
+    for worker in _SeenWorker.all(connection=_redis(), serializer=JSONSerializer):
+        shown = {name: getattr(worker, name) for name in WORKER_SHOWS}
+        shown |= {"queues": worker.queue_names(), "state": worker.get_state(), "current_job": "idle"}
+        shown = _escaped(shown)
+        if job_id := worker.get_current_job_id():
+            with suppress(NoSuchJobError):  # deleted while it runs, or done by now
+                job = _job(job_id)
+                shown["current_job"] = {
+                    "job_id": job.id,
+                    "description": job.description,  # the one text that the page escapes itself
+                    "created_at": web.serialize_date(job.created_at),
+                    "call_string": escape(job.description or job.id),
+                }
+        workers.append(shown)
+    return jsonify(workers=sorted(workers, key=lambda one: (one["state"], one["queues"], one["name"])))
+
+
+def list_jobs(
+    instance_number: int, queue_name: str, registry_name: str, per_page: str, order: str, page: str
+) -> Response:
+    """The library's shows the same jobs on several pages. These texts the page escapes itself."""
+    source, size, number = _source(queue_name, registry_name), int(per_page), int(page)
+    total = source.count if registry_name == "queued" else source.get_job_count(cleanup=False)
+    start = (number - 1) * size
+    end = min(start + size, total)
+    if order == "dsc":
+        start, end = max(0, total - start - size), total - start
+    read = _redis().lrange if registry_name == "queued" else _redis().zrange
+    entries = read(source.key, start, end - 1) if start < end else []
+    ids = [entry.decode("utf-8", "replace").split(":")[0] for entry in entries]
+    ids = [job_id for job_id in ids if re.fullmatch(JOB_ID, job_id)]
+    found = Job.fetch_many(ids, connection=_redis(), serializer=_LenientJson)
+    shown = [web.serialize_job(job) for job in found if job]
+
+    def link(to: int) -> dict[str, Any]:
+        path = f"/0/view/jobs/{queue_name}/{registry_name}/{size}/{order}/{to}"
+        return {"number": to, "url": url_for(f"{LIBRARY}.queues_overview").rstrip("/") + path}
+
+    pages = ceil(total / size)
+    pagination: dict[str, Any] = {
+        "current_page": number,
+        "num_pages": pages,
+        "pages_in_window": [link(to) for to in web.pagination_window(total, number, size)],
+        "first_page": link(1),
+        "last_page": link(max(pages, 1)),
+    }
+    if number > 1:
+        pagination["prev_page"] = link(number - 1)
+    if number < pages:
+        pagination["next_page"] = link(number + 1)
+    jobs_shown = shown[::-1] if order == "dsc" else shown
+    return jsonify(name=queue_name, registry_name=registry_name, jobs=jobs_shown, pagination=pagination)
+
+
+def job_info(instance_number: int, job_id: str) -> Response:
+    job = _job(job_id, _LenientJson)
+    shown = web.serialize_job(job) | {
+        "enqueued_at": web.serialize_date(job.enqueued_at),
+        "origin": job.origin,
+        "status": job.get_status(),
+        "result": job.return_value(),
+        "metadata": json.dumps(job.meta),
+    }
+    if needed := job.dependency_ids:
+        shown["depends_on"] = needed
+        shown["depends_on_status"] = ["active" if Job.exists(one, _redis()) else "expired" for one in needed]
+    return jsonify(_escaped(shown))
+
+
+def delete_job_view(job_id: str) -> Response:
+    _job(job_id).delete()
+    return jsonify(status="OK")
+
+
+def requeue_job_view(job_id: str) -> Response:
+    _job(job_id).requeue()
+    return jsonify(status="OK")
+
+
+def requeue_all(queue_name: str) -> Response:
+    """Requeue what has failed and is still there; `count` says how many that were."""
+    count = 0
+    for job_id in _source(queue_name, "failed").get_job_ids(cleanup=False):
+        with suppress(NoSuchJobError, InvalidJobOperation):  # expired, or somebody else was faster
+            _job(job_id).requeue()
+            count += 1
+    return jsonify(status="OK", count=count)
+
+
+def empty_queue(queue_name: str, registry_name: str) -> Response:
+    """Delete the jobs of a queue or of one of its registries, and entries whose job is gone already."""
+    source = _source(queue_name, registry_name)
+    if registry_name == "queued":
+        source.empty()
+        return jsonify(status="OK")
+    for entry in _redis().zrange(source.key, 0, -1):
+        with suppress(NoSuchJobError):
+            _job(source.parse_job_id(entry)).delete()
+        _redis().zrem(source.key, entry)
+    return jsonify(status="OK")
+
+
+def compact_queue(queue_name: str) -> Response:
+    """Remove entries whose job is gone. The library's takes the queue away meanwhile, and fails on none."""
+    queue = _queue(queue_name)
+    for job_id in queue.get_job_ids():
+        if not Job.exists(job_id, _redis()):
+            queue.remove(job_id)
+    return jsonify(status="OK")
+
+
+WORKER_SHOWS = (
+    "name", "pid", "last_heartbeat", "birth_date", "successful_job_count", "failed_job_count",
+    "total_working_time", "version", "python_version",
+)  # fmt: skip
+REPLACED = (
+    workers_overview, jobs_overview, job_view, list_queues, list_workers, list_jobs, job_info,
+    delete_job_view, requeue_job_view, requeue_all, empty_queue, compact_queue,
+)  # fmt: skip
