@@ -7,7 +7,8 @@
 | `/api/notifications`, `/api/channels/N/preference` | views/inbox.py |
 | `/api/me`, `/api/users`, `/api/channels` | views/people.py |
 | `/api/servers`, `/api/channels/N` | views/servers.py |
-| `/rq`, `/login`, `/logout` | views/dashboard.py |
+| `/rq` | views/dashboard.py, views/queue_pages.py |
+| `/login`, `/logout` | views/sign_in.py |
 | `/healthz`, `/readyz`, `/metrics` | views/health.py |
 | `/openapi.json`, `/docs` | views/openapi.py |
 
@@ -30,11 +31,10 @@ from config import secret_key, settings
 from models import User, db
 from schemas import LARGEST_ID
 from views import dashboard, health, inbox, limits, messages, openapi, people, problems, runs, servers
-from views.endpoint import api, bearer_token
+from views.endpoint import BODY_BYTES, api, bearer_token
 
 log = logging.getLogger(__name__)
 
-BODY_BYTES = 64 * 1024
 API_SUBJECTS = (messages, runs, inbox, people, servers)  # importing them puts their endpoints on `api`
 
 
@@ -51,7 +51,7 @@ def create_app() -> Flask:
     app = Flask(__name__)
     app.config.update(
         SECRET_KEY=secret_key(),
-        MAX_CONTENT_LENGTH=BODY_BYTES,
+        MAX_CONTENT_LENGTH=BODY_BYTES + 1,  # what is cut there is seen to be too long
         SESSION_COOKIE_NAME="belfry",
         SESSION_COOKIE_HTTPONLY=True,
         SESSION_COOKIE_SAMESITE="Lax",
@@ -63,8 +63,8 @@ def create_app() -> Flask:
     problems.register(app)
     app.before_request(_identify)
     app.before_request(_authenticate)
+    app.after_request(_sign)  # runs after the limiter's, which is registered next: last in, first out
     limits.register(app)
-    app.after_request(_sign)
     app.teardown_request(_leave)
     app.register_blueprint(api)
     app.register_blueprint(health.blueprint)
@@ -110,6 +110,8 @@ def _sign(answer: Response) -> Response:
     answer.headers.setdefault("X-Content-Type-Options", "nosniff")
     if answer.status_code not in (429, 503):
         answer.headers.pop("Retry-After", None)  # flask-limiter puts it on every answer
+    if answer.status_code == 503:
+        answer.headers["Retry-After"] = str(problems.RETRY_AFTER_SECONDS)
     if reset := answer.headers.get("RateLimit-Reset"):
         answer.headers["RateLimit-Reset"] = str(max(0, math.ceil(float(reset) - time.time())))  # seconds from now
     if request.path.startswith("/api/"):

@@ -11,6 +11,7 @@ worker_class = "gthread"
 threads = settings.web_threads
 preload_app = True  # what cannot start says so once; no connection is opened before the fork
 graceful_timeout = 25  # seconds for the requests in hand at SIGTERM; Heroku kills after 30
+control_socket_disable = True  # it would lie in the home directory; nothing here speaks to it
 keepalive = 75  # longer than a proxy's idle time in front, so that it is never this side that hangs up
 
 

@@ -8,8 +8,9 @@ import logging
 import os
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
+from typing import Any
 
 from peewee import InterfaceError, OperationalError
 from redis import Redis
@@ -187,9 +188,17 @@ def readings() -> list[Reading]:
             ):
                 queues.append(([name, state], registry.get_job_count(cleanup=False)))
         workers.append(([], Worker.count(connection=redis_connection())))
-    unfinished = runs.count_unfinished()
+    unfinished: dict[str, Any] = {"states": {}}
+    with suppress(OperationalError, InterfaceError):
+        unfinished = runs.count_unfinished()
+    database_up = "oldest_seconds" in unfinished
     return [
-        ("belfry_up", "Whether a part answers", ["part"], [(["redis"], float(redis_up)), (["database"], 1.0)]),
+        (
+            "belfry_up",
+            "Whether a part answers",
+            ["part"],
+            [(["redis"], float(redis_up)), (["database"], float(database_up))],
+        ),
         ("belfry_queue_jobs", "Jobs of a queue by state", ["queue", "state"], queues),
         ("belfry_workers", "Workers that are registered", [], workers),
         (
@@ -202,6 +211,6 @@ def readings() -> list[Reading]:
             "belfry_oldest_unfinished_run_seconds",
             "Age of the oldest unfinished run; 0 when all is done",
             [],
-            [([], unfinished["oldest_seconds"])],
+            [([], unfinished["oldest_seconds"])] if database_up else [],
         ),
     ]

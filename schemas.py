@@ -73,6 +73,15 @@ class Id(fields.Integer):
         return super()._deserialize(value, attr, data, **kwargs)
 
 
+class QueryNumber(fields.Integer):
+    """A number in an address: plain digits, and nothing else that Python would take."""
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> Any:
+        if not re.fullmatch(r"[0-9]{1,19}", str(value)):
+            raise self.make_error("invalid")
+        return super()._deserialize(value, attr, data, **kwargs)
+
+
 class Flag(fields.Boolean):
     """true or false, and nothing that merely looks like them."""
 
@@ -94,7 +103,7 @@ class Time(fields.AwareDateTime):
     def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> datetime:
         if not isinstance(value, str) or not re.match(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d", value):
             raise ValidationError("Must be a time like 2026-01-31T12:00:00Z.")
-        time: datetime = super()._deserialize(value, attr, data, **kwargs)
+        time: datetime = super()._deserialize(value.upper(), attr, data, **kwargs)
         if not 1970 <= time.year < 9999:
             raise ValidationError("Must be between the years 1970 and 9998.")
         return time
@@ -140,7 +149,7 @@ class Problem(Shape):
 class Page(Shape):
     """Which part of a list."""
 
-    limit = fields.Integer(load_default=PAGE_DEFAULT, validate=Range(1, PAGE_MOST))
+    limit = QueryNumber(load_default=PAGE_DEFAULT, validate=Range(1, PAGE_MOST))
     cursor = fields.String(load_default=None)
 
 
@@ -176,7 +185,7 @@ class User(Shape):
 
 
 class UserPage(Page):
-    username = fields.String(load_default=None)
+    username = Text(load_default=None)
 
 
 class SubscriptionIn(Shape):
@@ -195,8 +204,13 @@ class Me(User):
     servers = fields.List(fields.Nested(lambda: ServerRef()))
 
 
+def _in_future(time: datetime) -> None:
+    if time <= datetime.now(UTC):
+        raise ValidationError("Must be in the future.")
+
+
 class TokenIn(Shape):
-    expires_at = Time(load_default=None, allow_none=True)
+    expires_at = Time(load_default=None, allow_none=True, validate=_in_future)
 
 
 class Token(Shape):
@@ -227,7 +241,7 @@ class Server(ServerRef):
 
 class MemberIn(Shape):
     user_id = Id(required=True)
-    role_ids = fields.List(Id(), load_default=list, validate=Length(max=100))
+    role_ids = fields.List(Id(), load_default=None, validate=Length(max=100))
 
 
 class MemberRoles(Shape):
@@ -249,6 +263,13 @@ class Role(Shape):
     id = fields.Integer()
     name = fields.String()
     moderator = fields.Boolean()
+
+
+class RoleList(Shape):
+    """All of them: there is never a next page."""
+
+    items = fields.List(fields.Nested(Role))
+    next = fields.String(allow_none=True)
 
 
 class ChannelIn(Shape):
@@ -349,7 +370,7 @@ class Message(Shape):
 
 
 class ExplainQuery(Shape):
-    user_id = fields.Integer(load_default=None, validate=Range(1, LARGEST_ID))
+    user_id = QueryNumber(load_default=None, validate=Range(1, LARGEST_ID))
 
 
 class Explanation(Shape):
@@ -393,7 +414,7 @@ class Run(Shape):
 
 class RunQuery(Page):
     state = fields.String(load_default=None, validate=OneOf(RUN_STATES))
-    channel_id = fields.Integer(load_default=None, validate=Range(1, LARGEST_ID))
+    channel_id = QueryNumber(load_default=None, validate=Range(1, LARGEST_ID))
 
 
 class ReplayIn(Shape):
@@ -420,7 +441,7 @@ class TestNotificationIn(Shape):
 
 class NotificationQuery(Page):
     unread = fields.Boolean(load_default=False)
-    channel_id = fields.Integer(load_default=None, validate=Range(1, LARGEST_ID))
+    channel_id = QueryNumber(load_default=None, validate=Range(1, LARGEST_ID))
 
 
 class Notification(Shape):

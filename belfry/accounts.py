@@ -56,7 +56,7 @@ def update_user(user_id: int, changes: dict[str, Any]) -> User:
 def list_users(*, after: int, limit: int, username: str | None = None) -> list[User]:
     """People by id, above id `after`; only those whose username is `username`, if given."""
     found = User.select().where(User.id > after).order_by(User.id).limit(limit)
-    return list(found.where(User.username == username.lower()) if username else found)
+    return list(found.where(User.username == username.lower()) if username is not None else found)
 
 
 def create_token(user: User, expires_at: datetime | None = None) -> tuple[Row, str]:
@@ -131,7 +131,9 @@ def set_subscription(user_id: int, status: str, current_period_end: datetime | N
         "INSERT INTO subscription (user_id, status, current_period_end)"
         " VALUES (%(user_id)s, %(status)s, %(current_period_end)s)"
         " ON CONFLICT (user_id) DO UPDATE"
-        " SET status = EXCLUDED.status, current_period_end = EXCLUDED.current_period_end, updated_at = now()"
+        " SET status = EXCLUDED.status, current_period_end = EXCLUDED.current_period_end, updated_at ="
+        " CASE WHEN (subscription.status, subscription.current_period_end)"
+        " IS DISTINCT FROM (EXCLUDED.status, EXCLUDED.current_period_end) THEN now() ELSE subscription.updated_at END"
         " RETURNING status, current_period_end, updated_at",
         {"user_id": user_id, "status": status, "current_period_end": current_period_end},
     )

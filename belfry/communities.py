@@ -51,21 +51,25 @@ def list_members(server_id: int, *, after: int, limit: int) -> list[Row]:
     ]
 
 
-def put_member(server_id: int, user_id: int, role_ids: Sequence[int]) -> Row:
-    """Make somebody a member with exactly these roles; the same again changes nothing.
+def put_member(server_id: int, user_id: int, role_ids: Sequence[int] | None = None) -> Row:
+    """Make somebody a member with exactly these roles (None: with those that they have).
+
+    The same again changes nothing; two at once take turns at the member's row.
 
     Raises NotFound for server or user, Invalid for a role of another server.
     """
     find_server(server_id)
     find_user(user_id)
-    parameters = {"server_id": server_id, "user_id": user_id, "role_ids": list(role_ids)}
+    parameters = {"server_id": server_id, "user_id": user_id, "role_ids": list(role_ids or ())}
     try:
         with db.atomic():
             execute(
                 "INSERT INTO member (server_id, user_id) VALUES (%(server_id)s, %(user_id)s)"
-                " ON CONFLICT DO NOTHING",
+                " ON CONFLICT (server_id, user_id) DO UPDATE SET server_id = EXCLUDED.server_id",
                 parameters,
             )
+            if role_ids is None:
+                return list_members(server_id, after=user_id - 1, limit=1)[0]
             execute(
                 "DELETE FROM member_role WHERE server_id = %(server_id)s AND user_id = %(user_id)s"
                 " AND role_id <> ALL(%(role_ids)s::bigint[])",
@@ -172,12 +176,12 @@ def channel_roles(channel_id: int) -> list[Row]:
 
 def set_channel_roles(channel_id: int, role_ids: Sequence[int]) -> list[Row]:
     """Let exactly these roles open a channel. Raises NotFound, and Invalid for a role of another server."""
-    channel = row("SELECT server_id FROM channel WHERE id = %(id)s", {"id": channel_id})
-    if channel is None:
-        raise NotFound(f"There is no channel {channel_id}.")
-    parameters = {"channel_id": channel_id, "server_id": channel["server_id"], "role_ids": list(role_ids)}
     try:
         with db.atomic():
+            channel = row("SELECT server_id FROM channel WHERE id = %(id)s FOR NO KEY UPDATE", {"id": channel_id})
+            if channel is None:
+                raise NotFound(f"There is no channel {channel_id}.")
+            parameters = {"channel_id": channel_id, "server_id": channel["server_id"], "role_ids": list(role_ids)}
             execute("DELETE FROM channel_role WHERE channel_id = %(channel_id)s", parameters)
             execute(
                 "INSERT INTO channel_role (channel_id, role_id, server_id)"

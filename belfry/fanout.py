@@ -51,7 +51,8 @@ TELL_OF_EDIT = f"""
     WITH decided AS MATERIALIZED ({DECIDED}),
     concerned AS MATERIALIZED (
         SELECT user_id, decision, decision IN ({_TELLING}) AS telling,
-            {_is_among("added_users", "added_roles", "added_everyone")} AS newly_mentioned
+            {_is_among("added_users", "added_roles", "added_everyone")} AS newly_mentioned,
+            {_is_among("removed_users", "removed_roles", "removed_everyone")} AS not_mentioned_now
         FROM decided
         WHERE {_is_among("added_users", "added_roles", "added_everyone")}
         OR {_is_among("removed_users", "removed_roles", "removed_everyone")}
@@ -62,6 +63,8 @@ TELL_OF_EDIT = f"""
         WHERE n.user_id = c.user_id
         AND n.message_id = %(message_id)s
         AND n.read_at IS NULL
+        AND n.dismissed_at IS NULL
+        AND c.not_mentioned_now
         AND NOT c.telling
         RETURNING 1
     ),
@@ -95,7 +98,8 @@ TELL_OF_EDIT = f"""
 """One slice of an edit. It concerns only those whom the edit added to, or removed from, the mentions:
 
 - the newly mentioned are told; who had a plain notification has a mention now, unread again;
-- who is not to be told any more loses the notification while it is unread;
+- who was taken out of the mentions and is not to be told otherwise loses the notification while it is unread
+  (one that was dismissed stays as it is, or the next edit would bring it back);
 - who is told for another reason now keeps theirs, with that reason.
 """
 
@@ -151,7 +155,7 @@ _GIVE_UP = """
     WHERE id = %(run_id)s
     AND state NOT IN ('succeeded', 'failed')
     AND tries_left = 0
-    AND due_at <= now()
+    AND (state <> 'running' OR due_at <= now())
 """
 """The last attempt has ended without a word: its lease is over, and it wrote neither progress nor a failure."""
 
@@ -174,7 +178,8 @@ def execute(run_id: int) -> str:
         return found["state"] if found else "missing"
     while not advance(run_id):
         pass
-    return "succeeded"
+    found = row("SELECT state FROM run WHERE id = %(run_id)s", {"run_id": run_id})
+    return found["state"] if found else "missing"
 
 
 def _begin(run_id: int) -> bool:

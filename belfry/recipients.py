@@ -27,16 +27,16 @@ DECISIONS = {
 
 ACTIVE_SUBSCRIPTION = """(
     (s.status IN ('active', 'trialing')
-        AND (s.current_period_end IS NULL OR s.current_period_end >= now() - interval '1 day'))
+        AND (s.current_period_end IS NULL OR s.current_period_end >= now() - interval '24 hours'))
     OR (s.status = 'past_due'
         AND (s.current_period_end IS NULL
-             OR s.current_period_end >= now() - make_interval(days => %(grace_days)s)))
+             OR s.current_period_end >= now() - make_interval(hours => 24 * %(grace_days)s)))
 )"""
 """Of `subscription s`, true, false, or NULL where there is none. Contract, section 4, rule 3:
 
 - `active` and `trialing` count until a day after the period's end: the payment provider's news may be late;
 - `past_due` counts for PAST_DUE_GRACE_DAYS after it;
-- a period without an end does not end. The database's clock decides.
+- a period without an end does not end. The database's clock decides, in days of 24 hours.
 """
 
 

@@ -23,6 +23,7 @@ from rq import SimpleWorker
 import jobs
 from app import create_app
 from belfry import schema
+from config import settings
 from models import TABLES, db
 from tests.people import Api, Cast, make_cast
 
@@ -82,9 +83,11 @@ def run_jobs() -> Callable[[], int]:
 
     def run() -> int:
         queues = [jobs.queue(name) for name in jobs.QUEUES]
-        SimpleWorker(queues, connection=jobs.redis_connection(), serializer="json").work(
-            burst=True, logging_level="WARNING"
-        )
+        # Its own connection: RQ lengthens the time-outs of the one that it gets.
+        with Redis.from_url(settings.redis_url) as connection:
+            SimpleWorker([queue.name for queue in queues], connection=connection, serializer="json").work(
+                burst=True, logging_level="WARNING"
+            )
         return sum(queue.count for queue in queues)
 
     return run

@@ -127,9 +127,9 @@ class RedisGate:
         self._target = parse_url(target_url)
         self._directory = tempfile.TemporaryDirectory(prefix="belfry-gate-")
         self._path = str(Path(self._directory.name) / "redis.sock")
-        self.url = f"unix://{self._path}?db={self._target.get('db', 0)}"
-        if password := self._target.get("password"):
-            self.url = f"unix://{self._target.get('username') or ''}:{password}@{self._path}?db={self._target.get('db', 0)}"
+        password = self._target.get("password")
+        credentials = f"{self._target.get('username') or ''}:{password}@" if password else ""
+        self.url = f"unix://{credentials}{self._path}?db={self._target.get('db', 0)}"
         self._listener: socket.socket | None = None
         self._pairs: list[tuple[socket.socket, socket.socket]] = []
         self._lock = threading.Lock()

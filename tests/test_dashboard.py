@@ -462,7 +462,7 @@ def test_requeuing_one(client, cast, queue, failed):
     assert client.post(f"/rq/job/{failed}/requeue", headers=SAME).json == {"status": "OK"}
     assert queue.job_ids == [failed]
     again = client.post(f"/rq/job/{failed}/requeue", headers=SAME)
-    assert (again.status_code, again.json["code"]) == (409, "http_error")
+    assert (again.status_code, again.json["code"]) == (409, "conflict")
     assert "has not failed" in again.json["detail"]
     assert queue.job_ids == [failed]
 

@@ -68,7 +68,8 @@ def test_every_address_is_in_the_readme_and_in_the_map_of_app_py(app):
         if rule.endpoint != "static" and not rule.rule.startswith("/rq")
     }
     said = set()
-    for methods, address in re.findall(r"((?:GET|POST|PUT|PATCH|DELETE)(?:, (?:GET|POST|PUT|PATCH|DELETE))*) (/[\w/{}-]+)", documented):
+    method = "(?:GET|POST|PUT|PATCH|DELETE)"
+    for methods, address in re.findall(rf"({method}(?:, {method})*) (/[\w/{{}}-]+)", documented):
         said |= {(method, address) for method in methods.split(", ")}
     said |= {(method, address) for address in ("/login",) for method in ("GET", "POST")} | {("POST", "/logout")}
     said |= {("GET", address) for address in re.findall(r"`(/[a-z.]+)`", documented) if address != "/rq"}

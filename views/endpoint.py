@@ -17,6 +17,7 @@ from schemas import LARGEST_ID, Page
 from views.problems import HttpProblem
 
 T = TypeVar("T")
+BODY_BYTES = 64 * 1024
 api = Blueprint("api", __name__, url_prefix="/api")
 
 
@@ -69,10 +70,12 @@ def endpoint(
             if admin and not user.is_admin:
                 raise HttpProblem(403, "Only admins may do this.")
             if load_query:
-                parts["query"] = _load(load_query, request.args.to_dict())
+                parts["query"] = _load(load_query, _query())
             if load_body:
                 parts["body"] = _load(load_body, _json_body(optional_body))
             given = view(**parts)
+            if isinstance(given, Response):
+                return given
             answer = given if isinstance(given, Answer) else Answer(given)
             return _respond(answer, status, dump, paged)
 
@@ -106,6 +109,8 @@ def _refuse_constant(name: str) -> None:
 
 def _json_body(optional: bool) -> dict[str, Any]:
     raw = request.get_data(cache=True)
+    if len(raw) > BODY_BYTES:  # of a chunked body Werkzeug reads so far and no further, and says nothing
+        raise HttpProblem(413, "The body is larger than 64 KiB.")
     if not raw and optional:
         return {}
     if request.mimetype != "application/json":
@@ -117,6 +122,13 @@ def _json_body(optional: bool) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise HttpProblem(400, "The body must be a JSON object.")
     return body
+
+
+def _query() -> dict[str, str]:
+    repeated = {name: ["Must be given once."] for name, values in request.args.lists() if len(values) > 1}
+    if repeated:
+        raise Invalid(repeated)
+    return request.args.to_dict()
 
 
 def _load(schema: Schema, data: dict[str, Any]) -> Any:

@@ -1,9 +1,11 @@
 """Messages: post, read, edit, delete, and why somebody was, or was not, told."""
 
 import re
+from contextlib import suppress
 from typing import Any
 
 from flask import Response, json, request
+from peewee import InterfaceError, OperationalError
 
 import schemas
 from belfry import explanation, messages
@@ -53,7 +55,8 @@ def post_message(body: dict[str, Any]) -> Answer | Response:
     if not enqueue_runs([posted.run_id]):
         message["run"]["state"] = "pending"
         if once:
-            remember(once, message)
+            with suppress(OperationalError, InterfaceError):  # the message is posted, whatever becomes of this
+                remember(once, message)
     return Answer(message, headers={"Location": f"/api/messages/{message['id']}"})
 
 

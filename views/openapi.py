@@ -18,6 +18,7 @@ _PROBLEMS = {
     401: "No token, or one that is unknown, revoked or expired.",
     403: "Known to the caller, but not theirs to do.",
     404: "Does not exist, or the caller may not know that it does.",
+    409: "It cannot be done beside something that exists, or is under way.",
     413: "The body is larger than 64 KiB.",
     415: "The body is not said to be JSON.",
     422: "A field is wrong.",
@@ -90,7 +91,7 @@ def _operation(view: Any, contract: Contract, path: str) -> dict[str, Any]:
             "content": {"application/json": {"schema": contract.body}},
         }
     for status, about in _PROBLEMS.items():
-        if status in (400, 413, 415) and not contract.body:
+        if status in (400, 409, 413, 415) and not contract.body:
             continue
         operation["responses"][str(status)] = {
             "description": about,

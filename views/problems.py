@@ -6,7 +6,7 @@ from typing import Any
 
 from flask import Flask, Response, g, json
 from flask_limiter.errors import RateLimitExceeded
-from peewee import InterfaceError, OperationalError
+from peewee import IntegrityError, InterfaceError, OperationalError
 from playhouse.pool import MaxConnectionsExceeded
 from werkzeug.exceptions import HTTPException
 
@@ -27,6 +27,7 @@ CODES = {
     403: "forbidden",
     404: "not_found",
     405: "method_not_allowed",
+    409: "conflict",
     413: "too_large",
     415: "unsupported_media_type",
     422: "invalid",
@@ -96,6 +97,11 @@ def register(app: Flask) -> None:
             413: "The body is larger than 64 KiB.",
         }
         return problem(status, details.get(status, error.description or ""), headers=headers)
+
+    @app.errorhandler(IntegrityError)
+    def overtaken(error: IntegrityError) -> Response:
+        log.warning("overtaken: %s", error)
+        return problem(409, "Something that this needs was changed or removed at the same time. Try again.")
 
     @app.errorhandler(OperationalError)
     @app.errorhandler(InterfaceError)

@@ -42,16 +42,16 @@ def list_runs(query: dict[str, Any]) -> Any:
 
 
 @api.post("/runs/<id:run_id>/replay")
-@endpoint(body=schemas.ReplayIn, gives=schemas.Replay, admin=True, optional_body=True)
+@endpoint(body=schemas.ReplayIn, gives=schemas.Replay, status=202, admin=True, optional_body=True)
 def replay(run_id: int, body: dict[str, Any]) -> Any:
-    """Decide again about everybody by the rules of now: what would be, or is being, added, and what stays."""
+    """Decide again about everybody by the rules of now: what would be (200), or is being (202), added."""
     replayed = runs.replay(run_id, dry_run=body["dry_run"])
     new_run = replayed["run_id"]
     if new_run is None:
-        return {**replayed, "run": None}
+        return Answer({**replayed, "run": None}, 200)
     state = "queued" if enqueue_runs([new_run]) else "pending"
     return Answer(
-        {**replayed, "run": {"id": new_run, "state": state}}, 202, {"Location": f"/api/runs/{new_run}"}
+        {**replayed, "run": {"id": new_run, "state": state}}, headers={"Location": f"/api/runs/{new_run}"}
     )
 
 

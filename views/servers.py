@@ -50,7 +50,7 @@ def list_members(server_id: int, query: dict[str, Any]) -> Any:
 @api.post("/servers/<id:server_id>/members")
 @endpoint(body=schemas.MemberIn, gives=schemas.Member, status=201, admin=True)
 def add_member(server_id: int, body: dict[str, Any]) -> Any:
-    """Make somebody a member, with exactly these roles."""
+    """Make somebody a member, with exactly these roles; without `role_ids` those of a member stay."""
     return communities.put_member(server_id, body["user_id"], body["role_ids"])
 
 
@@ -162,9 +162,8 @@ def list_channel_roles(channel_id: int, query: dict[str, Any]) -> Any:
 
 
 @api.put("/channels/<id:channel_id>/roles")
-@endpoint(body=schemas.ChannelRoles)
+@endpoint(body=schemas.ChannelRoles, gives=schemas.RoleList)
 def put_channel_roles(channel_id: int, body: dict[str, Any]) -> Any:
     """Let exactly these roles open a channel. Admins."""
     _administered(channel_id)
-    roles = communities.set_channel_roles(channel_id, body["role_ids"])
-    return {"items": schemas.Role(many=True).dump(roles), "next": None}
+    return {"items": communities.set_channel_roles(channel_id, body["role_ids"]), "next": None}
