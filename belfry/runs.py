@@ -36,11 +36,13 @@ def create_run(message_id: int, kind: str, mention_changes: dict[str, Any] | Non
 def mark_queued(run_ids: Sequence[int], look_again: float) -> None:
     """These are in the queue now; the sweeper looks again after `look_again` seconds.
 
-    A worker may have been quicker: a run that is running or done stays what it is.
+    A worker may have been quicker: a run that is running or done stays what it is. Nobody waits for the disk:
+    were this lost in a crash, the sweeper would enqueue once more what is harmless to repeat.
     """
     execute(
         "UPDATE run"
         " SET state = 'queued', due_at = now() + make_interval(secs => %(look_again)s)"
+        " FROM (SELECT set_config('synchronous_commit', 'off', true)) AS lazily"
         " WHERE id = ANY(%(run_ids)s::bigint[])"
         " AND (state IN ('pending', 'queued') OR (state = 'running' AND due_at <= now()))",
         {"run_ids": list(run_ids), "look_again": look_again},
