@@ -68,13 +68,6 @@ def _print_json(value: Any) -> None:
     click.echo(json.dumps(value, ensure_ascii=False))
 
 
-def _name(_: click.Context, __: click.Parameter, value: str) -> str:
-    try:
-        return str(schemas.Name().deserialize(value))
-    except ValidationError as error:
-        raise click.BadParameter(" ".join(error.messages)) from None
-
-
 @command(COMMANDS, "migrate")
 @json_option
 def migrate(as_json: bool) -> None:
@@ -87,7 +80,7 @@ def migrate(as_json: bool) -> None:
 
 
 @command(COMMANDS, "create-user")
-@click.argument("name", metavar="NAME", callback=_name)
+@click.argument("name", metavar="NAME")
 @click.option("--admin", is_flag=True, help="May administer everything.")
 @click.option("--name", "full_name", help="The name that people see; NAME unless given.")
 @click.option("--email")
@@ -104,8 +97,14 @@ def create_user(
     as_json: bool,
 ) -> None:
     """Make a person with the username NAME."""
+    given = {"username": name, "name": full_name, "email": email}
+    try:
+        person = schemas.UserIn().load({field: value for field, value in given.items() if value is not None})
+    except ValidationError as error:
+        wrong = "; ".join(f"{field}: {' '.join(why)}" for field, why in error.messages_dict.items())
+        raise click.UsageError(wrong) from None
     with db.atomic():
-        user = accounts.create_user(name, full_name, email, is_admin=admin)
+        user = accounts.create_user(person["username"], person["name"], person["email"], is_admin=admin)
         if subscription:
             accounts.set_subscription(user.id, subscription, None)
         token = accounts.create_token(user)[1] if with_token else None

@@ -27,11 +27,12 @@ from models import TRIES, db
 log = logging.getLogger(__name__)
 
 NOTIFICATIONS = "notifications"  # one job a message; always served first
-BULK = "bulk"  # further slices of large audiences
+BULK = "bulk"  # the rest of large audiences, served when nobody waits in `notifications`
 DELIVERIES = "deliveries"  # other transports
 QUEUES = (NOTIFICATIONS, BULK, DELIVERIES)
 
 RETRIES = TRIES - 1
+TURN_SECONDS = 5.0  # that one run may keep a worker while others wait; the rest of it goes to `bulk`
 GRACE_SECONDS = 15  # after a retry should have begun, before the sweeper takes it for lost
 QUEUED_SECONDS = 30  # in a short queue, before the sweeper takes a run's job for lost
 LONG_QUEUE = 200  # from this length on a queued run is taken to be waiting, not lost
@@ -68,15 +69,15 @@ def queue(name: str = NOTIFICATIONS, connection: Redis | None = None) -> Queue:
     return Queue(name, connection=connection or redis_connection(), serializer="json")
 
 
-def enqueue_runs(run_ids: Sequence[int]) -> bool:
+def enqueue_runs(run_ids: Sequence[int], *, rest: bool = False) -> bool:
     """Wish that somebody look at these runs soon. Call it after the commit that made them.
 
-    False when Redis is out of reach: the runs stay as they are, and the sweeper finds them.
+    `rest` puts them on `bulk`: they have begun, and are to be gone on with. False when Redis is out of reach:
+    the runs stay as they are, and the sweeper finds them.
     """
-    notifications = queue()
     wishes = [
         Queue.prepare_data(
-            "jobs.notify",
+            "jobs.go_on" if rest else "jobs.notify",
             args=(run_id,),
             timeout=settings.job_timeout,
             result_ttl=0,  # the run says how it went; Redis keeps nothing of what is done
@@ -87,7 +88,7 @@ def enqueue_runs(run_ids: Sequence[int]) -> bool:
         for run_id in run_ids
     ]
     try:
-        notifications.enqueue_many(wishes)
+        queue(BULK if rest else NOTIFICATIONS).enqueue_many(wishes)
     except RedisError as error:
         log.warning("Redis is out of reach, %s run(s) stay pending: %s", len(wishes), error)
         return False
@@ -118,7 +119,19 @@ def _connection() -> Iterator[None]:
 
 
 def notify(run_id: int) -> None:
-    """Fan out one run. Queue `notifications`; retried with growing intervals; what failed is on the run."""
+    """Fan out one run, or its first part. Queue `notifications`.
+
+    Retried with growing intervals; what failed is on the run.
+    """
+    _work_on(run_id, resumed=False)
+
+
+def go_on(run_id: int) -> None:
+    """Fan out the next part of a large run. Queue `bulk`; otherwise as `notify`."""
+    _work_on(run_id, resumed=True)
+
+
+def _work_on(run_id: int, *, resumed: bool) -> None:
     job = get_current_job()
     with logs.context(run_id=run_id, job_id=job.id if job else None):
         retry_in = None
@@ -126,7 +139,9 @@ def notify(run_id: int) -> None:
             retry_in = Retry.get_interval(job.number_of_retries or 0, job.retry_intervals) + GRACE_SECONDS
         try:
             with _connection():
-                state = fanout.execute(run_id)
+                state = fanout.execute(run_id, seconds=TURN_SECONDS, resumed=resumed)
+                if state == "running":
+                    enqueue_runs([run_id], rest=True)
         except Exception as error:
             # Written down, and up it goes: RQ's retry must see it.
             log.warning("run %s failed: %s: %s", run_id, type(error).__name__, error)
@@ -142,7 +157,11 @@ def sweep() -> int:
     One sweeper at a time, by an advisory lock that dies with its connection.
     """
     with _connection(), db.atomic():
-        held = row("SELECT pg_try_advisory_xact_lock(%(key)s) AS held", {"key": SWEEP_LOCK})
+        held = row(
+            "SELECT pg_try_advisory_xact_lock(%(key)s) AS held,"
+            " set_config('idle_in_transaction_session_timeout', '20s', true)",  # for a sweeper that hangs
+            {"key": SWEEP_LOCK},
+        )
         if not held or not held["held"]:
             return 0
         idempotency.forget_old_keys()

@@ -11,9 +11,10 @@ from typing import Any
 from marshmallow import RAISE, Schema, ValidationError, fields, pre_load, validates_schema
 from marshmallow.validate import Length, OneOf, Range, Regexp
 
+from belfry.accounts import SENDER
 from belfry.inbox import parse_notification_id
 from belfry.recipients import DECISIONS
-from belfry.trials import AUDIENCES, SENDER
+from belfry.trials import AUDIENCES
 from models import LEVELS, NAME_PATTERN, NAME_RULE, POSTING, RUN_KINDS, RUN_STATES, SUBSCRIPTION_STATUSES
 
 LARGEST_ID = 2**63 - 1

@@ -67,6 +67,9 @@ def sweep_once() -> None:
             jobs.sweep()
         except (OperationalError, InterfaceError, MaxConnectionsExceeded) as error:
             log.warning("the database is out of reach, nothing is swept: %s", error)
+        except Exception:
+            # A sweeper that died would be missed by nobody until a run is lost: it says why, and goes on.
+            log.exception("the sweep failed")
 
 
 def work(burst: bool = False) -> None:

@@ -7,10 +7,11 @@ from typing import Any
 
 from peewee import IntegrityError
 
-from belfry.errors import Conflict, NotFound
+from belfry.errors import Conflict, Forbidden, NotFound
 from belfry.sql import Row, execute, row, rows
 from models import ApiToken, Subscription, User, db
 
+SENDER = "belfry"  # the account that Belfry's own messages come from
 TOKEN_PREFIX = "belfry_"  # so that a leaked one can be recognised  # noqa: S105
 
 
@@ -60,7 +61,12 @@ def list_users(*, after: int, limit: int, username: str | None = None) -> list[U
 
 
 def create_token(user: User, expires_at: datetime | None = None) -> tuple[Row, str]:
-    """A new token: what is stored of it, and the token itself, which cannot be had again."""
+    """A new token: what is stored of it, and the token itself, which cannot be had again.
+
+    Raises Forbidden for Belfry's own account: nobody signs in with it.
+    """
+    if user.username == SENDER:
+        raise Forbidden("This account is Belfry's own: nobody signs in with it.")
     token = TOKEN_PREFIX + secrets.token_urlsafe(32)
     made = row(
         "INSERT INTO api_token (user_id, token_hash, expires_at)"

@@ -6,6 +6,8 @@ workers on one run take turns at its row's lock.
 """
 
 import logging
+import math
+import time
 
 from psycopg.types.json import Jsonb
 
@@ -119,7 +121,7 @@ All three settings end with the transaction."""
 _BEGIN = """
     UPDATE run
     SET state = 'running',
-        attempts = attempts + 1,
+        attempts = attempts + CASE WHEN %(resumed)s THEN 0 ELSE 1 END,
         tries_left = CASE WHEN state = 'failed' THEN 0 ELSE tries_left - 1 END,
         started_at = COALESCE(started_at, now()),
         finished_at = NULL,
@@ -163,29 +165,34 @@ LEASE_SECONDS = 20
 """How long a run is left alone after the last sign of life from whoever works on it; a slice takes well under one."""
 
 
-def execute(run_id: int) -> str:
+def execute(run_id: int, *, seconds: float = math.inf, resumed: bool = False) -> str:
     """Work on a run until it is finished; answers its state, or `missing` where there is no such run.
+
+    After `seconds` it stops between two slices: the answer is `running`, and the caller sees that somebody
+    goes on with it, `resumed`, which is then no new attempt.
 
     Safe at any time and any number of times: a run that succeeded is left as it is, one that stopped half-way
     goes on where it stopped, one whose last attempt is under way elsewhere is left to it. A failed run that is
     asked for again gets one more attempt. Whatever goes wrong
     goes up to the caller, with everything that was committed before it kept.
     """
-    if not _begin(run_id):
+    give_way = time.monotonic() + seconds
+    if not _begin(run_id, resumed):
         if execute_sql(_GIVE_UP, {"run_id": run_id}):
             log.error("run %s gave up", run_id)
         found = row("SELECT state FROM run WHERE id = %(run_id)s", {"run_id": run_id})
         return found["state"] if found else "missing"
     while not advance(run_id):
-        pass
+        if time.monotonic() >= give_way:
+            break
     found = row("SELECT state FROM run WHERE id = %(run_id)s", {"run_id": run_id})
     return found["state"] if found else "missing"
 
 
-def _begin(run_id: int) -> bool:
+def _begin(run_id: int, resumed: bool = False) -> bool:
     """Take up a run: one more attempt, and its audience counted. False where there is nothing to take up."""
     with db.atomic():
-        begun = row(_BEGIN, {"run_id": run_id, "lease": LEASE_SECONDS})
+        begun = row(_BEGIN, {"run_id": run_id, "resumed": resumed, "lease": LEASE_SECONDS})
         if begun and begun["total"] is None:
             subject = _subject(begun["message_id"])
             execute_sql(

@@ -148,6 +148,7 @@ def mark_read(
                 AND n.read_at IS NULL
                 AND (%(message_ids)s::bigint[] IS NULL OR n.message_id = ANY(%(message_ids)s::bigint[]))
                 AND (%(up_to)s::bigint IS NULL OR n.message_id <= %(up_to)s)
+                ORDER BY n.message_id  -- two devices at once lock in one order
                 FOR NO KEY UPDATE OF n
             ),
             marked AS (
@@ -172,11 +173,13 @@ def mark_read(
 
 
 def dismiss(user: User, user_id: int, message_id: int) -> None:
-    """Take one notification out of the inbox, for good. Raises NotFound where it is not the user's, or is gone."""
+    """Take one notification out of the inbox, for good. Raises NotFound where it is not the user's, or not shown."""
     touched = user.id == user_id and execute(
-        "UPDATE notification SET dismissed_at = now()"
-        " WHERE user_id = %(user_id)s AND message_id = %(message_id)s AND dismissed_at IS NULL",
-        {"user_id": user_id, "message_id": message_id},
+        "UPDATE notification n SET dismissed_at = now()"
+        " FROM message g"
+        " WHERE g.id = n.message_id"
+        f" AND n.message_id = %(message_id)s AND {_SHOWN}",
+        {"user_id": user_id, "message_id": message_id, "channel_ids": list(_channels_of(user, None))},
     )
     if not touched:
         raise NotFound(f"There is no notification {notification_id(user_id, message_id)}.")

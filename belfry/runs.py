@@ -64,7 +64,8 @@ def due_runs(limit: int, *, with_queued: bool) -> list[int]:
             " AND state = ANY(%(states)s)"
             " AND due_at <= now()"
             " ORDER BY due_at, id"
-            " LIMIT %(limit)s",
+            " LIMIT %(limit)s"
+            " FOR NO KEY UPDATE SKIP LOCKED",  # a locked one is being worked on, however late
             {"states": states, "limit": limit},
         )
     ]

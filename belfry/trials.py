@@ -6,20 +6,24 @@
   a server `Belfry test` is made, with the caller in it, so that a fresh installation can be tried.
 """
 
-from belfry.access import channel_for
+from belfry.access import channel_for, is_member
+from belfry.accounts import SENDER
+from belfry.errors import Invalid
 from belfry.messages import resolve_mentions
 from belfry.runs import create_run
 from belfry.sql import row
 from models import Channel, Member, Server, User, db
 
-SENDER = "belfry"
 AUDIENCES = ("me", "channel")
 
 
 def send_test(caller: User, channel_id: int | None, content: str | None, audience: str) -> int:
-    """Write the message and its run, of kind `test`; the run's id. Raises NotFound for the channel."""
+    """Write the message and its run, of kind `test`; the run's id. Raises NotFound for the channel,
+    Invalid where the caller would not be told because they are not in its server."""
     with db.atomic():
         channel = channel_for(caller, channel_id or _first_channel(caller))
+        if audience == "me" and not is_member(caller.id, channel.server_id):
+            raise Invalid({"channel_id": ["You are in no server with this channel: nobody would be told."]})
         text = content or (
             f"Test notification for @{caller.username}" if audience == "me" else "Test notification for this channel"
         )

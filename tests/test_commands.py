@@ -33,7 +33,13 @@ def test_create_user_prints_the_person_and_the_token_once(command, client):
 
 @pytest.mark.parametrize("name", ["ab", "a" * 33, "everyone", "belfry", "Ünal", "dot.", "_dash", "two words", "nul\0"])
 def test_a_name_that_could_not_be_mentioned_is_refused(command, name):
-    assert "Invalid value" in command("create-user", name, code=2).output
+    assert "Error: username: " in command("create-user", name, code=2).output
+    assert not User.select().exists()
+
+
+def test_what_no_person_can_have_is_refused_by_its_name(command):
+    assert "Error: email: Must be an e-mail" in command("create-user", "bob", "--email", "here", code=2).output
+    assert "Error: name: " in command("create-user", "bob", "--name", "x" * 101, code=2).output
     assert not User.select().exists()
 
 

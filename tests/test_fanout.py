@@ -211,8 +211,8 @@ def test_two_workers_on_one_run_tell_everybody_once_and_count_everybody_once(cas
     message_id, run_id = post(cast.subscriber, cast.general)
     both_have_begun, begin = threading.Barrier(2, timeout=30), fanout._begin
 
-    def begin_together(run_id: int) -> bool:
-        begun = begin(run_id)
+    def begin_together(run_id: int, resumed: bool) -> bool:
+        begun = begin(run_id, resumed)
         both_have_begun.wait()
         return begun
 

@@ -52,7 +52,7 @@ def test_a_task_that_fails_is_not_reported_as_success(api, cast, run_jobs, monke
     with monkeypatch.context() as patch:
         patch.setattr(fanout, "TELL", "SELECT 1 / 0 AS decision")
         run_jobs()
-    run = api(cast.subscriber).get(message["run"]["url"]).get_json()
+    run = api(cast.admin).get(message["run"]["url"]).get_json()
     assert run["state"] == "queued"
     assert "division by zero" in run["error"]
     assert told(message) == {}
@@ -67,7 +67,7 @@ def test_a_task_that_keeps_failing_ends_as_failed_with_its_reason(api, cast, mon
     for _ in range(jobs.TRIES):
         with pytest.raises(Exception, match="division by zero"):
             jobs.notify(message["run"]["id"])
-    run = api(cast.subscriber).get(message["run"]["url"]).get_json()
+    run = api(cast.admin).get(message["run"]["url"]).get_json()
     assert (run["state"], run["attempts"]) == ("failed", jobs.TRIES)
     assert "division by zero" in run["error"]
 

@@ -1,5 +1,6 @@
 """The path through real processes: a web process, Redis, and a separate worker."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -9,9 +10,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import psutil
+import psycopg
 
 import jobs
+import worker
 from belfry.sql import execute, row
+from config import settings
 from models import Notification, Run
 from tests.processes import a_gate, a_web_process, a_worker, running, wait_until
 
@@ -48,13 +52,13 @@ def notifications_that(body: str) -> Iterator[None]:
 
 
 def test_a_message_reaches_the_inbox_through_web_queue_and_worker(cast):
-    with a_web_process() as address, a_worker() as worker:
+    with a_web_process() as address, a_worker() as process:
         status, message = post(address, cast.subscriber.token, cast.general, "gold breaks out, @vera")
         assert status == 201
         wait_until(lambda: state_of(message["run"]["id"]) == "succeeded", "the run to succeed")
         assert told_of(message["id"]) == {cast.admin.id, cast.moderator.id, cast.vip.id}
 
-        lines = [json.loads(line) for line in worker.log().splitlines() if line.startswith("{")]
+        lines = [json.loads(line) for line in process.log().splitlines() if line.startswith("{")]
         done = next(line for line in lines if line["message"] == f"run {message['run']['id']} succeeded")
         assert done["run_id"] == message["run"]["id"]
         assert done["job_id"]
@@ -80,7 +84,7 @@ def test_an_error_is_recorded_on_the_run_and_retried_until_it_passes(cast):
 def test_with_redis_out_posting_answers_201_and_the_sweeper_finds_the_run(cast, redis):
     with a_gate(os.environ["REDIS_URL"]) as gate:
         behind = {"REDIS_URL": gate.url}
-        with a_web_process(**behind) as address, a_worker(**behind) as worker:
+        with a_web_process(**behind) as address, a_worker(**behind) as process:
             gate.shut()
             posted = [post(address, cast.subscriber.token, cast.general, f"gold {number}") for number in range(3)]
             assert [status for status, _ in posted] == [201, 201, 201]
@@ -91,27 +95,27 @@ def test_with_redis_out_posting_answers_201_and_the_sweeper_finds_the_run(cast, 
             wait_until(lambda: {run.state for run in Run.select()} == {"succeeded"}, "the runs to be found", 60)
             for _, message in posted:
                 assert told_of(message["id"]) == {cast.admin.id, cast.moderator.id, cast.vip.id}
-            assert worker.running()
+            assert process.running()
 
 
 def test_a_worker_that_starts_before_redis_waits_for_it(cast):
     with a_gate(os.environ["REDIS_URL"]) as gate:
         gate.shut()
-        with running(["flask", "--app", "app", "worker"], REDIS_URL=gate.url, SWEEP_SECONDS="1") as worker:
-            wait_until(lambda: "Redis is out of reach" in worker.log(), "the worker to say so")
+        with running(["flask", "--app", "app", "worker"], REDIS_URL=gate.url, SWEEP_SECONDS="1") as process:
+            wait_until(lambda: "Redis is out of reach" in process.log(), "the worker to say so")
             gate.open()
-            wait_until(lambda: "Listening on" in worker.log(), "the worker to listen")
+            wait_until(lambda: "Listening on" in process.log(), "the worker to listen")
 
 
 def test_sigterm_finishes_the_work_in_hand(api, cast):
-    with a_worker() as worker, notifications_that("PERFORM pg_sleep(2);"):
+    with a_worker() as process, notifications_that("PERFORM pg_sleep(2);"):
         message = api(cast.subscriber).post("/api/messages", json={"channel_id": cast.general, "content": "gold"})
         run_id = message.get_json()["run"]["id"]
         wait_until(_at_work, "the worker to be at work")
         # As Heroku does it: to every process of the dyno, the work-horse included.
-        for process in [*psutil.Process(worker.pid).children(recursive=True), psutil.Process(worker.pid)]:
-            process.send_signal(signal.SIGTERM)
-        assert worker.wait() == 0
+        for one in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+            one.send_signal(signal.SIGTERM)
+        assert process.wait() == 0
         assert state_of(run_id) == "succeeded"
         assert told_of(message.get_json()["id"]) == {cast.admin.id, cast.moderator.id, cast.vip.id}
 
@@ -125,11 +129,11 @@ def _at_work() -> bool:
 
 
 def test_a_killed_work_horse_costs_nobody_their_notification(api, cast):
-    with a_worker() as worker, notifications_that("PERFORM pg_sleep(1);"):
+    with a_worker() as process, notifications_that("PERFORM pg_sleep(1);"):
         message = api(cast.subscriber).post("/api/messages", json={"channel_id": cast.general, "content": "gold"})
         run_id = message.get_json()["run"]["id"]
         wait_until(_at_work, "the worker to be at work")
-        horse = max(psutil.Process(worker.pid).children(), key=lambda child: child.create_time())
+        horse = max(psutil.Process(process.pid).children(), key=lambda child: child.create_time())
         horse.kill()
         wait_until(lambda: state_of(run_id) == "succeeded", "another attempt to succeed", 60)
     assert Run.get_by_id(run_id).attempts == 2
@@ -140,13 +144,53 @@ def test_plain_rq_workers_can_run_the_jobs_too(api, cast):
     message = api(cast.subscriber).post("/api/messages", json={"channel_id": cast.general, "content": "gold"})
     with running(
         ["rq.cli", "worker", "-S", "json", "--burst", "-u", os.environ["REDIS_URL"], *jobs.QUEUES]
-    ) as worker:
-        assert worker.wait(60) == 0
+    ) as process:
+        assert process.wait(60) == 0
     assert state_of(message.get_json()["run"]["id"]) == "succeeded"
 
 
 def test_the_burst_worker_ends_when_all_is_done(api, cast):
     message = api(cast.subscriber).post("/api/messages", json={"channel_id": cast.general, "content": "gold"})
-    with running(["flask", "--app", "app", "worker", "--burst"]) as worker:
-        assert worker.wait(60) == 0
+    with running(["flask", "--app", "app", "worker", "--burst"]) as process:
+        assert process.wait(60) == 0
     assert state_of(message.get_json()["run"]["id"]) == "succeeded"
+
+
+def test_the_sweeper_outlives_what_nobody_foresaw(monkeypatch, caplog):
+    def break_down() -> None:
+        raise RuntimeError("no such table")
+
+    monkeypatch.setattr("worker.jobs.sweep", break_down)
+    worker.sweep_once()
+    assert "the sweep failed" in caplog.text
+
+
+def test_a_large_run_gives_way_to_others_and_goes_on_in_bulk(api, cast, run_jobs, monkeypatch):
+    monkeypatch.setattr(jobs, "TURN_SECONDS", 0)
+    monkeypatch.setattr("belfry.fanout.settings", dataclasses.replace(settings, slice_members=2))
+    message = api(cast.subscriber).post("/api/messages", json={"channel_id": cast.general, "content": "gold"})
+    run_id = message.get_json()["run"]["id"]
+    jobs.notify(run_id)
+    assert (state_of(run_id), Run.get_by_id(run_id).done) == ("running", 2)
+    assert jobs.queue(jobs.BULK).count == 1
+    assert run_jobs() == 0
+    finished = Run.get_by_id(run_id)
+    assert (finished.state, finished.done, finished.total) == ("succeeded", 5, 5)
+    assert told_of(message.get_json()["id"]) == {cast.admin.id, cast.moderator.id, cast.vip.id}
+
+
+def test_a_sweep_does_not_wait_for_a_run_that_is_being_worked_on(api, cast):
+    api(cast.subscriber).post("/api/messages", json={"channel_id": cast.general, "content": "gold"})
+    execute("UPDATE run SET state = 'running', due_at = now() - interval '1 minute'")
+    with psycopg.connect(os.environ["DATABASE_URL"]) as other:
+        other.execute("SELECT FROM run FOR UPDATE")
+        assert jobs.sweep() == 0
+    assert jobs.sweep() == 1
+
+
+def test_an_author_does_not_see_the_inside_of_an_error(api, cast):
+    message = api(cast.subscriber).post("/api/messages", json={"channel_id": cast.general, "content": "gold"})
+    execute("UPDATE run SET error = 'connection to 10.0.0.7 failed'")
+    url = message.get_json()["run"]["url"]
+    assert "10.0.0.7" not in api(cast.subscriber).get(url).get_json()["error"]
+    assert "10.0.0.7" in api(cast.admin).get(url).get_json()["error"]

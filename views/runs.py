@@ -6,13 +6,21 @@ import schemas
 from belfry import runs, trials
 from belfry.sql import Row
 from jobs import enqueue_runs
+from models import User
 from views.endpoint import Answer, api, current_user, endpoint, paginate
 
+HIDDEN_ERROR = "The last attempt failed. Admins can see why."
 
-def describe_run(run: Row) -> Row:
-    """A stored run as it is sent."""
+
+def describe_run(run: Row, reader: User | None = None) -> Row:
+    """A stored run as it is sent. What went wrong can name hosts and statements: its text is for admins.
+
+    `reader` None is an operator, or an admin's endpoint.
+    """
+    shown = {"error": HIDDEN_ERROR} if run["error"] and reader and not reader.is_admin else {}
     return {
         **run,
+        **shown,
         "progress": {"done": run["done"], "total": run["total"]},
         "stats": runs.statistics(run),
     }
@@ -22,7 +30,7 @@ def describe_run(run: Row) -> Row:
 @endpoint(gives=schemas.Run)
 def get_run(run_id: int) -> Any:
     """How the fan-out of a message goes, or went: for its author, and for admins."""
-    return describe_run(runs.find_run(run_id, current_user()))
+    return describe_run(runs.find_run(run_id, current_user()), current_user())
 
 
 @api.get("/runs")
