@@ -65,7 +65,8 @@ def test_a_message_reaches_the_inbox_through_web_queue_and_worker(cast):
 
 
 def test_an_error_is_recorded_on_the_run_and_retried_until_it_passes(cast):
-    with a_web_process() as address, a_worker():
+    # Without the sweeper, which would find the run in the end: it is the retry that is shown here.
+    with a_web_process() as address, a_worker(SWEEP_SECONDS="3600"):
         with notifications_that("RAISE EXCEPTION 'the disk is full';"):
             _, message = post(address, cast.subscriber.token, cast.general, "gold")
             run_id = message["run"]["id"]
@@ -184,7 +185,9 @@ def test_a_sweep_does_not_wait_for_a_run_that_is_being_worked_on(api, cast):
     execute("UPDATE run SET state = 'running', due_at = now() - interval '1 minute'")
     with psycopg.connect(os.environ["DATABASE_URL"]) as other:
         other.execute("SELECT FROM run FOR UPDATE")
+        execute("SET lock_timeout = '5s'")
         assert jobs.sweep() == 0
+        execute("RESET lock_timeout")
     assert jobs.sweep() == 1
 
 
