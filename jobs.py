@@ -140,7 +140,7 @@ def _work_on(run_id: int, *, resumed: bool) -> None:
         try:
             with _connection():
                 state = fanout.execute(run_id, seconds=TURN_SECONDS, resumed=resumed)
-                if state == "running":
+                if state == "unfinished":
                     enqueue_runs([run_id], rest=True)
         except Exception as error:
             # Written down, and up it goes: RQ's retry must see it.

@@ -168,23 +168,21 @@ LEASE_SECONDS = 20
 def execute(run_id: int, *, seconds: float = math.inf, resumed: bool = False) -> str:
     """Work on a run until it is finished; answers its state, or `missing` where there is no such run.
 
-    After `seconds` it stops between two slices: the answer is `running`, and the caller sees that somebody
-    goes on with it, `resumed`, which is then no new attempt.
+    After `seconds` it stops between two slices and answers `unfinished`: the caller sees that somebody goes
+    on with it, `resumed`, which is then no new attempt. `running` is one that is left to somebody else.
 
     Safe at any time and any number of times: a run that succeeded is left as it is, one that stopped half-way
     goes on where it stopped, one whose last attempt is under way elsewhere is left to it. A failed run that is
-    asked for again gets one more attempt. Whatever goes wrong
-    goes up to the caller, with everything that was committed before it kept.
+    asked for again gets one more attempt. Whatever goes wrong goes up to the caller, with everything that was
+    committed before it kept.
     """
     give_way = time.monotonic() + seconds
-    if not _begin(run_id, resumed):
-        if execute_sql(_GIVE_UP, {"run_id": run_id}):
-            log.error("run %s gave up", run_id)
-        found = row("SELECT state FROM run WHERE id = %(run_id)s", {"run_id": run_id})
-        return found["state"] if found else "missing"
-    while not advance(run_id):
-        if time.monotonic() >= give_way:
-            break
+    if _begin(run_id, resumed):
+        while not advance(run_id):
+            if time.monotonic() >= give_way:
+                return "unfinished"
+    elif execute_sql(_GIVE_UP, {"run_id": run_id}):
+        log.error("run %s gave up", run_id)
     found = row("SELECT state FROM run WHERE id = %(run_id)s", {"run_id": run_id})
     return found["state"] if found else "missing"
 

@@ -180,6 +180,14 @@ def test_a_large_run_gives_way_to_others_and_goes_on_in_bulk(api, cast, run_jobs
     assert told_of(message.get_json()["id"]) == {cast.admin.id, cast.moderator.id, cast.vip.id}
 
 
+def test_a_job_that_finds_its_run_in_other_hands_leaves_it_there(api, cast):
+    api(cast.subscriber).post("/api/messages", json={"channel_id": cast.general, "content": "gold"})
+    execute("UPDATE run SET state = 'running', tries_left = 0, due_at = now() + interval '1 minute'")
+    jobs.notify(1)
+    assert state_of(1) == "running"
+    assert jobs.queue(jobs.BULK).count == 0, "or the two queues would pass it around until the lease is over"
+
+
 def test_a_sweep_does_not_wait_for_a_run_that_is_being_worked_on(api, cast):
     api(cast.subscriber).post("/api/messages", json={"channel_id": cast.general, "content": "gold"})
     execute("UPDATE run SET state = 'running', due_at = now() - interval '1 minute'")
