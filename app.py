@@ -35,6 +35,7 @@ from views.endpoint import BODY_BYTES, api, bearer_token
 
 log = logging.getLogger(__name__)
 
+RETRY_AFTER_SECONDS = 5  # of a 503: a restart of PostgreSQL takes about that
 API_SUBJECTS = (messages, runs, inbox, people, servers)  # importing them puts their endpoints on `api`
 
 
@@ -111,7 +112,7 @@ def _sign(answer: Response) -> Response:
     if answer.status_code not in (429, 503):
         answer.headers.pop("Retry-After", None)  # flask-limiter puts it on every answer
     if answer.status_code == 503:
-        answer.headers["Retry-After"] = str(problems.RETRY_AFTER_SECONDS)
+        answer.headers["Retry-After"] = str(RETRY_AFTER_SECONDS)  # whoever says 503, and after the limiter's own
     if reset := answer.headers.get("RateLimit-Reset"):
         answer.headers["RateLimit-Reset"] = str(max(0, math.ceil(float(reset) - time.time())))  # seconds from now
     if request.path.startswith("/api/"):

@@ -207,16 +207,15 @@ def readings() -> list[Reading]:
             ):
                 queues.append(([name, state], registry.get_job_count(cleanup=False)))
         workers.append(([], Worker.count(connection=redis_connection())))
-    unfinished: dict[str, Any] = {"states": {}}
+    unfinished: dict[str, Any] | None = None
     with suppress(OperationalError, InterfaceError):
         unfinished = runs.count_unfinished()
-    database_up = "oldest_seconds" in unfinished
     return [
         (
             "belfry_up",
             "Whether a part answers",
             ["part"],
-            [(["redis"], float(redis_up)), (["database"], float(database_up))],
+            [(["redis"], float(redis_up)), (["database"], float(unfinished is not None))],
         ),
         ("belfry_queue_jobs", "Jobs of a queue by state", ["queue", "state"], queues),
         ("belfry_workers", "Workers that are registered", [], workers),
@@ -224,12 +223,12 @@ def readings() -> list[Reading]:
             "belfry_runs",
             "Runs that are not finished, and failed ones, by state",
             ["state"],
-            [([state], count) for state, count in unfinished["states"].items()],
+            [([state], count) for state, count in unfinished["states"].items()] if unfinished else [],
         ),
         (
             "belfry_oldest_unfinished_run_seconds",
             "Age of the oldest unfinished run; 0 when all is done",
             [],
-            [([], unfinished["oldest_seconds"])] if database_up else [],
+            [([], unfinished["oldest_seconds"])] if unfinished else [],
         ),
     ]

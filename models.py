@@ -39,11 +39,6 @@ UNFINISHED = ("pending", "queued", "running")
 POSTING = ("members", "admins")
 LEVELS = ("all", "mentions", "none")
 REASONS = ("message", "mention", "mention_role", "mention_everyone")
-NAME_PATTERN = "^[a-z0-9][a-z0-9_.-]{1,30}[a-z0-9]$"
-NAME_RULE = (
-    "3 to 32 of a-z 0-9 _ . - that begin and end with a letter or digit "
-    "(a last . - _ could never be mentioned), and not 'everyone'"
-)
 TRIES = 6  # attempts without any progress before a run is failed: the first, and five retries
 
 

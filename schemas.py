@@ -13,9 +13,10 @@ from marshmallow.validate import Length, OneOf, Range, Regexp
 
 from belfry.accounts import SENDER
 from belfry.inbox import parse_notification_id
+from belfry.mentions import EVERYONE, NAME, NAME_RULE
 from belfry.recipients import DECISIONS
 from belfry.trials import AUDIENCES
-from models import LEVELS, NAME_PATTERN, NAME_RULE, POSTING, RUN_KINDS, RUN_STATES, SUBSCRIPTION_STATUSES
+from models import LEVELS, POSTING, RUN_KINDS, RUN_STATES, SUBSCRIPTION_STATUSES
 
 LARGEST_ID = 2**63 - 1
 PAGE_DEFAULT, PAGE_MOST = 50, 100
@@ -55,7 +56,7 @@ class Name(Trimmed):
 
     def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> str:
         name = super()._deserialize(value, attr, data, **kwargs).lower()
-        if not re.fullmatch(NAME_PATTERN, name) or name == "everyone":
+        if not NAME.match(name) or name == EVERYONE:
             raise ValidationError(f"Must be {NAME_RULE}.")
         if name == SENDER:
             raise ValidationError("Is Belfry's own name.")
@@ -122,6 +123,10 @@ class NotificationId(fields.String):
 
 def _content(**kwargs: Any) -> Trimmed:
     return Trimmed(validate=Length(1, 10_000, error="Must have 1 to 10,000 characters after trimming."), **kwargs)
+
+
+def _query_id() -> QueryNumber:
+    return QueryNumber(load_default=None, validate=Range(1, LARGEST_ID))
 
 
 def _title(**kwargs: Any) -> Trimmed:
@@ -371,7 +376,7 @@ class Message(Shape):
 
 
 class ExplainQuery(Shape):
-    user_id = QueryNumber(load_default=None, validate=Range(1, LARGEST_ID))
+    user_id = _query_id()
 
 
 class Explanation(Shape):
@@ -415,7 +420,7 @@ class Run(Shape):
 
 class RunQuery(Page):
     state = fields.String(load_default=None, validate=OneOf(RUN_STATES))
-    channel_id = QueryNumber(load_default=None, validate=Range(1, LARGEST_ID))
+    channel_id = _query_id()
 
 
 class ReplayIn(Shape):
@@ -442,7 +447,7 @@ class TestNotificationIn(Shape):
 
 class NotificationQuery(Page):
     unread = fields.Boolean(load_default=False)
-    channel_id = QueryNumber(load_default=None, validate=Range(1, LARGEST_ID))
+    channel_id = _query_id()
 
 
 class Notification(Shape):

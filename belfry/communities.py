@@ -68,19 +68,18 @@ def put_member(server_id: int, user_id: int, role_ids: Sequence[int] | None = No
                 " ON CONFLICT (server_id, user_id) DO UPDATE SET server_id = EXCLUDED.server_id",
                 parameters,
             )
-            if role_ids is None:
-                return list_members(server_id, after=user_id - 1, limit=1)[0]
-            execute(
-                "DELETE FROM member_role WHERE server_id = %(server_id)s AND user_id = %(user_id)s"
-                " AND role_id <> ALL(%(role_ids)s::bigint[])",
-                parameters,
-            )
-            execute(
-                "INSERT INTO member_role (role_id, user_id, server_id)"
-                " SELECT role_id, %(user_id)s, %(server_id)s FROM unnest(%(role_ids)s::bigint[]) AS role_id"
-                " ON CONFLICT DO NOTHING",
-                parameters,
-            )
+            if role_ids is not None:
+                execute(
+                    "DELETE FROM member_role WHERE server_id = %(server_id)s AND user_id = %(user_id)s"
+                    " AND role_id <> ALL(%(role_ids)s::bigint[])",
+                    parameters,
+                )
+                execute(
+                    "INSERT INTO member_role (role_id, user_id, server_id)"
+                    " SELECT role_id, %(user_id)s, %(server_id)s FROM unnest(%(role_ids)s::bigint[]) AS role_id"
+                    " ON CONFLICT DO NOTHING",
+                    parameters,
+                )
     except IntegrityError:
         raise Invalid({"role_ids": ["Each must be a role of this server."]}) from None
     return list_members(server_id, after=user_id - 1, limit=1)[0]

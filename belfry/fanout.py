@@ -38,26 +38,29 @@ TELL = f"""
 """One slice of a message, a test or a replay: tells whoever is to be told and has not been."""
 
 
-def _is_among(people: str, roles: str, everyone: str) -> str:
+def _is_among(change: str) -> str:
+    """Whether the edit's `added` or `removed` mentions name a member."""
     return f"""(
-        user_id = ANY(%({people})s::bigint[])
-        OR %({everyone})s
+        user_id = ANY(%({change}_users)s::bigint[])
+        OR %({change}_everyone)s
         OR EXISTS (
             SELECT FROM member_role r
             WHERE r.user_id = decided.user_id
-            AND r.role_id = ANY(%({roles})s::bigint[]))
+            AND r.role_id = ANY(%({change}_roles)s::bigint[]))
     )"""
 
 
 TELL_OF_EDIT = f"""
     WITH decided AS MATERIALIZED ({DECIDED}),
     concerned AS MATERIALIZED (
-        SELECT user_id, decision, decision IN ({_TELLING}) AS telling,
-            {_is_among("added_users", "added_roles", "added_everyone")} AS newly_mentioned,
-            {_is_among("removed_users", "removed_roles", "removed_everyone")} AS not_mentioned_now
-        FROM decided
-        WHERE {_is_among("added_users", "added_roles", "added_everyone")}
-        OR {_is_among("removed_users", "removed_roles", "removed_everyone")}
+        SELECT user_id, decision, telling, newly_mentioned, not_mentioned_now
+        FROM (
+            SELECT user_id, decision, decision IN ({_TELLING}) AS telling,
+                {_is_among("added")} AS newly_mentioned,
+                {_is_among("removed")} AS not_mentioned_now
+            FROM decided
+        ) members
+        WHERE newly_mentioned OR not_mentioned_now
     ),
     withdrawn AS (
         DELETE FROM notification n

@@ -22,6 +22,10 @@ EVERYONE = "everyone"
 # mentioned, and is refused when somebody wants to bear it.
 SHORTEST, LONGEST = 3, 32
 NAME = re.compile(rf"\A[a-z0-9][a-z0-9_.-]{{{SHORTEST - 2},{LONGEST - 2}}}[a-z0-9]\Z")
+NAME_RULE = (
+    "3 to 32 of a-z 0-9 _ . - that begin and end with a letter or digit "
+    "(a last . - _ could never be mentioned), and not 'everyone'"
+)
 
 UNKNOWN = "unknown_mention"
 WITHOUT_ACCESS = "mention_without_access"

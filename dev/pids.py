@@ -16,22 +16,25 @@ import psutil  # type: ignore[import-untyped]
 def process_of(pid_files: Iterable[Path], argument: Path) -> psutil.Process | None:
     """The running process whose pid begins one of the files, and which was started with `argument`."""
     for pid_file in pid_files:
-        try:
-            process = psutil.Process(int(pid_file.read_text().split("\n", 1)[0]))
-            if str(argument) in process.cmdline():
-                return process
-        except (OSError, ValueError, psutil.Error):
-            continue
+        process, command_line = _named_in(pid_file)
+        if str(argument) in command_line:
+            return process
     return None
 
 
 def pid_is_somebody_elses(pid_file: Path, argument: Path) -> bool:
     """Whether the file's pid now belongs to a process that was not started with `argument`."""
-    try:
-        command_line = psutil.Process(int(pid_file.read_text().split("\n", 1)[0])).cmdline()
-    except (OSError, ValueError, psutil.Error):
-        return False
+    _, command_line = _named_in(pid_file)
     return bool(command_line) and str(argument) not in command_line
+
+
+def _named_in(pid_file: Path) -> tuple[psutil.Process | None, list[str]]:
+    """The process whose pid begins the file, and its command line; None and [] where there is none to be had."""
+    try:
+        process = psutil.Process(int(pid_file.read_text().split("\n", 1)[0]))
+        return process, process.cmdline()
+    except (OSError, ValueError, psutil.Error):
+        return None, []
 
 
 def end(process: psutil.Process, *steps: tuple[signal.Signals, float]) -> None:

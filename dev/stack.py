@@ -30,8 +30,6 @@ def environment(urls: Mapping[str, str], address: str | None = None) -> dict[str
     defaults = {
         "SECRET_KEY": secret_key(),
         "SECURE_COOKIES": "0",  # browsers get http:// here
-        "WEB_CONCURRENCY": "2",
-        "WEB_THREADS": "8",
     }
     if address is not None:
         defaults["PUBLIC_URL"] = address
@@ -83,18 +81,14 @@ def _json(
 
 @contextmanager
 def web(env: Mapping[str, str], listening: socket.socket, log: Path | None = None) -> Iterator[Child]:
-    """A web process like production's, ready to answer when the block begins."""
+    """A web process as gunicorn.conf.py has it, ready to answer when the block begins."""
     descriptor = listening.fileno()
     options = {
         "bind": f"fd://{descriptor}",
-        "worker-class": "gthread",
-        "threads": env["WEB_THREADS"],
-        "workers": env["WEB_CONCURRENCY"],
         "graceful-timeout": "10",  # live streams have no end of their own
         "log-level": "warning",
     }
     arguments = ["-m", "gunicorn", *(f"--{name}={value}" for name, value in options.items())]
-    arguments.append("--no-control-socket")  # it would lie in the home directory, outside the clone
     arguments.append("app:create_app()")
     with running("web process", arguments, env, log=log, pass_fds=(descriptor,)) as child:
         deadline = time.monotonic() + READY_SECONDS

@@ -3,23 +3,20 @@
 import contextlib
 import os
 import selectors
-import signal
 import socket
-import subprocess
-import sys
 import tempfile
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
 from redis.connection import parse_url
 
-ROOT = Path(__file__).parent.parent
+from dev import processes
+from dev.client import not_ready
+from dev.processes import Child
+
 PATIENCE = 30.0  # seconds; only for what must come, never asserted as a speed
 
 
@@ -36,55 +33,35 @@ def wait_until(condition: Callable[[], object], what: str, seconds: float = PATI
 class Process:
     """A child process of a test, with its log."""
 
-    def __init__(self, arguments: list[str], environment: dict[str, str]) -> None:
-        self._file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed in stop()
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", *arguments],
-            cwd=ROOT,
-            env={**os.environ, "LOG_FORMAT": "json", **environment},
-            stdout=self._file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
+    def __init__(self, child: Child) -> None:
+        self._process, self._log = child.process, child.log
+        self.pid = child.process.pid
 
     def log(self) -> str:
-        return os.pread(self._file.fileno(), 10_000_000, 0).decode()
+        assert self._log is not None
+        return self._log.read_text()
 
     def running(self) -> bool:
         return self._process.poll() is None
 
-    def send(self, sent: signal.Signals) -> None:
-        self._process.send_signal(sent)
-
     def wait(self, seconds: float = PATIENCE) -> int:
         return self._process.wait(timeout=seconds)
-
-    def stop(self) -> None:
-        """Ends it and all that it started, whatever state they are in."""
-        if self.running():
-            self._process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(timeout=10)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait(timeout=10)
-        self._file.close()
 
 
 @contextmanager
 def running(arguments: list[str], **environment: str) -> Iterator[Process]:
-    process = Process(arguments, environment)
-    try:
-        yield process
-    except BaseException:
-        print(f"--- {' '.join(arguments)} ---\n{process.log()[-6000:]}")
-        raise
-    finally:
-        process.stop()
+    """`python -m ARGUMENTS`, which is ended with the block, and also when the tests are killed."""
+    env = {**os.environ, "LOG_FORMAT": "json", **environment}
+    with (
+        tempfile.NamedTemporaryFile(prefix="belfry-test-") as log,
+        processes.running(arguments[0], ["-m", *arguments], env, log=Path(log.name)) as child,
+    ):
+        process = Process(child)
+        try:
+            yield process
+        except BaseException:
+            print(f"--- {' '.join(arguments)} ---\n{process.log()[-6000:]}")
+            raise
 
 
 @contextmanager
@@ -108,16 +85,8 @@ def a_web_process(**environment: str) -> Iterator[str]:
         ["gunicorn", "--bind", f"127.0.0.1:{port}", "app:create_app()"],
         **{"WEB_CONCURRENCY": "1", **environment},
     ):
-        wait_until(lambda: _answers(f"{address}/healthz"), "the web process to answer")
+        wait_until(lambda: not_ready(address) is None, "the web process to be ready")
         yield address
-
-
-def _answers(address: str) -> bool:
-    try:
-        with urllib.request.urlopen(address, timeout=2) as answer:
-            return bool(answer.status == 200)
-    except (OSError, urllib.error.URLError):
-        return False
 
 
 class RedisGate:

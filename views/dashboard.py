@@ -35,7 +35,7 @@ import jobs
 from belfry import accounts
 from views import queue_pages, sign_in
 from views.endpoint import bearer_token
-from views.problems import RETRY_AFTER_SECONDS, HttpProblem, problem
+from views.problems import HttpProblem, problem
 
 LIBRARY = queue_pages.LIBRARY
 READS = ("GET", "HEAD", "OPTIONS")
@@ -51,8 +51,7 @@ ADDRESS_PARTS = {
 INLINE_SCRIPT = '<script type="text/javascript">'  # the only one of each of the library's pages
 # eval is how its templates are compiled in the browser. No handler in an attribute runs, and no other script.
 PAGE_POLICY = (
-    "default-src 'none'; base-uri 'none'; frame-ancestors 'none'; style-src 'self'; img-src 'self' data:"
-    "; form-action 'none'; connect-src 'self'; style-src-attr 'unsafe-inline';"
+    sign_in.BASE_POLICY + "; form-action 'none'; connect-src 'self'; style-src-attr 'unsafe-inline';"
     " script-src 'self' 'nonce-{nonce}' 'unsafe-eval'"
 )
 
@@ -143,9 +142,7 @@ def _trouble(error: Exception) -> Response:
         return _refuse(404, "There is no such job. Those that went well are not kept.")
     if isinstance(error, InvalidJobOperation):
         return _refuse(409, "This job has not failed, so it is not requeued.")
-    answer = _refuse(503, "Redis is out of reach. No run is lost: the database has them. Try again soon.")
-    answer.headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
-    return answer
+    return _refuse(503, "Redis is out of reach. No run is lost: the database has them. Try again soon.")
 
 
 for _kind in (NoSuchJobError, InvalidJobOperation, RedisError):

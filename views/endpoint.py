@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from flask import Blueprint, Response, g, json, request
 from marshmallow import Schema, ValidationError
+from werkzeug.exceptions import RequestEntityTooLarge
 
 from belfry.errors import Invalid
 from models import User
@@ -66,9 +67,9 @@ def endpoint(
     def decorate(view: Callable[..., Any]) -> Callable[..., Response]:
         @wraps(view)
         def wrapped(**parts: Any) -> Response:
-            user = current_user()
-            if admin and not user.is_admin:
-                raise HttpProblem(403, "Only admins may do this.")
+            current_user()
+            if admin:
+                require_admin()
             if load_query:
                 parts["query"] = _load(load_query, _query())
             if load_body:
@@ -97,6 +98,12 @@ def current_user() -> User:
     return user
 
 
+def require_admin() -> None:
+    """Raises 403 for everybody but admins, 401 for nobody."""
+    if not current_user().is_admin:
+        raise HttpProblem(403, "Only admins may do this.")
+
+
 def bearer_token() -> str | None:
     """The request's token; None where there is none."""
     match = re.fullmatch(r"bearer +(\S+) *", request.headers.get("Authorization", ""), re.IGNORECASE)
@@ -110,7 +117,7 @@ def _refuse_constant(name: str) -> None:
 def _json_body(optional: bool) -> dict[str, Any]:
     raw = request.get_data(cache=True)
     if len(raw) > BODY_BYTES:  # of a chunked body Werkzeug reads so far and no further, and says nothing
-        raise HttpProblem(413, "The body is larger than 64 KiB.")
+        raise RequestEntityTooLarge
     if not raw and optional:
         return {}
     if request.mimetype != "application/json":

@@ -29,7 +29,7 @@ def readyz() -> Response:
     parts = check(redis_answers)
     wrong = {part: [why] for part, why in parts.items() if why != "ok"}
     if wrong:
-        return problem(503, "Not ready; `errors` says what is not.", errors=wrong, headers={"Retry-After": "5"})
+        return problem(503, "Not ready; `errors` says what is not.", errors=wrong)
     return json_response('{"status": "ok", "database": "ok", "redis": "ok", "migrations": "ok"}', 200)
 
 

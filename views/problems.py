@@ -35,11 +35,10 @@ CODES = {
     500: "internal",
     503: "unavailable",
 }
-RETRY_AFTER_SECONDS = 5  # of a 503: a restart of PostgreSQL takes about that
 
 
 class HttpProblem(Exception):
-    """A refusal that only HTTP knows: 400, 401, 403, 413, 415."""
+    """A refusal that only HTTP knows: 400, 401, 403, 404, 415."""
 
     def __init__(self, status: int, detail: str, headers: dict[str, str] | None = None) -> None:
         super().__init__(detail)
@@ -108,9 +107,7 @@ def register(app: Flask) -> None:
     @app.errorhandler(MaxConnectionsExceeded)
     def unavailable(error: Exception) -> Response:
         log.error("the database is out of reach: %s: %s", type(error).__name__, error)
-        return problem(
-            503, "The database is out of reach. Try again soon.", headers={"Retry-After": str(RETRY_AFTER_SECONDS)}
-        )
+        return problem(503, "The database is out of reach. Try again soon.")
 
     @app.errorhandler(Exception)
     def crashed(error: Exception) -> Response:

@@ -6,8 +6,7 @@ import schemas
 from belfry import communities
 from belfry.access import SeenChannel, channel_for
 from models import Server
-from views.endpoint import Answer, api, current_user, endpoint, paginate
-from views.problems import HttpProblem
+from views.endpoint import Answer, api, current_user, endpoint, paginate, require_admin
 
 
 @api.get("/servers")
@@ -126,8 +125,7 @@ def get_channel(channel_id: int) -> Any:
 def _administered(channel_id: int) -> None:
     """Raises NotFound for a channel that the caller may not see, 403 for one that is not theirs to change."""
     channel_for(current_user(), channel_id)
-    if not current_user().is_admin:
-        raise HttpProblem(403, "Only admins may do this.")
+    require_admin()
 
 
 @api.patch("/channels/<id:channel_id>")

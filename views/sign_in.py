@@ -10,10 +10,8 @@ from werkzeug.wrappers import Response as AnyResponse
 from belfry import accounts
 from models import User
 
-POLICY = (
-    "default-src 'none'; base-uri 'none'; frame-ancestors 'none'; style-src 'self'; img-src 'self' data:;"
-    " form-action 'self'"
-)
+BASE_POLICY = "default-src 'none'; base-uri 'none'; frame-ancestors 'none'; style-src 'self'; img-src 'self' data:"
+POLICY = BASE_POLICY + "; form-action 'self'"
 
 blueprint = Blueprint("sign_in", __name__)
 
