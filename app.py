@@ -28,8 +28,7 @@ from werkzeug.routing import IntegerConverter
 import commands
 from belfry import accounts, logs
 from config import secret_key, settings
-from models import User, db
-from schemas import LARGEST_ID
+from models import LARGEST_ID, User, db
 from views import dashboard, health, inbox, limits, messages, openapi, people, problems, runs, servers
 from views.endpoint import BODY_BYTES, api, bearer_token
 

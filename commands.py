@@ -15,9 +15,9 @@ from peewee import InterfaceError, OperationalError, ProgrammingError
 import jobs
 import schemas
 import worker as worker_process
-from belfry import accounts, explanation, runs, schema, seeding, trials
+from belfry import accounts, explanation, leases, runs, schema, seeding, trials, verification
 from belfry.errors import Refused
-from models import RUN_STATES, SUBSCRIPTION_STATUSES, User, db
+from models import LARGEST_ID, RUN_STATES, SUBSCRIPTION_STATUSES, User, db
 from views.runs import describe_run
 
 WAIT_SECONDS = 600
@@ -150,7 +150,7 @@ def seed(members: int, channels: int, as_json: bool) -> None:
 
 
 @command(COMMANDS, "send-test-notification")
-@click.option("--channel", "channel_id", type=click.IntRange(1, schemas.LARGEST_ID), help="The first one unless given.")
+@click.option("--channel", "channel_id", type=click.IntRange(1, LARGEST_ID), help="The first one unless given.")
 @click.option("--audience", type=click.Choice(trials.AUDIENCES), default="me", show_default=True)
 @click.option("--as", "username", metavar="NAME", help="Who sends it; the first admin unless given.")
 @click.option("--wait", is_flag=True, help="Show its progress and statistics; exit 1 if it failed.")
@@ -160,7 +160,7 @@ def send_test_notification(
 ) -> None:
     """Send a test notification through the real queue."""
     run_id = trials.send_test(_sender(username), channel_id, None, audience)
-    if not jobs.enqueue_runs([run_id]):
+    if not jobs.enqueue_run(run_id):
         click.echo("Redis is out of reach: a worker will find the run when it is back.", err=True)
     run = _wait(run_id) if wait else runs.find_run(run_id)
     _print_run(run, as_json)
@@ -217,7 +217,7 @@ def worker(burst: bool) -> None:
 
 
 @command(COMMANDS, "explain")
-@click.argument("message_id", type=click.IntRange(1, schemas.LARGEST_ID))
+@click.argument("message_id", type=click.IntRange(1, LARGEST_ID))
 @click.argument("username")
 @json_option
 def explain(message_id: int, username: str, as_json: bool) -> None:
@@ -230,6 +230,19 @@ def explain(message_id: int, username: str, as_json: bool) -> None:
     when = f"told at {found['notified_at']}" if found["notified_at"] else "not told"
     read = f", read at {found['read_at']}" if found["read_at"] else ""
     click.echo(f"{user.username}: {when}{read}: {found['decision']}. {found['detail']}")
+
+
+@command(COMMANDS, "verify")
+@json_option
+def verify(as_json: bool) -> None:
+    """Check the stored runs and notifications against the rules; exits 1 if anything is off."""
+    findings = verification.verify()
+    if as_json:
+        _print_json({"findings": findings})
+    else:
+        click.echo("\n".join(findings) or f"all is well: {len(verification.CHECKS)} checks")
+    if findings:
+        raise SystemExit(1)
 
 
 @click.group("runs")
@@ -259,7 +272,7 @@ def list_runs(state: str | None, limit: int, as_json: bool) -> None:
 
 
 @command(runs_group, "show")
-@click.argument("run_id", type=click.IntRange(1, schemas.LARGEST_ID))
+@click.argument("run_id", type=click.IntRange(1, LARGEST_ID))
 @json_option
 def show_run(run_id: int, as_json: bool) -> None:
     """One run and its statistics."""
@@ -267,14 +280,14 @@ def show_run(run_id: int, as_json: bool) -> None:
 
 
 @command(runs_group, "replay")
-@click.argument("run_id", type=click.IntRange(1, schemas.LARGEST_ID))
+@click.argument("run_id", type=click.IntRange(1, LARGEST_ID))
 @click.option("--dry-run", is_flag=True, help="Only say what would be added.")
 @json_option
 def replay_run(run_id: int, dry_run: bool, as_json: bool) -> None:
     """Decide again about everybody by the rules of now; nobody is told twice."""
     replayed = runs.replay(run_id, dry_run=dry_run)
     if replayed["run_id"]:
-        jobs.enqueue_runs([replayed["run_id"]])
+        jobs.enqueue_run(replayed["run_id"])
     if as_json:
         _print_json(replayed)
         return
@@ -288,16 +301,16 @@ def replay_run(run_id: int, dry_run: bool, as_json: bool) -> None:
 
 
 @command(runs_group, "retry")
-@click.argument("run_ids", metavar="[ID]...", nargs=-1, type=click.IntRange(1, schemas.LARGEST_ID))
+@click.argument("run_ids", metavar="[ID]...", nargs=-1, type=click.IntRange(1, LARGEST_ID))
 @click.option("--failed", is_flag=True, help="All that failed.")
 @json_option
 def retry_runs(run_ids: tuple[int, ...], failed: bool, as_json: bool) -> None:
     """Try failed runs again: all (--failed), or those named. They go on where they stopped."""
     if bool(run_ids) == failed:
         raise click.UsageError("Give either run ids or --failed.")
-    retried = runs.retry_failed(None if failed else run_ids)
-    if retried:
-        jobs.enqueue_runs(retried)
+    parts = leases.retry_failed(None if failed else run_ids)
+    jobs.enqueue(parts)
+    retried = sorted({part.run_id for part in parts})
     if as_json:
         _print_json({"retried": retried})
     else:

@@ -124,7 +124,7 @@ class Settings:
     metrics_token: str = _variable(_text, "", "opens /metrics to a scraper; empty: admins' tokens only")
     slice_members: int = _variable(_number(1, 1_000_000), 20_000, "members in one slice of a fan-out")
     job_timeout: int = _variable(_number(5, 86_400), 300, "seconds that one job may run")
-    sweep_seconds: int = _variable(_number(1, 3_600), 5, "seconds between two looks for work that was lost")
+    sweep_seconds: int = _variable(_number(1, 3_600), 2, "seconds between two looks for work that was lost")
     retry_seconds: int = _variable(_number(1, 3_600), 5, "seconds before the first retry; then thrice as long each")
 
     @classmethod

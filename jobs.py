@@ -7,6 +7,7 @@ Redis cannot run code here. Plain RQ runs them as well: `rq worker -S json notif
 import logging
 import os
 import random
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -18,26 +19,28 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 from redis.retry import Retry as RedisRetry
 from rq import Queue, Retry, Worker, get_current_job
+from rq.exceptions import DeserializationError
 
-from belfry import fanout, idempotency, logs, runs
-from belfry.sql import row
+from belfry import fanout, idempotency, leases, logs, runs
+from belfry.leases import Part
+from belfry.points import reach
+from belfry.sql import connection_is_lost, row, transaction
 from config import settings
 from models import TRIES, db
 
 log = logging.getLogger(__name__)
 
-NOTIFICATIONS = "notifications"  # one job a message; always served first
-BULK = "bulk"  # the rest of large audiences, served when nobody waits in `notifications`
+NOTIFICATIONS = "notifications"  # one job a run; always served first
+BULK = "bulk"  # one job a slice of a large run, served when nobody waits in `notifications`
 DELIVERIES = "deliveries"  # other transports
 QUEUES = (NOTIFICATIONS, BULK, DELIVERIES)
 
 RETRIES = TRIES - 1
-TURN_SECONDS = 5.0  # that one run may keep a worker while others wait; the rest of it goes to `bulk`
 GRACE_SECONDS = 15  # after a retry should have begun, before the sweeper takes it for lost
-QUEUED_SECONDS = 30  # in a short queue, before the sweeper takes a run's job for lost
-LONG_QUEUE = 200  # from this length on a queued run is taken to be waiting, not lost
-SWEEP_AT_MOST = 500  # runs enqueued by one sweep
+WAITING_AT_MOST = 10_000  # jobs in a queue; what is beyond that waits in PostgreSQL, and Redis stays small
+ENQUEUED_AT_ONCE = 500  # jobs in one round trip to Redis
 _process = os.getpid()
+_full_until: dict[str, float] = {}  # by queue, in `time.monotonic()`: asking each time would be a round trip more
 SWEEP_LOCK = 0x62656C66  # the advisory lock's key: "belf"
 
 
@@ -69,35 +72,63 @@ def queue(name: str = NOTIFICATIONS, connection: Redis | None = None) -> Queue:
     return Queue(name, connection=connection or redis_connection(), serializer="json")
 
 
-def enqueue_runs(run_ids: Sequence[int], *, rest: bool = False) -> bool:
-    """Wish that somebody look at these runs soon. Call it after the commit that made them.
+def enqueue_run(run_id: int) -> bool:
+    """As `enqueue`, of a new run. Call it after the commit that made it."""
+    enqueued = enqueue([Part(run_id)])
+    reach("run.enqueued", run_id)
+    return enqueued
 
-    `rest` puts them on `bulk`: they have begun, and are to be gone on with. False when Redis is out of reach:
-    the runs stay as they are, and the sweeper finds them.
+
+def enqueue(parts: Sequence[Part], *, overdue: bool = False) -> bool:
+    """Wish that somebody look at these parts soon: a job for each, in its queue.
+
+    False when Redis is out of reach, or a queue is full: runs are `pending` then, and the sweeper enqueues what is
+    left as soon as there is room. `overdue` parts go before all that wait, for their turn has been: and the oldest
+    first, so that a queue stays in the order of its parts.
     """
-    wishes = [
-        Queue.prepare_data(
-            "jobs.go_on" if rest else "jobs.notify",
-            args=(run_id,),
-            timeout=settings.job_timeout,
-            result_ttl=0,  # the run says how it went; Redis keeps nothing of what is done
-            failure_ttl=7 * 86_400,
-            description=f"run {run_id}",
-            retry=Retry(max=RETRIES, interval=retry_intervals()),
-        )
-        for run_id in run_ids
-    ]
+    own = [part for part in parts if part.after is None]
+    slices = [part for part in parts if part.after is not None]
+    enqueued = [_enqueue(name, some, overdue) for name, some in ((NOTIFICATIONS, own), (BULK, slices)) if some]
+    if all(enqueued):
+        return True
     try:
-        queue(BULK if rest else NOTIFICATIONS).enqueue_many(wishes)
-    except RedisError as error:
-        log.warning("Redis is out of reach, %s run(s) stay pending: %s", len(wishes), error)
-        return False
-    try:
-        runs.mark_queued(run_ids, QUEUED_SECONDS)
+        leases.wait_for_room([part.run_id for part in own])
     except (OperationalError, InterfaceError) as error:
-        # They are committed and in the queue: whoever waits for an answer must not get an error for this.
-        log.warning("run(s) %s are queued, but could not be marked so: %s", list(run_ids), error)
+        # They are committed: whoever waits for an answer must not get an error for this.
+        log.warning("run(s) could not be marked pending: %s", error)
+    return False
+
+
+def _enqueue(name: str, parts: list[Part], overdue: bool) -> bool:
+    if not overdue and time.monotonic() < _full_until.get(name, 0):
+        return False
+    in_order = parts[::-1] if overdue else parts
+    try:
+        for first in range(0, len(parts), ENQUEUED_AT_ONCE):
+            some = [_wish(part, overdue) for part in in_order[first : first + ENQUEUED_AT_ONCE]]
+            with redis_connection().pipeline() as pipeline:
+                queue(name).enqueue_many(some, pipeline=pipeline)
+                pipeline.llen(queue(name).key)
+                waiting = pipeline.execute()[-1]
+    except RedisError as error:
+        log.warning("Redis is out of reach, %s job(s) are not enqueued: %s", len(parts), error)
+        return False
+    if waiting >= WAITING_AT_MOST:
+        _full_until[name] = time.monotonic() + 1
     return True
+
+
+def _wish(part: Part, at_front: bool) -> Any:
+    return Queue.prepare_data(
+        "jobs.notify" if part.after is None else "jobs.notify_slice",
+        args=(part.run_id,) if part.after is None else (part.run_id, part.after),
+        timeout=settings.job_timeout,
+        result_ttl=0,  # the run says how it went; Redis keeps nothing of what is done
+        failure_ttl=7 * 86_400,
+        description=str(part),
+        at_front=at_front,
+        retry=Retry(max=RETRIES, interval=retry_intervals()),
+    )
 
 
 @contextmanager
@@ -119,62 +150,98 @@ def _connection() -> Iterator[None]:
 
 
 def notify(run_id: int) -> None:
-    """Fan out one run, or its first part. Queue `notifications`.
+    """Fan out one run; of one with a large audience, share it out and tell the mentioned. Queue `notifications`.
 
     Retried with growing intervals; what failed is on the run.
     """
-    _work_on(run_id, resumed=False)
+    _work_on(Part(run_id))
 
 
-def go_on(run_id: int) -> None:
-    """Fan out the next part of a large run. Queue `bulk`; otherwise as `notify`."""
-    _work_on(run_id, resumed=True)
+def notify_slice(run_id: int, after: int) -> None:
+    """Fan out the slice of a large run that begins after a user id. Queue `bulk`; otherwise as `notify`."""
+    _work_on(Part(run_id, after))
 
 
-def _work_on(run_id: int, *, resumed: bool) -> None:
+def _work_on(part: Part) -> None:
     job = get_current_job()
-    with logs.context(run_id=run_id, job_id=job.id if job else None):
-        retry_in = None
-        if job and job.retries_left:
-            retry_in = Retry.get_interval(job.number_of_retries or 0, job.retry_intervals) + GRACE_SECONDS
+    with logs.context(run_id=part.run_id, job_id=job.id if job else None), _connection():
+        reach("job.begun", part.run_id)
+        attempt = leases.take(part)
+        if attempt is None:
+            log.info("%s: nothing to do", part)
+            return
+        reach("run.taken" if part.after is None else "slice.taken", part.run_id)
         try:
-            with _connection():
-                state = fanout.execute(run_id, seconds=TURN_SECONDS, resumed=resumed)
-                if state == "unfinished":
-                    enqueue_runs([run_id], rest=True)
+            slices = fanout.tell(part, attempt)
         except Exception as error:
-            # Written down, and up it goes: RQ's retry must see it.
-            log.warning("run %s failed: %s: %s", run_id, type(error).__name__, error)
-            with _connection():
-                runs.record_failure(run_id, f"{type(error).__name__}: {error}", retry_in)
+            reach("failure.met", part.run_id)
+            log.warning("%s failed: %s: %s", part, type(error).__name__, error)
+            # A connection that broke is no fault of the message's: its lease has ended with it, and the sweeper
+            # goes on. Every other reason is written down, and up it goes: RQ's retry must see it.
+            if not connection_is_lost():
+                leases.fail(part, attempt, f"{type(error).__name__}: {error}", _sweep_in(job))
+                reach("failure.written", part.run_id)
             raise
-        log.info("run %s %s", run_id, state)
+        reach("run.committed" if part.after is None else "slice.committed", part.run_id)
+        if slices:
+            enqueue(slices)
+        log.info("%s: done%s", part, f", {len(slices)} slices to go" if slices else "")
+        reach("job.done", part.run_id)
+
+
+def _sweep_in(job: Any) -> float | None:
+    """Seconds until the sweeper takes the retry of a job that fails now for lost; None where there will be none."""
+    if not job or not job.retries_left:
+        return None
+    interval = Retry.get_interval(job.number_of_retries or 0, job.retry_intervals)
+    return float(interval + GRACE_SECONDS)
 
 
 def sweep() -> int:
-    """Enqueue again what nobody takes care of; how many runs that were. 0 too where another worker sweeps.
+    """Enqueue again what nobody takes care of; how many parts that were. 0 too where another worker sweeps.
 
-    One sweeper at a time, by an advisory lock that dies with its connection.
+    One sweeper at a time, by an advisory lock that ends with its transaction.
     """
-    with _connection(), db.atomic():
-        held = row(
-            "SELECT pg_try_advisory_xact_lock(%(key)s) AS held,"
-            " set_config('idle_in_transaction_session_timeout', '20s', true)",  # for a sweeper that hangs
-            {"key": SWEEP_LOCK},
-        )
-        if not held or not held["held"]:
+    try:
+        oldest = {name: _oldest_waiting(name) for name in (NOTIFICATIONS, BULK)}
+        room = {name: WAITING_AT_MOST - queue(name).count for name in oldest}
+    except RedisError as error:
+        log.warning("Redis is out of reach, nothing is swept: %s", error)
+        return 0
+    with _connection():
+        with transaction():
+            held = row("SELECT pg_try_advisory_xact_lock(%(key)s) AS held", {"key": SWEEP_LOCK})
+            if not held or not held["held"]:
+                return 0
+            reach("sweep.locked")
+            idempotency.forget_old_keys()
+            if given_up := leases.give_up():
+                log.error("%s run(s) or slice(s) gave up: each attempt ended without a word", given_up)
+            overdue = leases.overdue_runs(room[NOTIFICATIONS], oldest[NOTIFICATIONS])
+            overdue += leases.overdue_slices(room[BULK], oldest[BULK])
+            reach("sweep.marked")
+        reach("sweep.committed")
+        if not overdue or not enqueue(overdue, overdue=True):
             return 0
-        idempotency.forget_old_keys()
-        try:
-            waiting = queue().count
-        except RedisError as error:
-            log.warning("Redis is out of reach, nothing is swept: %s", error)
-            return 0
-        due = runs.due_runs(SWEEP_AT_MOST, with_queued=waiting < LONG_QUEUE)
-        if not due or not enqueue_runs(due):
-            return 0
-    log.info("swept %s run(s) that nobody was taking care of", len(due))
-    return len(due)
+        reach("sweep.enqueued")
+    log.info("swept %s part(s) that nobody was taking care of", len(overdue))
+    return len(overdue)
+
+
+def _oldest_waiting(name: str) -> Part | None:
+    """The part whose job has waited longest in a queue; None where none waits. Raises RedisError.
+
+    What is no job of ours tells nothing: then it is a part before all others.
+    """
+    waiting = queue(name)
+    ids = waiting.get_job_ids(0, 1)
+    if not ids:
+        return None
+    with suppress(TypeError, ValueError, DeserializationError):
+        job = waiting.fetch_job(ids[0])
+        if job:
+            return Part(*map(int, job.args))
+    return Part(0, 0)
 
 
 def redis_answers() -> bool:

@@ -39,7 +39,8 @@ UNFINISHED = ("pending", "queued", "running")
 POSTING = ("members", "admins")
 LEVELS = ("all", "mentions", "none")
 REASONS = ("message", "mention", "mention_role", "mention_everyone")
-TRIES = 6  # attempts without any progress before a run is failed: the first, and five retries
+LARGEST_ID = 2**63 - 1  # of a bigint
+TRIES = 6  # attempts before a run, or a slice of it, is failed: the first, and five retries
 
 
 def _connect_parameters() -> dict[str, Any]:
@@ -230,9 +231,11 @@ class Message(Table):
 class Run(Table):
     """One fan-out of one message, and the outbox: written in the message's own transaction.
 
-    - `walked_to`: the members up to this user id are done; the next slice begins after it.
-    - `due_at`: until then somebody is believed to be taking care of it; afterwards the sweeper is.
-    - `tries_left`: attempts that may still fail without progress. A slice that commits fills it up.
+    - `attempts`: also the token of whoever works on it: the next attempt makes the last one's writes void.
+    - `tries_left`: attempts that may still be made before it is `failed`.
+    - `slices_left`: how many rows of `slice` it has. None before its audience is known to be a large one.
+    - `due_at`: until then somebody is believed to be taking care of it; afterwards the sweeper does. NULL where
+      there is nothing to take care of: it is finished, or its slices are on their own.
     - `mention_changes`: of an edit, who was added to and removed from the mentions.
     """
 
@@ -242,7 +245,7 @@ class Run(Table):
     state = TextField(constraints=[_among("state", RUN_STATES), SQL("DEFAULT 'pending'")])
     attempts = IntegerField(constraints=[SQL("DEFAULT 0")])
     tries_left = SmallIntegerField(constraints=[SQL(f"DEFAULT {TRIES}")])
-    walked_to = BigIntegerField(constraints=[SQL("DEFAULT 0")])
+    slices_left = IntegerField(constraints=[SQL("DEFAULT 0")])
     done = IntegerField(constraints=[SQL("DEFAULT 0")])
     total = IntegerField(null=True)
     added = IntegerField(constraints=[SQL("DEFAULT 0")])
@@ -250,7 +253,7 @@ class Run(Table):
     decisions = JSONField(constraints=[SQL("DEFAULT '{}'")])
     mention_changes = JSONField(null=True)
     error = TextField(null=True)
-    due_at = TimeField(constraints=[SQL("DEFAULT now() + interval '10 seconds'")])
+    due_at = TimeField(null=True, constraints=[SQL("DEFAULT now() + interval '10 seconds'")])
     created_at = TimeField(constraints=_now())
     started_at = TimeField(null=True)
     finished_at = TimeField(null=True)
@@ -262,6 +265,26 @@ Run.add_index(Run.message, unique=True, where=SQL("kind IN ('message', 'test')")
 Run.add_index(Run.due_at, where=SQL("state IN ('pending', 'queued', 'running')"), name="run_unfinished")
 # `runs list --state failed` and its like on a table of millions. Tiny as well.
 Run.add_index(Run.id, where=SQL("state = 'failed'"), name="run_failed")
+
+
+class Slice(Table):
+    """A part of a large run: the members with `after < user_id <= up_to`, without `told_first`.
+
+    There is a row as long as there is work: the transaction that tells of a slice removes it. `attempts`,
+    `tries_left` and `due_at` are as those of a run; `due_at` NULL is one that was given up.
+    """
+
+    run = ForeignKeyField(Run, index=False)
+    after = BigIntegerField()
+    up_to = BigIntegerField()
+    told_first = ArrayField(BigIntegerField, index=False, constraints=[SQL("DEFAULT '{}'")])
+    attempts = IntegerField(constraints=[SQL("DEFAULT 0")])
+    tries_left = SmallIntegerField(constraints=[SQL(f"DEFAULT {TRIES}")])
+    error = TextField(null=True)
+    due_at = TimeField(null=True, constraints=[SQL("DEFAULT now() + interval '10 seconds'")])
+
+    class Meta:
+        primary_key = CompositeKey("run", "after")
 
 
 class Notification(Table):
@@ -297,5 +320,5 @@ class IdempotencyKey(Table):
 
 TABLES = (
     User, ApiToken, Subscription, Server, Role, Member, MemberRole, Channel, ChannelRole, Preference,
-    Message, Run, Notification, IdempotencyKey,
+    Message, Run, Slice, Notification, IdempotencyKey,
 )  # fmt: skip

@@ -16,9 +16,8 @@ from belfry.inbox import parse_notification_id
 from belfry.mentions import EVERYONE, NAME, NAME_RULE
 from belfry.recipients import DECISIONS
 from belfry.trials import AUDIENCES
-from models import LEVELS, POSTING, RUN_KINDS, RUN_STATES, SUBSCRIPTION_STATUSES
+from models import LARGEST_ID, LEVELS, POSTING, RUN_KINDS, RUN_STATES, SUBSCRIPTION_STATUSES
 
-LARGEST_ID = 2**63 - 1
 PAGE_DEFAULT, PAGE_MOST = 50, 100
 
 

@@ -14,6 +14,7 @@ from rq.job import Job
 from rq.queue import Queue
 
 import jobs
+from belfry.points import reach
 from config import settings
 
 log = logging.getLogger(__name__)
@@ -32,9 +33,14 @@ class BelfryWorker(Worker):  # type: ignore[misc]
         self.asked_to_stop = True
         super().request_stop(signum, frame)
 
+    def execute_job(self, job: Job, queue: Queue) -> None:
+        reach("worker.taken")
+        super().execute_job(job, queue)
+
     def fork_work_horse(self, job: Job, queue: Queue) -> None:
         with _fork_or_sweep:
             super().fork_work_horse(job, queue)
+        reach("worker.forked")
 
     def setup_work_horse_signals(self) -> None:
         """Heroku sends SIGTERM to every process: the work in hand is finished, and the worker ends after it."""
@@ -60,36 +66,45 @@ class Sweeper(threading.Thread):
         self.join(timeout=10)
 
 
-def sweep_once() -> None:
-    """One sweep; with the database away the log says so, and the next one tries again."""
+def sweep_once() -> int:
+    """One sweep: how many parts it enqueued. With the database away the log says so, and the next one tries again."""
     with _fork_or_sweep:
         try:
-            jobs.sweep()
+            return jobs.sweep()
         except (OperationalError, InterfaceError, MaxConnectionsExceeded) as error:
             log.warning("the database is out of reach, nothing is swept: %s", error)
         except Exception:
             # A sweeper that died would be missed by nobody until a run is lost: it says why, and goes on.
             log.exception("the sweep failed")
+    return 0
 
 
 def work(burst: bool = False) -> None:
-    """Run jobs until SIGTERM or SIGINT; with `burst`, until the queues are empty.
+    """Run jobs until SIGTERM or SIGINT; with `burst`, until the queues are empty and nothing is left to enqueue.
 
     Waits for Redis where it is not there yet, and begins anew where RQ's worker gives up on it.
     """
     # Its own connection: RQ waits on it for minutes, and requests' short timeouts would cut that off.
     connection = Redis.from_url(settings.redis_url, socket_connect_timeout=5)
-    sweeper = Sweeper()
     if burst:
-        sweep_once()
-    else:
-        sweeper.start()
+        while _work_in_burst(connection):
+            pass
+        return
+    sweeper = Sweeper()
+    sweeper.start()
     try:
-        while not _work_once(connection, burst):
+        while not _work_once(connection, burst=False):
             time.sleep(1)
     finally:
-        if not burst:
-            sweeper.stop()
+        sweeper.stop()
+
+
+def _work_in_burst(connection: Redis) -> bool:
+    """One sweep, and the queues until they are empty; whether another round may find more to do."""
+    swept = sweep_once()
+    while not _work_once(connection, burst=True):
+        time.sleep(1)
+    return swept > 0
 
 
 def _work_once(connection: Redis, burst: bool) -> bool:

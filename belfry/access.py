@@ -14,18 +14,32 @@ from belfry.sql import Row, row, rows
 from config import settings
 from models import User
 
-_OPENED = """EXISTS (
-    SELECT FROM channel_role o
-    JOIN member_role r ON r.role_id = o.role_id
-    WHERE o.channel_id = c.id
-    AND r.user_id = %(user_id)s
+
+def _seen(user_id: str, is_admin: str) -> str:
+    """Whether channel `c` may be seen by the user whom two SQL expressions name."""
+    return f"""(
+    {is_admin}
+    OR (EXISTS (SELECT FROM member m WHERE m.server_id = c.server_id AND m.user_id = {user_id})
+        AND (NOT c.private OR EXISTS (
+            SELECT FROM channel_role o
+            JOIN member_role r ON r.role_id = o.role_id
+            WHERE o.channel_id = c.id
+            AND r.user_id = {user_id})))
 )"""
 
-_SEEN = f"""(
-    %(is_admin)s
-    OR (EXISTS (SELECT FROM member m WHERE m.server_id = c.server_id AND m.user_id = %(user_id)s)
-        AND (NOT c.private OR {_OPENED}))
+
+_SEEN = _seen("%(user_id)s", "%(is_admin)s")
+
+AUTHOR_MAY_POST = f"""(
+    g.only_for_id IS NOT NULL
+    OR a.is_admin
+    OR (c.posting = 'members' AND {_seen("g.author_id", "a.is_admin")})
 )"""
+"""Of message `g` in channel `c` by author `a`: whether they still see the channel and may post in it.
+
+A subscription that has ended since does not count: what was posted while it lasted is owed to the others. A test
+message for one person is Belfry's own.
+"""
 
 
 @dataclass(frozen=True)
@@ -99,6 +113,17 @@ def visible_channels(user: User, *, after: int = 0, limit: int | None = None) ->
             {**_parameters(user), "after": after, "limit": limit},
         )
     ]
+
+
+def author_may_post(message_id: int) -> bool:
+    """Whether a message's author still may post where it stands. While not, nobody's inbox shows it."""
+    return bool(
+        row(
+            "SELECT 1 AS yes FROM message g JOIN channel c ON c.id = g.channel_id JOIN user_account a"
+            f" ON a.id = g.author_id WHERE g.id = %(message_id)s AND {AUTHOR_MAY_POST}",
+            {"message_id": message_id},
+        )
+    )
 
 
 def is_member(user_id: int, server_id: int) -> bool:

@@ -1,9 +1,9 @@
 """Why somebody was, or was not, told of a message."""
 
-from belfry.access import is_member
+from belfry.access import author_may_post, is_member
 from belfry.errors import Forbidden, NotFound
 from belfry.messages import find_message
-from belfry.recipients import DECISIONS, decide, subject_of
+from belfry.recipients import DECISIONS, Subject, decide, subject_of
 from belfry.sql import Row, row
 from models import User
 
@@ -37,17 +37,19 @@ def explain(reader: User | None, message_id: int, user_id: int) -> Row:
         "user_id": user_id,
         "message_id": message_id,
         "decision": decision,
-        "detail": _detail(decision, bool(told), subject.deleted, user_id, subject.server_id),
+        "detail": _detail(decision, bool(told), subject, user_id),
         "notified_at": told["created_at"] if told else None,
         "read_at": told["read_at"] if told else None,
     }
 
 
-def _detail(decision: str, told: bool, deleted: bool, user_id: int, server_id: int) -> str:
+def _detail(decision: str, told: bool, subject: Subject, user_id: int) -> str:
     sentences = [DECISIONS[decision]]
-    if told and not is_member(user_id, server_id):
+    if told and not is_member(user_id, subject.server_id):
         sentences.append("They have left the server since.")
-    if deleted:
+    if not author_may_post(subject.message_id):
+        sentences.append("Its author may no longer post in the channel: while that is so, it is shown to nobody.")
+    if subject.deleted:
         sentences.append("The message has been deleted since, and is shown to nobody.")
     elif not told and decision in ("message", "mention", "mention_role", "mention_everyone"):
         sentences.append("They have no notification yet: its run is not there yet, or the rules said no when it was.")

@@ -1,23 +1,21 @@
-"""The fan-out: a run walks the members of a server in slices, each one transaction.
+"""The fan-out of a run, part by part, each one transaction.
 
-A slice commits its notifications, its statistics and the run's progress together. One that dies half-way
-has changed nothing; one that is run again finds that `walked_to` has moved, and goes on behind it. Two
-workers on one run take turns at its row's lock.
+- A run whose audience fits into one slice is one part.
+- Of a larger one the first part shares the members out in slices, and tells those who are mentioned. Each slice
+  is a part of its own, for any worker; it leaves out whom the first part has dealt with.
+- A part commits its notifications, its statistics and the run's progress together. One that dies half-way has
+  changed nothing, and one that is done is gone: nobody can do it twice.
 """
-
-import logging
-import math
-import time
 
 from psycopg.types.json import Jsonb
 
-from belfry.recipients import DECIDED, DECISIONS, TELLING, Subject, audience_size, slice_end, subject_of
-from belfry.sql import Row, row, rows
-from belfry.sql import execute as execute_sql
+from belfry import leases
+from belfry.leases import Part
+from belfry.points import reach
+from belfry.recipients import DECIDED, DECISIONS, TELLING, Subject, mentioned_members, slice_end, subject_of
+from belfry.sql import Row, execute, row, rows, transaction
 from config import settings
-from models import TRIES, db
-
-log = logging.getLogger(__name__)
+from models import LARGEST_ID
 
 _TELLING = ", ".join(f"'{reason}'" for reason in TELLING)
 
@@ -50,6 +48,18 @@ def _is_among(change: str) -> str:
     )"""
 
 
+_WAS_TOLD_FOR_A_ROLE = """(
+        cardinality(%(removed_roles)s::bigint[]) > 0
+        AND decision <> 'mention_role'
+        AND EXISTS (
+            SELECT FROM notification n
+            WHERE n.user_id = decided.user_id
+            AND n.message_id = %(message_id)s
+            AND n.reason = 'mention_role')
+    )"""
+"""Who was told as the bearer of a role that the edit removed from the mentions, and may have lost it since."""
+
+
 TELL_OF_EDIT = f"""
     WITH decided AS MATERIALIZED ({DECIDED}),
     concerned AS MATERIALIZED (
@@ -57,7 +67,7 @@ TELL_OF_EDIT = f"""
         FROM (
             SELECT user_id, decision, decision IN ({_TELLING}) AS telling,
                 {_is_among("added")} AS newly_mentioned,
-                {_is_among("removed")} AS not_mentioned_now
+                {_is_among("removed")} OR {_WAS_TOLD_FOR_A_ROLE} AS not_mentioned_now
             FROM decided
         ) members
         WHERE newly_mentioned OR not_mentioned_now
@@ -108,150 +118,140 @@ TELL_OF_EDIT = f"""
 - who is told for another reason now keeps theirs, with that reason.
 """
 
-_RUN = """
-    SELECT id, message_id, kind, state, walked_to, done, decisions, mention_changes,
-        set_config('jit', 'off', true),
-        set_config('statement_timeout', %(statement)s, true),
-        set_config('idle_in_transaction_session_timeout', %(idle)s, true)
-    FROM run
-    WHERE id = %(run_id)s
-    FOR UPDATE
+_SHARE_OUT = f"""
+    WITH numbered AS (
+        SELECT user_id, row_number() OVER (ORDER BY user_id) AS number
+        FROM member
+        WHERE server_id = %(server_id)s
+    ),
+    bounds AS (
+        SELECT CASE number WHEN 1 THEN 0 ELSE user_id - 1 END AS after,
+            COALESCE(lead(user_id) OVER (ORDER BY user_id) - 1, {LARGEST_ID}) AS up_to
+        FROM numbered
+        WHERE number %% %(members)s = 1 OR %(members)s = 1
+    ),
+    shared AS (
+        INSERT INTO slice (run_id, after, up_to, told_first)
+        SELECT %(run_id)s, after, up_to,
+            ARRAY(SELECT id FROM unnest(%(told_first)s::bigint[]) AS id WHERE id > after AND id <= up_to)
+        FROM bounds
+        RETURNING after
+    )
+    SELECT ARRAY(SELECT after FROM shared ORDER BY after) AS slices,
+        (SELECT count(*) FROM member WHERE server_id = %(server_id)s) AS total
 """
-"""Locks the run for one slice, and has PostgreSQL end what hangs: a statement that outlasts the job, and a
-transaction whose process sleeps on its locks. Compiling the statement would take longer than running it.
-All three settings end with the transaction."""
+"""The slices of a large run: ranges of so many members each, the last without an end, so that there are no gaps."""
 
-_BEGIN = """
+_COUNT = """
     UPDATE run
-    SET state = 'running',
-        attempts = attempts + CASE WHEN %(resumed)s THEN 0 ELSE 1 END,
-        tries_left = CASE WHEN state = 'failed' THEN 0 ELSE tries_left - 1 END,
-        started_at = COALESCE(started_at, now()),
-        finished_at = NULL,
-        due_at = now() + make_interval(secs => %(lease)s)
-    WHERE id = %(run_id)s
-    AND state <> 'succeeded'
-    AND (state = 'failed' OR tries_left > 0)
-    RETURNING message_id, total
-"""
-
-_ADVANCE = """
-    UPDATE run
-    SET walked_to = COALESCE(%(up_to)s, walked_to),
-        done = done + %(members)s,
-        total = CASE WHEN %(finished)s THEN done + %(members)s ELSE GREATEST(total, done + %(members)s) END,
+    SET done = done + %(members)s,
         added = added + %(added)s,
         withdrawn = withdrawn + %(withdrawn)s,
-        decisions = %(decisions)s,
-        tries_left = %(tries)s,
-        error = NULL,
-        state = CASE WHEN %(finished)s THEN 'succeeded' ELSE 'running' END,
-        finished_at = CASE WHEN %(finished)s THEN now() END,
-        due_at = now() + make_interval(secs => %(lease)s)
+        attempts = attempts + %(retries)s,
+        slices_left = slices_left + %(slices)s,
+        total = CASE WHEN slices_left + %(slices)s = 0
+            THEN done + %(members)s
+            ELSE GREATEST(COALESCE(%(total)s, total), done + %(members)s) END,
+        decisions = (
+            SELECT jsonb_object_agg(key, COALESCE((run.decisions ->> key)::int, 0) + value::int)
+            FROM jsonb_each_text(%(decisions)s)),
+        state = CASE WHEN slices_left + %(slices)s = 0 THEN 'succeeded'
+            WHEN state = 'failed' THEN 'failed'
+            ELSE 'running' END,
+        finished_at = CASE WHEN slices_left + %(slices)s = 0 THEN now() ELSE finished_at END,
+        error = CASE WHEN slices_left + %(slices)s > 0 AND state = 'failed' THEN error END,
+        due_at = NULL
     WHERE id = %(run_id)s
 """
-
-_GIVE_UP = """
-    UPDATE run
-    SET state = 'failed',
-        finished_at = now(),
-        error = COALESCE(error, 'gave up after ' || attempts || ' attempts: each ended without a word, '
-                                'as when its process is killed')
-    WHERE id = %(run_id)s
-    AND state NOT IN ('succeeded', 'failed')
-    AND tries_left = 0
-    AND (state <> 'running' OR due_at <= now())
-"""
-"""The last attempt has ended without a word: its lease is over, and it wrote neither progress nor a failure."""
-
-LEASE_SECONDS = 20
-"""How long a run is left alone after the last sign of life from whoever works on it; a slice takes well under one."""
+"""What one part comes to, added to the run; with it the run may be finished. One statement, of the row as it is
+when the lock is had: so that two slices that end at once are both counted, and the later one finishes the run.
+A run of which a slice was given up stays failed until that slice is done."""
 
 
-def execute(run_id: int, *, seconds: float = math.inf, resumed: bool = False) -> str:
-    """Work on a run until it is finished; answers its state, or `missing` where there is no such run.
+def tell(part: Part, attempt: int) -> list[Part]:
+    """Do one part, which was taken as this attempt; the slices that came of it, to be enqueued.
 
-    After `seconds` it stops between two slices and answers `unfinished`: the caller sees that somebody goes
-    on with it, `resumed`, which is then no new attempt. `running` is one that is left to somebody else.
-
-    Safe at any time and any number of times: a run that succeeded is left as it is, one that stopped half-way
-    goes on where it stopped, one whose last attempt is under way elsewhere is left to it. A failed run that is
-    asked for again gets one more attempt. Whatever goes wrong goes up to the caller, with everything that was
-    committed before it kept.
+    Nothing is done where another attempt has begun since. A message that was deleted meanwhile has nobody left to
+    tell: its run ends with what it has. Whatever goes wrong goes up to the caller, and nothing has changed.
     """
-    give_way = time.monotonic() + seconds
-    if _begin(run_id, resumed):
-        while not advance(run_id):
-            if time.monotonic() >= give_way:
-                return "unfinished"
-    elif execute_sql(_GIVE_UP, {"run_id": run_id}):
-        log.error("run %s gave up", run_id)
-    found = row("SELECT state FROM run WHERE id = %(run_id)s", {"run_id": run_id})
-    return found["state"] if found else "missing"
+    with transaction(
+        jit="off",  # compiling the statements would take longer than running them
+        plan_cache_mode="force_custom_plan",  # a plan for all ranges is one for none
+        statement_timeout=f"{settings.job_timeout - 1}s",  # before RQ would break off in its midst
+    ):
+        held = leases.hold(part, attempt)
+        if held is None:
+            return []
+        reach("run.held" if part.after is None else "slice.held", part.run_id)
+        subject = _subject(held["message_id"])
+        if part.after is not None:
+            _tell_slice(part, attempt, held, subject)
+            return []
+        return _tell_run(part, held, subject)
 
 
-def _begin(run_id: int, resumed: bool = False) -> bool:
-    """Take up a run: one more attempt, and its audience counted. False where there is nothing to take up."""
-    with db.atomic():
-        begun = row(_BEGIN, {"run_id": run_id, "resumed": resumed, "lease": LEASE_SECONDS})
-        if begun and begun["total"] is None:
-            subject = _subject(begun["message_id"])
-            execute_sql(
-                "UPDATE run SET total = %(total)s WHERE id = %(run_id)s",
-                {"total": 0 if subject.deleted else audience_size(subject), "run_id": run_id},
-            )
-    return begun is not None
-
-
-def _subject(message_id: int, *, locked: bool = False) -> Subject:
-    subject = subject_of(message_id, locked=locked)
+def _subject(message_id: int) -> Subject:
+    subject = subject_of(message_id, locked=True)
     assert subject is not None  # run.message_id is a foreign key
     return subject
 
 
-def advance(run_id: int) -> bool:
-    """Do the next slice of a run, as one transaction. True when that was the last.
-
-    A message that was deleted meanwhile has nobody left to tell: its run ends with what it has.
-    """
-    with db.atomic():
-        run = row(_RUN, {"run_id": run_id, "statement": f"{settings.job_timeout}s", "idle": f"{LEASE_SECONDS}s"})
-        if run is None or run["state"] in ("succeeded", "failed"):
-            return True
-        subject = _subject(run["message_id"], locked=True)
-        ahead: Row = {"up_to": None, "members": 0}
-        if not subject.deleted:
-            ahead = slice_end(subject, run["walked_to"], settings.slice_members)
-        counted = _tell(run, subject, ahead["up_to"]) if ahead["members"] else []
-        finished: bool = ahead["members"] < settings.slice_members
-        execute_sql(
-            _ADVANCE,
-            {
-                "run_id": run_id,
-                "up_to": ahead["up_to"],
-                "members": sum(group["members"] for group in counted),
-                "added": counted[0]["added"] if counted else 0,
-                "withdrawn": counted[0]["withdrawn"] if counted else 0,
-                "decisions": Jsonb(_sum(run["decisions"], counted)),
-                "tries": TRIES,
-                "finished": finished,
-                "lease": LEASE_SECONDS,
-            },
-        )
-    log.debug("run %s: %s members up to %s", run_id, ahead["members"], ahead["up_to"])
-    return finished
+def _tell_run(part: Part, held: Row, subject: Subject) -> list[Part]:
+    if subject.deleted:
+        _count(part, [])
+        return []
+    if slice_end(subject, 0, settings.slice_members + 1)["members"] <= settings.slice_members:
+        _count(part, _told(held, subject, 0, LARGEST_ID))
+        return []
+    first = mentioned_members(subject, settings.slice_members)
+    shared = row(
+        _SHARE_OUT,
+        {
+            "run_id": part.run_id,
+            "server_id": subject.server_id,
+            "members": settings.slice_members,
+            "told_first": first["user_ids"] or "{}",
+        },
+    )
+    assert shared is not None
+    reach("run.planned", part.run_id)
+    counted = (
+        _told(held, subject, first["after"], first["up_to"], among=first["user_ids"]) if first["user_ids"] else []
+    )
+    _count(part, counted, slices=len(shared["slices"]), total=shared["total"])
+    return [Part(part.run_id, after) for after in shared["slices"]]
 
 
-def _tell(run: Row, subject: Subject, up_to: int) -> list[Row]:
-    parameters = subject.parameters(run["walked_to"], up_to)
-    if run["kind"] == "edit":
-        return rows(TELL_OF_EDIT, {**parameters, **run["mention_changes"]})
+def _tell_slice(part: Part, attempt: int, held: Row, subject: Subject) -> None:
+    assert part.after is not None
+    counted = [] if subject.deleted else _told(held, subject, part.after, held["up_to"], but=held["told_first"])
+    execute("DELETE FROM slice WHERE run_id = %(run_id)s AND after = %(after)s", vars(part))
+    _count(part, counted, slices=-1, retries=attempt - 1)
+
+
+def _told(
+    held: Row, subject: Subject, after: int, up_to: int, *, among: str | None = None, but: str = "{}"
+) -> list[Row]:
+    parameters = subject.parameters(after, up_to, among=among, but=but)
+    if held["kind"] == "edit":
+        return rows(TELL_OF_EDIT, {**parameters, **held["mention_changes"]})
     return rows(TELL, parameters)
 
 
-def _sum(decisions: dict[str, int], counted: list[Row]) -> dict[str, int]:
-    """The statistics so far and those of one slice; every decision is there, in the rules' order."""
-    summed = {decision: decisions.get(decision, 0) for decision in DECISIONS}
-    for group in counted:
-        summed[group["decision"]] += group["members"]
-    return summed
+def _count(part: Part, counted: list[Row], *, slices: int = 0, total: int | None = None, retries: int = 0) -> None:
+    reach("run.told" if part.after is None else "slice.told", part.run_id)
+    members = {group["decision"]: group["members"] for group in counted}
+    execute(
+        _COUNT,
+        {
+            "run_id": part.run_id,
+            "members": sum(members.values()),
+            "added": counted[0]["added"] if counted else 0,
+            "withdrawn": counted[0]["withdrawn"] if counted else 0,
+            "decisions": Jsonb({decision: members.get(decision, 0) for decision in DECISIONS}),
+            "slices": slices,
+            "total": total,
+            "retries": retries,
+        },
+    )
+    reach("run.counted" if part.after is None else "slice.counted", part.run_id)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from belfry.errors import Conflict, IdempotencyMismatch
-from belfry.sql import execute, row
+from belfry.sql import IDLE_SECONDS, execute, row
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,9 @@ def claim(once: Once) -> str | None:
     IdempotencyMismatch where it came before with another body.
     """
     held = row(
-        "SELECT pg_try_advisory_xact_lock(hashtextextended(%(name)s, 0)) AS held",
-        {"name": f"idempotency {once.user_id} {once.key}"},
+        "SELECT pg_try_advisory_xact_lock(hashtextextended(%(name)s, 0)) AS held,"
+        " set_config('idle_in_transaction_session_timeout', %(idle)s, true)",  # as `sql.transaction`, in one statement
+        {"name": f"idempotency {once.user_id} {once.key}", "idle": f"{IDLE_SECONDS}s"},
     )
     if not held or not held["held"]:
         raise Conflict("A request with this Idempotency-Key is still under way.")

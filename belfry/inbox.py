@@ -2,26 +2,32 @@
 
 - Newest message first: the order of the key, so that a page reads its own rows and no others.
 - Title and text are made from the message when read: an edit is true everywhere at once.
-- What was deleted, and what is in a channel that one may no longer see, is not shown and not counted.
+- What was deleted, what is in a channel that one may no longer see, and what an author wrote who may no longer
+  post there, is not shown and not counted: as long as that is so, for nothing is removed.
 - Everything is asked for one person: another person's notifications are simply not there.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
-from belfry.access import channel_for, visible_channels
+from belfry.access import AUTHOR_MAY_POST, channel_for, visible_channels
 from belfry.errors import Invalid, NotFound
-from belfry.sql import Row, execute, row, rows
-from models import User, db
+from belfry.points import reach
+from belfry.sql import Row, execute, row, rows, transaction
+from models import User
 
 BODY_CHARACTERS = 100
 
-_TOLD = "notification n JOIN message g ON g.id = n.message_id"
-_SHOWN = """
+_ABOUT = """message g
+    JOIN channel c ON c.id = g.channel_id
+    JOIN user_account a ON a.id = g.author_id"""
+_TOLD = f"notification n JOIN ({_ABOUT}) ON g.id = n.message_id"
+_SHOWN = f"""
     n.user_id = %(user_id)s
     AND n.dismissed_at IS NULL
     AND g.deleted_at IS NULL
     AND g.channel_id = ANY(%(channel_ids)s::bigint[])
+    AND {AUTHOR_MAY_POST}
 """
 
 
@@ -63,7 +69,6 @@ def list_notifications(
         SELECT n.message_id, n.created_at, n.read_at, n.reason::text AS reason, g.channel_id,
             a.name AS author_name, left(g.content, {BODY_CHARACTERS + 1}) AS beginning
         FROM {_TOLD}
-        JOIN user_account a ON a.id = g.author_id
         WHERE {_SHOWN}
         AND (%(before)s::bigint IS NULL OR n.message_id < %(before)s)
         AND (NOT %(unread)s OR n.read_at IS NULL)
@@ -138,7 +143,7 @@ def mark_read(
     if channel_id is not None:
         channel_for(user, channel_id)
     own = [message_id for user_id, message_id in ids if user_id == user.id] if ids is not None else None
-    with db.atomic():
+    with transaction():
         found = row(
             f"""
             WITH shown AS (
@@ -169,6 +174,7 @@ def mark_read(
             },
         )
         assert found is not None
+        reach("read.written")
         return {"marked": found["marked"], "unread": unread_count(user)["unread"]}
 
 
@@ -176,7 +182,7 @@ def dismiss(user: User, user_id: int, message_id: int) -> None:
     """Take one notification out of the inbox, for good. Raises NotFound where it is not the user's, or not shown."""
     touched = user.id == user_id and execute(
         "UPDATE notification n SET dismissed_at = now()"
-        " FROM message g"
+        f" FROM {_ABOUT}"
         " WHERE g.id = n.message_id"
         f" AND n.message_id = %(message_id)s AND {_SHOWN}",
         {"user_id": user_id, "message_id": message_id, "channel_ids": list(_channels_of(user, None))},

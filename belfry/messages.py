@@ -10,8 +10,9 @@ from belfry import idempotency, mentions
 from belfry.access import SeenChannel, channel_for, require_posting
 from belfry.errors import Forbidden, NotFound
 from belfry.idempotency import Once
+from belfry.points import reach
 from belfry.runs import create_run, runs_of_messages
-from belfry.sql import Row, execute, row, rows
+from belfry.sql import Row, execute, row, rows, transaction
 from models import User, db
 
 
@@ -31,7 +32,7 @@ def post_message(
     allowed: mentions.AllowedMentions | None = None,
     once: Once | None = None,
 ) -> Posted:
-    """Write a message and its run in one transaction. Enqueue the run after it; if that fails, it is `pending`.
+    """Write a message and its run in one transaction. Enqueue the run after it.
 
     Raises NotFound where the author may not see the channel, Forbidden and SubscriptionRequired where they
     may not post, and what `idempotency.claim` raises.
@@ -74,6 +75,8 @@ def post_message(
         posted = Posted(message, run_id)
         if once:
             idempotency.remember(once, message)
+        reach("post.written", run_id)
+    reach("post.committed", run_id)
     return posted
 
 
@@ -226,7 +229,7 @@ def edit_message(editor: User, message_id: int, content: str) -> Posted:
     Otherwise a run of kind `edit` tells the newly mentioned, and takes back what is unread of those who are
     mentioned no more. Raises NotFound; Forbidden for everybody but the author; what posting raises.
     """
-    with db.atomic():
+    with transaction():
         stored, channel = find_message(editor, message_id, locked=True)
         if stored["author_id"] != editor.id:
             raise Forbidden("Only its author edits a message.")
@@ -260,6 +263,8 @@ def edit_message(editor: User, message_id: int, content: str) -> Posted:
         changes = _mention_changes(stored, now)
         run_id = create_run(message_id, "edit", changes) if any(changes.values()) else 0
         message = describe(editor, [{**stored, "content": content, "edited_at": written["edited_at"]}])[0]
+        reach("edit.written", run_id)
+    reach("edit.committed", run_id)
     return Posted({**message, "mentions": found, "warnings": found.warnings}, run_id)
 
 
@@ -280,8 +285,9 @@ def delete_message(user: User, message_id: int) -> None:
 
     Raises NotFound; Forbidden for everybody but the author, a moderator and an admin.
     """
-    with db.atomic():
+    with transaction():
         stored, channel = find_message(user, message_id, locked=True)
         if stored["author_id"] != user.id and not channel.moderates:
             raise Forbidden("Only its author, a moderator or an admin deletes a message.")
         execute("UPDATE message SET deleted_at = now() WHERE id = %(id)s", {"id": message_id})
+        reach("delete.written")

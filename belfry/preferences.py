@@ -3,6 +3,7 @@
 from datetime import datetime
 
 from belfry.access import channel_for
+from belfry.points import reach
 from belfry.sql import Row, execute, row
 from models import User
 
@@ -28,4 +29,5 @@ def set_preference(user: User, channel_id: int, level: str, muted_until: datetim
         " SET level = EXCLUDED.level, muted_until = EXCLUDED.muted_until",
         {"channel_id": channel_id, "user_id": user.id, "level": level, "muted_until": muted_until},
     )
+    reach("preference.written")
     return {"level": level, "muted_until": muted_until}

@@ -9,7 +9,7 @@ from typing import Any
 
 from belfry.sql import Row, row, rows
 from config import settings
-from models import REASONS
+from models import LARGEST_ID, REASONS
 
 TELLING = REASONS
 DECISIONS = {
@@ -92,9 +92,11 @@ DECIDED = f"""
     WHERE m.server_id = %(server_id)s
     AND m.user_id > %(after)s
     AND m.user_id <= %(up_to)s
+    AND m.user_id <> ALL(%(but)s::bigint[])
+    AND (%(among)s::bigint[] IS NULL OR m.user_id = ANY(%(among)s::bigint[]))
     AND (%(only_for)s::bigint IS NULL OR m.user_id = %(only_for)s)
 """
-"""(user_id, decision) of the members in a range of ids, for `Subject.parameters(after, up_to)`.
+"""(user_id, decision) of the members in a range of ids, for `Subject.parameters`.
 
 The range stands at each table: PostgreSQL carries an equality over a join, but no inequality, and would read
 everybody's accounts and subscriptions for every slice.
@@ -117,9 +119,22 @@ class Subject:
     only_for: int | None
     deleted: bool
 
-    def parameters(self, after: int, up_to: int) -> dict[str, Any]:
-        """The parameters of DECIDED for the members with `after < user_id <= up_to`."""
-        return {**vars(self), "after": after, "up_to": up_to, "grace_days": settings.past_due_grace_days}
+    def parameters(
+        self, after: int = 0, up_to: int = LARGEST_ID, *, among: str | None = None, but: str = "{}"
+    ) -> dict[str, Any]:
+        """The parameters of DECIDED for the members with `after < user_id <= up_to`.
+
+        Of those, only the ones that are `among` (None: all), and not the ones in `but`: both as `mentioned_members`
+        gives them.
+        """
+        return {
+            **vars(self),
+            "after": after,
+            "up_to": up_to,
+            "among": among,
+            "but": but,
+            "grace_days": settings.past_due_grace_days,
+        }
 
 
 _SUBJECT = """
@@ -151,7 +166,7 @@ def decide(subject: Subject, user_id: int) -> str | None:
 
 
 def slice_end(subject: Subject, after: int, members: int) -> Row:
-    """How far the next slice reaches: {"up_to": last user id or None, "members": how many}."""
+    """How far so many members reach: {"up_to": last user id or None, "members": how many}."""
     found = row(
         "SELECT max(user_id) AS up_to, count(*) AS members FROM ("
         " SELECT m.user_id FROM member m"
@@ -166,16 +181,41 @@ def slice_end(subject: Subject, after: int, members: int) -> Row:
     return found
 
 
-def audience_size(subject: Subject) -> int:
-    """How many members the run has to decide about: the server's, or one."""
+def mentioned_members(subject: Subject, limit: int) -> Row:
+    """Members who are mentioned by name or by a role: {"user_ids", "after", "up_to"}.
+
+    The ids are PostgreSQL's own text of an array, `{1,2}`: as numbers of Python they would take a hundred times
+    the memory. Those who are mentioned by name come before the rest where they are more than `limit`. `after` and
+    `up_to` are the range that they lie in; None where there are none.
+    """
     found = row(
-        "SELECT count(*) AS members FROM member m"
-        " WHERE m.server_id = %(server_id)s"
-        " AND (%(only_for)s::bigint IS NULL OR m.user_id = %(only_for)s)",
-        vars(subject),
+        """
+        SELECT array_agg(user_id ORDER BY user_id)::text AS user_ids,
+            min(user_id) - 1 AS after,
+            max(user_id) AS up_to
+        FROM (
+            SELECT user_id
+            FROM (
+                SELECT m.user_id, 0 AS rank
+                FROM member m
+                WHERE m.server_id = %(server_id)s
+                AND m.user_id = ANY(%(mentioned_users)s::bigint[])
+                UNION ALL
+                (SELECT r.user_id, 1
+                FROM member_role r
+                WHERE r.role_id = ANY(%(mentioned_roles)s::bigint[])
+                ORDER BY r.user_id
+                LIMIT %(limit)s)
+            ) mentioned
+            GROUP BY user_id
+            ORDER BY min(rank), user_id
+            LIMIT %(limit)s
+        ) first
+        """,
+        {**vars(subject), "limit": limit},
     )
     assert found is not None
-    return int(found["members"])
+    return found
 
 
 def compare(subject: Subject, after: int, up_to: int) -> list[Row]:

@@ -6,22 +6,32 @@ from typing import Any
 from psycopg.types.json import Jsonb
 
 from belfry.errors import Forbidden, NotFound
+from belfry.points import reach
 from belfry.recipients import DECISIONS, TELLING, compare, slice_end, subject_of
-from belfry.sql import Row, execute, row, rows
+from belfry.sql import Row, row, rows, transaction
 from config import settings
-from models import RUN_STATES, TRIES, UNFINISHED, User, db
+from models import RUN_STATES, UNFINISHED, User
 
 _COLUMNS = """
     r.id, r.message_id, r.kind, r.state, r.attempts, r.done, r.total, r.decisions, r.added, r.withdrawn,
-    r.error, r.created_at, r.started_at, r.finished_at, g.author_id
+    COALESCE(r.error, (
+        SELECT s.error FROM slice s WHERE s.run_id = r.id AND s.error IS NOT NULL ORDER BY s.after LIMIT 1
+    )) AS error,
+    r.created_at, r.started_at, r.finished_at, g.author_id
 """
+"""The error is the run's own, or that of a slice which is being tried again."""
 
 
 def create_run(message_id: int, kind: str, mention_changes: dict[str, Any] | None = None) -> int:
-    """Write down that a message is to be fanned out; the run's id. Call it in the message's own transaction."""
+    """Write down that a message is to be fanned out; the run's id. Call it in the message's own transaction.
+
+    It is `queued` from the start, for its job is enqueued right after the commit: where that is not to be,
+    `leases.wait_for_room` makes it `pending`, and where nobody lives to do even that, the sweeper finds that it
+    is not in the queue.
+    """
     made = row(
-        "INSERT INTO run (message_id, kind, mention_changes)"
-        " VALUES (%(message_id)s, %(kind)s, %(mention_changes)s)"
+        "INSERT INTO run (message_id, kind, state, mention_changes)"
+        " VALUES (%(message_id)s, %(kind)s, 'queued', %(mention_changes)s)"
         " RETURNING id",
         {
             "message_id": message_id,
@@ -31,79 +41,6 @@ def create_run(message_id: int, kind: str, mention_changes: dict[str, Any] | Non
     )
     assert made is not None
     return int(made["id"])
-
-
-def mark_queued(run_ids: Sequence[int], look_again: float) -> None:
-    """These are in the queue now; the sweeper looks again after `look_again` seconds.
-
-    A worker may have been quicker: a run that is running or done stays what it is. Nobody waits for the disk:
-    were this lost in a crash, the sweeper would enqueue once more what is harmless to repeat.
-    """
-    execute(
-        "UPDATE run"
-        " SET state = 'queued', due_at = now() + make_interval(secs => %(look_again)s)"
-        " FROM (SELECT set_config('synchronous_commit', 'off', true)) AS lazily"
-        " WHERE id = ANY(%(run_ids)s::bigint[])"
-        " AND (state IN ('pending', 'queued') OR (state = 'running' AND due_at <= now()))",
-        {"run_ids": list(run_ids), "look_again": look_again},
-    )
-
-
-def due_runs(limit: int, *, with_queued: bool) -> list[int]:
-    """Ids of runs that nobody takes care of any more, oldest first.
-
-    Never reached the queue, lost from it, or left by a worker that died. The database's clock decides.
-    `with_queued` False leaves out those that may simply be waiting in a long queue.
-    """
-    states = ["pending", "queued", "running"] if with_queued else ["pending", "running"]
-    return [
-        found["id"]
-        for found in rows(
-            "SELECT id FROM run"
-            " WHERE state IN ('pending', 'queued', 'running')"
-            " AND state = ANY(%(states)s)"
-            " AND due_at <= now()"
-            " ORDER BY due_at, id"
-            " LIMIT %(limit)s"
-            " FOR NO KEY UPDATE SKIP LOCKED",  # a locked one is being worked on, however late
-            {"states": states, "limit": limit},
-        )
-    ]
-
-
-def record_failure(run_id: int, reason: str, retry_in: float | None) -> str:
-    """Write down why an attempt failed; the run's state after it.
-
-    With tries left it is `queued` again, and the sweeper's should the retry not come within `retry_in`
-    seconds; otherwise `failed`, and nobody tries again unasked.
-    """
-    found = row(
-        "UPDATE run"
-        " SET state = CASE WHEN tries_left > 0 THEN 'queued' ELSE 'failed' END,"
-        " finished_at = CASE WHEN tries_left > 0 THEN NULL ELSE now() END,"
-        " error = %(reason)s,"
-        " due_at = now() + make_interval(secs => %(retry_in)s)"
-        " WHERE id = %(run_id)s"
-        " AND state <> 'succeeded'"
-        " RETURNING state",
-        {"run_id": run_id, "reason": reason[:1000] or "no reason was given", "retry_in": retry_in or 0},
-    )
-    return found["state"] if found else "succeeded"
-
-
-def retry_failed(run_ids: Sequence[int] | None = None) -> list[int]:
-    """Make failed runs pending again, all or those named; the ids of those that were. They keep their progress."""
-    return [
-        found["id"]
-        for found in rows(
-            "UPDATE run"
-            " SET state = 'pending', finished_at = NULL, error = NULL, tries_left = %(tries)s, due_at = now()"
-            " WHERE state = 'failed'"
-            " AND (%(run_ids)s::bigint[] IS NULL OR id = ANY(%(run_ids)s::bigint[]))"
-            " RETURNING id",
-            {"run_ids": list(run_ids) if run_ids is not None else None, "tries": TRIES},
-        )
-    ]
 
 
 def find_run(run_id: int, reader: User | None = None) -> Row:
@@ -172,14 +109,14 @@ def replay(run_id: int, *, dry_run: bool) -> dict[str, Any]:
     """Decide again about everybody, by the rules and the community of now.
 
     Answers {"dry_run", "added", "stays", "then", "now", "run_id"}: how many would be told who have not been,
-    how many notifications stay, and the decisions then against those now. Unless it is dry, a run of kind
-    `replay` is written, to be queued by the caller; `run_id` is its id, else None. Nobody is told twice:
-    whoever has a notification keeps that one.
+    how many notifications stay, and the decisions then against those now. Unless it is dry, or nobody is to be
+    added, a run of kind `replay` is written, to be queued by the caller; `run_id` is its id, else None. Nobody is
+    told twice: whoever has a notification keeps that one.
 
     Raises NotFound for an unknown run, Forbidden where the message has been deleted.
     """
     run = find_run(run_id)
-    with db.atomic():
+    with transaction():
         subject = subject_of(run["message_id"])
         assert subject is not None
         if subject.deleted:
@@ -192,7 +129,9 @@ def replay(run_id: int, *, dry_run: bool) -> dict[str, Any]:
                 stays += group["members"] if group["told"] else 0
                 added += group["members"] if not group["told"] and group["decision"] in TELLING else 0
             after = ahead["up_to"]
-        new_run = None if dry_run else create_run(run["message_id"], "replay")
+        new_run = create_run(run["message_id"], "replay") if added and not dry_run else None
+    if new_run:
+        reach("replay.committed", new_run)
     return {
         "dry_run": dry_run,
         "added": added,

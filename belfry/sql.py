@@ -1,10 +1,11 @@
-"""Two helpers over peewee's connection for statements that are written as SQL.
+"""A few helpers over peewee's connection for statements that are written as SQL.
 
 A query that needs one of PostgreSQL's own guarantees (a lock, a conflict clause, a statement that writes
 and counts) is written as SQL with named parameters; everything simple goes through the models.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
@@ -12,7 +13,10 @@ from models import db
 
 Row = dict[str, Any]
 
+IDLE_SECONDS = 8
+"""How long a transaction may hear nothing from its process. Between two statements lie a few milliseconds."""
 
+_SET = "set_config('{}', %({})s, true)"
 
 
 def _utc(value: Any) -> Any:
@@ -35,3 +39,21 @@ def row(statement: str, parameters: Mapping[str, Any] | None = None) -> Row | No
 def execute(statement: str, parameters: Mapping[str, Any] | None = None) -> int:
     """Run one statement that returns no rows; the number of rows that it touched."""
     return int(db.execute_sql(statement, parameters).rowcount)
+
+
+@contextmanager
+def transaction(**settings: str) -> Iterator[None]:
+    """A transaction that does not keep its locks when its process hangs.
+
+    PostgreSQL ends it, and takes back what it wrote, when nothing is heard of the process for IDLE_SECONDS;
+    of a process that died it hears at once. `settings` are PostgreSQL's, for this transaction alone.
+    """
+    with db.atomic():
+        settings = {"idle_in_transaction_session_timeout": f"{IDLE_SECONDS}s", **settings}
+        row(f"SELECT {', '.join(_SET.format(name, name) for name in settings)}", settings)
+        yield
+
+
+def connection_is_lost() -> bool:
+    """Whether the connection broke: by PostgreSQL's end, by its hand, or on the way."""
+    return not db.is_closed() and bool(db.connection().closed)

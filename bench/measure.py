@@ -25,7 +25,7 @@ from belfry import accounts, recipients, runs, seeding
 from belfry.sql import execute, row
 from dev import ports, stack
 from dev.client import Client
-from jobs import enqueue_runs
+from jobs import enqueue_run
 from models import Message, User, db
 
 
@@ -123,7 +123,7 @@ def _psql() -> str:
 
 def _by_worker(admin: User, channel_id: int) -> dict[str, Any]:
     run_id = runs.create_run(_new_message(admin, channel_id), "message")
-    assert enqueue_runs([run_id])
+    assert enqueue_run(run_id)
     while not (run := runs.find_run(run_id))["finished_at"]:
         time.sleep(0.02)
     assert run["state"] == "succeeded", run["error"]

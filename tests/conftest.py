@@ -6,8 +6,11 @@ deleted before each test.
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
+import psycopg
 import pytest
 
 if "DATABASE_URL" not in os.environ or "REDIS_URL" not in os.environ:
@@ -22,7 +25,7 @@ from rq import SimpleWorker
 
 import jobs
 from app import create_app
-from belfry import schema
+from belfry import fanout, runs, schema
 from config import settings
 from models import TABLES, db
 from tests.people import Api, Cast, make_cast
@@ -91,3 +94,29 @@ def run_jobs() -> Callable[[], int]:
         return sum(queue.count for queue in queues)
 
     return run
+
+
+@pytest.fixture
+def slices_of(monkeypatch) -> Callable[[int], None]:
+    """`slices_of(7)`: slices of seven members from here on."""
+
+    def set_slice_members(members: int) -> None:
+        small = replace(settings, slice_members=members)
+        monkeypatch.setattr(fanout, "settings", small)
+        monkeypatch.setattr(runs, "settings", small)
+
+    return set_slice_members
+
+
+@pytest.fixture
+def in_another_session() -> Callable[[str], AbstractContextManager[None]]:
+    """`with in_another_session("SELECT …"):` somebody else has done that, and not committed."""
+
+    @contextmanager
+    def open_session(statement: str) -> Iterator[None]:
+        with psycopg.connect(settings.database_url) as session:
+            session.execute(statement)
+            yield
+            session.rollback()
+
+    return open_session

@@ -83,11 +83,11 @@ def test_send_test_notification_works_on_a_fresh_installation(command, run_jobs)
 
 
 def test_waiting_for_a_run_that_failed_exits_1(command, cast, monkeypatch):
-    def fail(run_ids):
+    def fail(run_id):
         execute("UPDATE run SET state = 'failed', finished_at = now(), error = 'the disk is full'")
         return True
 
-    monkeypatch.setattr("jobs.enqueue_runs", fail)
+    monkeypatch.setattr("jobs.enqueue_run", fail)
     output = command("send-test-notification", "--audience", "channel", "--wait", code=1).output
     assert "the disk is full" in output
 

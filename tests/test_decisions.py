@@ -24,6 +24,7 @@ from belfry.sql import execute, row, rows
 from config import settings as configured
 from models import SUBSCRIPTION_STATUSES, db
 from tests.oracle import TELLING, Community, Member, Preference, Subscription, decision, decisions, statistics
+from tests.telling import run_to_end
 
 HERE, ELSEWHERE = 1, 2
 CHANNEL, OTHER_CHANNEL = 11, 12
@@ -135,7 +136,7 @@ def told() -> dict[int, str]:
 def run(kind: str, mention_changes: dict[str, Any] | None = None) -> dict[str, Any]:
     """Fan the message out; the run's statistics."""
     run_id = runs.create_run(MESSAGE, kind, mention_changes)
-    assert fanout.execute(run_id) == "succeeded"
+    assert run_to_end(run_id) == "succeeded"
     return runs.statistics(runs.find_run(run_id))
 
 
@@ -230,7 +231,16 @@ def test_the_explanation_is_the_same_before_and_after_telling(data):
             assert before[number]["decision"] == after[number]["decision"] == reason
             assert before[number]["notified_at"] is None
             assert after[number]["notified_at"] == (now if reason in TELLING else None)
-            assert after[number]["detail"] == DECISIONS[reason]
+            assert after[number]["detail"].startswith(DECISIONS[reason])
+            assert ("may no longer post" in after[number]["detail"]) == (not may_post(community))
+
+
+def may_post(community: Community) -> bool:
+    """Whether the author is an admin, or in the server with a role that opens the channel."""
+    author = community.members.get(community.author)
+    if community.only_for or (author and author.admin):
+        return True
+    return author is not None and (not community.private or bool(author.roles & community.opening_roles))
 
 
 @settings(ON_RANDOM_COMMUNITIES, max_examples=100)

@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta, timezone
 import pytest
 
 from belfry import communities
+from belfry.accounts import set_subscription
 from models import Message, Notification, Preference
 from tests.people import make_person
 from tests.test_refusals import assert_problem
@@ -238,6 +239,7 @@ def test_what_is_dismissed_is_gone_for_good(api, cast, tell, inbox, read, unread
         "channels": [{"channel_id": cast.general, "unread": 1, "mentions": 0}],
     }
     assert read(cast.vip, ids=[f"{cast.vip.id}-2"]).get_json()["marked"] == 0
+    set_subscription(cast.lapsed.id, "active", None)  # somebody to be added, so that there is a run
     assert api(cast.admin).post("/api/runs/2/replay").status_code == 202
     assert run_jobs() == 0
     assert bodies(inbox(cast.vip)) == ["one"]
@@ -275,6 +277,46 @@ def test_a_channel_made_private_hides_what_was_told_of_it(api, cast, tell, inbox
     api(cast.admin).patch(f"/api/channels/{cast.general}", json={"private": True})
     assert inbox(cast.vip) == []
     assert unread(cast.vip) == NOTHING
+
+
+LOST = {
+    "membership": ("DELETE", "/api/servers/{cast.server_id}/members/{cast.subscriber.id}", None, {"role_ids": []}),
+    "role": ("PUT", "/api/servers/{cast.server_id}/members/{cast.vip.id}", {"role_ids": []}, {"role_ids": [1]}),
+    "posting": ("PATCH", "/api/channels/{cast.general}", {"posting": "admins"}, {"posting": "members"}),
+    "admin": ("PATCH", "/api/users/{cast.admin.id}", {"is_admin": False}, {"is_admin": True}),
+}
+"""How an author loses a right: method, address, body; and the body that gives it back."""
+
+
+@pytest.mark.parametrize("lost", list(LOST))
+def test_what_its_author_may_no_longer_post_is_hidden_until_they_may_again(api, cast, tell, inbox, unread, read, lost):
+    admin, vic = make_person("alma", admin=True), make_person("vic")
+    communities.put_member(cast.server_id, vic.id, [cast.vip_role])
+    channel, author = {"role": (cast.vault, cast.vip), "admin": (cast.announcements, cast.admin)}.get(
+        lost, (cast.general, cast.subscriber)
+    )
+    tell("by somebody else", cast.vault, admin)
+    message = tell("@vic and all", channel, author)
+    before = bodies(inbox(vic)), unread(vic)
+    assert len(before[0]) == 2
+
+    method, path, less, more = LOST[lost]
+    path = path.format(cast=cast)
+    assert api(admin).open(method, path, **({"json": less} if less else {})).status_code in (200, 204)
+    assert len(inbox(vic)) == unread(vic)["unread"] == 1
+    assert_problem(api(vic).delete(f"/api/notifications/{vic.id}-{message}"), 404, "not_found")
+    assert read(vic, ids=[f"{vic.id}-{message}"]).get_json()["marked"] == 0
+    assert "may no longer post" in api(vic).get(f"/api/messages/{message}/explain").get_json()["detail"]
+
+    method = "PUT" if method == "DELETE" else method
+    assert api(admin).open(method, path, json=more).status_code == 200
+    assert (bodies(inbox(vic)), unread(vic)) == before
+
+
+def test_what_an_author_wrote_while_they_paid_stays(api, cast, tell, inbox):
+    tell("while it lasted")
+    api(cast.admin).put(f"/api/users/{cast.subscriber.id}/subscription", json={"status": "canceled"})
+    assert bodies(inbox(cast.vip)) == ["while it lasted"]
 
 
 def test_a_lapsed_subscriber_keeps_what_they_were_told(api, cast, tell, inbox):

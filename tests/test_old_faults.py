@@ -20,6 +20,7 @@ from belfry.preferences import set_preference
 from belfry.sql import execute, rows
 from models import Notification, Preference
 from tests.people import Person, make_person
+from tests.telling import advance, parts_of
 
 
 def post(api, author: Person, channel_id: int, content: str = "gold breaks out") -> dict:
@@ -107,9 +108,8 @@ def test_a_run_that_is_repeated_makes_no_duplicates(api, cast, run_jobs):
     message = post(api, cast.subscriber, cast.general)
     run_jobs()
     before = inbox_of(api, cast.vip)
-    execute(
-        "UPDATE run SET state = 'pending', walked_to = 0, done = 0, added = 0, decisions = '{}', finished_at = NULL"
-    )  # as if nobody had begun it
+    # as if nobody had begun it
+    execute("UPDATE run SET state = 'pending', done = 0, added = 0, decisions = '{}', finished_at = NULL")
     jobs.notify(message["run"]["id"])
     assert api(cast.subscriber).get(message["run"]["url"]).get_json()["stats"]["added"] == 0
     assert len(told(message)) == Notification.select().count() == 3
@@ -136,7 +136,8 @@ def test_recipients_are_not_told_ten_at_a_time_with_pauses(cast, monkeypatch):
         raise AssertionError("a fan-out waits for nothing")
 
     monkeypatch.setattr(time, "sleep", never)
-    assert fanout.advance(posted.run_id), "one slice is enough"
+    advance(posted.run_id)
+    assert parts_of(posted.run_id) == [], "one part is enough"
     assert Notification.select().count() == 33
 
 

@@ -7,9 +7,11 @@ import pytest
 from peewee import DataError, IntegrityError, PostgresqlDatabase
 from playhouse.schema_diff import diff_models
 
-from belfry import schema
+from belfry import leases, schema
+from belfry.leases import Part
 from belfry.sql import execute, row, rows
-from models import TABLES, Notification, Role, Server, Subscription, User, db
+from models import TABLES, Notification, Role, Run, Server, Subscription, User, db
+from tests.telling import run_to_end, stats
 
 
 def test_the_migrations_make_what_the_models_say():
@@ -45,12 +47,43 @@ def test_migrating_twice_and_by_two_at_once_is_safe(monkeypatch):
             thread.start()
         for thread in threads:
             thread.join()
-        assert sorted(applied) == [[], [], ["0001_initial"]]
+        assert sorted(applied) == [[], [], [path.stem for path in sorted(schema.MIGRATIONS.glob("0*.py"))]]
         with fresh.connection_context():
             assert schema.missing_migrations() == []
     finally:
         monkeypatch.undo()
         execute(f'DROP DATABASE "{name}" WITH (FORCE)')
+
+
+def test_runs_that_were_half_done_before_there_were_slices_go_on_where_they_stopped(cast):
+    runner = schema._runner()
+    runner.down()
+    try:
+        execute(
+            "INSERT INTO message (channel_id, author_id, content) SELECT %(channel)s, %(author)s, 'gold'"
+            " FROM generate_series(1, 4)",
+            {"channel": cast.general, "author": cast.subscriber.id},
+        )
+        execute("INSERT INTO run (message_id, kind) VALUES (1, 'message')")
+        execute("INSERT INTO run (message_id, kind, state, walked_to, done) VALUES (2, 'message', 'running', 2, 2)")
+        execute(
+            "INSERT INTO run (message_id, kind, state, walked_to, done, error, finished_at)"
+            " VALUES (3, 'message', 'failed', 2, 2, 'why', now()), (4, 'message', 'succeeded', 6, 5, NULL, now())"
+        )
+    finally:
+        runner.up()
+    assert [(run.state, run.slices_left, run.due_at is None) for run in Run.select().order_by(Run.id)] == [
+        ("pending", 0, False),
+        ("running", 1, True),
+        ("failed", 1, True),
+        ("succeeded", 0, True),
+    ]
+    assert leases.overdue_slices(10, None) == [Part(2, 2)], "the failed one waits to be asked for"
+    assert leases.retry_failed() == [Part(3, 2)]
+    for run_id in (2, 3):
+        execute("UPDATE run SET decisions = '{\"message\": 2}' WHERE id = %(id)s", {"id": run_id})
+        assert run_to_end(run_id) == "succeeded"
+        assert stats(run_id)["audience"] == 5, "two are done, and the other three are counted now"
 
 
 def refused(statement: str, **parameters: object) -> None:

@@ -1,6 +1,5 @@
 """The path through real processes: a web process, Redis, and a separate worker."""
 
-import dataclasses
 import json
 import os
 import signal
@@ -10,14 +9,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import psutil
-import psycopg
 
 import jobs
 import worker
 from belfry.sql import execute, row
-from config import settings
 from models import Notification, Run
 from tests.processes import a_gate, a_web_process, a_worker, running, wait_until
+from tests.telling import parts_of
 
 
 def post(address: str, token: str, channel_id: int, content: str) -> tuple[int, dict[str, Any]]:
@@ -59,7 +57,7 @@ def test_a_message_reaches_the_inbox_through_web_queue_and_worker(cast):
         assert told_of(message["id"]) == {cast.admin.id, cast.moderator.id, cast.vip.id}
 
         lines = [json.loads(line) for line in process.log().splitlines() if line.startswith("{")]
-        done = next(line for line in lines if line["message"] == f"run {message['run']['id']} succeeded")
+        done = next(line for line in lines if line["message"] == f"run {message['run']['id']}: done")
         assert done["run_id"] == message["run"]["id"]
         assert done["job_id"]
 
@@ -166,37 +164,27 @@ def test_the_sweeper_outlives_what_nobody_foresaw(monkeypatch, caplog):
     assert "the sweep failed" in caplog.text
 
 
-def test_a_large_run_gives_way_to_others_and_goes_on_in_bulk(api, cast, run_jobs, monkeypatch):
-    monkeypatch.setattr(jobs, "TURN_SECONDS", 0)
-    monkeypatch.setattr("belfry.fanout.settings", dataclasses.replace(settings, slice_members=2))
-    message = api(cast.subscriber).post("/api/messages", json={"channel_id": cast.general, "content": "gold"})
+def test_a_large_run_tells_the_mentioned_and_goes_on_in_bulk_a_job_a_slice(api, cast, run_jobs, slices_of):
+    slices_of(2)
+    message = api(cast.subscriber).post("/api/messages", json={"channel_id": cast.general, "content": "gold, @vera"})
     run_id = message.get_json()["run"]["id"]
     jobs.notify(run_id)
-    assert (state_of(run_id), Run.get_by_id(run_id).done) == ("running", 2)
-    assert jobs.queue(jobs.BULK).count == 1
+    assert (state_of(run_id), Run.get_by_id(run_id).done) == ("running", 1)
+    assert told_of(message.get_json()["id"]) == {cast.vip.id}
+    waiting = [(job.func_name, *job.args) for job in jobs.queue(jobs.BULK).jobs]
+    assert waiting == [("jobs.notify_slice", run_id, part.after) for part in parts_of(run_id)]
+    assert len(waiting) == 3
     assert run_jobs() == 0
     finished = Run.get_by_id(run_id)
     assert (finished.state, finished.done, finished.total) == ("succeeded", 5, 5)
     assert told_of(message.get_json()["id"]) == {cast.admin.id, cast.moderator.id, cast.vip.id}
 
 
-def test_a_job_that_finds_its_run_in_other_hands_leaves_it_there(api, cast):
+def test_a_job_that_finds_its_run_in_other_hands_leaves_it_there(api, cast, in_another_session):
     api(cast.subscriber).post("/api/messages", json={"channel_id": cast.general, "content": "gold"})
-    execute("UPDATE run SET state = 'running', tries_left = 0, due_at = now() + interval '1 minute'")
-    jobs.notify(1)
-    assert state_of(1) == "running"
-    assert jobs.queue(jobs.BULK).count == 0, "or the two queues would pass it around until the lease is over"
-
-
-def test_a_sweep_does_not_wait_for_a_run_that_is_being_worked_on(api, cast):
-    api(cast.subscriber).post("/api/messages", json={"channel_id": cast.general, "content": "gold"})
-    execute("UPDATE run SET state = 'running', due_at = now() - interval '1 minute'")
-    with psycopg.connect(os.environ["DATABASE_URL"]) as other:
-        other.execute("SELECT FROM run FOR UPDATE")
-        execute("SET lock_timeout = '5s'")
-        assert jobs.sweep() == 0
-        execute("RESET lock_timeout")
-    assert jobs.sweep() == 1
+    with in_another_session("SELECT FROM run FOR NO KEY UPDATE"):
+        jobs.notify(1)
+    assert (state_of(1), Run.get_by_id(1).attempts) == ("queued", 0)
 
 
 def test_an_author_does_not_see_the_inside_of_an_error(api, cast):

@@ -13,8 +13,8 @@ from marshmallow import Schema, ValidationError
 from werkzeug.exceptions import RequestEntityTooLarge
 
 from belfry.errors import Invalid
-from models import User
-from schemas import LARGEST_ID, Page
+from models import LARGEST_ID, User
+from schemas import Page
 from views.problems import HttpProblem
 
 T = TypeVar("T")

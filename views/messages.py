@@ -12,7 +12,7 @@ from belfry import explanation, messages
 from belfry.errors import Invalid
 from belfry.idempotency import Once, remember
 from belfry.mentions import AllowedMentions
-from jobs import enqueue_runs
+from jobs import enqueue_run
 from views.endpoint import Answer, api, current_user, endpoint, json_response, paginate
 from views.limits import limit_messages
 
@@ -52,7 +52,7 @@ def post_message(body: dict[str, Any]) -> Answer | Response:
         location = f"/api/messages/{json.loads(posted.answer)['id']}"
         return json_response(posted.answer, 201, {"Location": location, "Idempotency-Replayed": "true"})
     message = posted.message
-    if not enqueue_runs([posted.run_id]):
+    if not enqueue_run(posted.run_id):
         message["run"]["state"] = "pending"
         if once:
             with suppress(OperationalError, InterfaceError):  # the message is posted, whatever becomes of this
@@ -87,7 +87,7 @@ def edit_message(message_id: int, body: dict[str, Any]) -> Any:
     posted = messages.edit_message(current_user(), message_id, body["content"])
     message = posted.message
     if posted.run_id:
-        enqueued = enqueue_runs([posted.run_id])
+        enqueued = enqueue_run(posted.run_id)
         message["run"] = {"id": posted.run_id, "state": "queued" if enqueued else "pending"}
     return message
 

@@ -5,7 +5,7 @@ from typing import Any
 import schemas
 from belfry import runs, trials
 from belfry.sql import Row
-from jobs import enqueue_runs
+from jobs import enqueue_run
 from models import User
 from views.endpoint import Answer, api, current_user, endpoint, paginate
 
@@ -57,7 +57,7 @@ def replay(run_id: int, body: dict[str, Any]) -> Any:
     new_run = replayed["run_id"]
     if new_run is None:
         return Answer({**replayed, "run": None}, 200)
-    state = "queued" if enqueue_runs([new_run]) else "pending"
+    state = "queued" if enqueue_run(new_run) else "pending"
     return Answer(
         {**replayed, "run": {"id": new_run, "state": state}}, headers={"Location": f"/api/runs/{new_run}"}
     )
@@ -68,5 +68,5 @@ def replay(run_id: int, body: dict[str, Any]) -> Any:
 def test_notification(body: dict[str, Any]) -> Answer:
     """Send a test notification through the real queue: to oneself, or to a channel."""
     run_id = trials.send_test(current_user(), body["channel_id"], body["content"], body["audience"])
-    enqueue_runs([run_id])
+    enqueue_run(run_id)
     return Answer(describe_run(runs.find_run(run_id)), headers={"Location": f"/api/runs/{run_id}"})

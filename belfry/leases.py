@@ -1,0 +1,279 @@
+"""Who takes care of a run, or of a slice of it: so that every part is done once, whoever dies or hangs.
+
+- **The lease is the lock on the part's row**, held by the transaction that does it. PostgreSQL takes it back the
+  moment the worker's connection ends, and after IDLE_SECONDS from a worker that hangs. No clock is compared, no
+  heartbeat is sent: one would go on saying "alive" for a process whose work hangs.
+- **The attempt's number is its token.** It is counted, and committed, before the work: so that an attempt that
+  ends without a word has been one, and whoever comes back late finds that another attempt has begun, and can
+  write nothing.
+- **`due_at` says from when the sweeper may look**: while a job should be on its way, it leaves the part alone.
+  Only the database's clock is asked.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from belfry.sql import Row, execute, row, rows
+from models import TRIES, db
+
+LEASE_SECONDS = 2
+"""From the counted attempt to the lock lie milliseconds; only then is the row without either."""
+
+QUEUED_SECONDS = 10
+"""How long what is in the queue is taken to be on its way to a worker, before anybody asks whether it still waits."""
+
+
+@dataclass(frozen=True, order=True)
+class Part:
+    """What one job does: a run's own part (`after` None: all of a small run; the planning, and the mentioned,
+    of a large one), or the slice of it that begins after a user id."""
+
+    run_id: int
+    after: int | None = None
+
+    def __str__(self) -> str:
+        return f"run {self.run_id}" + ("" if self.after is None else f", slice after {self.after}")
+
+
+_TAKE_RUN = f"""
+    UPDATE run
+    SET state = 'running',
+        attempts = attempts + 1,
+        tries_left = GREATEST(tries_left - 1, 0),
+        started_at = COALESCE(started_at, now()),
+        finished_at = NULL,
+        due_at = now() + make_interval(secs => {LEASE_SECONDS})
+    WHERE id = (SELECT id FROM run WHERE id = %(run_id)s FOR NO KEY UPDATE SKIP LOCKED)
+    AND slices_left = 0
+    AND state <> 'succeeded'
+    AND (tries_left > 0 OR state = 'failed')
+    RETURNING attempts
+"""
+
+_TAKE_SLICE = f"""
+    UPDATE slice
+    SET attempts = attempts + 1,
+        tries_left = GREATEST(tries_left - 1, 0),
+        due_at = now() + make_interval(secs => {LEASE_SECONDS})
+    WHERE (run_id, after) = (
+        SELECT run_id, after
+        FROM slice
+        WHERE run_id = %(run_id)s AND after = %(after)s
+        FOR NO KEY UPDATE SKIP LOCKED)
+    AND (tries_left > 0 OR due_at IS NULL)
+    RETURNING attempts
+"""
+
+
+def take(part: Part) -> int | None:
+    """Count one more attempt at a part; its number, the token for `hold` and `fail`.
+
+    None where there is nothing to take: it is done, somebody else is at it (who locks a row sees to it that the
+    part goes on), or its tries are used up. What has failed gets one more attempt whenever it is asked for.
+    """
+    taken = row(_TAKE_RUN if part.after is None else _TAKE_SLICE, vars(part))
+    return int(taken["attempts"]) if taken else None
+
+
+_HOLD_RUN = """
+    SELECT message_id, kind, mention_changes
+    FROM run
+    WHERE id = %(run_id)s
+    AND slices_left = 0
+    AND state = 'running'
+    AND attempts = %(attempt)s
+    FOR NO KEY UPDATE
+"""
+
+_HOLD_SLICE = """
+    SELECT r.message_id, r.kind, r.mention_changes, s.up_to, s.told_first::text
+    FROM slice s
+    JOIN run r ON r.id = s.run_id
+    WHERE s.run_id = %(run_id)s
+    AND s.after = %(after)s
+    AND s.attempts = %(attempt)s
+    FOR NO KEY UPDATE OF s
+"""
+
+
+def hold(part: Part, attempt: int) -> Row | None:
+    """Lock a part until the transaction ends: {"message_id", "kind", "mention_changes"}, and of a slice also
+    {"up_to", "told_first"}. None where the attempt is not the last one any more: it is another's by now."""
+    return row(_HOLD_RUN if part.after is None else _HOLD_SLICE, {**vars(part), "attempt": attempt})
+
+
+_REASON = """COALESCE(%(reason)s, error,
+    'gave up after ' || attempts || ' attempts: each ended without a word, as when its process is killed')"""
+
+_END_RUNS = """
+    WITH ended AS (
+        SELECT id AS run_id
+        FROM run
+        WHERE {which}
+        AND state = 'running'
+        AND slices_left = 0
+        FOR NO KEY UPDATE SKIP LOCKED
+    )
+    UPDATE run
+    SET state = CASE WHEN tries_left > 0 THEN 'queued' ELSE 'failed' END,
+        finished_at = CASE WHEN tries_left > 0 THEN NULL ELSE now() END,
+        due_at = CASE WHEN tries_left > 0 THEN now() + make_interval(secs => %(retry_in)s) END,
+        error = {reason}
+    FROM ended
+    WHERE run.id = ended.run_id
+"""
+
+_END_SLICES = """
+    WITH ended AS (
+        SELECT run_id, after
+        FROM slice
+        WHERE {which}
+        FOR NO KEY UPDATE SKIP LOCKED
+    ),
+    noted AS (
+        UPDATE slice
+        SET due_at = CASE WHEN tries_left > 0 THEN now() + make_interval(secs => %(retry_in)s) END,
+            error = {reason}
+        FROM ended
+        WHERE (slice.run_id, slice.after) = (ended.run_id, ended.after)
+        RETURNING slice.run_id, error, due_at
+    ),
+    failed AS (
+        UPDATE run
+        SET state = 'failed', finished_at = now(), error = noted.error
+        FROM noted
+        WHERE run.id = noted.run_id
+        AND noted.due_at IS NULL
+    )
+    SELECT FROM noted
+"""
+
+
+def fail(part: Part, attempt: int, reason: str, retry_in: float | None) -> None:
+    """Write down why an attempt failed; nothing where it is not the last one any more.
+
+    With tries left the part is the sweeper's, should the retry not come within `retry_in` seconds; otherwise the
+    run is `failed`, and nobody tries again unasked. The other slices of a large run go on.
+    """
+    noted = {"attempt": attempt, "reason": reason[:1000] or "no reason was given", "retry_in": retry_in or 0}
+    if part.after is None:
+        statement = _END_RUNS.format(which="id = %(run_id)s AND attempts = %(attempt)s", reason=_REASON)
+    else:
+        which = "run_id = %(run_id)s AND after = %(after)s AND attempts = %(attempt)s"
+        statement = _END_SLICES.format(which=which, reason=_REASON)
+    execute(statement, {**vars(part), **noted})
+
+
+def give_up() -> int:
+    """Fail what has used up its tries, and whose last attempt ended without a word; how many parts that were."""
+    which = "tries_left = 0 AND due_at <= now()"
+    return sum(
+        execute(statement.format(which=which, reason=_REASON), {"reason": None, "retry_in": 0})
+        for statement in (_END_RUNS, _END_SLICES)
+    )
+
+
+_OVERDUE_RUNS = f"""
+    WITH overdue AS (
+        SELECT id AS run_id
+        FROM run
+        WHERE state IN ('pending', 'queued', 'running')
+        AND due_at <= now()
+        AND (state <> 'queued' OR %(oldest_run)s::bigint IS NULL OR id < %(oldest_run)s)
+        AND (state <> 'pending' OR %(room)s > 0)
+        ORDER BY due_at
+        LIMIT %(limit)s
+        FOR NO KEY UPDATE SKIP LOCKED
+    )
+    UPDATE run
+    SET state = 'queued', due_at = now() + make_interval(secs => {QUEUED_SECONDS})
+    FROM overdue
+    WHERE run.id = overdue.run_id
+    RETURNING run_id
+"""
+
+_OVERDUE_SLICES = f"""
+    WITH overdue AS (
+        SELECT run_id, after
+        FROM slice
+        WHERE due_at <= now()
+        AND (%(run_id)s::bigint IS NULL OR (run_id, after) < (%(run_id)s, %(after)s))
+        ORDER BY due_at
+        LIMIT %(limit)s
+        FOR NO KEY UPDATE SKIP LOCKED
+    )
+    UPDATE slice
+    SET due_at = now() + make_interval(secs => {QUEUED_SECONDS})
+    FROM overdue
+    WHERE (slice.run_id, slice.after) = (overdue.run_id, overdue.after)
+    RETURNING slice.run_id, slice.after
+"""
+
+
+OVERDUE_AT_LEAST = 100
+
+
+def overdue_runs(room: int, oldest: Part | None) -> list[Part]:
+    """Mark as queued the runs that nobody takes care of any more, and answer them, to be enqueued: those that have
+    waited longest, as many as there is room for in the queue.
+
+    - What never reached the queue.
+    - What was left by a worker that died: OVERDUE_AT_LEAST of them though the queue is full, for they were in it.
+    - What was queued, and is in the queue no longer: `oldest`, the part whose job has waited there longest, is a
+      later one; or nothing waits there (None).
+
+    Two at once take different ones.
+    """
+    limit = max(room, OVERDUE_AT_LEAST)
+    found = rows(_OVERDUE_RUNS, {"room": room, "limit": limit, "oldest_run": oldest.run_id if oldest else None})
+    return sorted(Part(**run) for run in found)
+
+
+def overdue_slices(room: int, oldest: Part | None) -> list[Part]:
+    """As `overdue_runs`, of slices."""
+    key = vars(oldest) if oldest else {"run_id": None, "after": None}
+    found = rows(_OVERDUE_SLICES, {"limit": max(room, OVERDUE_AT_LEAST), **key})
+    return sorted(Part(**one) for one in found)
+
+
+def wait_for_room(run_ids: Sequence[int]) -> None:
+    """These are not in the queue: they are `pending`, and the sweeper's. Nobody waits for the disk."""
+    execute(
+        "UPDATE run SET state = 'pending', due_at = now()"
+        " FROM (SELECT set_config('synchronous_commit', 'off', true)) AS lazily"
+        " WHERE id = ANY(%(run_ids)s::bigint[])"
+        " AND state = 'queued'",
+        {"run_ids": list(run_ids)},
+    )
+
+
+def retry_failed(run_ids: Sequence[int] | None = None) -> list[Part]:
+    """Begin failed runs again, all or those named: with all their tries, and their progress. The parts to enqueue."""
+    parameters = {"run_ids": list(run_ids) if run_ids is not None else None, "tries": TRIES}
+    with db.atomic():
+        runs = rows(
+            f"""
+            UPDATE run
+            SET state = CASE WHEN slices_left > 0 THEN 'running' ELSE 'queued' END,
+                due_at = CASE WHEN slices_left = 0 THEN now() + make_interval(secs => {QUEUED_SECONDS}) END,
+                tries_left = %(tries)s,
+                error = NULL,
+                finished_at = NULL
+            WHERE state = 'failed'
+            AND (%(run_ids)s::bigint[] IS NULL OR id = ANY(%(run_ids)s::bigint[]))
+            RETURNING id AS run_id, slices_left
+            """,
+            parameters,
+        )
+        slices = rows(
+            f"""
+            UPDATE slice
+            SET due_at = now() + make_interval(secs => {QUEUED_SECONDS}), tries_left = %(tries)s, error = NULL
+            WHERE run_id = ANY(%(begun)s::bigint[])
+            AND due_at IS NULL
+            RETURNING run_id, after
+            """,
+            {**parameters, "begun": [run["run_id"] for run in runs]},
+        )
+    own = [Part(run["run_id"]) for run in runs if not run["slices_left"]]
+    return sorted(own) + sorted(Part(**one) for one in slices)

@@ -1,0 +1,164 @@
+"""Runs done part by part in the test's own process, as a worker does them, without a queue; and what came of it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from belfry import fanout, leases, messages, runs
+from belfry.inbox import mark_read, unread_count
+from belfry.leases import Part
+from belfry.preferences import set_preference
+from belfry.recipients import DECISIONS
+from belfry.sql import row, rows
+from models import TABLES, Notification, db
+from tests.people import Person
+
+
+class Killed(BaseException):
+    """What ends a process without a word; nothing in the product may catch it."""
+
+
+def parts_of(run_id: int) -> list[Part]:
+    """What is left of a run, in order: its own part, or its slices; [] when it is done or there is none."""
+    run = row("SELECT state, slices_left FROM run WHERE id = %(run_id)s", {"run_id": run_id})
+    if run is None or run["state"] == "succeeded":
+        return []
+    slices = rows("SELECT after FROM slice WHERE run_id = %(run_id)s ORDER BY after", {"run_id": run_id})
+    assert len(slices) == run["slices_left"]
+    return [Part(run_id, one["after"]) for one in slices] or [Part(run_id)]
+
+
+def do(part: Part) -> None:
+    """One attempt at a part, which must be there to be taken."""
+    attempt = leases.take(part)
+    assert attempt is not None, f"{part} cannot be taken"
+    fanout.tell(part, attempt)
+
+
+def advance(run_id: int) -> None:
+    """Do the next part of a run."""
+    do(parts_of(run_id)[0])
+
+
+def run_to_end(run_id: int) -> str:
+    """Do all that is left of a run; its state then, or `missing`."""
+    while parts := parts_of(run_id):
+        for part in parts:
+            do(part)
+    found = row("SELECT state FROM run WHERE id = %(run_id)s", {"run_id": run_id})
+    return str(found["state"]) if found else "missing"
+
+
+def crowd(server_id: int, number: int) -> list[int]:
+    """So many more members with an active subscription; their ids."""
+    return [
+        found["user_id"]
+        for found in rows(
+            """
+            WITH people AS (
+                INSERT INTO user_account (username, name)
+                SELECT 'crowd-' || n, 'One of many' FROM generate_series(1, %(number)s) AS n
+                RETURNING id
+            ),
+            paying AS (INSERT INTO subscription (user_id, status) SELECT id, 'active' FROM people)
+            INSERT INTO member (server_id, user_id) SELECT %(server_id)s, id FROM people RETURNING user_id
+            """,
+            {"server_id": server_id, "number": number},
+        )
+    ]
+
+
+def post(author: Person, channel_id: int, content: str = "gold breaks out") -> tuple[int, int]:
+    """A message and its run, which nobody has begun: their ids."""
+    posted = messages.post_message(author.user, channel_id, content)
+    return posted.message["id"], posted.run_id
+
+
+def posted_and_told(author: Person, channel_id: int, content: str) -> int:
+    message_id, run_id = post(author, channel_id, content)
+    assert run_to_end(run_id) == "succeeded"
+    return message_id
+
+
+def edit(author: Person, message_id: int, content: str) -> dict[str, Any]:
+    """Edit, and run what that takes; the statistics of that run."""
+    run_id = messages.edit_message(author.user, message_id, content).run_id
+    assert run_to_end(run_id) == "succeeded"
+    return stats(run_id)
+
+
+def stats(run_id: int) -> dict[str, Any]:
+    """{"audience", "notified", "added", "withdrawn"} and the decisions that somebody got."""
+    counted = runs.statistics(run_of(run_id))
+    decisions = counted.pop("decisions")
+    assert set(decisions) == set(DECISIONS)
+    assert sum(decisions.values()) == counted["audience"]
+    return counted | {decision: members for decision, members in decisions.items() if members}
+
+
+def run_of(run_id: int) -> dict[str, Any]:
+    return runs.find_run(run_id)
+
+
+def told(message_id: int) -> dict[int, str]:
+    """Who has a notification of a message, and for what reason."""
+    return {found.user_id: found.reason for found in Notification.select().where(Notification.message_id == message_id)}
+
+
+def unread(person: Person) -> int:
+    return int(unread_count(person.user)["unread"])
+
+
+def read_everything(person: Person) -> None:
+    mark_read(person.user)
+
+
+def contents() -> dict[str, list[str]]:
+    """All that is in the database."""
+    return {
+        name: sorted(found["line"] for found in rows(f'SELECT t::text AS line FROM "{name}" t'))
+        for name in (table._meta.table_name for table in TABLES)
+    }
+
+
+@contextmanager
+def statements() -> Iterator[list[str]]:
+    """A list of the SQL statements that are executed meanwhile."""
+    seen: list[str] = []
+    real = db.execute_sql
+
+    def execute_sql(sql: str, *arguments: Any, **named: Any) -> Any:
+        seen.append(sql)
+        return real(sql, *arguments, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(db, "execute_sql", execute_sql)
+        yield seen
+
+
+def is_slice(sql: str) -> bool:
+    return "INSERT INTO notification" in sql
+
+
+def fail_at_slice(monkeypatch, number: int, error: BaseException) -> None:
+    """The so-manyth slice from here on fails after it has written its notifications, before it commits."""
+    real, begun = db.execute_sql, [0]
+
+    def execute_sql(sql: str, *arguments: Any, **named: Any) -> Any:
+        done = real(sql, *arguments, **named)
+        begun[0] += is_slice(sql)
+        if is_slice(sql) and begun[0] == number:
+            raise error
+        return done
+
+    monkeypatch.setattr(db, "execute_sql", execute_sql)
+
+
+EVERYBODY = {"audience": 5, "notified": 3, "message": 3, "author": 1, "no_subscription": 1, "added": 3, "withdrawn": 0}
+"""What a plain message of the subscriber's to general comes to in the cast."""
+
+
+def wants_mentions_only(person: Person, channel_id: int) -> None:
+    set_preference(person.user, channel_id, "mentions", None)

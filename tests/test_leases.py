@@ -1,0 +1,306 @@
+"""Attempts, tries and tokens; and what the sweeper finds."""
+
+import pytest
+
+import jobs
+from belfry import fanout, leases
+from belfry.leases import Part
+from belfry.sql import execute, row
+from belfry.verification import verify
+from models import TRIES
+from tests.telling import (
+    EVERYBODY,
+    Killed,
+    advance,
+    crowd,
+    do,
+    fail_at_slice,
+    parts_of,
+    post,
+    run_of,
+    run_to_end,
+    stats,
+    told,
+)
+
+
+def begin_and_die(part: Part) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        fail_at_slice(patch, 1, Killed())
+        with pytest.raises(Killed):
+            do(part)
+
+
+def let_time_pass() -> None:
+    """All that somebody should have taken care of by now is overdue."""
+    execute("UPDATE run SET due_at = now() - interval '1 second' WHERE due_at IS NOT NULL")
+    execute("UPDATE slice SET due_at = now() - interval '1 second' WHERE due_at IS NOT NULL")
+
+
+def overdue() -> list[Part]:
+    """What the sweeper would enqueue with nothing in the queues."""
+    return leases.overdue_runs(1000, None) + leases.overdue_slices(1000, None)
+
+
+@pytest.fixture
+def run(cast) -> int:
+    """A run of a small audience that nobody has begun."""
+    return post(cast.subscriber, cast.general)[1]
+
+
+@pytest.fixture
+def large_run(cast, slices_of) -> int:
+    """A run of 25 members in five slices, which is shared out."""
+    crowd(cast.server_id, 20)
+    slices_of(5)
+    _, run_id = post(cast.subscriber, cast.general)
+    advance(run_id)
+    return run_id
+
+
+# Attempts -------------------------------------------------------------------------------------------------
+
+
+def test_an_attempt_that_a_later_one_has_overtaken_can_write_nothing(run):
+    late = leases.take(Part(run))
+    let_time_pass()
+    assert overdue() == [Part(run)]
+    in_time = leases.take(Part(run))
+    assert fanout.tell(Part(run), late) == []
+    leases.fail(Part(run), late, "I come late", None)
+    assert (run_of(run)["state"], run_of(run)["done"], run_of(run)["error"]) == ("running", 0, None)
+    fanout.tell(Part(run), in_time)
+    assert fanout.tell(Part(run), late) == []
+    assert (run_of(run)["state"], stats(run)) == ("succeeded", EVERYBODY)
+
+
+def test_an_attempt_at_a_slice_that_a_later_one_has_overtaken_can_write_nothing(large_run):
+    part = parts_of(large_run)[2]
+    late, in_time = leases.take(part), leases.take(part)
+    fanout.tell(part, late)
+    leases.fail(part, late, "I come late", None)
+    assert (run_of(large_run)["done"], run_of(large_run)["error"]) == (0, None)
+    fanout.tell(part, in_time)
+    assert run_of(large_run)["done"] == 5
+    fanout.tell(part, late)
+    assert run_of(large_run)["done"] == 5
+
+
+def test_a_run_that_was_swept_is_not_done_by_the_attempt_that_had_not_begun_yet(run):
+    attempt = leases.take(Part(run))
+    let_time_pass()
+    assert overdue() == [Part(run)]
+    fanout.tell(Part(run), attempt)
+    assert run_of(run)["state"] == "queued", "who was given the job will do it"
+    assert run_to_end(run) == "succeeded"
+
+
+def test_a_failure_is_on_the_run_while_it_is_tried_again(run):
+    attempt = leases.take(Part(run))
+    leases.fail(Part(run), attempt, "OperationalError: the disk is full", 30)
+    failed = run_of(run)
+    assert (failed["state"], failed["error"], failed["finished_at"]) == (
+        "queued", "OperationalError: the disk is full", None,
+    )  # fmt: skip
+    assert overdue() == [], "the retry is on its way, and the sweeper leaves it alone"
+    assert run_to_end(run) == "succeeded"
+    assert run_of(run)["error"] is None
+
+
+def test_a_failure_of_a_slice_is_on_the_run_while_it_is_tried_again(large_run):
+    part = parts_of(large_run)[1]
+    leases.fail(part, leases.take(part), "OperationalError: the disk is full", 30)
+    assert (run_of(large_run)["state"], run_of(large_run)["error"]) == ("running", "OperationalError: the disk is full")
+    assert overdue() == []
+    assert run_to_end(large_run) == "succeeded"
+    assert (run_of(large_run)["error"], run_of(large_run)["attempts"]) == (None, 2)
+
+
+def test_a_failure_without_tries_left_is_final_and_keeps_its_reason(run):
+    for number in range(1, TRIES + 1):
+        leases.fail(Part(run), leases.take(Part(run)), f"failure {number}", 0)
+        assert run_of(run)["state"] == ("failed" if number == TRIES else "queued")
+    failed = run_of(run)
+    assert (failed["error"], failed["attempts"]) == (f"failure {TRIES}", TRIES)
+    assert failed["finished_at"] is not None
+    let_time_pass()
+    assert overdue() == []
+    assert verify() == [f"run {run} failed: failure {TRIES}"]
+
+
+def test_a_slice_that_keeps_failing_fails_the_run_and_holds_up_no_other(large_run):
+    poison, *others = parts_of(large_run)
+    for number in range(TRIES):
+        leases.fail(poison, leases.take(poison), f"failure {number + 1}", 0)
+    assert (run_of(large_run)["state"], run_of(large_run)["error"]) == ("failed", f"failure {TRIES}")
+    for part in others:
+        do(part)
+    run = run_of(large_run)
+    assert (run["state"], run["done"], run["total"], run["error"]) == ("failed", 20, 25, f"failure {TRIES}")
+    let_time_pass()
+    assert overdue() == [], "nobody tries again unasked"
+
+    assert leases.retry_failed([large_run]) == [poison]
+    assert (run_of(large_run)["state"], run_of(large_run)["error"]) == ("running", None)
+    do(poison)
+    run = run_of(large_run)
+    assert (run["state"], run["done"], run["error"]) == ("succeeded", 25, None)
+    assert verify() == []
+
+
+def test_every_slice_has_all_its_tries(large_run):
+    for part in parts_of(large_run):
+        for _ in range(TRIES - 1):
+            begin_and_die(part)
+        do(part)
+    assert (run_of(large_run)["state"], stats(large_run)["audience"]) == ("succeeded", 25)
+    assert run_of(large_run)["attempts"] == 1 + 5 * (TRIES - 1)
+
+
+# Failed runs ----------------------------------------------------------------------------------------------
+
+
+def test_failed_runs_are_retried_with_their_progress_and_all_their_tries(cast, large_run):
+    _, small_run = post(cast.subscriber, cast.general)
+    do(parts_of(large_run)[0])
+    failing = parts_of(large_run)[1]
+    for part in (failing, Part(small_run)):
+        for _ in range(TRIES):
+            leases.fail(part, leases.take(part), "why", 0)
+    assert leases.retry_failed([large_run]) == [failing]
+    assert run_of(large_run)["done"] == 5
+    assert run_of(small_run)["state"] == "failed"
+    for _ in range(TRIES - 1):
+        begin_and_die(failing)
+    assert run_to_end(large_run) == "succeeded"
+    assert leases.retry_failed() == [Part(small_run)]
+    assert run_of(small_run)["state"] == "queued"
+    assert leases.retry_failed() == []
+
+
+def test_a_failed_run_that_is_asked_for_again_gets_one_attempt(cast):
+    message_id, run_id = post(cast.subscriber, cast.general)
+    execute("UPDATE run SET state = 'failed', tries_left = 0, error = 'why', finished_at = now(), due_at = NULL")
+    leases.fail(Part(run_id), leases.take(Part(run_id)), "again", None)
+    assert (run_of(run_id)["state"], run_of(run_id)["error"]) == ("failed", "again")
+    do(Part(run_id))
+    assert (run_of(run_id)["state"], stats(run_id)) == ("succeeded", EVERYBODY)
+    assert len(told(message_id)) == 3
+
+
+def test_a_slice_that_was_given_up_and_is_asked_for_again_finishes_the_run(large_run):
+    poison, *others = parts_of(large_run)
+    for _ in range(TRIES):
+        leases.fail(poison, leases.take(poison), "why", 0)
+    for part in (*others, poison):
+        do(part)
+    assert (run_of(large_run)["state"], run_of(large_run)["error"]) == ("succeeded", None)
+
+
+# What the sweeper finds -----------------------------------------------------------------------------------
+
+
+def test_a_run_that_never_gets_anywhere_is_failed_with_its_reason(run, run_jobs):
+    for _ in range(TRIES):
+        begin_and_die(Part(run))
+    assert leases.give_up() == 0, "its last attempt has only just begun"
+    let_time_pass()
+    assert jobs.sweep() == 0
+    failed = run_of(run)
+    assert (failed["state"], failed["attempts"]) == ("failed", TRIES)
+    assert failed["error"].startswith(f"gave up after {TRIES} attempts")
+    assert failed["finished_at"] is not None
+    assert stats(run)["added"] == 0
+
+
+def test_a_slice_that_never_gets_anywhere_fails_its_run_with_its_reason(large_run):
+    part = parts_of(large_run)[3]
+    for _ in range(TRIES):
+        begin_and_die(part)
+    let_time_pass()
+    assert leases.give_up() == 1
+    assert run_of(large_run)["state"] == "failed"
+    assert run_of(large_run)["error"].startswith(f"gave up after {TRIES} attempts")
+    assert part not in overdue()
+
+
+def test_the_last_attempt_is_not_given_up_while_somebody_is_at_it(run, in_another_session):
+    for _ in range(TRIES - 1):
+        begin_and_die(Part(run))
+    leases.take(Part(run))
+    let_time_pass()
+    with in_another_session("SELECT FROM run FOR NO KEY UPDATE"):
+        assert leases.give_up() == 0
+    assert leases.give_up() == 1
+
+
+@pytest.mark.parametrize("state", ["pending", "queued", "running"])
+def test_what_is_overdue_is_found_once_and_only_where_nobody_is_at_it(run, in_another_session, state):
+    execute(f"UPDATE run SET state = '{state}'")
+    assert overdue() == []
+    let_time_pass()
+    with in_another_session("SELECT FROM run FOR NO KEY UPDATE"):
+        execute("SET lock_timeout = '5s'")
+        assert overdue() == [], "and nobody waits for who is at work on it"
+        execute("RESET lock_timeout")
+    assert overdue() == [Part(run)]
+    assert run_of(run)["state"] == "queued"
+    assert overdue() == [], "another sweeper finds nothing left"
+
+
+def test_a_slice_that_is_overdue_is_found_once_and_only_where_nobody_is_at_it(large_run, in_another_session):
+    parts = parts_of(large_run)
+    assert overdue() == []
+    let_time_pass()
+    with in_another_session(f"SELECT FROM slice WHERE after = {parts[2].after} FOR NO KEY UPDATE"):
+        assert overdue() == parts[:2] + parts[3:]
+        assert overdue() == []
+    assert overdue() == [parts[2]]
+
+
+def test_a_run_that_still_waits_in_the_queue_is_not_overdue(cast):
+    waiting = [post(cast.subscriber, cast.general)[1] for _ in range(4)]
+    let_time_pass()
+    assert leases.overdue_runs(1000, Part(waiting[2])) == [Part(waiting[0]), Part(waiting[1])]
+    assert leases.overdue_runs(1000, Part(waiting[2])) == []
+    assert leases.overdue_runs(1000, None) == [Part(waiting[2]), Part(waiting[3])]
+
+
+def test_a_slice_that_still_waits_in_the_queue_is_not_overdue(large_run):
+    parts = parts_of(large_run)
+    let_time_pass()
+    assert leases.overdue_slices(1000, Part(large_run - 1, parts[-1].after)) == []
+    assert leases.overdue_slices(1000, parts[2]) == parts[:2]
+    assert leases.overdue_slices(1000, Part(large_run + 1, 0)) == parts[2:]
+
+
+def test_pending_runs_wait_for_room_and_what_a_dead_worker_left_does_not(cast):
+    pending, left = (post(cast.subscriber, cast.general)[1] for _ in range(2))
+    leases.wait_for_room([pending])
+    leases.take(Part(left))
+    let_time_pass()
+    assert leases.overdue_runs(0, Part(1)) == [Part(left)]
+    assert leases.overdue_runs(1, Part(1)) == [Part(pending)]
+
+
+def test_only_what_waits_in_the_queue_can_be_made_pending(run):
+    leases.take(Part(run))
+    leases.wait_for_room([run])
+    assert run_of(run)["state"] == "running"
+
+
+def test_a_wish_for_what_somebody_is_at_does_not_wait_for_them(run, large_run, in_another_session):
+    execute("SET lock_timeout = '5s'")
+    with in_another_session("SELECT FROM run FOR NO KEY UPDATE"):
+        assert leases.take(Part(run)) is None
+    with in_another_session("SELECT FROM slice FOR NO KEY UPDATE"):
+        assert leases.take(parts_of(large_run)[0]) is None
+    execute("RESET lock_timeout")
+    assert leases.take(Part(run)) == 1
+
+
+def test_the_clock_that_counts_is_the_databases(run, monkeypatch):
+    monkeypatch.setattr("time.time", lambda: 0.0)
+    leases.take(Part(run))
+    found = row("SELECT due_at - now() AS lease FROM run")
+    assert 0 < found["lease"].total_seconds() <= leases.LEASE_SECONDS
