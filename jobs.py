@@ -20,6 +20,7 @@ from redis.exceptions import RedisError
 from redis.retry import Retry as RedisRetry
 from rq import Queue, Retry, Worker, get_current_job
 from rq.exceptions import DeserializationError
+from rq.scheduler import RQScheduler
 
 from belfry import fanout, idempotency, leases, logs, runs
 from belfry.leases import Part
@@ -214,6 +215,7 @@ def sweep() -> int:
             if not held or not held["held"]:
                 return 0
             reach("sweep.locked")
+            _enqueue_retries()
             idempotency.forget_old_keys()
             if given_up := leases.give_up():
                 log.error("%s run(s) or slice(s) gave up: each attempt ended without a word", given_up)
@@ -226,6 +228,22 @@ def sweep() -> int:
         reach("sweep.enqueued")
     log.info("swept %s part(s) that nobody was taking care of", len(overdue))
     return len(overdue)
+
+
+@cache
+def _scheduler() -> RQScheduler:
+    """RQ's scheduler, without its process: that outlives a worker that is killed, and nobody ends it."""
+    scheduler = RQScheduler(QUEUES, connection=redis_connection(), serializer="json")
+    scheduler.prepare_registries(QUEUES)
+    return scheduler
+
+
+def _enqueue_retries() -> None:
+    """Put the retries whose time has come into their queues."""
+    try:
+        _scheduler().enqueue_scheduled_jobs()
+    except RedisError as error:
+        log.warning("Redis is out of reach, no retry is enqueued: %s", error)
 
 
 def _oldest_waiting(name: str) -> Part | None:

@@ -1,4 +1,4 @@
-"""The worker of the Procfile: RQ's own, which also sweeps, schedules retries, and outlives a restart of Redis."""
+"""The worker of the Procfile: RQ's own, which also sweeps, and outlives a restart of Redis."""
 
 import logging
 import signal
@@ -49,7 +49,8 @@ class BelfryWorker(Worker):  # type: ignore[misc]
 
 
 class Sweeper(threading.Thread):
-    """Looks every SWEEP_SECONDS for runs that nobody takes care of. Goes on whatever is out of reach."""
+    """Looks every SWEEP_SECONDS for retries whose time has come, and for what nobody takes care of. Goes on whatever
+    is out of reach."""
 
     def __init__(self) -> None:
         super().__init__(name="sweeper", daemon=True)
@@ -119,7 +120,7 @@ def _work_once(connection: Redis, burst: bool) -> bool:
             job_monitoring_interval=5,
         )
         worker.log_result_lifespan = False
-        worker.work(burst=burst, with_scheduler=True, logging_level=None)
+        worker.work(burst=burst, logging_level=None)
     except RedisError as error:
         log.warning("Redis is out of reach: %s", error)
         return False

@@ -1,6 +1,7 @@
 """Real processes for tests: a web process, workers, and a way to take Redis from them."""
 
 import contextlib
+import json
 import os
 import selectors
 import socket
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from redis.connection import parse_url
 
@@ -40,6 +42,10 @@ class Process:
     def log(self) -> str:
         assert self._log is not None
         return self._log.read_text()
+
+    def lines(self) -> list[dict[str, Any]]:
+        """The log's lines that are JSON."""
+        return [json.loads(line) for line in self.log().splitlines() if line.startswith("{")]
 
     def running(self) -> bool:
         return self._process.poll() is None

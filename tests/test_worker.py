@@ -56,15 +56,13 @@ def test_a_message_reaches_the_inbox_through_web_queue_and_worker(cast):
         wait_until(lambda: state_of(message["run"]["id"]) == "succeeded", "the run to succeed")
         assert told_of(message["id"]) == {cast.admin.id, cast.moderator.id, cast.vip.id}
 
-        lines = [json.loads(line) for line in process.log().splitlines() if line.startswith("{")]
-        done = next(line for line in lines if line["message"] == f"run {message['run']['id']}: done")
+        done = next(line for line in process.lines() if line["message"] == f"run {message['run']['id']}: done")
         assert done["run_id"] == message["run"]["id"]
         assert done["job_id"]
 
 
 def test_an_error_is_recorded_on_the_run_and_retried_until_it_passes(cast):
-    # Without the sweeper, which would find the run in the end: it is the retry that is shown here.
-    with a_web_process() as address, a_worker(SWEEP_SECONDS="3600"):
+    with a_web_process() as address, a_worker() as process:
         with notifications_that("RAISE EXCEPTION 'the disk is full';"):
             _, message = post(address, cast.subscriber.token, cast.general, "gold")
             run_id = message["run"]["id"]
@@ -78,6 +76,8 @@ def test_an_error_is_recorded_on_the_run_and_retried_until_it_passes(cast):
         assert retried.attempts >= 2
         assert retried.error is None
         assert told_of(message["id"]) == {cast.admin.id, cast.moderator.id, cast.vip.id}
+        jobs_of_it = {line["job_id"] for line in process.lines() if line.get("run_id") == run_id}
+        assert len(jobs_of_it) == 1, "it is RQ's retry that is shown here: the sweeper would have made another job"
 
 
 def test_with_redis_out_posting_answers_201_and_the_sweeper_finds_the_run(cast, redis):
