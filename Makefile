@@ -7,7 +7,7 @@ PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 PIP    := --disable-pip-version-check install --no-cache-dir --quiet -r requirements-dev.txt
 
-.PHONY: help setup demo run web worker test bench lint clean
+.PHONY: help setup demo run web worker test bench chaos lint clean
 
 help:
 	@echo 'make demo     the whole way once: 10,000 members, a real message, who was told; leaves nothing behind'
@@ -16,6 +16,7 @@ help:
 	@echo 'make worker   a worker alone, for a second terminal'
 	@echo 'make test     the test suite                   (ARGS="-k inbox -x" goes to pytest)'
 	@echo 'make bench    the benchmarks                   (ARGS goes to them)'
+	@echo 'make chaos    kill everything, again and again, and then an audit   (ARGS="--kills 1000 --seed 7")'
 	@echo 'make lint     ruff and mypy'
 	@echo 'make setup    .venv only; the others do it when it is missing or out of date'
 	@echo 'make clean    remove .venv, .belfry (the data of `make run`) and caches'
@@ -33,6 +34,9 @@ test: $(STAMP)
 
 bench: $(STAMP)
 	@$(PY) -m bench $(ARGS)
+
+chaos: $(STAMP)
+	@$(PY) -m chaos $(ARGS)
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

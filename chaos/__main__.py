@@ -1,0 +1,254 @@
+"""`make chaos`: Belfry under a steady load of posts, edits, deletions, reads and changes of mind, while its processes
+are killed at labelled points of the code and at random moments, stopped and let go later, and its Redis and its
+PostgreSQL restarted and crashed. Then an audit, against the same oracle as the tests'.
+
+The last line is JSON; the exit code is 1 where anything in it is off. The same --seed makes the same choices; when
+they meet what they meet is the machine's.
+"""
+
+import argparse
+import json
+import random
+import signal
+import statistics
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+from belfry.points import POINTS
+from chaos.stage import WEB, WORKERS, Stage, staged
+from chaos.victim import KILL, KILL_WITH_PARENT, STOP
+from dev import CommandError, say
+from dev import stop as asked
+
+SETTLE_SECONDS = 90.0  # after the last blow; far more than recovery may take, so that what is lost is seen as lost
+STOP_SECONDS = (2.0, 14.0)  # shorter and longer than a hanging process keeps its locks
+FAULT_PERCENT = 1  # of the statements that write notifications fail, so that errors are retried as well
+
+
+class Director:
+    """Strikes until there were enough blows, or the time is up. `blows` are when, `resumes` who goes on when."""
+
+    def __init__(self, stage: Stage, rng: random.Random) -> None:
+        self._stage, self._rng = stage, rng
+        self.blows: list[float] = []
+        self.random_kills = self.outages = 0
+        self._resumes: list[tuple[float, int]] = []
+
+    def kills(self) -> int:
+        """How many processes were killed so far."""
+        return self.random_kills + sum(death.action != STOP for death in self._stage.deaths())
+
+    def strike(self) -> None:
+        """One blow, by chance; the points where nobody died yet come first."""
+        self._stage.keep_running()
+        self.resume()
+        kind = self._rng.choices(
+            ("point", "moment", "stop", "redis", "postgresql"), weights=(64, 26, 3, 4, 3)
+        )[0]
+        getattr(self, f"_{kind}")()
+
+    def _point(self) -> None:
+        struck = {death.point for death in self._stage.deaths() if death.action != STOP}
+        left = sorted(POINTS.keys() - struck)
+        point = self._rng.choice(left if left and self._rng.random() < 0.5 else sorted(POINTS))
+        action = self._rng.choices((KILL, KILL_WITH_PARENT, STOP), weights=(75, 20, 5))[0]
+        self._stage.strike(point, action)
+
+    def _moment(self) -> None:
+        """A process, whatever it is doing: one that answers requests, a work-horse, or the one that began them."""
+        name = self._rng.choice((WEB, *WORKERS))
+        children = self._stage.children_of(name)
+        pid = self._rng.choice(children) if children and self._rng.random() < 0.6 else self._stage.main_pid(name)
+        time.sleep(self._rng.uniform(0, 0.3))
+        if self._stage.send(pid, signal.SIGKILL):
+            self.blows.append(time.time())
+            self.random_kills += 1
+
+    def _stop(self) -> None:
+        """A worker with its work-horse, as when its machine hangs."""
+        name = self._rng.choice(WORKERS)
+        for pid in (*self._stage.children_of(name), self._stage.main_pid(name)):
+            self._halt(pid)
+
+    def _halt(self, pid: int) -> None:
+        if self._stage.send(pid, signal.SIGSTOP):
+            self.blows.append(time.time())
+            self._resumes.append((time.time() + self._rng.uniform(*STOP_SECONDS), pid))
+
+    def resume(self, *, everybody: bool = False) -> None:
+        """Let those go on whose time has come, those who stopped at a point as well."""
+        known = {pid for _, pid in self._resumes}
+        for death in self._stage.deaths():
+            if death.action == STOP and death.pid not in known:
+                self._resumes.append((death.when + self._rng.uniform(*STOP_SECONDS), death.pid))
+        due = [pid for when, pid in self._resumes if everybody or when <= time.time()]
+        for pid in due:
+            self._stage.send(pid, signal.SIGCONT)
+
+    def _redis(self) -> None:
+        self.outages += 1
+        self.blows.append(time.time())
+        if self._rng.random() < 0.4:
+            self._stage.empty_redis()
+        else:
+            self._stage.restart_redis(empty=self._rng.random() < 0.5, pause=self._rng.uniform(0, 4))
+
+    def _postgresql(self) -> None:
+        self.outages += 1
+        self.blows.append(time.time())
+        if self._rng.random() < 0.5:
+            self._stage.crash_postgresql(self._rng)
+        else:
+            self._stage.restart_postgresql()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="make chaos", description=__doc__)
+    parser.add_argument("--kills", type=int, default=100, help="processes to kill (100)")
+    parser.add_argument("--minutes", type=float, default=45, help="the most that the killing may take (45)")
+    parser.add_argument("--seed", type=int, default=1, help="of all that is left to chance (1)")
+    parser.add_argument("--log", type=Path, help="a directory for the logs of the processes, kept only if it is named")
+    arguments = parser.parse_args()
+    asked.listen()
+    try:
+        return _play(arguments)
+    except asked.Stopped as stopped:
+        return 128 + stopped.signum
+    except CommandError as error:
+        say(str(error))
+        return 1
+
+
+def _play(arguments: argparse.Namespace) -> int:
+    say(f"Starting PostgreSQL and Redis (seed {arguments.seed}) …")
+    with staged() as stage:
+        from chaos.audit import audit  # these read the environment that was just made
+        from chaos.load import Load
+        from chaos.recovery import recoveries
+        from chaos.world import make_world
+
+        world = make_world()
+        _break_now_and_then(FAULT_PERCENT)
+        stage.keep_running()
+        stage.wait_until_ready()
+        load = Load(world, stage.address, arguments.seed)
+        load.start()
+        director = Director(stage, random.Random(arguments.seed))
+        try:
+            _strike(stage, director, arguments)
+        finally:
+            load.stop()
+        director.resume(everybody=True)
+        _reach_database()
+        _break_now_and_then(0)
+        say("Settling …")
+        _settle(stage)
+        findings = audit(world, load.diary, stage.address)
+        deaths = stage.deaths()
+        blows = [(when, None) for when in director.blows] + [(death.when, death.run_id) for death in deaths]
+        waits = recoveries(blows, stage.signs_of_life())
+        for finding in findings.all()[:50]:
+            say(f"  {finding}")
+        _tell_what_happened(stage, director)
+        if arguments.log:
+            _keep_logs(stage, arguments.log)
+        result = {
+            "posts": len(load.diary.posted),
+            "kills": director.kills(),
+            "points_covered": len({death.point for death in deaths if death.action != STOP}),
+            "missing": len(findings.missing),
+            "duplicates": len(findings.duplicates),
+            "wrong_decision": len(findings.wrong_decision),
+            "unresolved_runs": len(findings.unresolved_runs),
+            "recovery_s": {
+                "p50": round(statistics.median(waits), 2) if waits else None,
+                "max": round(max(waits), 2) if waits else None,
+            },
+        }
+    say(json.dumps(result))
+    return 1 if findings.all() else 0
+
+
+def _strike(stage: Stage, director: Director, arguments: argparse.Namespace) -> None:
+    end, shown = time.monotonic() + arguments.minutes * 60, 0.0
+    while time.monotonic() < end:
+        asked.check()
+        kills = director.kills()
+        if time.monotonic() - shown > 10:
+            shown = time.monotonic()
+            say(f"  {kills} of {arguments.kills} kills")
+        if kills >= arguments.kills:
+            return
+        director.strike()
+    say("The time is up.")
+
+
+def _reach_database() -> None:
+    """The harness's own connection, which PostgreSQL's crashes broke as well, is made anew."""
+    from models import db
+
+    give_up = time.monotonic() + 60
+    while True:
+        db.close_all()
+        try:
+            db.connect()
+            db.execute_sql("SELECT 1")
+            return
+        except Exception:
+            if time.monotonic() > give_up:
+                raise
+            asked.sleep(0.2)
+
+
+def _break_now_and_then(percent: int) -> None:
+    """Have so many of the statements that write notifications fail by themselves."""
+    from belfry.sql import execute
+
+    execute("DROP TRIGGER IF EXISTS chaos_fault ON notification")
+    if percent:
+        execute(
+            "CREATE OR REPLACE FUNCTION chaos_fault() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+            f" IF random() < {percent / 100} THEN RAISE EXCEPTION 'a fault that passes'; END IF;"
+            " RETURN NULL; END $$"
+        )
+        execute(
+            "CREATE TRIGGER chaos_fault BEFORE INSERT ON notification"
+            " FOR EACH STATEMENT EXECUTE FUNCTION chaos_fault()"
+        )
+
+
+def _settle(stage: Stage) -> None:
+    """Until every run is finished, or long enough to know that it never will be."""
+    from belfry.runs import count_unfinished
+
+    give_up = time.monotonic() + SETTLE_SECONDS
+    stage.keep_running()
+    stage.wait_until_ready()
+    while time.monotonic() < give_up:
+        states = count_unfinished()["states"]
+        if not states["pending"] + states["queued"] + states["running"]:
+            return
+        stage.keep_running()
+        asked.sleep(0.2)
+
+
+def _tell_what_happened(stage: Stage, director: Director) -> None:
+    stopped = sum(death.action == STOP for death in stage.deaths())
+    killed = Counter(death.point for death in stage.deaths() if death.action != STOP)
+    say(f"  {director.random_kills} kills at random moments, {director.outages} blows to the servers,")
+    say(f"  {stopped} processes stopped at points, {stage.restarts} started again; kills at points:")
+    for point, about in POINTS.items():
+        say(f"  {killed[point]:>5}  {point:18} {about}")
+
+
+def _keep_logs(stage: Stage, directory: Path) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    for path in stage.directory.iterdir():
+        if path.is_file():
+            (directory / path.name).write_bytes(path.read_bytes())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

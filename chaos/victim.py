@@ -1,0 +1,71 @@
+"""`python -m chaos.victim DIRECTORY MODULE ARGUMENT...`: `python -m MODULE ARGUMENT...`, which dies where it is told.
+
+DIRECTORY is shared with the harness. A file `armed/POINT` there tells the first process that comes to that point
+what to do to itself; it takes the file away, so that no second one does. What runs are doing is written to `life`,
+and every death to `deaths`: a line each, in one write, so that processes do not mix them.
+"""
+
+import os
+import runpy
+import signal
+import sys
+import time
+from pathlib import Path
+
+from belfry import points
+
+FAILED = "failure.written"
+SIGNS_OF_LIFE = ("run.taken", "run.committed", "slice.taken", "slice.committed", FAILED)
+"""Points that say of a run that somebody is taking care of it."""
+
+KILL, KILL_WITH_PARENT, STOP = "kill", "kill with parent", "stop"
+
+
+class Victim:
+    """What this process, and every one that it forks, does at the points of the path."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._main = os.getpid()
+
+    def reach(self, point: str, run_id: int | None) -> None:
+        if point in SIGNS_OF_LIFE:
+            self._write("life", f"{time.time():.3f} {run_id} {point}")
+        action = self._armed(point)
+        if action is None:
+            return
+        self._write("deaths", f"{time.time():.3f} {os.getpid()} {run_id or 0} {point} {action}")
+        if action == KILL_WITH_PARENT and os.getppid() == self._main:
+            os.kill(self._main, signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGSTOP if action == STOP else signal.SIGKILL)
+
+    def _armed(self, point: str) -> str | None:
+        order = self._directory / "armed" / point
+        if not order.exists():
+            return None
+        mine = order.with_name(f".{point}-{os.getpid()}-{time.monotonic_ns()}")
+        try:
+            order.rename(mine)  # of several that come at once, one gets it
+        except FileNotFoundError:
+            return None
+        action = mine.read_text()
+        mine.unlink()
+        return action
+
+    def _write(self, name: str, line: str) -> None:
+        descriptor = os.open(self._directory / name, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        try:
+            os.write(descriptor, f"{line}\n".encode())
+        finally:
+            os.close(descriptor)
+
+
+def main() -> None:
+    directory, module, *arguments = sys.argv[1:]
+    points.listener = Victim(Path(directory)).reach
+    sys.argv = [module, *arguments]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()
