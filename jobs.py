@@ -37,7 +37,7 @@ DELIVERIES = "deliveries"  # other transports
 QUEUES = (NOTIFICATIONS, BULK, DELIVERIES)
 
 RETRIES = TRIES - 1
-GRACE_SECONDS = 15  # after a retry should have begun, before the sweeper takes it for lost
+GRACE_SECONDS = 5  # after a retry should have begun, before the sweeper takes it for lost
 WAITING_AT_MOST = 10_000  # jobs in a queue; what is beyond that waits in PostgreSQL, and Redis stays small
 ENQUEUED_AT_ONCE = 500  # jobs in one round trip to Redis
 _process = os.getpid()
@@ -166,28 +166,28 @@ def notify_slice(run_id: int, after: int) -> None:
 def _work_on(part: Part) -> None:
     job = get_current_job()
     with logs.context(run_id=part.run_id, job_id=job.id if job else None), _connection():
-        reach("job.begun", part.run_id)
+        reach("job.begun", part.run_id, part.after)
         attempt = leases.take(part)
         if attempt is None:
             log.info("%s: nothing to do", part)
             return
-        reach("run.taken" if part.after is None else "slice.taken", part.run_id)
+        reach("run.taken" if part.after is None else "slice.taken", part.run_id, part.after)
         try:
             slices = fanout.tell(part, attempt)
         except Exception as error:
-            reach("failure.met", part.run_id)
+            reach("failure.met", part.run_id, part.after)
             log.warning("%s failed: %s: %s", part, type(error).__name__, error)
             # A connection that broke is no fault of the message's: its lease has ended with it, and the sweeper
             # goes on. Every other reason is written down, and up it goes: RQ's retry must see it.
             if not connection_is_lost():
                 leases.fail(part, attempt, f"{type(error).__name__}: {error}", _sweep_in(job))
-                reach("failure.written", part.run_id)
+                reach("failure.written", part.run_id, part.after)
             raise
-        reach("run.committed" if part.after is None else "slice.committed", part.run_id)
+        reach("run.committed" if part.after is None else "slice.committed", part.run_id, part.after)
         if slices:
             enqueue(slices)
         log.info("%s: done%s", part, f", {len(slices)} slices to go" if slices else "")
-        reach("job.done", part.run_id)
+        reach("job.done", part.run_id, part.after)
 
 
 def _sweep_in(job: Any) -> float | None:

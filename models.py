@@ -40,6 +40,7 @@ POSTING = ("members", "admins")
 LEVELS = ("all", "mentions", "none")
 REASONS = ("message", "mention", "mention_role", "mention_everyone")
 LARGEST_ID = 2**63 - 1  # of a bigint
+QUEUED_SECONDS = 3  # that what is in the queue is taken to be on its way, before anybody asks whether it still waits
 TRIES = 6  # attempts before a run, or a slice of it, is failed: the first, and five retries
 
 
@@ -253,7 +254,7 @@ class Run(Table):
     decisions = JSONField(constraints=[SQL("DEFAULT '{}'")])
     mention_changes = JSONField(null=True)
     error = TextField(null=True)
-    due_at = TimeField(null=True, constraints=[SQL("DEFAULT now() + interval '10 seconds'")])
+    due_at = TimeField(null=True, constraints=[SQL(f"DEFAULT now() + interval '{QUEUED_SECONDS} seconds'")])
     created_at = TimeField(constraints=_now())
     started_at = TimeField(null=True)
     finished_at = TimeField(null=True)
@@ -281,7 +282,7 @@ class Slice(Table):
     attempts = IntegerField(constraints=[SQL("DEFAULT 0")])
     tries_left = SmallIntegerField(constraints=[SQL(f"DEFAULT {TRIES}")])
     error = TextField(null=True)
-    due_at = TimeField(null=True, constraints=[SQL("DEFAULT now() + interval '10 seconds'")])
+    due_at = TimeField(null=True, constraints=[SQL(f"DEFAULT now() + interval '{QUEUED_SECONDS} seconds'")])
 
     class Meta:
         primary_key = CompositeKey("run", "after")

@@ -182,7 +182,7 @@ def tell(part: Part, attempt: int) -> list[Part]:
         held = leases.hold(part, attempt)
         if held is None:
             return []
-        reach("run.held" if part.after is None else "slice.held", part.run_id)
+        reach("run.held" if part.after is None else "slice.held", part.run_id, part.after)
         subject = _subject(held["message_id"])
         if part.after is not None:
             _tell_slice(part, attempt, held, subject)
@@ -214,7 +214,7 @@ def _tell_run(part: Part, held: Row, subject: Subject) -> list[Part]:
         },
     )
     assert shared is not None
-    reach("run.planned", part.run_id)
+    reach("run.planned", part.run_id, part.after)
     counted = (
         _told(held, subject, first["after"], first["up_to"], among=first["user_ids"]) if first["user_ids"] else []
     )
@@ -239,7 +239,7 @@ def _told(
 
 
 def _count(part: Part, counted: list[Row], *, slices: int = 0, total: int | None = None, retries: int = 0) -> None:
-    reach("run.told" if part.after is None else "slice.told", part.run_id)
+    reach("run.told" if part.after is None else "slice.told", part.run_id, part.after)
     members = {group["decision"]: group["members"] for group in counted}
     execute(
         _COUNT,
@@ -254,4 +254,4 @@ def _count(part: Part, counted: list[Row], *, slices: int = 0, total: int | None
             "retries": retries,
         },
     )
-    reach("run.counted" if part.after is None else "slice.counted", part.run_id)
+    reach("run.counted" if part.after is None else "slice.counted", part.run_id, part.after)

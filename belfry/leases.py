@@ -14,13 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from belfry.sql import Row, execute, row, rows
-from models import TRIES, db
+from models import QUEUED_SECONDS, TRIES, db
 
 LEASE_SECONDS = 2
 """From the counted attempt to the lock lie milliseconds; only then is the row without either."""
-
-QUEUED_SECONDS = 10
-"""How long what is in the queue is taken to be on its way to a worker, before anybody asks whether it still waits."""
 
 
 @dataclass(frozen=True, order=True)

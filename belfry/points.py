@@ -38,10 +38,10 @@ POINTS = {
     "sweep.enqueued": "it is in the queue",
 }
 
-listener: Callable[[str, int | None], None] | None = None
+listener: Callable[[str, int | None, int | None], None] | None = None
 
 
-def reach(name: str, run_id: int | None = None) -> None:
-    """Say that the process has come to one of POINTS, with a run in hand or without."""
+def reach(name: str, run_id: int | None = None, after: int | None = None) -> None:
+    """Say that the process has come to one of POINTS, with a run, or the slice of one after a user id, in hand."""
     if listener is not None:
-        listener(name, run_id)
+        listener(name, run_id, after)

@@ -13,7 +13,7 @@ from models import db
 
 Row = dict[str, Any]
 
-IDLE_SECONDS = 8
+IDLE_SECONDS = 5
 """How long a transaction may hear nothing from its process. Between two statements lie a few milliseconds."""
 
 _SET = "set_config('{}', %({})s, true)"

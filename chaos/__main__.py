@@ -23,16 +23,16 @@ from dev import CommandError, say
 from dev import stop as asked
 
 SETTLE_SECONDS = 90.0  # after the last blow; far more than recovery may take, so that what is lost is seen as lost
-STOP_SECONDS = (2.0, 14.0)  # shorter and longer than a hanging process keeps its locks
+STOP_SECONDS = (1.0, 10.0)  # shorter and longer than a hanging process keeps its locks
 FAULT_PERCENT = 1  # of the statements that write notifications fail, so that errors are retried as well
 
 
 class Director:
-    """Strikes until there were enough blows, or the time is up. `blows` are when, `resumes` who goes on when."""
+    """Strikes at points, which the processes themselves write down, and everywhere else, which `blows` holds."""
 
     def __init__(self, stage: Stage, rng: random.Random) -> None:
         self._stage, self._rng = stage, rng
-        self.blows: list[float] = []
+        self.blows: list[tuple[float, str]] = []
         self.random_kills = self.outages = 0
         self._resumes: list[tuple[float, int]] = []
 
@@ -63,7 +63,7 @@ class Director:
         pid = self._rng.choice(children) if children and self._rng.random() < 0.6 else self._stage.main_pid(name)
         time.sleep(self._rng.uniform(0, 0.3))
         if self._stage.send(pid, signal.SIGKILL):
-            self.blows.append(time.time())
+            self._note(f"kill of {name}" if pid == self._stage.main_pid(name) else f"kill of a child of {name}")
             self.random_kills += 1
 
     def _stop(self) -> None:
@@ -74,7 +74,7 @@ class Director:
 
     def _halt(self, pid: int) -> None:
         if self._stage.send(pid, signal.SIGSTOP):
-            self.blows.append(time.time())
+            self._note("stop of a worker and its work-horse")
             self._resumes.append((time.time() + self._rng.uniform(*STOP_SECONDS), pid))
 
     def resume(self, *, everybody: bool = False) -> None:
@@ -89,19 +89,25 @@ class Director:
 
     def _redis(self) -> None:
         self.outages += 1
-        self.blows.append(time.time())
         if self._rng.random() < 0.4:
+            self._note("Redis emptied")
             self._stage.empty_redis()
         else:
-            self._stage.restart_redis(empty=self._rng.random() < 0.5, pause=self._rng.uniform(0, 4))
+            empty, pause = self._rng.random() < 0.5, self._rng.uniform(0, 4)
+            self._note(f"Redis away for {pause:.1f} s, and back {'empty' if empty else 'with what it had'}")
+            self._stage.restart_redis(empty=empty, pause=pause)
 
     def _postgresql(self) -> None:
         self.outages += 1
-        self.blows.append(time.time())
         if self._rng.random() < 0.5:
+            self._note("PostgreSQL crashed")
             self._stage.crash_postgresql(self._rng)
         else:
+            self._note("PostgreSQL restarted")
             self._stage.restart_postgresql()
+
+    def _note(self, what: str) -> None:
+        self.blows.append((time.time(), what))
 
 
 def main() -> int:
@@ -126,7 +132,7 @@ def _play(arguments: argparse.Namespace) -> int:
     with staged() as stage:
         from chaos.audit import audit  # these read the environment that was just made
         from chaos.load import Load
-        from chaos.recovery import recoveries
+        from chaos.recovery import Blow, recoveries
         from chaos.world import make_world
 
         world = make_world()
@@ -147,11 +153,15 @@ def _play(arguments: argparse.Namespace) -> int:
         _settle(stage)
         findings = audit(world, load.diary, stage.address)
         deaths = stage.deaths()
-        blows = [(when, None) for when in director.blows] + [(death.when, death.run_id) for death in deaths]
-        waits = recoveries(blows, stage.signs_of_life())
+        blows = [Blow(when, what, None) for when, what in director.blows]
+        blows += [Blow(death.when, f"{death.action} at {death.point}", death.run_id) for death in deaths]
+        recovered = recoveries(blows, stage.signs_of_life())
+        waits = [recovery.seconds for recovery in recovered]
         for finding in findings.all()[:50]:
             say(f"  {finding}")
         _tell_what_happened(stage, director)
+        for recovery in recovered[-5:]:
+            say(f"  {recovery.seconds:.1f} s until run {recovery.run_id} went on after: {recovery.blow.what}")
         if arguments.log:
             _keep_logs(stage, arguments.log)
         result = {

@@ -39,6 +39,15 @@ class Death(NamedTuple):
     action: str
 
 
+class Sign(NamedTuple):
+    """Somebody took up a part of a run (its own, or the slice after a user id), or was done with it."""
+
+    when: float
+    run_id: int
+    after: str
+    point: str
+
+
 class Stage:
     """A web process and two workers on a PostgreSQL and a Redis of their own. Made by `staged`."""
 
@@ -134,10 +143,10 @@ class Stage:
             for when, pid, run_id, point, action in found
         ]
 
-    def signs_of_life(self) -> list[tuple[float, int, str]]:
-        """(when, run id, point) of whenever somebody took care of a run."""
+    def signs_of_life(self) -> list[Sign]:
+        """Whenever somebody took care of a run."""
         found = (line.split() for line in self._lines("life"))
-        return [(float(when), int(run_id), point) for when, run_id, point in found]
+        return [Sign(float(when), int(run_id), after, point) for when, run_id, after, point in found]
 
     def _lines(self, name: str) -> list[str]:
         path = self.directory / name

@@ -28,9 +28,9 @@ class Victim:
         self._directory = directory
         self._main = os.getpid()
 
-    def reach(self, point: str, run_id: int | None) -> None:
+    def reach(self, point: str, run_id: int | None, after: int | None) -> None:
         if point in SIGNS_OF_LIFE:
-            self._write("life", f"{time.time():.3f} {run_id} {point}")
+            self._write("life", f"{time.time():.3f} {run_id} {after} {point}")
         action = self._armed(point)
         if action is None:
             return

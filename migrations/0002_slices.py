@@ -11,12 +11,12 @@ CREATE TABLE slice (
     attempts    integer NOT NULL DEFAULT 0 CHECK (attempts >= 0),
     tries_left  smallint NOT NULL DEFAULT 6 CHECK (tries_left >= 0),
     error       text,
-    due_at      timestamptz DEFAULT now() + interval '10 seconds',
+    due_at      timestamptz DEFAULT now() + interval '3 seconds',
     PRIMARY KEY (run_id, after),
     CONSTRAINT slice_range CHECK (after < up_to)
 );
 ALTER TABLE run ADD COLUMN slices_left integer NOT NULL DEFAULT 0 CHECK (slices_left >= 0);
-ALTER TABLE run ALTER COLUMN due_at DROP NOT NULL;
+ALTER TABLE run ALTER COLUMN due_at DROP NOT NULL, ALTER COLUMN due_at SET DEFAULT now() + interval '3 seconds';
 
 -- What was half done goes on where it stopped: the rest of it is one slice.
 INSERT INTO slice (run_id, after, up_to, due_at)
@@ -35,7 +35,7 @@ ALTER TABLE run DROP COLUMN walked_to;
 DOWN = """
 ALTER TABLE run ADD COLUMN walked_to bigint NOT NULL DEFAULT 0;
 UPDATE run SET due_at = now() WHERE due_at IS NULL;
-ALTER TABLE run ALTER COLUMN due_at SET NOT NULL;
+ALTER TABLE run ALTER COLUMN due_at SET NOT NULL, ALTER COLUMN due_at SET DEFAULT now() + interval '10 seconds';
 ALTER TABLE run DROP COLUMN slices_left;
 DROP TABLE slice;
 """
