@@ -7,7 +7,7 @@ PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 PIP    := --disable-pip-version-check install --no-cache-dir --quiet -r requirements-dev.txt
 
-.PHONY: help setup demo run web worker test bench chaos lint clean
+.PHONY: help setup demo run web worker test bench chaos drill lint clean
 
 help:
 	@echo 'make demo     the whole way once: 10,000 members, a real message, who was told; leaves nothing behind'
@@ -17,6 +17,7 @@ help:
 	@echo 'make test     the test suite                   (ARGS="-k inbox -x" goes to pytest)'
 	@echo 'make bench    the benchmarks                   (ARGS goes to them)'
 	@echo 'make chaos    kill everything, again and again, and then an audit   (ARGS="--kills 1000 --seed 7")'
+	@echo 'make drill    fan-outs to 1,000,000, SIGTERM, Redis down, a backlog    (ARGS="mention stop outage backlog")'
 	@echo 'make lint     ruff and mypy'
 	@echo 'make setup    .venv only; the others do it when it is missing or out of date'
 	@echo 'make clean    remove .venv, .belfry (the data of `make run`) and caches'
@@ -37,6 +38,9 @@ bench: $(STAMP)
 
 chaos: $(STAMP)
 	@$(PY) -m chaos $(ARGS)
+
+drill: $(STAMP)
+	@$(PY) -m bench.drills $(ARGS)
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

@@ -161,6 +161,7 @@ class Stage:
 
     def crash_postgresql(self, rng: random.Random) -> None:
         """One of its sessions is killed, on which all of it crashes and recovers from its log."""
+        found: list[tuple[int]] = []
         with suppress(psycopg.OperationalError), psycopg.connect(self.env["DATABASE_URL"]) as connection:
             found = connection.execute(
                 "SELECT pid FROM pg_stat_activity WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()"

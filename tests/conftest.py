@@ -18,6 +18,7 @@ if "DATABASE_URL" not in os.environ or "REDIS_URL" not in os.environ:
 os.environ.setdefault("SECRET_KEY", "a key for the tests, of no use to anybody else")
 os.environ.setdefault("SECURE_COOKIES", "0")
 
+from click.testing import Result
 from flask import Flask
 from flask.testing import FlaskClient
 from redis import Redis
@@ -57,6 +58,18 @@ def app() -> Flask:
 @pytest.fixture
 def client(app: Flask) -> FlaskClient:
     return app.test_client()
+
+
+@pytest.fixture
+def command(app: Flask) -> Callable[..., Result]:
+    """`command("runs", "list", code=0)`: one of the commands, which ends with that code; what it printed."""
+
+    def run(*arguments: str, code: int = 0) -> Result:
+        result = app.test_cli_runner().invoke(args=list(arguments))
+        assert result.exit_code == code, result.output
+        return result
+
+    return run
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from typing import Any
 
 from redis.connection import parse_url
 
+from chaos.victim import KILL
 from dev import processes
 from dev.client import not_ready
 from dev.processes import Child
@@ -71,13 +72,28 @@ def running(arguments: list[str], **environment: str) -> Iterator[Process]:
 
 
 @contextmanager
-def a_worker(**environment: str) -> Iterator[Process]:
+def a_worker(*, through: tuple[str, ...] = (), **environment: str) -> Iterator[Process]:
     """`flask --app app worker`, quick to retry and to sweep."""
     with running(
-        ["flask", "--app", "app", "worker"], **{"RETRY_SECONDS": "1", "SWEEP_SECONDS": "1", **environment}
+        [*through, "flask", "--app", "app", "worker"], **{"RETRY_SECONDS": "1", "SWEEP_SECONDS": "1", **environment}
     ) as process:
         wait_until(lambda: "Listening on" in process.log(), "the worker to listen")
         yield process
+
+
+@contextmanager
+def a_doomed_worker(directory: Path, **environment: str) -> Iterator[Process]:
+    """A worker as above, which does what `strike` has it do to itself."""
+    (directory / "armed").mkdir(exist_ok=True)
+    with a_worker(through=("chaos.victim", str(directory)), **environment) as process:
+        yield process
+
+
+def strike(directory: Path, point: str, action: str = KILL) -> Callable[[], bool]:
+    """Have the first process that comes to a point of `belfry.points` do that to itself; asks whether one came."""
+    order = directory / "armed" / point
+    order.write_text(action)
+    return lambda: not order.exists()
 
 
 @contextmanager

@@ -3,21 +3,9 @@
 import json
 
 import pytest
-from click.testing import Result
-from flask import Flask
 
 from belfry.sql import execute
 from models import Member, Notification, Run, Subscription, User
-
-
-@pytest.fixture
-def command(app: Flask):
-    def run(*arguments: str, code: int = 0) -> Result:
-        result = app.test_cli_runner().invoke(args=list(arguments))
-        assert result.exit_code == code, result.output
-        return result
-
-    return run
 
 
 def test_create_user_prints_the_person_and_the_token_once(command, client):
