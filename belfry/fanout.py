@@ -183,17 +183,12 @@ def tell(part: Part, attempt: int) -> list[Part]:
         if held is None:
             return []
         reach("run.held" if part.after is None else "slice.held", part.run_id, part.after)
-        subject = _subject(held["message_id"])
+        subject = subject_of(held["message_id"])
+        assert subject is not None  # run.message_id is a foreign key
         if part.after is not None:
             _tell_slice(part, attempt, held, subject)
             return []
         return _tell_run(part, held, subject)
-
-
-def _subject(message_id: int) -> Subject:
-    subject = subject_of(message_id, locked=True)
-    assert subject is not None  # run.message_id is a foreign key
-    return subject
 
 
 def _tell_run(part: Part, held: Row, subject: Subject) -> list[Part]:

@@ -72,8 +72,18 @@ def take(part: Part) -> int | None:
     return int(taken["attempts"]) if taken else None
 
 
-_HOLD_RUN = """
-    SELECT message_id, kind, mention_changes
+MESSAGE_LOCK = 0x62656C67
+"""The advisory lock's class: "belg". What tells of a message shares it, what changes the message has it alone.
+
+The message's row would do as well, but for one thing: who wants a row alone waits for all who share it, and those
+who come later do not wait for him, so that the slices of a large fan-out would keep an edit waiting to its end.
+Before an advisory lock everybody waits in line.
+"""
+
+_SHARED = f"pg_advisory_xact_lock_shared({MESSAGE_LOCK}, (message_id %% 2147483647)::int) AS shared"
+
+_HOLD_RUN = f"""
+    SELECT message_id, kind, mention_changes, {_SHARED}
     FROM run
     WHERE id = %(run_id)s
     AND slices_left = 0
@@ -82,8 +92,8 @@ _HOLD_RUN = """
     FOR NO KEY UPDATE
 """
 
-_HOLD_SLICE = """
-    SELECT r.message_id, r.kind, r.mention_changes, s.up_to, s.told_first::text
+_HOLD_SLICE = f"""
+    SELECT r.message_id, r.kind, r.mention_changes, s.up_to, s.told_first::text, {_SHARED}
     FROM slice s
     JOIN run r ON r.id = s.run_id
     WHERE s.run_id = %(run_id)s
@@ -94,9 +104,21 @@ _HOLD_SLICE = """
 
 
 def hold(part: Part, attempt: int) -> Row | None:
-    """Lock a part until the transaction ends: {"message_id", "kind", "mention_changes"}, and of a slice also
-    {"up_to", "told_first"}. None where the attempt is not the last one any more: it is another's by now."""
+    """Lock a part, and keep its message as it is, until the transaction ends: {"message_id", "kind",
+    "mention_changes"}, and of a slice also {"up_to", "told_first"}.
+
+    None where the attempt is not the last one any more: it is another's by now. Read the message after this: who
+    was changing it has committed then.
+    """
     return row(_HOLD_RUN if part.after is None else _HOLD_SLICE, {**vars(part), "attempt": attempt})
+
+
+def hold_message(message_id: int) -> None:
+    """Wait for the parts that tell of a message, and let no other begin, until the transaction ends: to change it."""
+    execute(
+        f"SELECT pg_advisory_xact_lock({MESSAGE_LOCK}, (%(message_id)s::bigint %% 2147483647)::int)",
+        {"message_id": message_id},
+    )
 
 
 _REASON = """COALESCE(%(reason)s, error,

@@ -10,6 +10,7 @@ from belfry import idempotency, mentions
 from belfry.access import SeenChannel, channel_for, require_posting
 from belfry.errors import Forbidden, NotFound
 from belfry.idempotency import Once
+from belfry.leases import hold_message
 from belfry.points import reach
 from belfry.runs import create_run, runs_of_messages
 from belfry.sql import Row, execute, row, rows, transaction
@@ -138,14 +139,11 @@ _COLUMNS = """
 _VISIBLE = "g.deleted_at IS NULL AND (g.only_for_id IS NULL OR g.only_for_id = %(user_id)s)"
 
 
-def find_message(user: User, message_id: int, *, locked: bool = False) -> tuple[Row, SeenChannel]:
-    """A message as stored, and its channel. Raises NotFound where the user may not know of it, or it is deleted.
-
-    `locked` keeps everybody else from changing it, and waits for a slice that is telling people of it.
-    """
+def find_message(user: User, message_id: int) -> tuple[Row, SeenChannel]:
+    """A message as stored, and its channel. Raises NotFound where the user may not know of it, or it is deleted."""
     found = row(
         f"SELECT {_COLUMNS} FROM message g JOIN user_account u ON u.id = g.author_id"
-        f" WHERE g.id = %(message_id)s AND {_VISIBLE}" + (" FOR NO KEY UPDATE OF g" if locked else ""),
+        f" WHERE g.id = %(message_id)s AND {_VISIBLE}",
         {"message_id": message_id, "user_id": user.id},
     )
     if found is None:
@@ -230,7 +228,8 @@ def edit_message(editor: User, message_id: int, content: str) -> Posted:
     mentioned no more. Raises NotFound; Forbidden for everybody but the author; what posting raises.
     """
     with transaction():
-        stored, channel = find_message(editor, message_id, locked=True)
+        hold_message(message_id)
+        stored, channel = find_message(editor, message_id)
         if stored["author_id"] != editor.id:
             raise Forbidden("Only its author edits a message.")
         require_posting(editor, channel)
@@ -286,7 +285,8 @@ def delete_message(user: User, message_id: int) -> None:
     Raises NotFound; Forbidden for everybody but the author, a moderator and an admin.
     """
     with transaction():
-        stored, channel = find_message(user, message_id, locked=True)
+        hold_message(message_id)
+        stored, channel = find_message(user, message_id)
         if stored["author_id"] != user.id and not channel.moderates:
             raise Forbidden("Only its author, a moderator or an admin deletes a message.")
         execute("UPDATE message SET deleted_at = now() WHERE id = %(id)s", {"id": message_id})

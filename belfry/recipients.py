@@ -148,13 +148,9 @@ _SUBJECT = """
 """
 
 
-def subject_of(message_id: int, *, locked: bool = False) -> Subject | None:
-    """The message as the rules see it; None when there is none.
-
-    `locked` holds the message as it is until the transaction ends: an edit or a deletion waits, so that one
-    slice is decided by one revision.
-    """
-    found = row(_SUBJECT + ("FOR SHARE OF g" if locked else ""), {"message_id": message_id})
+def subject_of(message_id: int) -> Subject | None:
+    """The message as the rules see it; None when there is none."""
+    found = row(_SUBJECT, {"message_id": message_id})
     return Subject(**found) if found else None
 
 

@@ -11,7 +11,7 @@ from belfry.inbox import mark_read, unread_count
 from belfry.leases import Part
 from belfry.preferences import set_preference
 from belfry.recipients import DECISIONS
-from belfry.sql import row, rows
+from belfry.sql import execute, row, rows
 from models import TABLES, Notification, db
 from tests.people import Person
 
@@ -162,3 +162,16 @@ EVERYBODY = {"audience": 5, "notified": 3, "message": 3, "author": 1, "no_subscr
 
 def wants_mentions_only(person: Person, channel_id: int) -> None:
     set_preference(person.user, channel_id, "mentions", None)
+
+
+@contextmanager
+def notifications_that(body: str) -> Iterator[None]:
+    """Every statement that inserts notifications first does `body`, as PL/pgSQL."""
+    execute(
+        f"CREATE FUNCTION test_fault() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {body} RETURN NULL; END $$;"
+        "CREATE TRIGGER test_fault BEFORE INSERT ON notification FOR EACH STATEMENT EXECUTE FUNCTION test_fault()"
+    )
+    try:
+        yield
+    finally:
+        execute("DROP FUNCTION test_fault CASCADE")

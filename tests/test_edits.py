@@ -1,5 +1,8 @@
 """Edits: who is told, who is told no more, in whatever order the jobs run."""
 
+import threading
+import time
+
 import pytest
 
 from belfry import inbox, messages, runs
@@ -7,14 +10,19 @@ from belfry.accounts import set_subscription
 from belfry.inbox import dismiss, unread_count
 from belfry.preferences import set_preference
 from belfry.sql import row
+from models import db
 from tests.telling import (
     advance,
     contents,
     crowd,
+    do,
     edit,
+    notifications_that,
+    parts_of,
     post,
     posted_and_told,
     read_everything,
+    run_of,
     run_to_end,
     stats,
     told,
@@ -192,3 +200,29 @@ def test_a_dismissed_notification_that_becomes_a_mention_stays_dismissed(cast):
     edit(cast.subscriber, message_id, "@vera")
     assert inbox.list_notifications(cast.vip.user, before=None, limit=10) == []
     assert unread(cast.vip) == 0
+
+
+def test_an_edit_does_not_wait_for_the_slices_that_come_after_it(cast, slices_of):
+    """Of a large fan-out by two workers, of whom always one or the other is at it."""
+    crowd(cast.server_id, 60)
+    slices_of(1)
+    message_id, run_id = post(cast.subscriber, cast.general)
+    advance(run_id)
+    left = parts_of(run_id)
+
+    def tell() -> None:
+        with db.connection_context():
+            while left:
+                do(left.pop())
+
+    workers = [threading.Thread(target=tell) for _ in range(2)]
+    with notifications_that("PERFORM pg_sleep(0.1);"):
+        for worker in workers:
+            worker.start()
+            time.sleep(0.05)
+        messages.edit_message(cast.subscriber.user, message_id, "silver")
+        waiting = len(left)
+        for worker in workers:
+            worker.join()
+    assert waiting > 40
+    assert run_of(run_id)["state"] == "succeeded"

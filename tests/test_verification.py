@@ -23,7 +23,7 @@ OFF = {
         "run 1 failed: the disk is full",
     ),
     "somebody takes care of what is not finished": (
-        "UPDATE slice SET due_at = '2026-01-01T00:00:00Z' WHERE after = 0",
+        "UPDATE slice SET due_at = '2026-01-01T00:00:00Z', attempts = 1 WHERE after = 0",
         "run 3 is running, and nobody has taken care of it since 2026-01-01 00:00:00+00",
     ),
     "every member is counted under one decision": (
@@ -117,6 +117,16 @@ def test_what_is_being_done_is_not_off(world, in_another_session):
         assert verify() == []
     fanout.tell(part, attempt)
     assert verify() == []
+
+
+def test_what_waits_in_a_long_queue_is_not_off_until_later_ones_were_begun(cast):
+    waiting, later = (post(cast.subscriber, cast.general)[1] for _ in range(2))
+    execute("UPDATE run SET due_at = '2026-01-01T00:00:00Z'")
+    assert verify() == []
+    run_to_end(later)
+    assert verify() == [], "a moment ago: that may be a matter of order"
+    execute("UPDATE run SET started_at = now() - interval '2 minutes' WHERE state = 'succeeded'")
+    assert verify() == [f"run {waiting} is queued, and nobody has taken care of it since 2026-01-01 00:00:00+00"]
 
 
 def test_the_command_says_what_is_off_and_exits_1(command, world):

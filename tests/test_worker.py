@@ -4,8 +4,6 @@ import json
 import os
 import signal
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import psutil
@@ -15,7 +13,7 @@ import worker
 from belfry.sql import execute, row
 from models import Notification, Run
 from tests.processes import a_gate, a_web_process, a_worker, running, wait_until
-from tests.telling import parts_of
+from tests.telling import notifications_that, parts_of
 
 
 def post(address: str, token: str, channel_id: int, content: str) -> tuple[int, dict[str, Any]]:
@@ -34,19 +32,6 @@ def state_of(run_id: int) -> str:
 
 def told_of(message_id: int) -> set[int]:
     return {told.user_id for told in Notification.select().where(Notification.message_id == message_id)}
-
-
-@contextmanager
-def notifications_that(body: str) -> Iterator[None]:
-    """Every statement that inserts notifications first does `body`, as PL/pgSQL."""
-    execute(
-        f"CREATE FUNCTION test_fault() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {body} RETURN NULL; END $$;"
-        "CREATE TRIGGER test_fault BEFORE INSERT ON notification FOR EACH STATEMENT EXECUTE FUNCTION test_fault()"
-    )
-    try:
-        yield
-    finally:
-        execute("DROP FUNCTION test_fault CASCADE")
 
 
 def test_a_message_reaches_the_inbox_through_web_queue_and_worker(cast):
