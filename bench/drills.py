@@ -26,7 +26,7 @@ from dev.places import temporary_data_dir
 from dev.servers import named, servers
 
 PAUSE = 0.15  # seconds between two mentions
-TURNS = 3  # fan-outs during which mentions are posted: enough of them for a p95
+TURNS = 5  # fan-outs during which mentions are posted: enough of them for a p95
 
 
 class Ground:
@@ -76,13 +76,18 @@ def mention(ground: Ground, members: int, _: int) -> dict[str, Any]:
     name = small["usernames"][0]
     reader = Client(ground.address, accounts.create_token(accounts.find_username(name))[1])
     took: list[float] = []
-    fan_outs = []
+    fan_outs, edits = [], []
     with ground.workers(2):
         ground.wait(ground.post(small, "warm")["run"]["id"])
         alone = [_until_it_is_there(ground, small, name, reader) for _ in range(20)]
         for turn in range(TURNS):
             say(f"  fan-out to {members:,}: {turn + 1} of {TURNS}")
-            run_id = ground.post(large, "gold breaks out")["run"]["id"]
+            message = ground.post(large, "gold breaks out")
+            run_id = message["run"]["id"]
+            ground.wait(run_id, lambda run: run["progress"]["done"] > 0)
+            began = time.perf_counter()
+            ground.client.patch(f"/api/messages/{message['id']}", {"content": "silver breaks out"})
+            edits.append(time.perf_counter() - began)
             while not ground.client.get(f"/api/runs/{run_id}")["finished_at"]:
                 took.append(_until_it_is_there(ground, small, name, reader))
                 time.sleep(random.uniform(0, PAUSE))
@@ -97,6 +102,7 @@ def mention(ground: Ground, members: int, _: int) -> dict[str, Any]:
         "p95_s": _percentile(took, 95),
         "max_s": _percentile(took, 100),
         "without_fan_out_p50_s": _percentile(alone, 50),
+        "edit_of_the_large_one_max_s": _percentile(edits, 100),
     }
 
 

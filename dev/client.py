@@ -27,6 +27,10 @@ class Client:
         """The JSON that a POST answers. Raises CommandError for any other answer, and after 30 seconds."""
         return self._send("POST", path, json.dumps(body).encode())
 
+    def patch(self, path: str, body: dict[str, Any]) -> Any:
+        """The JSON that a PATCH answers. Raises as `post` does."""
+        return self._send("PATCH", path, json.dumps(body).encode())
+
     def _send(self, method: str, path: str, body: bytes | None) -> Any:
         headers = {"Authorization": f"Bearer {self.token}", "Content-Type": "application/json"}
         request = urllib.request.Request(self.address + path, data=body, headers=headers, method=method)
