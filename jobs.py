@@ -25,7 +25,7 @@ from rq.scheduler import RQScheduler
 from belfry import fanout, idempotency, leases, logs, runs
 from belfry.leases import Part
 from belfry.points import reach
-from belfry.sql import connection_is_lost, row, transaction
+from belfry.sql import row, transaction
 from config import settings
 from models import TRIES, db
 
@@ -177,11 +177,10 @@ def _work_on(part: Part) -> None:
         except Exception as error:
             reach("failure.met", part.run_id, part.after)
             log.warning("%s failed: %s: %s", part, type(error).__name__, error)
-            # A connection that broke is no fault of the message's: its lease has ended with it, and the sweeper
-            # goes on. Every other reason is written down, and up it goes: RQ's retry must see it.
-            if not connection_is_lost():
-                leases.fail(part, attempt, f"{type(error).__name__}: {error}", _sweep_in(job))
-                reach("failure.written", part.run_id, part.after)
+            # Written down, and up it goes: RQ's retry must see it. Where the connection broke this fails as well,
+            # and rightly so: that is no fault of the message's, its lease has ended, and the sweeper goes on.
+            leases.fail(part, attempt, f"{type(error).__name__}: {error}", _sweep_in(job))
+            reach("failure.written", part.run_id, part.after)
             raise
         reach("run.committed" if part.after is None else "slice.committed", part.run_id, part.after)
         if slices:

@@ -52,8 +52,3 @@ def transaction(**settings: str) -> Iterator[None]:
         settings = {"idle_in_transaction_session_timeout": f"{IDLE_SECONDS}s", **settings}
         row(f"SELECT {', '.join(_SET.format(name, name) for name in settings)}", settings)
         yield
-
-
-def connection_is_lost() -> bool:
-    """Whether the connection broke: by PostgreSQL's end, by its hand, or on the way."""
-    return not db.is_closed() and bool(db.connection().closed)

@@ -3,9 +3,9 @@
 import pytest
 
 import jobs
-from belfry import fanout, leases
+from belfry import fanout, leases, points
 from belfry.leases import Part
-from belfry.sql import execute, row
+from belfry.sql import IDLE_SECONDS, execute, row
 from belfry.verification import verify
 from models import TRIES
 from tests.telling import (
@@ -299,8 +299,48 @@ def test_a_wish_for_what_somebody_is_at_does_not_wait_for_them(run, large_run, i
     assert leases.take(Part(run)) == 1
 
 
+def test_one_sweeps_at_a_time(run, in_another_session):
+    let_time_pass()
+    jobs.queue().empty()
+    with in_another_session(f"SELECT pg_advisory_xact_lock({jobs.SWEEP_LOCK})"):
+        assert jobs.sweep() == 0
+    assert jobs.sweep() == 1
+
+
 def test_the_clock_that_counts_is_the_databases(run, monkeypatch):
     monkeypatch.setattr("time.time", lambda: 0.0)
     leases.take(Part(run))
     found = row("SELECT due_at - now() AS lease FROM run")
     assert 0 < found["lease"].total_seconds() <= leases.LEASE_SECONDS
+
+
+# Processes that hang --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def idle_limits(monkeypatch) -> dict[str, str]:
+    """{point: after how long a silence PostgreSQL would end the transaction that came to it}."""
+    seen: dict[str, str] = {}
+
+    def look(point: str, run_id: int | None, after: int | None) -> None:
+        found = row("SELECT current_setting('idle_in_transaction_session_timeout') AS idle")
+        seen[point] = found["idle"]
+
+    monkeypatch.setattr(points, "listener", look)
+    return seen
+
+
+def test_every_process_loses_its_locks_when_it_hangs(api, cast, slices_of, run_jobs, idle_limits):
+    slices_of(3)
+    person = api(cast.subscriber)
+    body = {"channel_id": cast.general, "content": "gold"}
+    message = person.post("/api/messages", json=body, headers={"Idempotency-Key": "k"}).get_json()
+    assert run_jobs() == 0
+    person.patch(f"/api/messages/{message['id']}", json={"content": "silver"})
+    api(cast.vip).post("/api/notifications/read", json={"all": True})
+    person.delete(f"/api/messages/{message['id']}")
+    jobs.sweep()
+    locking = {"post.written", "run.held", "run.counted", "slice.held", "slice.counted", "edit.written",
+               "read.written", "delete.written", "sweep.locked", "sweep.marked"}  # fmt: skip
+    assert {point: idle_limits[point] for point in locking} == dict.fromkeys(locking, f"{IDLE_SECONDS}s")
+    assert idle_limits["run.committed"] == "0", "and it is for the transaction alone"

@@ -149,6 +149,19 @@ def test_the_sweeper_outlives_what_nobody_foresaw(monkeypatch, caplog):
     assert "the sweep failed" in caplog.text
 
 
+def test_in_burst_it_sweeps_until_nothing_is_left_to_enqueue(monkeypatch):
+    swept, worked = [500, 20, 0], []
+    monkeypatch.setattr(worker, "sweep_once", lambda: swept.pop(0))
+    monkeypatch.setattr(worker, "_work_once", lambda connection, burst: worked.append(burst) or True)
+    worker.work(burst=True)
+    assert (swept, worked) == ([], [True, True, True])
+
+
+def test_an_idle_worker_has_no_processes_that_would_outlive_it():
+    with a_worker() as process:
+        assert psutil.Process(process.pid).children(recursive=True) == []
+
+
 def test_a_large_run_tells_the_mentioned_and_goes_on_in_bulk_a_job_a_slice(api, cast, run_jobs, slices_of):
     slices_of(2)
     message = api(cast.subscriber).post("/api/messages", json={"channel_id": cast.general, "content": "gold, @vera"})
