@@ -27,7 +27,7 @@ from belfry.leases import Part
 from belfry.points import reach
 from belfry.sql import row, transaction
 from config import settings
-from models import TRIES, db
+from models import LARGEST_ID, TRIES, db
 
 log = logging.getLogger(__name__)
 
@@ -80,43 +80,55 @@ def enqueue_run(run_id: int) -> bool:
     return enqueued
 
 
-def enqueue(parts: Sequence[Part], *, overdue: bool = False) -> bool:
+def enqueue(parts: Sequence[Part], *, lost: bool = False) -> bool:
     """Wish that somebody look at these parts soon: a job for each, in its queue.
 
     False when Redis is out of reach, or a queue is full: runs are `pending` then, and the sweeper enqueues what is
-    left as soon as there is room. `overdue` parts go before all that wait, for their turn has been: and the oldest
+    left as soon as there is room. `lost` parts go before all that wait, for their turn has been: and the oldest
     first, so that a queue stays in the order of its parts.
     """
     own = [part for part in parts if part.after is None]
     slices = [part for part in parts if part.after is not None]
-    enqueued = [_enqueue(name, some, overdue) for name, some in ((NOTIFICATIONS, own), (BULK, slices)) if some]
-    if all(enqueued):
-        return True
-    try:
-        leases.wait_for_room([part.run_id for part in own])
-    except (OperationalError, InterfaceError) as error:
-        # They are committed: whoever waits for an answer must not get an error for this.
-        log.warning("run(s) could not be marked pending: %s", error)
-    return False
+    all_in = _enqueue(BULK, slices, lost)
+    if not _enqueue(NOTIFICATIONS, own, lost):
+        all_in = False
+        try:
+            leases.wait_for_room([part.run_id for part in own])
+        except (OperationalError, InterfaceError) as error:
+            # They are committed: whoever waits for an answer must not get an error for this.
+            log.warning("run(s) could not be marked pending: %s", error)
+    return all_in
 
 
-def _enqueue(name: str, parts: list[Part], overdue: bool) -> bool:
-    if not overdue and time.monotonic() < _full_until.get(name, 0):
-        return False
-    in_order = parts[::-1] if overdue else parts
+def _enqueue(name: str, parts: list[Part], lost: bool) -> bool:
+    in_order = parts[::-1] if lost else parts
     try:
+        if parts and not lost and _is_full(name):
+            return False
         for first in range(0, len(parts), ENQUEUED_AT_ONCE):
-            some = [_wish(part, overdue) for part in in_order[first : first + ENQUEUED_AT_ONCE]]
+            some = [_wish(part, lost) for part in in_order[first : first + ENQUEUED_AT_ONCE]]
             with redis_connection().pipeline() as pipeline:
                 queue(name).enqueue_many(some, pipeline=pipeline)
                 pipeline.llen(queue(name).key)
                 waiting = pipeline.execute()[-1]
+            if waiting >= WAITING_AT_MOST:
+                _full_until[name] = time.monotonic() + 1
     except RedisError as error:
         log.warning("Redis is out of reach, %s job(s) are not enqueued: %s", len(parts), error)
         return False
-    if waiting >= WAITING_AT_MOST:
-        _full_until[name] = time.monotonic() + 1
     return True
+
+
+def _is_full(name: str) -> bool:
+    """Whether a queue that was full is so still. Asked of Redis once a second, and only then: not by every request."""
+    until = _full_until.get(name)
+    if until is None or time.monotonic() < until:
+        return until is not None
+    if queue(name).count >= WAITING_AT_MOST:
+        _full_until[name] = time.monotonic() + 1
+        return True
+    del _full_until[name]
+    return False
 
 
 def _wish(part: Part, at_front: bool) -> Any:
@@ -169,7 +181,7 @@ def _work_on(part: Part) -> None:
         reach("job.begun", part.run_id, part.after)
         attempt = leases.take(part)
         if attempt is None:
-            log.info("%s: nothing to do", part)
+            log.info("%s: nothing to do: it is done, has failed (`flask runs retry`), or is in other hands", part)
             return
         reach("run.taken" if part.after is None else "slice.taken", part.run_id, part.after)
         try:
@@ -191,10 +203,7 @@ def _work_on(part: Part) -> None:
 
 def _sweep_in(job: Any) -> float | None:
     """Seconds until the sweeper takes the retry of a job that fails now for lost; None where there will be none."""
-    if not job or not job.retries_left:
-        return None
-    interval = Retry.get_interval(job.number_of_retries or 0, job.retry_intervals)
-    return float(interval + GRACE_SECONDS)
+    return job.get_retry_interval() + GRACE_SECONDS if job and job.retries_left else None
 
 
 def sweep() -> int:
@@ -204,29 +213,30 @@ def sweep() -> int:
     """
     try:
         oldest = {name: _oldest_waiting(name) for name in (NOTIFICATIONS, BULK)}
-        room = {name: WAITING_AT_MOST - queue(name).count for name in oldest}
+        room = WAITING_AT_MOST - queue().count
     except RedisError as error:
         log.warning("Redis is out of reach, nothing is swept: %s", error)
         return 0
     with _connection():
-        with transaction():
+        with transaction(statement_timeout="20s"):
             held = row("SELECT pg_try_advisory_xact_lock(%(key)s) AS held", {"key": SWEEP_LOCK})
             if not held or not held["held"]:
                 return 0
             reach("sweep.locked")
-            _enqueue_retries()
             idempotency.forget_old_keys()
             if given_up := leases.give_up():
                 log.error("%s run(s) or slice(s) gave up: each attempt ended without a word", given_up)
-            overdue = leases.overdue_runs(room[NOTIFICATIONS], oldest[NOTIFICATIONS])
-            overdue += leases.overdue_slices(room[BULK], oldest[BULK])
+            lost = leases.lost_runs(oldest[NOTIFICATIONS]) + leases.lost_slices(oldest[BULK])
+            pending = leases.pending_runs(room - len(lost))
             reach("sweep.marked")
         reach("sweep.committed")
-        if not overdue or not enqueue(overdue, overdue=True):
-            return 0
+        _enqueue_retries()
+        swept = len(lost) if enqueue(lost, lost=True) else 0
+        swept += len(pending) if enqueue(pending) else 0
         reach("sweep.enqueued")
-    log.info("swept %s part(s) that nobody was taking care of", len(overdue))
-    return len(overdue)
+    if swept:
+        log.info("swept: %s part(s) that nobody took care of, %s that were pending", len(lost), len(pending))
+    return swept
 
 
 @cache
@@ -238,11 +248,14 @@ def _scheduler() -> RQScheduler:
 
 
 def _enqueue_retries() -> None:
-    """Put the retries whose time has come into their queues."""
+    """Put the retries whose time has come into their queues. What stands in the way there stops nothing else: a retry
+    that does not come is found by the sweeper."""
     try:
         _scheduler().enqueue_scheduled_jobs()
     except RedisError as error:
         log.warning("Redis is out of reach, no retry is enqueued: %s", error)
+    except Exception:
+        log.exception("RQ's scheduled jobs cannot be read")
 
 
 def _oldest_waiting(name: str) -> Part | None:
@@ -254,9 +267,9 @@ def _oldest_waiting(name: str) -> Part | None:
     ids = waiting.get_job_ids(0, 1)
     if not ids:
         return None
-    with suppress(TypeError, ValueError, DeserializationError):
+    with suppress(TypeError, ValueError, OverflowError, DeserializationError):
         job = waiting.fetch_job(ids[0])
-        if job:
+        if job and all(0 <= int(number) <= LARGEST_ID for number in job.args):
             return Part(*map(int, job.args))
     return Part(0, 0)
 

@@ -1,7 +1,8 @@
 """Who takes care of a run, or of a slice of it: so that every part is done once, whoever dies or hangs.
 
-- **The lease is the lock on the part's row**, held by the transaction that does it. PostgreSQL takes it back the
-  moment the worker's connection ends, and after IDLE_SECONDS from a worker that hangs. No clock is compared, no
+- **The lease is the lock on the part's row**, held by the transaction that does it. PostgreSQL takes it back when
+  the worker's connection ends (in the midst of a statement, when that ends: well under a second for a slice), and
+  after IDLE_SECONDS from a worker that hangs. No clock is compared, no
   heartbeat is sent: one would go on saying "alive" for a process whose work hangs.
 - **The attempt's number is its token.** It is counted, and committed, before the work: so that an attempt that
   ends without a word has been one, and whoever comes back late finds that another attempt has begun, and can
@@ -13,11 +14,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from belfry.sql import Row, execute, row, rows
-from models import QUEUED_SECONDS, TRIES, db
+from belfry.sql import Row, execute, row, rows, transaction
+from models import QUEUED_SECONDS, TRIES
 
-LEASE_SECONDS = 2
-"""From the counted attempt to the lock lie milliseconds; only then is the row without either."""
+_LEASE = f"make_interval(secs => LEAST(15, 2 * power(2, {TRIES} - tries_left)))"
+"""From the counted attempt to the lock lie milliseconds. After that `due_at` means something only where the lock is
+gone without a word: then the next attempt comes 2 s after the first began, and 4, 8, 15, 15 s after those that follow,
+so that a spell of bad luck does not use up all tries at once, and the work still goes on within half a minute."""
 
 
 @dataclass(frozen=True, order=True)
@@ -36,28 +39,27 @@ _TAKE_RUN = f"""
     UPDATE run
     SET state = 'running',
         attempts = attempts + 1,
-        tries_left = GREATEST(tries_left - 1, 0),
+        tries_left = tries_left - 1,
         started_at = COALESCE(started_at, now()),
-        finished_at = NULL,
-        due_at = now() + make_interval(secs => {LEASE_SECONDS})
+        due_at = now() + {_LEASE}
     WHERE id = (SELECT id FROM run WHERE id = %(run_id)s FOR NO KEY UPDATE SKIP LOCKED)
     AND slices_left = 0
-    AND state <> 'succeeded'
-    AND (tries_left > 0 OR state = 'failed')
+    AND state IN ('pending', 'queued', 'running')
+    AND tries_left > 0
     RETURNING attempts
 """
 
 _TAKE_SLICE = f"""
     UPDATE slice
     SET attempts = attempts + 1,
-        tries_left = GREATEST(tries_left - 1, 0),
-        due_at = now() + make_interval(secs => {LEASE_SECONDS})
+        tries_left = tries_left - 1,
+        due_at = now() + {_LEASE}
     WHERE (run_id, after) = (
         SELECT run_id, after
         FROM slice
         WHERE run_id = %(run_id)s AND after = %(after)s
         FOR NO KEY UPDATE SKIP LOCKED)
-    AND (tries_left > 0 OR due_at IS NULL)
+    AND tries_left > 0
     RETURNING attempts
 """
 
@@ -65,8 +67,8 @@ _TAKE_SLICE = f"""
 def take(part: Part) -> int | None:
     """Count one more attempt at a part; its number, the token for `hold` and `fail`.
 
-    None where there is nothing to take: it is done, somebody else is at it (who locks a row sees to it that the
-    part goes on), or its tries are used up. What has failed gets one more attempt whenever it is asked for.
+    None where there is nothing to take: it is done, it has failed, its tries are used up, or somebody else is at it
+    (who locks a row sees to it that the part goes on).
     """
     taken = row(_TAKE_RUN if part.after is None else _TAKE_SLICE, vars(part))
     return int(taken["attempts"]) if taken else None
@@ -80,27 +82,36 @@ who come later do not wait for him, so that the slices of a large fan-out would 
 Before an advisory lock everybody waits in line.
 """
 
-_SHARED = f"pg_advisory_xact_lock_shared({MESSAGE_LOCK}, (message_id %% 2147483647)::int) AS shared"
-
-_HOLD_RUN = f"""
-    SELECT message_id, kind, mention_changes, {_SHARED}
-    FROM run
-    WHERE id = %(run_id)s
-    AND slices_left = 0
-    AND state = 'running'
-    AND attempts = %(attempt)s
-    FOR NO KEY UPDATE
+_HOLD = f"""
+    WITH held AS MATERIALIZED ({{part}})
+    SELECT held.*, pg_advisory_xact_lock_shared({MESSAGE_LOCK}, (message_id %% 2147483647)::int) AS shared
+    FROM held
 """
+"""The part's row is locked first: while the message is waited for, nobody may take the part for abandoned."""
 
-_HOLD_SLICE = f"""
-    SELECT r.message_id, r.kind, r.mention_changes, s.up_to, s.told_first::text, {_SHARED}
-    FROM slice s
-    JOIN run r ON r.id = s.run_id
-    WHERE s.run_id = %(run_id)s
-    AND s.after = %(after)s
-    AND s.attempts = %(attempt)s
-    FOR NO KEY UPDATE OF s
-"""
+_HOLD_RUN = _HOLD.format(
+    part="""
+        SELECT message_id, kind, mention_changes
+        FROM run
+        WHERE id = %(run_id)s
+        AND slices_left = 0
+        AND state = 'running'
+        AND attempts = %(attempt)s
+        FOR NO KEY UPDATE
+    """
+)
+
+_HOLD_SLICE = _HOLD.format(
+    part="""
+        SELECT r.message_id, r.kind, r.mention_changes, s.up_to, s.told_first::text
+        FROM slice s
+        JOIN run r ON r.id = s.run_id
+        WHERE s.run_id = %(run_id)s
+        AND s.after = %(after)s
+        AND s.attempts = %(attempt)s
+        FOR NO KEY UPDATE OF s
+    """
+)
 
 
 def hold(part: Part, attempt: int) -> Row | None:
@@ -131,7 +142,7 @@ _END_RUNS = """
         WHERE {which}
         AND state = 'running'
         AND slices_left = 0
-        FOR NO KEY UPDATE SKIP LOCKED
+        FOR NO KEY UPDATE {of_others}
     )
     UPDATE run
     SET state = CASE WHEN tries_left > 0 THEN 'queued' ELSE 'failed' END,
@@ -147,7 +158,7 @@ _END_SLICES = """
         SELECT run_id, after
         FROM slice
         WHERE {which}
-        FOR NO KEY UPDATE SKIP LOCKED
+        FOR NO KEY UPDATE {of_others}
     ),
     noted AS (
         UPDATE slice
@@ -176,10 +187,10 @@ def fail(part: Part, attempt: int, reason: str, retry_in: float | None) -> None:
     """
     noted = {"attempt": attempt, "reason": reason[:1000] or "no reason was given", "retry_in": retry_in or 0}
     if part.after is None:
-        statement = _END_RUNS.format(which="id = %(run_id)s AND attempts = %(attempt)s", reason=_REASON)
+        statement = _END_RUNS.format(which="id = %(run_id)s AND attempts = %(attempt)s", reason=_REASON, of_others="")
     else:
         which = "run_id = %(run_id)s AND after = %(after)s AND attempts = %(attempt)s"
-        statement = _END_SLICES.format(which=which, reason=_REASON)
+        statement = _END_SLICES.format(which=which, reason=_REASON, of_others="")
     execute(statement, {**vars(part), **noted})
 
 
@@ -187,35 +198,35 @@ def give_up() -> int:
     """Fail what has used up its tries, and whose last attempt ended without a word; how many parts that were."""
     which = "tries_left = 0 AND due_at <= now()"
     return sum(
-        execute(statement.format(which=which, reason=_REASON), {"reason": None, "retry_in": 0})
+        execute(statement.format(which=which, reason=_REASON, of_others="SKIP LOCKED"), {"reason": None, "retry_in": 0})
         for statement in (_END_RUNS, _END_SLICES)
     )
 
 
-_OVERDUE_RUNS = f"""
-    WITH overdue AS (
+_ENQUEUE_RUNS = """
+    WITH found AS (
         SELECT id AS run_id
         FROM run
-        WHERE state IN ('pending', 'queued', 'running')
+        WHERE {which}
         AND due_at <= now()
-        AND (state <> 'queued' OR %(oldest_run)s::bigint IS NULL OR id < %(oldest_run)s)
-        AND (state <> 'pending' OR %(room)s > 0)
+        AND tries_left > 0
         ORDER BY due_at
         LIMIT %(limit)s
         FOR NO KEY UPDATE SKIP LOCKED
     )
     UPDATE run
-    SET state = 'queued', due_at = now() + make_interval(secs => {QUEUED_SECONDS})
-    FROM overdue
-    WHERE run.id = overdue.run_id
+    SET state = 'queued', due_at = now() + make_interval(secs => {seconds})
+    FROM found
+    WHERE run.id = found.run_id
     RETURNING run_id
 """
 
-_OVERDUE_SLICES = f"""
-    WITH overdue AS (
+_ENQUEUE_SLICES = f"""
+    WITH found AS (
         SELECT run_id, after
         FROM slice
         WHERE due_at <= now()
+        AND tries_left > 0
         AND (%(run_id)s::bigint IS NULL OR (run_id, after) < (%(run_id)s, %(after)s))
         ORDER BY due_at
         LIMIT %(limit)s
@@ -223,36 +234,41 @@ _OVERDUE_SLICES = f"""
     )
     UPDATE slice
     SET due_at = now() + make_interval(secs => {QUEUED_SECONDS})
-    FROM overdue
-    WHERE (slice.run_id, slice.after) = (overdue.run_id, overdue.after)
+    FROM found
+    WHERE (slice.run_id, slice.after) = (found.run_id, found.after)
     RETURNING slice.run_id, slice.after
 """
 
+LOST_AT_MOST = 10_000  # of runs, and of slices, that are found in one sweep: as many as a queue holds
 
-OVERDUE_AT_LEAST = 100
+
+def pending_runs(room: int) -> list[Part]:
+    """Mark as queued the runs that never reached the queue, and answer them, to be enqueued: the oldest `room`."""
+    statement = _ENQUEUE_RUNS.format(which="state = 'pending'", seconds=QUEUED_SECONDS)
+    return sorted(Part(**run) for run in rows(statement, {"limit": room})) if room > 0 else []
 
 
-def overdue_runs(room: int, oldest: Part | None) -> list[Part]:
-    """Mark as queued the runs that nobody takes care of any more, and answer them, to be enqueued: those that have
-    waited longest, as many as there is room for in the queue.
+def lost_runs(oldest: Part | None) -> list[Part]:
+    """Mark as queued the runs that nobody takes care of any more, and answer them, to be enqueued.
 
-    - What never reached the queue.
-    - What was left by a worker that died: OVERDUE_AT_LEAST of them though the queue is full, for they were in it.
+    - What was left by a worker that died.
     - What was queued, and is in the queue no longer: `oldest`, the part whose job has waited there longest, is a
       later one; or nothing waits there (None).
 
     Two at once take different ones.
     """
-    limit = max(room, OVERDUE_AT_LEAST)
-    found = rows(_OVERDUE_RUNS, {"room": room, "limit": limit, "oldest_run": oldest.run_id if oldest else None})
+    which = """
+        (state = 'running' OR (state = 'queued' AND (%(oldest)s::bigint IS NULL OR id < %(oldest)s)))
+    """
+    statement = _ENQUEUE_RUNS.format(which=which, seconds=QUEUED_SECONDS)
+    found = rows(statement, {"limit": LOST_AT_MOST, "oldest": oldest.run_id if oldest else None})
     return sorted(Part(**run) for run in found)
 
 
-def overdue_slices(room: int, oldest: Part | None) -> list[Part]:
-    """As `overdue_runs`, of slices."""
+def lost_slices(oldest: Part | None) -> list[Part]:
+    """As `lost_runs`, of slices; those that found no room in the queue as well."""
     key = vars(oldest) if oldest else {"run_id": None, "after": None}
-    found = rows(_OVERDUE_SLICES, {"limit": max(room, OVERDUE_AT_LEAST), **key})
-    return sorted(Part(**one) for one in found)
+    return sorted(Part(**one) for one in rows(_ENQUEUE_SLICES, {"limit": LOST_AT_MOST, **key}))
 
 
 def wait_for_room(run_ids: Sequence[int]) -> None:
@@ -269,7 +285,7 @@ def wait_for_room(run_ids: Sequence[int]) -> None:
 def retry_failed(run_ids: Sequence[int] | None = None) -> list[Part]:
     """Begin failed runs again, all or those named: with all their tries, and their progress. The parts to enqueue."""
     parameters = {"run_ids": list(run_ids) if run_ids is not None else None, "tries": TRIES}
-    with db.atomic():
+    with transaction():
         runs = rows(
             f"""
             UPDATE run

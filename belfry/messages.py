@@ -1,6 +1,6 @@
 """Messages: written, edited and deleted, each together with the run that its change needs."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -221,18 +221,33 @@ def _names(select: str, ids: list[int]) -> dict[int, str]:
     }
 
 
+def _find_to_change(
+    user: User, message_id: int, require_right: Callable[[Row, SeenChannel], None]
+) -> tuple[Row, SeenChannel]:
+    """`find_message`, with nobody telling of it or changing it until the transaction ends.
+
+    The right is asked for twice: before, so that who has none holds nobody up, and of the message as it is then.
+    """
+    require_right(*find_message(user, message_id))
+    hold_message(message_id)
+    found = find_message(user, message_id)
+    require_right(*found)
+    return found
+
+
 def edit_message(editor: User, message_id: int, content: str) -> Posted:
     """Replace a message's content. `run_id` is 0 where the mentions stay as they were: nobody has to be told.
 
     Otherwise a run of kind `edit` tells the newly mentioned, and takes back what is unread of those who are
     mentioned no more. Raises NotFound; Forbidden for everybody but the author; what posting raises.
     """
-    with transaction():
-        hold_message(message_id)
-        stored, channel = find_message(editor, message_id)
+    def require_right(stored: Row, channel: SeenChannel) -> None:
         if stored["author_id"] != editor.id:
             raise Forbidden("Only its author edits a message.")
         require_posting(editor, channel)
+
+    with transaction():
+        stored, channel = _find_to_change(editor, message_id, require_right)
         allowed = stored["allowed_mentions"]
         found = resolve_mentions(
             channel,
@@ -284,10 +299,11 @@ def delete_message(user: User, message_id: int) -> None:
 
     Raises NotFound; Forbidden for everybody but the author, a moderator and an admin.
     """
-    with transaction():
-        hold_message(message_id)
-        stored, channel = find_message(user, message_id)
+    def require_right(stored: Row, channel: SeenChannel) -> None:
         if stored["author_id"] != user.id and not channel.moderates:
             raise Forbidden("Only its author, a moderator or an admin deletes a message.")
+
+    with transaction():
+        _find_to_change(user, message_id, require_right)
         execute("UPDATE message SET deleted_at = now() WHERE id = %(id)s", {"id": message_id})
         reach("delete.written")

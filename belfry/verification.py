@@ -6,10 +6,10 @@ what they say now). But whatever happens between, these hold, and one lost or do
 
 from belfry.recipients import DECISIONS, TELLING
 from belfry.sql import rows
+from config import settings
 
 AT_MOST = 100  # findings of one kind; a damaged database has enough with them
-OVERDUE_SECONDS = 60
-"""Twice what recovery may take. What nobody has begun may wait in a long queue, but not when later runs were begun."""
+OVERDUE_SECONDS = 60  # twice what recovery may take, after the longest that a job may run
 
 _NOTIFIED = " + ".join(f"COALESCE((r.decisions ->> '{reason}')::int, 0)" for reason in TELLING)
 _DECIDED = "(SELECT COALESCE(sum(value::int), 0) FROM jsonb_each_text(r.decisions))"
@@ -26,17 +26,14 @@ CHECKS = {
         FROM run r
         WHERE r.state = 'failed'
     """,
-    "somebody takes care of what is not finished": f"""
-        SELECT 'run ' || r.id || ' is ' || r.state || ', and nobody has taken care of it since ' || part.due_at
-        FROM run r
-        JOIN (
-            SELECT id AS run_id, due_at, attempts FROM run WHERE state IN ('pending', 'queued', 'running')
+    "somebody takes care of what was begun": f"""
+        SELECT 'run ' || part.run_id || ' was begun, and nobody has taken care of it since ' || part.due_at
+        FROM (
+            SELECT id AS run_id, due_at FROM run WHERE state = 'running'
             UNION ALL
-            SELECT run_id, due_at, attempts FROM slice
-        ) part ON part.run_id = r.id
-        WHERE part.due_at < now() - interval '{OVERDUE_SECONDS} seconds'
-        AND (part.attempts > 0
-             OR r.id < (SELECT max(id) FROM run WHERE started_at < now() - interval '{OVERDUE_SECONDS} seconds'))
+            SELECT run_id, due_at FROM slice WHERE attempts > 0
+        ) part
+        WHERE part.due_at < now() - interval '{OVERDUE_SECONDS + settings.job_timeout} seconds'
     """,
     "every member is counted under one decision": f"""
         SELECT 'run ' || r.id || ' has gone over ' || r.done || ' members, and counts ' || {_DECIDED} || ' decisions'

@@ -19,8 +19,10 @@ ALTER TABLE run ADD COLUMN slices_left integer NOT NULL DEFAULT 0 CHECK (slices_
 ALTER TABLE run ALTER COLUMN due_at DROP NOT NULL, ALTER COLUMN due_at SET DEFAULT now() + interval '3 seconds';
 
 -- What was half done goes on where it stopped: the rest of it is one slice.
-INSERT INTO slice (run_id, after, up_to, due_at)
-SELECT id, walked_to, 9223372036854775807, CASE WHEN state <> 'failed' THEN now() END
+INSERT INTO slice (run_id, after, up_to, tries_left, due_at)
+SELECT id, walked_to, 9223372036854775807,
+    CASE WHEN state = 'failed' THEN 0 ELSE 6 END,
+    CASE WHEN state <> 'failed' THEN now() END
 FROM run
 WHERE state <> 'succeeded'
 AND walked_to > 0;

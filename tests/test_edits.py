@@ -5,11 +5,12 @@ import time
 
 import pytest
 
-from belfry import inbox, messages, runs
+from belfry import inbox, leases, messages, runs
 from belfry.accounts import set_subscription
+from belfry.errors import Forbidden, NotFound
 from belfry.inbox import dismiss, unread_count
 from belfry.preferences import set_preference
-from belfry.sql import row
+from belfry.sql import execute, row
 from models import db
 from tests.telling import (
     advance,
@@ -226,3 +227,28 @@ def test_an_edit_does_not_wait_for_the_slices_that_come_after_it(cast, slices_of
             worker.join()
     assert waiting > 40
     assert run_of(run_id)["state"] == "succeeded"
+
+
+def test_who_may_not_change_a_message_does_not_wait_for_it_nor_holds_anybody_up(cast, in_another_session):
+    message_id = posted_and_told(cast.subscriber, cast.general, "gold")
+    execute("SET lock_timeout = '2s'")
+    with in_another_session(f"SELECT pg_advisory_xact_lock_shared({leases.MESSAGE_LOCK}, {message_id})"):
+        for person in (cast.vip, cast.stranger):
+            with pytest.raises((Forbidden, NotFound)):
+                messages.edit_message(person.user, message_id, "mine")
+            with pytest.raises((Forbidden, NotFound)):
+                messages.delete_message(person.user, message_id)
+    execute("RESET lock_timeout")
+
+
+def test_the_right_to_change_a_message_is_asked_for_again_when_nobody_else_is_at_it(cast, monkeypatch):
+    message_id = posted_and_told(cast.subscriber, cast.general, "gold")
+    hold = messages.hold_message
+
+    def deleted_meanwhile(held: int) -> None:
+        hold(held)
+        execute("UPDATE message SET deleted_at = now()")
+
+    monkeypatch.setattr(messages, "hold_message", deleted_meanwhile)
+    with pytest.raises(NotFound):
+        messages.edit_message(cast.subscriber.user, message_id, "silver")

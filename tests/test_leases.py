@@ -1,5 +1,7 @@
 """Attempts, tries and tokens; and what the sweeper finds."""
 
+import threading
+
 import pytest
 
 import jobs
@@ -7,7 +9,8 @@ from belfry import fanout, leases, points
 from belfry.leases import Part
 from belfry.sql import IDLE_SECONDS, execute, row
 from belfry.verification import verify
-from models import TRIES
+from models import TRIES, db
+from tests.processes import wait_until
 from tests.telling import (
     EVERYBODY,
     Killed,
@@ -19,8 +22,8 @@ from tests.telling import (
     post,
     run_of,
     run_to_end,
+    statements,
     stats,
-    told,
 )
 
 
@@ -39,7 +42,7 @@ def let_time_pass() -> None:
 
 def overdue() -> list[Part]:
     """What the sweeper would enqueue with nothing in the queues."""
-    return leases.overdue_runs(1000, None) + leases.overdue_slices(1000, None)
+    return leases.pending_runs(1000) + leases.lost_runs(None) + leases.lost_slices(None)
 
 
 @pytest.fixture
@@ -178,23 +181,14 @@ def test_failed_runs_are_retried_with_their_progress_and_all_their_tries(cast, l
     assert leases.retry_failed() == []
 
 
-def test_a_failed_run_that_is_asked_for_again_gets_one_attempt(cast):
-    message_id, run_id = post(cast.subscriber, cast.general)
-    execute("UPDATE run SET state = 'failed', tries_left = 0, error = 'why', finished_at = now(), due_at = NULL")
-    leases.fail(Part(run_id), leases.take(Part(run_id)), "again", None)
-    assert (run_of(run_id)["state"], run_of(run_id)["error"]) == ("failed", "again")
-    do(Part(run_id))
-    assert (run_of(run_id)["state"], stats(run_id)) == ("succeeded", EVERYBODY)
-    assert len(told(message_id)) == 3
-
-
-def test_a_slice_that_was_given_up_and_is_asked_for_again_finishes_the_run(large_run):
-    poison, *others = parts_of(large_run)
-    for _ in range(TRIES):
-        leases.fail(poison, leases.take(poison), "why", 0)
-    for part in (*others, poison):
-        do(part)
-    assert (run_of(large_run)["state"], run_of(large_run)["error"]) == ("succeeded", None)
+def test_what_has_failed_is_not_tried_again_unasked(cast, large_run):
+    _, small_run = post(cast.subscriber, cast.general)
+    failing = parts_of(large_run)[0]
+    for part in (failing, Part(small_run)):
+        for _ in range(TRIES):
+            leases.fail(part, leases.take(part), "why", 0)
+        assert leases.take(part) is None, "whatever jobs for it RQ still has to run"
+        assert (run_of(part.run_id)["state"], run_of(part.run_id)["error"]) == ("failed", "why")
 
 
 # What the sweeper finds -----------------------------------------------------------------------------------
@@ -261,17 +255,17 @@ def test_a_slice_that_is_overdue_is_found_once_and_only_where_nobody_is_at_it(la
 def test_a_run_that_still_waits_in_the_queue_is_not_overdue(cast):
     waiting = [post(cast.subscriber, cast.general)[1] for _ in range(4)]
     let_time_pass()
-    assert leases.overdue_runs(1000, Part(waiting[2])) == [Part(waiting[0]), Part(waiting[1])]
-    assert leases.overdue_runs(1000, Part(waiting[2])) == []
-    assert leases.overdue_runs(1000, None) == [Part(waiting[2]), Part(waiting[3])]
+    assert leases.lost_runs(Part(waiting[2])) == [Part(waiting[0]), Part(waiting[1])]
+    assert leases.lost_runs(Part(waiting[2])) == []
+    assert leases.lost_runs(None) == [Part(waiting[2]), Part(waiting[3])]
 
 
 def test_a_slice_that_still_waits_in_the_queue_is_not_overdue(large_run):
     parts = parts_of(large_run)
     let_time_pass()
-    assert leases.overdue_slices(1000, Part(large_run - 1, parts[-1].after)) == []
-    assert leases.overdue_slices(1000, parts[2]) == parts[:2]
-    assert leases.overdue_slices(1000, Part(large_run + 1, 0)) == parts[2:]
+    assert leases.lost_slices(Part(large_run - 1, parts[-1].after)) == []
+    assert leases.lost_slices(parts[2]) == parts[:2]
+    assert leases.lost_slices(Part(large_run + 1, 0)) == parts[2:]
 
 
 def test_pending_runs_wait_for_room_and_what_a_dead_worker_left_does_not(cast):
@@ -279,8 +273,9 @@ def test_pending_runs_wait_for_room_and_what_a_dead_worker_left_does_not(cast):
     leases.wait_for_room([pending])
     leases.take(Part(left))
     let_time_pass()
-    assert leases.overdue_runs(0, Part(1)) == [Part(left)]
-    assert leases.overdue_runs(1, Part(1)) == [Part(pending)]
+    assert leases.pending_runs(0) == []
+    assert leases.lost_runs(Part(1)) == [Part(left)]
+    assert leases.pending_runs(1) == [Part(pending)]
 
 
 def test_only_what_waits_in_the_queue_can_be_made_pending(run):
@@ -311,7 +306,89 @@ def test_the_clock_that_counts_is_the_databases(run, monkeypatch):
     monkeypatch.setattr("time.time", lambda: 0.0)
     leases.take(Part(run))
     found = row("SELECT due_at - now() AS lease FROM run")
-    assert 0 < found["lease"].total_seconds() <= leases.LEASE_SECONDS
+    assert 0 < found["lease"].total_seconds() <= 2
+
+
+def test_after_each_death_without_a_word_the_next_attempt_comes_a_little_later(run):
+    leases_given = []
+    for _ in range(TRIES):
+        leases.take(Part(run))
+        leases_given.append(row("SELECT round(extract(epoch FROM due_at - now())) AS seconds FROM run")["seconds"])
+    assert leases_given == [2, 4, 8, 15, 15, 15]
+    assert leases.take(Part(run)) is None
+
+
+def test_a_part_that_waits_for_its_message_is_not_taken_for_abandoned(run, in_another_session):
+    """As while an edit waits for another part: it must not cost the run its tries."""
+    attempt = leases.take(Part(run))
+    outcome = []
+
+    def tell() -> None:
+        with db.connection_context():
+            outcome.append(fanout.tell(Part(run), attempt))
+
+    telling = threading.Thread(target=tell)
+    with in_another_session(f"SELECT pg_advisory_xact_lock({leases.MESSAGE_LOCK}, 1)"):
+        telling.start()
+        waiting = "SELECT 1 AS yes FROM pg_locks WHERE NOT granted AND locktype = 'advisory'"
+        wait_until(lambda: row(waiting), "it to wait for the message")
+        let_time_pass_for_others()
+        assert overdue() == []
+        assert leases.give_up() == 0
+        assert leases.take(Part(run)) is None
+    telling.join()
+    assert outcome == [[]]
+    assert run_of(run)["state"] == "succeeded"
+
+
+def let_time_pass_for_others() -> None:
+    """As `let_time_pass`, of what nobody has locked."""
+    execute(
+        "UPDATE run SET due_at = now() - interval '1 second'"
+        " WHERE id IN (SELECT id FROM run FOR NO KEY UPDATE SKIP LOCKED)"
+    )
+
+
+def test_what_has_no_tries_left_is_given_up_and_never_enqueued(run, large_run):
+    for part in (Part(run), parts_of(large_run)[0]):
+        for _ in range(TRIES):
+            leases.take(part)
+    let_time_pass()
+    assert overdue() == parts_of(large_run)[1:]
+    assert leases.give_up() == 2
+    assert [run_of(run_id)["state"] for run_id in (run, large_run)] == ["failed", "failed"]
+
+
+def test_each_retry_is_waited_for_as_long_as_it_takes(cast, monkeypatch, run_jobs):
+    _, run_id = post(cast.subscriber, cast.general)
+    monkeypatch.setattr(fanout, "TELL", "SELECT 1 / 0 AS decision")
+    assert jobs.enqueue_run(run_id)
+    queue = jobs.queue()
+    for retry in range(TRIES - 1):
+        run_jobs()
+        (job_id,) = queue.scheduled_job_registry.get_job_ids()
+        intervals = queue.fetch_job(job_id).retry_intervals
+        found = row("SELECT extract(epoch FROM due_at - now())::float AS seconds FROM run")
+        assert intervals[retry] + jobs.GRACE_SECONDS - 2 < found["seconds"] <= intervals[retry] + jobs.GRACE_SECONDS
+        redis = jobs.redis_connection()
+        redis.zadd(queue.scheduled_job_registry.key, {job_id: 0})  # its time has come
+        jobs.sweep()
+    run_jobs()
+    assert (run_of(run_id)["state"], run_of(run_id)["attempts"]) == ("failed", TRIES)
+    assert len(queue.scheduled_job_registry) == queue.count == 0
+
+
+def test_what_stands_in_the_way_of_retries_stops_nothing_else(run, redis):
+    redis.hset("rq:job:broken", mapping={"created_at": "yesterday", "origin": "notifications"})
+    redis.zadd(jobs.queue().scheduled_job_registry.key, {"broken": 0})
+    let_time_pass()
+    assert jobs.sweep() == 1
+
+
+def test_retrying_is_a_transaction_that_a_process_that_hangs_loses(run):
+    with statements() as seen:
+        leases.retry_failed()
+    assert "idle_in_transaction_session_timeout" in seen[0]
 
 
 # Processes that hang --------------------------------------------------------------------------------------

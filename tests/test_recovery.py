@@ -256,21 +256,28 @@ def test_sigterm_in_the_midst_of_a_fan_out_ends_soon_and_another_worker_goes_on_
 # A full queue ---------------------------------------------------------------------------------------------
 
 
-def test_redis_holds_so_many_jobs_and_no_more_and_everything_is_done_in_the_end(cast, run_jobs, monkeypatch, redis):
+def test_redis_holds_so_many_jobs_and_no_more_and_everything_is_done_in_the_order_it_was_posted(
+    cast, run_jobs, monkeypatch
+):
     monkeypatch.setattr(jobs, "WAITING_AT_MOST", 5)
     monkeypatch.setattr(jobs, "_full_until", {})
-    runs = [write(cast.subscriber, cast.general)[1] for _ in range(20)]
+    runs = [write(cast.subscriber, cast.general)[1] for _ in range(12)]
     enqueued = [jobs.enqueue_run(run_id) for run_id in runs]
-    assert enqueued == [True] * 5 + [False] * 15
+    assert enqueued == [True] * 5 + [False] * 7
+    assert [state_of(run_id) for run_id in runs] == ["queued"] * 5 + ["pending"] * 7
+    monkeypatch.setattr(jobs.time, "monotonic", lambda: float("inf"))  # a second later it asks whether there is room
+    assert not jobs.enqueue_run(runs[-1])
     assert jobs.queue().count == 5
-    assert [state_of(run_id) for run_id in runs] == ["queued"] * 5 + ["pending"] * 15
     execute("UPDATE run SET due_at = now() - interval '1 minute'")
-    assert jobs.sweep() == 0, "there is no room"
-    jobs.queue().empty()
-    assert jobs.sweep() > 0, "now there is, and what was taken away is found as well"
-    for _ in range(20):
+    assert jobs.sweep() == 0, "there is no room, and what is in the queue is not lost"
+
+    for done in (1, 2):
+        jobs.notify(runs[done - 1])
+        jobs.queue().remove(jobs.queue().get_job_ids(0, 1)[0])
+    assert jobs.sweep() == 2
+    assert [job.args[0] for job in jobs.queue().jobs] == runs[2:7], "what was pending comes last"
+    while jobs.queue().count:
         run_jobs()
-        execute("UPDATE run SET due_at = now() - interval '1 minute' WHERE due_at IS NOT NULL")
         jobs.sweep()
     assert {state_of(run_id) for run_id in runs} == {"succeeded"}
     assert verify() == []
@@ -310,5 +317,13 @@ def test_what_stands_first_in_the_queue_and_is_no_job_of_ours_is_no_reason_to_ta
     for hostile in (b"no-such-job", b"another"):
         redis.lpush(jobs.queue().key, hostile)
     redis.hset("rq:job:another", mapping={"data": b"garbage", "created_at": "yesterday", "origin": "notifications"})
+    execute("UPDATE run SET due_at = now() - interval '1 minute'")
+    assert jobs.sweep() == 0
+
+
+@pytest.mark.parametrize("argument", [-1, 2**63, "seven", None, float("inf")])
+def test_a_hostile_job_first_in_the_queue_is_no_reason_to_take_anything_for_lost(cast, argument):
+    jobs.queue().enqueue("jobs.notify", argument)
+    enqueue(cast.subscriber, cast.general)
     execute("UPDATE run SET due_at = now() - interval '1 minute'")
     assert jobs.sweep() == 0

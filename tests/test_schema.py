@@ -78,7 +78,7 @@ def test_runs_that_were_half_done_before_there_were_slices_go_on_where_they_stop
         ("failed", 1, True),
         ("succeeded", 0, True),
     ]
-    assert leases.overdue_slices(10, None) == [Part(2, 2)], "the failed one waits to be asked for"
+    assert leases.lost_slices(None) == [Part(2, 2)], "the failed one waits to be asked for"
     assert leases.retry_failed() == [Part(3, 2)]
     for run_id in (2, 3):
         execute("UPDATE run SET decisions = '{\"message\": 2}' WHERE id = %(id)s", {"id": run_id})

@@ -22,9 +22,9 @@ OFF = {
         WHOLE.format("state = 'failed', error = 'the disk is full'"),
         "run 1 failed: the disk is full",
     ),
-    "somebody takes care of what is not finished": (
+    "somebody takes care of what was begun": (
         "UPDATE slice SET due_at = '2026-01-01T00:00:00Z', attempts = 1 WHERE after = 0",
-        "run 3 is running, and nobody has taken care of it since 2026-01-01 00:00:00+00",
+        "run 3 was begun, and nobody has taken care of it since 2026-01-01 00:00:00+00",
     ),
     "every member is counted under one decision": (
         WHOLE.format("decisions = decisions || '{\"author\": 2}'"),
@@ -119,14 +119,15 @@ def test_what_is_being_done_is_not_off(world, in_another_session):
     assert verify() == []
 
 
-def test_what_waits_in_a_long_queue_is_not_off_until_later_ones_were_begun(cast):
-    waiting, later = (post(cast.subscriber, cast.general)[1] for _ in range(2))
-    execute("UPDATE run SET due_at = '2026-01-01T00:00:00Z'")
+def test_what_waits_in_a_long_queue_or_is_in_hand_for_long_is_not_off(world, cast):
+    waiting = post(cast.subscriber, cast.general)[1]
+    execute("UPDATE run SET due_at = '2026-01-01T00:00:00Z' WHERE state = 'queued'")
+    execute("UPDATE slice SET due_at = '2026-01-01T00:00:00Z'")
     assert verify() == []
-    run_to_end(later)
-    assert verify() == [], "a moment ago: that may be a matter of order"
-    execute("UPDATE run SET started_at = now() - interval '2 minutes' WHERE state = 'succeeded'")
-    assert verify() == [f"run {waiting} is queued, and nobody has taken care of it since 2026-01-01 00:00:00+00"]
+    execute(f"UPDATE run SET state = 'running', due_at = now() - interval '5 minutes' WHERE id = {waiting}")
+    assert verify() == [], "as long as a job may run"
+    execute(f"UPDATE run SET due_at = now() - interval '7 minutes' WHERE id = {waiting}")
+    assert [finding.split(",")[0] for finding in verify()] == [f"run {waiting} was begun"]
 
 
 def test_the_command_says_what_is_off_and_exits_1(command, world):
