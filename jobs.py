@@ -119,6 +119,14 @@ def _enqueue(name: str, parts: list[Part], lost: bool) -> bool:
     return True
 
 
+def queue_is_full() -> bool:
+    """Whether new runs had better wait in PostgreSQL. False as well where Redis is out of reach."""
+    try:
+        return _is_full(NOTIFICATIONS)
+    except RedisError:
+        return False
+
+
 def _is_full(name: str) -> bool:
     """Whether a queue that was full is so still. Asked of Redis once a second, and only then: not by every request."""
     until = _full_until.get(name)

@@ -32,8 +32,10 @@ def post_message(
     content: str,
     allowed: mentions.AllowedMentions | None = None,
     once: Once | None = None,
+    *,
+    run_state: str = "queued",
 ) -> Posted:
-    """Write a message and its run in one transaction. Enqueue the run after it.
+    """Write a message and its run in one transaction. Enqueue the run after it, or leave it `pending`.
 
     Raises NotFound where the author may not see the channel, Forbidden and SubscriptionRequired where they
     may not post, and what `idempotency.claim` raises.
@@ -61,7 +63,7 @@ def post_message(
             },
         )
         assert written is not None
-        run_id = create_run(written["id"], "message")
+        run_id = create_run(written["id"], "message", state=run_state)
         message = {
             "id": written["id"],
             "channel_id": channel_id,
@@ -71,7 +73,7 @@ def post_message(
             "edited_at": None,
             "mentions": found,
             "warnings": found.warnings,
-            "run": {"id": run_id, "state": "queued"},  # as it is, a moment after the commit
+            "run": {"id": run_id, "state": run_state},  # as it is, a moment after the commit
         }
         posted = Posted(message, run_id)
         if once:

@@ -22,20 +22,23 @@ _COLUMNS = """
 """The error is the run's own, or that of a slice which is being tried again."""
 
 
-def create_run(message_id: int, kind: str, mention_changes: dict[str, Any] | None = None) -> int:
+def create_run(
+    message_id: int, kind: str, mention_changes: dict[str, Any] | None = None, *, state: str = "queued"
+) -> int:
     """Write down that a message is to be fanned out; the run's id. Call it in the message's own transaction.
 
-    It is `queued` from the start, for its job is enqueued right after the commit: where that is not to be,
+    It is `queued` from the start where its job is enqueued right after the commit: if that fails,
     `leases.wait_for_room` makes it `pending`, and where nobody lives to do even that, the sweeper finds that it
     is not in the queue.
     """
     made = row(
         "INSERT INTO run (message_id, kind, state, mention_changes)"
-        " VALUES (%(message_id)s, %(kind)s, 'queued', %(mention_changes)s)"
+        " VALUES (%(message_id)s, %(kind)s, %(state)s, %(mention_changes)s)"
         " RETURNING id",
         {
             "message_id": message_id,
             "kind": kind,
+            "state": state,
             "mention_changes": Jsonb(mention_changes) if mention_changes is not None else None,
         },
     )

@@ -283,6 +283,18 @@ def test_redis_holds_so_many_jobs_and_no_more_and_everything_is_done_in_the_orde
     assert verify() == []
 
 
+def test_what_is_posted_while_the_queue_is_full_is_pending_from_the_start(api, cast, monkeypatch):
+    monkeypatch.setattr(jobs, "WAITING_AT_MOST", 1)
+    monkeypatch.setattr(jobs, "_full_until", {})
+    body = {"channel_id": cast.general, "content": "gold"}
+    states = []
+    for key in "aba":
+        message = api(cast.subscriber).post("/api/messages", json=body, headers={"Idempotency-Key": key}).get_json()
+        states.append((message["run"]["state"], state_of(message["run"]["id"])))
+    assert states == [("queued", "queued"), ("pending", "pending"), ("queued", "queued")]
+    assert jobs.queue().count == 1
+
+
 def test_a_job_that_was_lost_from_a_long_queue_is_found_and_done_before_those_that_wait(cast, run_jobs):
     runs = [enqueue(cast.subscriber, cast.general)[1] for _ in range(30)]
     lost = jobs.queue().get_job_ids(3, 1)[0]

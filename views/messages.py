@@ -12,7 +12,7 @@ from belfry import explanation, messages
 from belfry.errors import Invalid
 from belfry.idempotency import Once, remember
 from belfry.mentions import AllowedMentions
-from jobs import enqueue_run
+from jobs import enqueue_run, queue_is_full
 from views.endpoint import Answer, api, current_user, endpoint, json_response, paginate
 from views.limits import limit_messages
 
@@ -39,6 +39,7 @@ def post_message(body: dict[str, Any]) -> Answer | Response:
     """Post a message. Everyone who should know is told by a run, which this answer does not wait for."""
     allowed = body["allowed_mentions"]
     once = _once(body)
+    pending = queue_is_full()
     posted = messages.post_message(
         current_user(),
         body["channel_id"],
@@ -47,12 +48,13 @@ def post_message(body: dict[str, Any]) -> Answer | Response:
         if allowed
         else None,
         once,
+        run_state="pending" if pending else "queued",
     )
     if posted.answer is not None:
         location = f"/api/messages/{json.loads(posted.answer)['id']}"
         return json_response(posted.answer, 201, {"Location": location, "Idempotency-Replayed": "true"})
     message = posted.message
-    if not enqueue_run(posted.run_id):
+    if not pending and not enqueue_run(posted.run_id):
         message["run"]["state"] = "pending"
         if once:
             with suppress(OperationalError, InterfaceError):  # the message is posted, whatever becomes of this
