@@ -18,11 +18,11 @@ from redis import Redis
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 from redis.retry import Retry as RedisRetry
-from rq import Queue, Retry, Worker, get_current_job
+from rq import Queue, Retry, get_current_job
 from rq.exceptions import DeserializationError
 from rq.scheduler import RQScheduler
 
-from belfry import fanout, idempotency, leases, logs, runs
+from belfry import fanout, idempotency, leases, logs
 from belfry.leases import Part
 from belfry.points import reach
 from belfry.sql import row, transaction
@@ -288,52 +288,3 @@ def redis_answers() -> bool:
         return bool(redis_connection().ping())
     except RedisError:
         return False
-
-
-Reading = tuple[str, str, list[str], list[tuple[list[str], float]]]
-
-
-def readings() -> list[Reading]:
-    """What /metrics shows: (name, what it is, names of labels, [(labels, value), ...]) each.
-
-    What is out of reach has no values, and `belfry_up` says so.
-    """
-    queues: list[tuple[list[str], float]] = []
-    workers: list[tuple[list[str], float]] = []
-    redis_up = redis_answers()
-    if redis_up:
-        for name in QUEUES:
-            one = queue(name)
-            queues.append(([name, "queued"], one.count))
-            for state, registry in (
-                ("started", one.started_job_registry),
-                ("scheduled", one.scheduled_job_registry),
-                ("failed", one.failed_job_registry),
-            ):
-                queues.append(([name, state], registry.get_job_count(cleanup=False)))
-        workers.append(([], Worker.count(connection=redis_connection())))
-    unfinished: dict[str, Any] | None = None
-    with suppress(OperationalError, InterfaceError):
-        unfinished = runs.count_unfinished()
-    return [
-        (
-            "belfry_up",
-            "Whether a part answers",
-            ["part"],
-            [(["redis"], float(redis_up)), (["database"], float(unfinished is not None))],
-        ),
-        ("belfry_queue_jobs", "Jobs of a queue by state", ["queue", "state"], queues),
-        ("belfry_workers", "Workers that are registered", [], workers),
-        (
-            "belfry_runs",
-            "Runs that are not finished, and failed ones, by state",
-            ["state"],
-            [([state], count) for state, count in unfinished["states"].items()] if unfinished else [],
-        ),
-        (
-            "belfry_oldest_unfinished_run_seconds",
-            "Age of the oldest unfinished run; 0 when all is done",
-            [],
-            [([], unfinished["oldest_seconds"])] if unfinished else [],
-        ),
-    ]

@@ -2,15 +2,19 @@
 
 import hmac
 from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
 
 from flask import Blueprint, Response, g
+from peewee import InterfaceError, OperationalError
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
+from rq import Worker
 
-from belfry import accounts
+import jobs
+from belfry import accounts, runs
 from belfry.health import check
 from config import settings
-from jobs import readings, redis_answers
 from views.endpoint import bearer_token, json_response
 from views.problems import HttpProblem, problem
 
@@ -26,18 +30,67 @@ def healthz() -> Response:
 @blueprint.get("/readyz")
 def readyz() -> Response:
     """200 when database and Redis answer and the migrations are done; else 503, and which is not."""
-    parts = check(redis_answers)
+    parts = check(jobs.redis_answers)
     wrong = {part: [why] for part, why in parts.items() if why != "ok"}
     if wrong:
         return problem(503, "Not ready; `errors` says what is not.", errors=wrong)
     return json_response('{"status": "ok", "database": "ok", "redis": "ok", "migrations": "ok"}', 200)
 
 
+Reading = tuple[str, str, list[str], list[tuple[list[str], float]]]
+
+
+def _readings() -> list[Reading]:
+    """What /metrics shows: (name, what it is, names of labels, [(labels, value), ...]) each.
+
+    What is out of reach has no values, and `belfry_up` says so.
+    """
+    queues: list[tuple[list[str], float]] = []
+    workers: list[tuple[list[str], float]] = []
+    redis_up = jobs.redis_answers()
+    if redis_up:
+        for name in jobs.QUEUES:
+            one = jobs.queue(name)
+            queues.append(([name, "queued"], one.count))
+            for state, registry in (
+                ("started", one.started_job_registry),
+                ("scheduled", one.scheduled_job_registry),
+                ("failed", one.failed_job_registry),
+            ):
+                queues.append(([name, state], registry.get_job_count(cleanup=False)))
+        workers.append(([], Worker.count(connection=jobs.redis_connection())))
+    unfinished: dict[str, Any] | None = None
+    with suppress(OperationalError, InterfaceError):
+        unfinished = runs.count_unfinished()
+    return [
+        (
+            "belfry_up",
+            "Whether a part answers",
+            ["part"],
+            [(["redis"], float(redis_up)), (["database"], float(unfinished is not None))],
+        ),
+        ("belfry_queue_jobs", "Jobs of a queue by state", ["queue", "state"], queues),
+        ("belfry_workers", "Workers that are registered", [], workers),
+        (
+            "belfry_runs",
+            "Runs that are not finished, and failed ones, by state",
+            ["state"],
+            [([state], count) for state, count in unfinished["states"].items()] if unfinished else [],
+        ),
+        (
+            "belfry_oldest_unfinished_run_seconds",
+            "Age of the oldest unfinished run; 0 when all is done",
+            [],
+            [([], unfinished["oldest_seconds"])] if unfinished else [],
+        ),
+    ]
+
+
 class _Readings:
     """Asked anew at each scrape: nothing is kept in a process, so any web process gives the same answer."""
 
     def collect(self) -> Iterator[Metric]:
-        for name, about, labels, values in readings():
+        for name, about, labels, values in _readings():
             family = GaugeMetricFamily(name, about, labels=labels)
             for label_values, value in values:
                 family.add_metric(label_values, value)
