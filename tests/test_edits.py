@@ -203,6 +203,32 @@ def test_a_dismissed_notification_that_becomes_a_mention_stays_dismissed(cast):
     assert unread(cast.vip) == 0
 
 
+@pytest.mark.parametrize("members", [100, 2], ids=["one part", "slices"])
+def test_an_edit_waits_for_what_is_being_told_and_takes_it_back(cast, slices_of, members):
+    wants_mentions_only(cast.vip, cast.general)
+    slices_of(members)
+    message_id, run_id = post(cast.subscriber, cast.general, "gold")
+    if members == 2:
+        advance(run_id)  # so that it is her slice that tells her, and not the first part
+    execute(f"UPDATE message SET mentioned_users = '{{{cast.vip.id}}}'")
+    parts = parts_of(run_id)
+
+    def tell() -> None:
+        with db.connection_context():
+            for part in parts:
+                do(part)
+
+    telling = threading.Thread(target=tell)
+    with notifications_that("PERFORM pg_sleep(0.5);"):
+        telling.start()
+        time.sleep(0.2)
+        edited = messages.edit_message(cast.subscriber.user, message_id, "@moira").run_id
+        run_to_end(edited)
+        telling.join()
+    run_to_end(run_id)
+    assert told(message_id) == {cast.admin.id: "message", cast.moderator.id: "mention"}
+
+
 def test_an_edit_does_not_wait_for_the_slices_that_come_after_it(cast, slices_of):
     """Of a large fan-out by two workers, of whom always one or the other is at it."""
     crowd(cast.server_id, 60)
