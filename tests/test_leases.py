@@ -2,14 +2,18 @@
 
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import pytest
+from peewee import OperationalError
 
 import jobs
-from belfry import fanout, leases, points
+from belfry import fanout, idempotency, leases, points
 from belfry.leases import Part
 from belfry.sql import IDLE_SECONDS, execute, row
 from belfry.verification import verify
+from config import settings
 from models import TRIES, db
 from tests.processes import wait_until
 from tests.telling import (
@@ -19,6 +23,7 @@ from tests.telling import (
     crowd,
     do,
     fail_at_slice,
+    notifications_that,
     parts_of,
     post,
     run_of,
@@ -394,6 +399,24 @@ def test_retrying_is_a_transaction_that_a_process_that_hangs_loses(run):
     with statements() as seen:
         leases.retry_failed()
     assert "idle_in_transaction_session_timeout" in seen[0]
+
+
+# Statements that take too long ----------------------------------------------------------------------------
+
+
+def test_a_statement_ends_before_rq_would_break_its_job_off(run, monkeypatch):
+    monkeypatch.setattr(fanout, "settings", replace(settings, job_timeout=2))
+    with notifications_that("PERFORM pg_sleep(3);"), pytest.raises(OperationalError, match="statement timeout"):
+        do(Part(run))
+    assert parts_of(run) == [Part(run)], "and nothing has changed"
+    run_to_end(run)
+
+
+def test_a_sweep_that_waits_for_a_table_gives_up(monkeypatch):
+    seen: list[Any] = []
+    monkeypatch.setattr(idempotency, "forget_old_keys", lambda: seen.append(row("SHOW statement_timeout")))
+    jobs.sweep()
+    assert seen == [{"statement_timeout": "20s"}]
 
 
 # Processes that hang --------------------------------------------------------------------------------------

@@ -3,10 +3,12 @@
 import json
 import os
 import signal
+import threading
 import urllib.request
 from typing import Any
 
 import psutil
+import rq
 
 import jobs
 import worker
@@ -147,6 +149,32 @@ def test_the_sweeper_outlives_what_nobody_foresaw(monkeypatch, caplog):
     monkeypatch.setattr("worker.jobs.sweep", break_down)
     worker.sweep_once()
     assert "the sweep failed" in caplog.text
+
+
+def test_a_worker_does_not_fork_while_its_sweeper_is_in_the_database(monkeypatch):
+    """For the fork would have the locks of the sweeper's thread, and not the thread that opens them."""
+    sweeping, swept = threading.Event(), threading.Event()
+    order: list[str] = []
+
+    def sweep() -> int:
+        sweeping.set()
+        swept.wait(10)
+        order.append("swept")
+        return 0
+
+    monkeypatch.setattr("worker.jobs.sweep", sweep)
+    monkeypatch.setattr(rq.Worker, "fork_work_horse", lambda *_: order.append("forked"))
+    sweeper = threading.Thread(target=worker.sweep_once)
+    sweeper.start()
+    assert sweeping.wait(10)
+    forker = worker.BelfryWorker.__new__(worker.BelfryWorker)
+    forking = threading.Thread(target=forker.fork_work_horse, args=(None, None))
+    forking.start()
+    forking.join(0.2)
+    swept.set()
+    sweeper.join()
+    forking.join()
+    assert order == ["swept", "forked"]
 
 
 def test_in_burst_it_sweeps_until_nothing_is_left_to_enqueue(monkeypatch):
