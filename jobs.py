@@ -202,6 +202,9 @@ def _work_on(part: Part) -> None:
             leases.fail(part, attempt, f"{type(error).__name__}: {error}", _sweep_in(job))
             reach("failure.written", part.run_id, part.after)
             raise
+        if slices is None:
+            log.info("%s: attempt %s was overtaken by a later one, and wrote nothing", part, attempt)
+            return
         reach("run.committed" if part.after is None else "slice.committed", part.run_id, part.after)
         if slices:
             enqueue(slices)

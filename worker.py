@@ -19,6 +19,7 @@ from config import settings
 
 log = logging.getLogger(__name__)
 
+OTHERS_TURN = 4  # one job in so many may be of another queue though some wait in the first: a quarter of the time
 _fork_or_sweep = threading.Lock()
 """A fork copies locks as they are. While the sweeper's thread is in the database, nothing may fork."""
 
@@ -28,6 +29,14 @@ class BelfryWorker(Worker):  # type: ignore[misc]
 
     max_connection_wait_time = 5.0  # seconds between attempts to reach Redis; RQ's own limit is a minute
     asked_to_stop = False
+    _dequeued = 0
+
+    def reorder_queues(self, reference_queue: Queue) -> None:
+        """The first queue comes first; but for one job in OTHERS_TURN it comes last, so that it starves nobody."""
+        self._dequeued += 1
+        first, *others = self.queues
+        others_turn = self._dequeued % OTHERS_TURN == OTHERS_TURN - 1
+        self._ordered_queues = [*others, first] if others_turn else [first, *others]
 
     def request_stop(self, signum: int, frame: object) -> None:
         self.asked_to_stop = True

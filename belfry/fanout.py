@@ -168,11 +168,11 @@ when the lock is had: so that two slices that end at once are both counted, and 
 A run of which a slice was given up stays failed until that slice is done."""
 
 
-def tell(part: Part, attempt: int) -> list[Part]:
+def tell(part: Part, attempt: int) -> list[Part] | None:
     """Do one part, which was taken as this attempt; the slices that came of it, to be enqueued.
 
-    Nothing is done where another attempt has begun since. A message that was deleted meanwhile has nobody left to
-    tell: its run ends with what it has. Whatever goes wrong goes up to the caller, and nothing has changed.
+    None, and nothing is done, where another attempt has begun since. A message that was deleted meanwhile has nobody
+    left to tell: its run ends with what it has. Whatever goes wrong goes up to the caller, and nothing has changed.
     """
     with transaction(
         jit="off",  # compiling the statements would take longer than running them
@@ -181,7 +181,7 @@ def tell(part: Part, attempt: int) -> list[Part]:
     ):
         held = leases.hold(part, attempt)
         if held is None:
-            return []
+            return None
         reach("run.held" if part.after is None else "slice.held", part.run_id, part.after)
         subject = subject_of(held["message_id"])
         assert subject is not None  # run.message_id is a foreign key

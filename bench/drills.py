@@ -10,6 +10,7 @@ import os
 import random
 import signal
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,10 +22,12 @@ from typing import Any
 import redis
 
 from dev import CommandError, ports, say, stack, valkey
+from dev import stop as asked
 from dev.client import Client
 from dev.places import temporary_data_dir
 from dev.servers import named, servers
 
+PATIENCE = 120.0  # seconds without any progress
 PAUSE = 0.15  # seconds between two mentions
 TURNS = 5  # fan-outs during which mentions are posted: enough of them for a p95
 
@@ -62,8 +65,10 @@ class Ground:
         return message
 
     def wait(self, run_id: int, condition: Callable[[dict[str, Any]], bool] = lambda run: run["finished_at"]) -> Any:
+        give_up = time.monotonic() + PATIENCE
         while not condition(run := self.client.get(f"/api/runs/{run_id}")):
-            time.sleep(0.05)
+            _give_up_after(give_up, f"run {run_id}")
+            asked.sleep(0.05)
         return run
 
 
@@ -88,7 +93,9 @@ def mention(ground: Ground, members: int, _: int) -> dict[str, Any]:
             began = time.perf_counter()
             ground.client.patch(f"/api/messages/{message['id']}", {"content": "silver breaks out"})
             edits.append(time.perf_counter() - began)
+            give_up = time.monotonic() + PATIENCE
             while not ground.client.get(f"/api/runs/{run_id}")["finished_at"]:
+                _give_up_after(give_up, f"run {run_id}")
                 took.append(_until_it_is_there(ground, small, name, reader))
                 time.sleep(random.uniform(0, PAUSE))
             run = ground.wait(run_id)
@@ -107,9 +114,10 @@ def mention(ground: Ground, members: int, _: int) -> dict[str, Any]:
 
 
 def _until_it_is_there(ground: Ground, small: dict[str, Any], name: str, reader: Client) -> float:
-    began = time.perf_counter()
+    began, give_up = time.perf_counter(), time.monotonic() + PATIENCE
     message_id = ground.post(small, f"@{name}")["id"]
     while (page := reader.get("/api/notifications?limit=1")["items"])[:1] == [] or page[0]["message_id"] != message_id:
+        _give_up_after(give_up, f"message {message_id} to be in the inbox")
         time.sleep(0.01)
     return time.perf_counter() - began
 
@@ -180,16 +188,22 @@ def backlog(ground: Ground, _: int, posts: int) -> dict[str, Any]:
 
     with ThreadPoolExecutor(4) as authors:
         for first in range(0, posts, 1000):
+            asked.check()
             list(authors.map(author, range(min(1000, posts - first))))
             most = max(most, _used(client))
             say(f"  {first + 1000:,} posted, {_used(client) / 2**20:.1f} MiB in Redis")
     waiting = client.llen("rq:queue:notifications")
     began = time.perf_counter()
     with ground.workers(2):
-        while left := _unfinished():
+        left, give_up = _unfinished(), time.monotonic() + PATIENCE
+        while left:
             say(f"  {left:,} runs to go")
             most = max(most, _used(client))
-            time.sleep(10)
+            asked.sleep(10)
+            before, left = left, _unfinished()
+            if left < before:
+                give_up = time.monotonic() + PATIENCE
+            _give_up_after(give_up, f"{left:,} runs")
     edge = max(100, posts // 20)
     return {
         "posts": posts,
@@ -202,6 +216,11 @@ def backlog(ground: Ground, _: int, posts: int) -> dict[str, Any]:
         "redis_bytes_a_job": round((most - empty) / max(1, waiting)),
         "all_done_after_s": round(time.perf_counter() - began),
     }
+
+
+def _give_up_after(when: float, what: str) -> None:
+    if time.monotonic() > when:
+        raise CommandError(f"Waited {PATIENCE:.0f} s for {what}.")
 
 
 def _unfinished() -> int:
@@ -233,12 +252,23 @@ def _percentile(seconds: list[float], percent: int, factor: int = 1) -> float:
 DRILLS = {drill.__name__: drill for drill in (mention, stop, outage, backlog)}
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(prog="make drill", description=__doc__)
     parser.add_argument("names", nargs="*", choices=[*DRILLS, []], help="which; all of them unless given")
     parser.add_argument("--members", type=int, default=1_000_000, help="of the large audience (1000000)")
     parser.add_argument("--posts", type=int, default=100_000, help="of the backlog (100000)")
     arguments = parser.parse_args()
+    asked.listen()
+    try:
+        return _drill(arguments)
+    except asked.Stopped as stopped:
+        return 128 + stopped.signum
+    except CommandError as error:
+        say(str(error))
+        return 1
+
+
+def _drill(arguments: argparse.Namespace) -> int:
     results = {}
     with _ground() as ground:
         from belfry.verification import verify  # reads the environment that was just made
@@ -251,6 +281,7 @@ def main() -> None:
             for figure, value in results[name].items():
                 say(f"  {figure:30} {value}")
     say(json.dumps(results))
+    return 0
 
 
 @contextmanager
@@ -270,4 +301,4 @@ def _ground() -> Iterator[Ground]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

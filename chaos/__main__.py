@@ -14,14 +14,18 @@ import statistics
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 from belfry.points import POINTS
+from chaos.recovery import OWN, Blow, blow_of, recoveries
 from chaos.stage import WEB, WORKERS, Stage, staged
 from chaos.victim import KILL, KILL_WITH_PARENT, STOP
 from dev import CommandError, say
 from dev import stop as asked
 
+RECOVERY_SECONDS = 30.0  # the promise: no part waits longer
+LAST_ANSWERS_SECONDS = 300.0  # a few requests of one person after each other, each as patient as they are
 SETTLE_SECONDS = 90.0  # after the last blow; far more than recovery may take, so that what is lost is seen as lost
 STOP_SECONDS = (1.0, 10.0)  # shorter and longer than a hanging process keeps its locks
 FAULT_PERCENT = 1  # of the statements that write notifications fail, so that errors are retried as well
@@ -32,9 +36,10 @@ class Director:
 
     def __init__(self, stage: Stage, rng: random.Random) -> None:
         self._stage, self._rng = stage, rng
-        self.blows: list[tuple[float, str]] = []
+        self.blows: list[Blow] = []
         self.random_kills = self.outages = 0
-        self._resumes: list[tuple[float, int]] = []
+        self._halted: list[tuple[float, int]] = []  # until when, and who
+        self._deaths_seen = 0
 
     def kills(self) -> int:
         """How many processes were killed so far."""
@@ -75,17 +80,20 @@ class Director:
     def _halt(self, pid: int) -> None:
         if self._stage.send(pid, signal.SIGSTOP):
             self._note("stop of a worker and its work-horse")
-            self._resumes.append((time.time() + self._rng.uniform(*STOP_SECONDS), pid))
+            self._halted.append((time.time() + self._rng.uniform(*STOP_SECONDS), pid))
 
     def resume(self, *, everybody: bool = False) -> None:
         """Let those go on whose time has come, those who stopped at a point as well."""
-        known = {pid for _, pid in self._resumes}
-        for death in self._stage.deaths():
-            if death.action == STOP and death.pid not in known:
-                self._resumes.append((death.when + self._rng.uniform(*STOP_SECONDS), death.pid))
-        due = [pid for when, pid in self._resumes if everybody or when <= time.time()]
-        for pid in due:
-            self._stage.send(pid, signal.SIGCONT)
+        deaths = self._stage.deaths()
+        for death in deaths[self._deaths_seen :]:
+            if death.action == STOP:
+                self._halted.append((death.when + self._rng.uniform(*STOP_SECONDS), death.pid))
+        self._deaths_seen = len(deaths)
+        now = time.time()
+        for until, pid in self._halted:
+            if everybody or until <= now:
+                self._stage.send(pid, signal.SIGCONT)
+        self._halted = [] if everybody else [(until, pid) for until, pid in self._halted if until > now]
 
     def _redis(self) -> None:
         self.outages += 1
@@ -96,6 +104,7 @@ class Director:
             empty, pause = self._rng.random() < 0.5, self._rng.uniform(0, 4)
             self._note(f"Redis away for {pause:.1f} s, and back {'empty' if empty else 'with what it had'}")
             self._stage.restart_redis(empty=empty, pause=pause)
+            self._note("Redis is back")  # what was posted meanwhile waits from here on
 
     def _postgresql(self) -> None:
         self.outages += 1
@@ -105,9 +114,10 @@ class Director:
         else:
             self._note("PostgreSQL restarted")
             self._stage.restart_postgresql()
+            self._note("PostgreSQL is back")
 
     def _note(self, what: str) -> None:
-        self.blows.append((time.time(), what))
+        self.blows.append(Blow(time.time(), what))
 
 
 def main() -> int:
@@ -130,9 +140,9 @@ def main() -> int:
 def _play(arguments: argparse.Namespace) -> int:
     say(f"Starting PostgreSQL and Redis (seed {arguments.seed}) …")
     with staged() as stage:
-        from chaos.audit import audit  # these read the environment that was just made
+        from belfry.sql import rows  # these read the environment that was just made
+        from chaos.audit import audit
         from chaos.load import Load
-        from chaos.recovery import Blow, recoveries
         from chaos.world import make_world
 
         world = make_world()
@@ -145,23 +155,30 @@ def _play(arguments: argparse.Namespace) -> int:
         try:
             _strike(stage, director, arguments)
         finally:
-            load.stop()
-        director.resume(everybody=True)
+            director.resume(everybody=True)
+            load.ask_to_stop()
+        _wait_for(load.at_work, stage)
         _reach_database()
         _break_now_and_then(0)
         say("Settling …")
         _settle(stage)
+        settled = time.time()
         findings = audit(world, load.diary, stage.address)
         deaths = stage.deaths()
-        blows = [Blow(when, what, None) for when, what in director.blows]
-        blows += [Blow(death.when, f"{death.action} at {death.point}", death.run_id) for death in deaths]
-        recovered = recoveries(blows, stage.signs_of_life())
+        blows = [*director.blows, *map(blow_of, deaths)]
+        runs = rows("SELECT id, created_at, finished_at FROM run")
+        recovered = recoveries(blows, runs, stage.signs_of_life(), settled)
         waits = [recovery.seconds for recovery in recovered]
         for finding in findings.all()[:50]:
             say(f"  {finding}")
         _tell_what_happened(stage, director)
+        say(
+            f"  {findings.foretold:,} decisions could be foretold exactly,"
+            f" {findings.allowed_for:,} within what may have counted; the longest recoveries:"
+        )
         for recovery in recovered[-5:]:
-            say(f"  {recovery.seconds:.1f} s until run {recovery.run_id} went on after: {recovery.blow.what}")
+            part = f"run {recovery.run_id}" + (f" after {recovery.after}" if recovery.after != OWN else "")
+            say(f"  {recovery.seconds:.1f} s until {part} went on after: {recovery.blow.what}")
         if arguments.log:
             _keep_logs(stage, arguments.log)
         result = {
@@ -178,7 +195,12 @@ def _play(arguments: argparse.Namespace) -> int:
             },
         }
     say(json.dumps(result))
-    return 1 if findings.all() else 0
+    return 0 if ends_well(findings.all(), waits) else 1
+
+
+def ends_well(findings: list[str], waits: list[float]) -> bool:
+    """Whether what was promised was kept."""
+    return not findings and max(waits, default=0.0) < RECOVERY_SECONDS
 
 
 def _strike(stage: Stage, director: Director, arguments: argparse.Namespace) -> None:
@@ -193,6 +215,16 @@ def _strike(stage: Stage, director: Director, arguments: argparse.Namespace) -> 
             return
         director.strike()
     say("The time is up.")
+
+
+def _wait_for(at_work: Callable[[], list[str]], stage: Stage) -> None:
+    """Until everybody has the answers that they wait for; Belfry is kept running meanwhile."""
+    give_up = time.monotonic() + LAST_ANSWERS_SECONDS
+    while waiting := at_work():
+        if time.monotonic() > give_up:
+            raise CommandError(f"They still wait for answers: {', '.join(waiting)}")
+        stage.keep_running()
+        asked.sleep(0.2)
 
 
 def _reach_database() -> None:

@@ -30,17 +30,18 @@ WORKER = ("flask", "--app", "app", "worker")
 
 
 class Death(NamedTuple):
-    """What a process did to itself at a point, with a run in hand or without."""
+    """What a process did to itself at a point, with a part of a run in hand or without. `after` as of a Sign."""
 
     when: float
     pid: int
     run_id: int | None
+    after: str
     point: str
     action: str
 
 
 class Sign(NamedTuple):
-    """Somebody took up a part of a run (its own, or the slice after a user id), or was done with it."""
+    """Somebody took up a part of a run, or was done with it: its own ("None"), or the slice after a user id."""
 
     when: float
     run_id: int
@@ -137,10 +138,10 @@ class Stage:
 
     def deaths(self) -> list[Death]:
         """All that happened at points."""
-        found = (line.split(" ", 4) for line in self._lines("deaths"))
+        found = (line.split(" ", 5) for line in self._lines("deaths"))
         return [
-            Death(float(when), int(pid), int(run_id) or None, point, action)
-            for when, pid, run_id, point, action in found
+            Death(float(when), int(pid), int(run_id) or None, after, point, action)
+            for when, pid, run_id, after, point, action in found
         ]
 
     def signs_of_life(self) -> list[Sign]:

@@ -34,7 +34,7 @@ class Victim:
         action = self._armed(point)
         if action is None:
             return
-        self._write("deaths", f"{time.time():.3f} {os.getpid()} {run_id or 0} {point} {action}")
+        self._write("deaths", f"{time.time():.3f} {os.getpid()} {run_id or 0} {after} {point} {action}")
         if action == KILL_WITH_PARENT and os.getppid() == self._main:
             os.kill(self._main, signal.SIGKILL)
         os.kill(os.getpid(), signal.SIGSTOP if action == STOP else signal.SIGKILL)

@@ -35,15 +35,18 @@ Wish = Preference | Subscription | None
 @dataclass
 class Change:
     """What somebody wants to hear of a channel, or their subscription: from when it may have counted, and until
-    when it may have counted still. Between a request and its answer nobody knows."""
+    when it may have counted still. Between a request and its answer nobody knows. `settled` is when the last of its
+    attempts has surely been carried out, or never will be."""
 
     value: Wish
     since: float
     until: float = float("inf")
+    attempts: int = 1
+    settled: float = 0.0
 
 
 LATE_SECONDS = 45.0
-"""A request whose client gave up may still be carried out, by a web process that was stopped and goes on."""
+"""An attempt whose client gave up may still be carried out, by a web process that was stopped and goes on."""
 
 Matter = tuple[int, int | None]
 """(user id, channel id), or (user id, None) for the subscription."""
@@ -65,14 +68,19 @@ class World:
         return sorted({user_id for user_id, _ in self.changes})
 
     @contextmanager
-    def change(self, matter: Matter, value: Wish) -> Iterator[None]:
-        """Around the request that changes it: what was before counts no more after it, but for stragglers."""
+    def change(self, matter: Matter, value: Wish) -> Iterator[Change]:
+        """Around the request that changes it, whose attempts are to be set: what was before, and settled when this
+        began, counts no more after it."""
+        new = Change(value, time.time(), settled=float("inf"))
         with self.lock:
-            self.changes[matter].append(Change(value, time.time()))
-        yield
+            self.changes[matter].append(new)
+        yield new
+        now = time.time()
         with self.lock:
-            for change in self.changes[matter][:-1]:
-                change.until = min(change.until, time.time() + LATE_SECONDS)
+            new.settled = now + LATE_SECONDS if new.attempts > 1 else now
+            for old in self.changes[matter][:-1]:
+                if old.settled <= new.since:
+                    old.until = min(old.until, now)
 
     def possible(self, matter: Matter, since: float, until: float) -> list[Wish]:
         """All that may have counted at some time of a period."""

@@ -83,23 +83,23 @@ def test_an_attempt_that_a_later_one_has_overtaken_can_write_nothing(run):
     let_time_pass()
     assert overdue() == [Part(run)]
     in_time = leases.take(Part(run))
-    assert fanout.tell(Part(run), late) == []
+    assert fanout.tell(Part(run), late) is None
     leases.fail(Part(run), late, "I come late", None)
     assert (run_of(run)["state"], run_of(run)["done"], run_of(run)["error"]) == ("running", 0, None)
     fanout.tell(Part(run), in_time)
-    assert fanout.tell(Part(run), late) == []
+    assert fanout.tell(Part(run), late) is None
     assert (run_of(run)["state"], stats(run)) == ("succeeded", EVERYBODY)
 
 
 def test_an_attempt_at_a_slice_that_a_later_one_has_overtaken_can_write_nothing(large_run):
     part = parts_of(large_run)[2]
     late, in_time = leases.take(part), leases.take(part)
-    fanout.tell(part, late)
+    assert fanout.tell(part, late) is None
     leases.fail(part, late, "I come late", None)
     assert (run_of(large_run)["done"], run_of(large_run)["error"]) == (0, None)
     fanout.tell(part, in_time)
     assert run_of(large_run)["done"] == 5
-    fanout.tell(part, late)
+    assert fanout.tell(part, late) is None
     assert run_of(large_run)["done"] == 5
 
 

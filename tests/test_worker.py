@@ -12,10 +12,12 @@ import rq
 
 import jobs
 import worker
+from belfry.leases import Part
 from belfry.sql import execute, row
 from models import Notification, Run
 from tests.processes import a_gate, a_web_process, a_worker, running, wait_until
-from tests.telling import notifications_that, parts_of
+from tests.telling import advance, crowd, notifications_that, parts_of
+from tests.telling import post as write
 
 
 def post(address: str, token: str, channel_id: int, content: str) -> tuple[int, dict[str, Any]]:
@@ -175,6 +177,26 @@ def test_a_worker_does_not_fork_while_its_sweeper_is_in_the_database(monkeypatch
     sweeper.join()
     forking.join()
     assert order == ["swept", "forked"]
+
+
+def test_small_messages_go_first_and_a_large_one_goes_on_though_they_never_cease(
+    cast, slices_of, monkeypatch
+):
+    crowd(cast.server_id, 20)
+    slices_of(5)
+    _, large = write(cast.subscriber, cast.general)
+    advance(large)
+    slices = parts_of(large)
+    assert len(slices) == 5
+    jobs.enqueue(slices)
+    small = [write(cast.subscriber, cast.general)[1] for _ in range(20)]
+    jobs.enqueue([Part(run_id) for run_id in small])
+    taken: list[str] = []
+    monkeypatch.setattr(worker.BelfryWorker, "execute_job", lambda self, job, queue: taken.append(queue.name))
+    worker.work(burst=True)
+    assert taken[:7] == ["notifications"] * 3 + ["bulk"] + ["notifications"] * 3
+    assert taken.count("bulk") == 5
+    assert taken[-1] == "notifications"
 
 
 def test_in_burst_it_sweeps_until_nothing_is_left_to_enqueue(monkeypatch):
