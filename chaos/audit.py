@@ -128,14 +128,14 @@ def _check_statistics(run: dict, allowed: list[set[str]], findings: Findings) ->
 
 
 def _check_reading(world: World, diary: Diary, told: dict, findings: Findings) -> None:
-    """What somebody has read stays there, and stays read, unless an edit mentions them, or takes it back."""
+    """What somebody has read stays there, and stays read, unless an edit mentions them."""
     posted = {one.id: one for one in diary.posted}
-    for user_id, message_id, _ in diary.read:
+    for user_id, message_id in diary.read:
         message, found = posted[message_id], told[message_id].get(user_id)
         edits = [*message.revisions.values()][1:]
         roles = world.small.members[user_id].roles
         mentioned = any(user_id in edit.named or edit.everyone or roles & edit.named_roles for edit in edits)
-        if found is None and not edits:
+        if found is None:
             findings.missing.append(f"user {user_id} had read message {message_id}, and it is gone")
         if found and found["read_at"] is None and not mentioned:
             findings.duplicates.append(f"user {user_id} had read message {message_id}, and was told of it again")

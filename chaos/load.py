@@ -46,10 +46,10 @@ class Posted:
 
 @dataclass
 class Diary:
-    """What the load has done, and what it has seen that must not be. `read` is (user id, message id, when)."""
+    """What the load has done, and what it has seen that must not be. `read`: (user id, message id), surely marked."""
 
     posted: list[Posted] = field(default_factory=list)
-    read: list[tuple[int, int, float]] = field(default_factory=list)
+    read: list[tuple[int, int]] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -215,11 +215,13 @@ class Load:
         if len(seen) != len(set(seen)):
             self.diary.wrong.append(f"user {reader} is shown the same message twice: {sorted(seen)}")
         what: dict[str, Any] = {"all": True} if rng.random() < 0.2 else {"ids": [f"{reader}-{id_}" for id_ in seen]}
-        if what.get("ids") != []:
-            status, answer = client.send("POST", "/api/notifications/read", what)
-            self._expect(status == 200, "POST of what is read", status, answer)
-        with self.diary.lock:
-            self.diary.read += [(reader, message_id, time.time()) for message_id in seen]
+        if what.get("ids") == []:
+            return
+        status, answer = client.send("POST", "/api/notifications/read", what)
+        self._expect(status == 200, "POST of what is read", status, answer)
+        if "ids" in what and answer["marked"] == len(seen):  # otherwise an edit may have taken one back before
+            with self.diary.lock:
+                self.diary.read += [(reader, message_id) for message_id in seen]
 
     def _waver(self, rng: random.Random) -> None:
         """Somebody wants to hear something else of a channel."""

@@ -235,10 +235,12 @@ def test_the_audit_finds_messages_that_nobody_or_two_requests_made_or_that_are_g
 def test_the_audit_finds_what_was_read_and_is_not_any_more(play):
     world, diary, _ = play
     reader = somebody_told(world)
-    diary.read.append((reader, diary.posted[0].id, time.time()))
+    diary.read.append((reader, diary.posted[0].id))
     assert found(play) == {"duplicates": 1}
     execute(f"UPDATE notification SET read_at = now() WHERE user_id = {reader}")
     assert found(play) == {}
+    execute(f"DELETE FROM notification WHERE user_id = {reader}")
+    assert found(play) == {"missing": 2, "wrong_decision": 1}
 
 
 def test_what_somebody_changed_is_foretold_again_once_its_request_was_answered(play):
