@@ -12,6 +12,7 @@ import rq
 
 import jobs
 import worker
+from belfry import leases
 from belfry.leases import Part
 from belfry.sql import execute, row
 from models import Notification, Run
@@ -233,6 +234,15 @@ def test_a_job_that_finds_its_run_in_other_hands_leaves_it_there(api, cast, in_a
     with in_another_session("SELECT FROM run FOR NO KEY UPDATE"):
         jobs.notify(1)
     assert (state_of(1), Run.get_by_id(1).attempts) == ("queued", 0)
+
+
+def test_a_job_that_was_overtaken_says_so_and_not_that_it_is_done(cast, monkeypatch, caplog):
+    _, run_id = write(cast.subscriber, cast.general)
+    monkeypatch.setattr(leases, "hold", lambda *_: None)
+    with caplog.at_level("INFO"):
+        jobs.notify(run_id)
+    assert f"run {run_id}: attempt 1 was overtaken" in caplog.text
+    assert "done" not in caplog.text
 
 
 def test_an_author_does_not_see_the_inside_of_an_error(api, cast):
