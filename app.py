@@ -22,13 +22,12 @@ import time
 import uuid
 
 from flask import Flask, Response, g, request
-from peewee import InterfaceError, OperationalError
 from werkzeug.routing import IntegerConverter
 
 import commands
 from belfry import accounts, logs
 from config import secret_key, settings
-from models import LARGEST_ID, User, db
+from models import LARGEST_ID, db
 from views import dashboard, health, inbox, limits, messages, openapi, people, problems, runs, servers
 from views.endpoint import BODY_BYTES, api, bearer_token
 
@@ -86,16 +85,7 @@ def _authenticate() -> None:
     """Find out who asks under /api, before anything is counted. Nobody is fine here; endpoints ask for more."""
     g.user = None
     if request.path.startswith("/api/") and (token := bearer_token()):
-        g.user = _whose(token)
-
-
-def _whose(token: str) -> User | None:
-    try:
-        return accounts.authenticate(token)
-    except (OperationalError, InterfaceError):
-        # The pool's connection may be left over from before PostgreSQL restarted: once more, on a new one.
-        db.close()
-        return accounts.authenticate(token)
+        g.user = accounts.authenticate(token)
 
 
 def _sign(answer: Response) -> Response:

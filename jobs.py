@@ -20,7 +20,9 @@ from redis.exceptions import RedisError
 from redis.retry import Retry as RedisRetry
 from rq import Queue, Retry, get_current_job
 from rq.exceptions import DeserializationError
+from rq.job import Job
 from rq.scheduler import RQScheduler
+from rq.timeouts import JobTimeoutException
 
 from belfry import fanout, idempotency, leases, logs
 from belfry.leases import Part
@@ -39,6 +41,7 @@ QUEUES = (NOTIFICATIONS, BULK, DELIVERIES)
 RETRIES = TRIES - 1
 GRACE_SECONDS = 5  # after a retry should have begun, before the sweeper takes it for lost
 WAITING_AT_MOST = 10_000  # jobs in a queue; what is beyond that waits in PostgreSQL, and Redis stays small
+TOGETHER_AT_MOST = 400  # small runs that are done in one transaction
 ENQUEUED_AT_ONCE = 500  # jobs in one round trip to Redis
 _process = os.getpid()
 _full_until: dict[str, float] = {}  # by queue, in `time.monotonic()`: asking each time would be a round trip more
@@ -139,6 +142,37 @@ def _is_full(name: str) -> bool:
     return False
 
 
+def _job_id(run_id: int) -> str:
+    return f"run-{run_id}"
+
+
+def _run_of(job_id: bytes) -> int | None:
+    """Whose job it is, as far as the id alone says so: of a run as a whole."""
+    kind, _, number = job_id.partition(b"-")
+    return int(number) if kind == b"run" and number.isdigit() and int(number) <= LARGEST_ID else None
+
+
+def _waiting_runs() -> list[int]:
+    """The runs whose jobs come next; [] where Redis is out of reach."""
+    try:
+        ids: list[Any] = redis_connection().lrange(queue().key, 0, TOGETHER_AT_MOST - 1)
+    except RedisError:
+        return []
+    return [run_id for job_id in ids if (run_id := _run_of(job_id)) is not None]
+
+
+def _withdraw(run_ids: Sequence[int]) -> None:
+    """Take the jobs of these runs out of the queue: somebody is at them. One that is left finds nothing to do."""
+    try:
+        with redis_connection().pipeline(transaction=False) as pipeline:
+            for run_id in run_ids:
+                pipeline.lrem(queue().key, 1, _job_id(run_id))
+            pipeline.unlink(*(Job.key_for(_job_id(run_id)) for run_id in run_ids))
+            pipeline.execute()
+    except RedisError as error:
+        log.warning("Redis is out of reach, %s job(s) stay in the queue: %s", len(run_ids), error)
+
+
 def _wish(part: Part, at_front: bool) -> Any:
     return Queue.prepare_data(
         "jobs.notify" if part.after is None else "jobs.notify_slice",
@@ -148,6 +182,7 @@ def _wish(part: Part, at_front: bool) -> Any:
         failure_ttl=7 * 86_400,
         description=str(part),
         at_front=at_front,
+        job_id=_job_id(part.run_id) if part.after is None else None,
         retry=Retry(max=RETRIES, interval=retry_intervals()),
     )
 
@@ -173,43 +208,88 @@ def _connection() -> Iterator[None]:
 def notify(run_id: int) -> None:
     """Fan out one run; of one with a large audience, share it out and tell the mentioned. Queue `notifications`.
 
-    Retried with growing intervals; what failed is on the run.
+    The small ones that wait behind it are done in the same transaction: a commit, a statement and a job for all of
+    them. Retried with growing intervals; what failed is on the run.
     """
-    _work_on(Part(run_id))
+    with _at_work_on(Part(run_id)):
+        taken = leases.take_together(run_id, _waiting_runs(), settings.slice_members)
+        left = _tell_together(taken, run_id) if taken else []
+        if run_id not in taken:
+            _take_and_tell(Part(run_id))
+        elif run_id in left:
+            _tell(Part(run_id), 1)
+        reach("job.done", run_id)
 
 
 def notify_slice(run_id: int, after: int) -> None:
     """Fan out the slice of a large run that begins after a user id. Queue `bulk`; otherwise as `notify`."""
-    _work_on(Part(run_id, after))
+    with _at_work_on(Part(run_id, after)):
+        _take_and_tell(Part(run_id, after))
+        reach("job.done", run_id, after)
 
 
-def _work_on(part: Part) -> None:
+@contextmanager
+def _at_work_on(part: Part) -> Iterator[None]:
     job = get_current_job()
     with logs.context(run_id=part.run_id, job_id=job.id if job else None), _connection():
         reach("job.begun", part.run_id, part.after)
-        attempt = leases.take(part)
-        if attempt is None:
-            log.info("%s: nothing to do: it is done, has failed (`flask runs retry`), or is in other hands", part)
-            return
-        reach("run.taken" if part.after is None else "slice.taken", part.run_id, part.after)
-        try:
-            slices = fanout.tell(part, attempt)
-        except Exception as error:
-            reach("failure.met", part.run_id, part.after)
-            log.warning("%s failed: %s: %s", part, type(error).__name__, error)
-            # Written down, and up it goes: RQ's retry must see it. Where the connection broke this fails as well,
-            # and rightly so: that is no fault of the message's, its lease has ended, and the sweeper goes on.
-            leases.fail(part, attempt, f"{type(error).__name__}: {error}", _sweep_in(job))
-            reach("failure.written", part.run_id, part.after)
-            raise
-        if slices is None:
-            log.info("%s: attempt %s was overtaken by a later one, and wrote nothing", part, attempt)
-            return
-        reach("run.committed" if part.after is None else "slice.committed", part.run_id, part.after)
-        if slices:
-            enqueue(slices)
-        log.info("%s: done%s", part, f", {len(slices)} slices to go" if slices else "")
-        reach("job.done", part.run_id, part.after)
+        yield
+
+
+def _tell_together(taken: list[int], first: int) -> list[int]:
+    """Fan out runs that were taken together; those that are not done: of the others the failure is on the run."""
+    for run_id in taken:
+        reach("run.taken", run_id)
+    others = [run_id for run_id in taken if run_id != first]
+    if others:
+        _withdraw(others)
+    try:
+        done = fanout.tell_together(taken)
+    except (JobTimeoutException, OperationalError, InterfaceError):
+        raise  # no fault of any of them: their leases end, and the sweeper goes on
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        log.warning("%s runs together failed, and are tried one by one: %s", len(taken), reason)
+        done = []
+    for run_id in done:
+        reach("run.committed", run_id)
+    if done:
+        log.info("%s: done%s", Part(done[0]), f", with {len(done) - 1} others" if len(done) > 1 else "")
+    left = [run_id for run_id in taken if run_id not in set(done)]
+    for run_id in left:
+        if run_id != first:
+            with suppress(Exception):  # it is on its run, and the sweeper begins that again
+                _tell(Part(run_id), 1)
+    return left
+
+
+def _take_and_tell(part: Part) -> None:
+    attempt = leases.take(part)
+    if attempt is None:
+        log.info("%s: nothing to do: it is done, has failed (`flask runs retry`), or is in other hands", part)
+        return
+    reach("run.taken" if part.after is None else "slice.taken", part.run_id, part.after)
+    _tell(part, attempt)
+
+
+def _tell(part: Part, attempt: int) -> None:
+    try:
+        slices = fanout.tell(part, attempt)
+    except Exception as error:
+        reach("failure.met", part.run_id, part.after)
+        log.warning("%s failed: %s: %s", part, type(error).__name__, error)
+        # Written down, and up it goes: RQ's retry must see it. Where the connection broke this fails as well,
+        # and rightly so: that is no fault of the message's, its lease has ended, and the sweeper goes on.
+        leases.fail(part, attempt, f"{type(error).__name__}: {error}", _sweep_in(get_current_job()))
+        reach("failure.written", part.run_id, part.after)
+        raise
+    if slices is None:
+        log.info("%s: attempt %s was overtaken by a later one, and wrote nothing", part, attempt)
+        return
+    reach("run.committed" if part.after is None else "slice.committed", part.run_id, part.after)
+    if slices:
+        enqueue(slices)
+    log.info("%s: done%s", part, f", {len(slices)} slices to go" if slices else "")
 
 
 def _sweep_in(job: Any) -> float | None:

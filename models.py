@@ -5,9 +5,11 @@ notification for one person and message. Times are `timestamptz` in UTC. Text wi
 has a CHECK; the four reasons for which somebody is told are a type of their own, `reason`.
 """
 
+import select
 from datetime import UTC, datetime
 from typing import Any
 
+import psycopg
 from peewee import (
     SQL,
     BigAutoField,
@@ -56,10 +58,22 @@ def _connect_parameters() -> dict[str, Any]:
     return parameters
 
 
-def make_database() -> PooledPostgresqlDatabase:
+class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
+    """peewee's pool, which hands out no connection that PostgreSQL has ended meanwhile, as when it restarted."""
+
+    def _is_closed(self, conn: psycopg.Connection[Any]) -> bool:
+        if super()._is_closed(conn):
+            return True
+        # Nothing is expected on a connection that nobody uses: what can be read is its end, or a word of it.
+        readable = select.poll()
+        readable.register(conn.fileno(), select.POLLIN)
+        return bool(readable.poll(0))
+
+
+def make_database() -> Pool:
     """A pool of connections to DATABASE_URL, one for each thread that works; nothing is opened yet."""
     parameters = _connect_parameters()
-    return PooledPostgresqlDatabase(
+    return Pool(
         parameters.pop("dbname"),
         max_connections=settings.web_threads + 2,  # the sweeper's, and one for the commands
         stale_timeout=300,

@@ -1,15 +1,30 @@
-"""The worker of the Procfile: RQ's own, which also sweeps, and outlives a restart of Redis."""
+"""The worker of the Procfile: a process that does the jobs, and its parent, which sweeps and keeps one running.
 
+RQ's own worker forks for each job: 25 ms, in which 25 messages could be told. Here the work-horse stays, and takes job
+after job. What a fork a job gives is kept otherwise:
+
+- a job that runs too long is broken off by RQ in the process, and by the parent where that does not help;
+- one that kills the process takes nobody else's work with it: the parent starts another in a tenth of a second, and the
+  part's lock, its lease, has ended with the process's connection;
+- memory cannot grow without an end: after JOBS_OF_A_HORSE jobs the process ends, and another follows.
+"""
+
+import contextlib
+import ctypes
 import logging
+import mmap
+import os
+import random
 import signal
-import threading
+import struct
+import sys
 import time
 
 from peewee import InterfaceError, OperationalError
 from playhouse.pool import MaxConnectionsExceeded
 from redis import Redis
 from redis.exceptions import RedisError
-from rq import Worker
+from rq import SimpleWorker
 from rq.job import Job
 from rq.queue import Queue
 
@@ -19,73 +34,156 @@ from config import settings
 
 log = logging.getLogger(__name__)
 
+JOBS_OF_A_HORSE = 10_000
 OTHERS_TURN = 4  # one job in so many may be of another queue though some wait in the first: a quarter of the time
-_fork_or_sweep = threading.Lock()
-"""A fork copies locks as they are. While the sweeper's thread is in the database, nothing may fork."""
+OVERTIME_SECONDS = 10  # after JOB_TIMEOUT, before a process that cannot be broken off is killed
+TICK_SECONDS = 0.05  # between two looks of the parent: how soon another process follows one that died
+PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 
 
-class BelfryWorker(Worker):  # type: ignore[misc]
-    """RQ's forking worker. Its jobs' modules are imported before the fork: four times as many jobs a second."""
+class BelfryWorker(SimpleWorker):  # type: ignore[misc]
+    """RQ's worker that does its jobs itself."""
 
     max_connection_wait_time = 5.0  # seconds between attempts to reach Redis; RQ's own limit is a minute
     asked_to_stop = False
-    _dequeued = 0
+    deadline: "Deadline | None" = None
+    dequeued = 0
+
+    def request_stop(self, signum: int, frame: object) -> None:
+        """The work in hand is finished, however often somebody asks: Heroku sends SIGTERM to every process, and the
+        parent passes its own on."""
+        if not self.asked_to_stop:
+            self.asked_to_stop = True
+            try:
+                super().request_stop(signum, frame)
+            finally:
+                self._install_signal_handlers()  # for RQ's next would be those of a cold stop
 
     def reorder_queues(self, reference_queue: Queue) -> None:
         """The first queue comes first; but for one job in OTHERS_TURN it comes last, so that it starves nobody."""
-        self._dequeued += 1
+        self.dequeued += 1
         first, *others = self.queues
-        others_turn = self._dequeued % OTHERS_TURN == OTHERS_TURN - 1
+        others_turn = self.dequeued % OTHERS_TURN == OTHERS_TURN - 1
         self._ordered_queues = [*others, first] if others_turn else [first, *others]
-
-    def request_stop(self, signum: int, frame: object) -> None:
-        self.asked_to_stop = True
-        super().request_stop(signum, frame)
 
     def execute_job(self, job: Job, queue: Queue) -> None:
         reach("worker.taken")
+        if self.deadline:
+            self.deadline.set(job.timeout or settings.job_timeout)
         super().execute_job(job, queue)
-
-    def fork_work_horse(self, job: Job, queue: Queue) -> None:
-        with _fork_or_sweep:
-            super().fork_work_horse(job, queue)
-        reach("worker.forked")
-
-    def setup_work_horse_signals(self) -> None:
-        """Heroku sends SIGTERM to every process: the work in hand is finished, and the worker ends after it."""
-        super().setup_work_horse_signals()
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if self.deadline:
+            self.deadline.clear()
 
 
-class Sweeper(threading.Thread):
-    """Looks every SWEEP_SECONDS for retries whose time has come, and for what nobody takes care of. Goes on whatever
-    is out of reach."""
+class Deadline:
+    """Until when the job in hand has to be done; the work-horse writes it, and its parent reads it."""
 
     def __init__(self) -> None:
-        super().__init__(name="sweeper", daemon=True)
-        self._stop_asked = threading.Event()
+        self._shared = mmap.mmap(-1, 8)
+
+    def set(self, seconds: float) -> None:
+        self._shared[:] = struct.pack("d", time.monotonic() + seconds + OVERTIME_SECONDS)
+
+    def clear(self) -> None:
+        self._shared[:] = struct.pack("d", 0.0)
+
+    def is_over(self) -> bool:
+        when: float = struct.unpack("d", self._shared[:])[0]
+        return 0.0 < when < time.monotonic()
+
+
+class Supervisor:
+    """The parent: it keeps a work-horse running, and sweeps every SWEEP_SECONDS. It does no job itself."""
+
+    def __init__(self) -> None:
+        self._stopping = False
+        self._horse = 0
+        self._deadline = Deadline()
 
     def run(self) -> None:
-        while not self._stop_asked.is_set():
-            sweep_once()
-            self._stop_asked.wait(settings.sweep_seconds)
+        """Until SIGTERM or SIGINT; then until the job in hand is done."""
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, self._stop)
+        swept = 0.0
+        while not self._stopping:
+            if not self._horse:
+                self._start_horse()
+            if time.monotonic() - swept >= settings.sweep_seconds:
+                sweep_once()
+                swept = time.monotonic()
+            self._look_after_horse()
+            time.sleep(TICK_SECONDS)
+        while self._horse:
+            self._tell_horse(signal.SIGTERM)
+            self._look_after_horse()
+            time.sleep(TICK_SECONDS)
 
-    def stop(self) -> None:
-        """Ends it after the sweep in hand."""
-        self._stop_asked.set()
-        self.join(timeout=10)
+    def _stop(self, signum: int, frame: object) -> None:
+        self._stopping = True
+        self._tell_horse(signal.SIGTERM)
+
+    def _tell_horse(self, signum: signal.Signals) -> None:
+        if self._horse:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._horse, signum)
+
+    def _start_horse(self) -> None:
+        self._deadline.clear()
+        parent = os.getpid()
+        pid = os.fork()
+        if pid:
+            self._horse = pid
+            return
+        status = 1
+        try:
+            for signum in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(signum, signal.SIG_DFL)  # until RQ has its own: there is nothing in hand
+            _end_with(parent)
+            random.seed()
+            reach("worker.forked")
+            work_horse(self._deadline)
+            status = 0
+        except Exception:
+            log.exception("the work-horse failed")
+        finally:
+            logging.shutdown()
+            os._exit(status)
+
+    def _look_after_horse(self) -> None:
+        if not self._horse:
+            return
+        pid, status = os.waitpid(self._horse, os.WNOHANG)
+        if pid:
+            self._horse = 0
+            if status and not self._stopping:
+                log.error("the work-horse ended with %s: another is started", _words_of(status))
+        elif self._deadline.is_over():
+            log.error("a job takes %s s longer than it may: its process is killed", OVERTIME_SECONDS)
+            self._tell_horse(signal.SIGKILL)
+
+
+def _words_of(status: int) -> str:
+    code = os.waitstatus_to_exitcode(status)
+    return f"signal {-code}" if code < 0 else f"code {code}"
+
+
+def _end_with(parent: int) -> None:
+    """On Linux a work-horse is asked to stop when its parent dies; elsewhere it goes on, and harms nobody."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:
+            os._exit(1)
 
 
 def sweep_once() -> int:
     """One sweep: how many parts it enqueued. With the database away the log says so, and the next one tries again."""
-    with _fork_or_sweep:
-        try:
-            return jobs.sweep()
-        except (OperationalError, InterfaceError, MaxConnectionsExceeded) as error:
-            log.warning("the database is out of reach, nothing is swept: %s", error)
-        except Exception:
-            # A sweeper that died would be missed by nobody until a run is lost: it says why, and goes on.
-            log.exception("the sweep failed")
+    try:
+        return jobs.sweep()
+    except (OperationalError, InterfaceError, MaxConnectionsExceeded) as error:
+        log.warning("the database is out of reach, nothing is swept: %s", error)
+    except Exception:
+        # A sweeper that died would be missed by nobody until a run is lost: it says why, and goes on.
+        log.exception("the sweep failed")
     return 0
 
 
@@ -94,43 +192,40 @@ def work(burst: bool = False) -> None:
 
     Waits for Redis where it is not there yet, and begins anew where RQ's worker gives up on it.
     """
-    # Its own connection: RQ waits on it for minutes, and requests' short timeouts would cut that off.
-    connection = Redis.from_url(settings.redis_url, socket_connect_timeout=5)
     if burst:
-        while _work_in_burst(connection):
+        while _work_in_burst():
             pass
-        return
-    sweeper = Sweeper()
-    sweeper.start()
-    try:
-        while not _work_once(connection, burst=False):
-            time.sleep(1)
-    finally:
-        sweeper.stop()
+    else:
+        Supervisor().run()
 
 
-def _work_in_burst(connection: Redis) -> bool:
+def _work_in_burst() -> bool:
     """One sweep, and the queues until they are empty; whether another round may find more to do."""
     swept = sweep_once()
-    while not _work_once(connection, burst=True):
+    return work_horse(burst=True) and swept > 0
+
+
+def work_horse(deadline: Deadline | None = None, burst: bool = False) -> bool:
+    """Do jobs until somebody asks to stop, or JOBS_OF_A_HORSE are done; with `burst`, until there are no more. Whether
+    nobody asked to stop."""
+    # Its own connection: RQ waits on it for minutes, and requests' short timeouts would cut that off.
+    connection = Redis.from_url(settings.redis_url, socket_connect_timeout=5)
+    while True:
+        try:
+            worker = BelfryWorker(
+                [jobs.queue(name, connection) for name in jobs.QUEUES],
+                connection=connection,
+                serializer="json",
+                worker_ttl=30,
+                maintenance_interval=10,
+                job_monitoring_interval=5,
+            )
+            worker.deadline = deadline
+            worker.log_result_lifespan = False
+            worker.work(burst=burst, logging_level=None, max_jobs=None if burst else JOBS_OF_A_HORSE)
+        except RedisError as error:
+            log.warning("Redis is out of reach: %s", error)
+        else:
+            if burst or worker.asked_to_stop or worker.dequeued >= JOBS_OF_A_HORSE:
+                return not worker.asked_to_stop
         time.sleep(1)
-    return swept > 0
-
-
-def _work_once(connection: Redis, burst: bool) -> bool:
-    """Until the worker ends; True when that was meant."""
-    try:
-        worker = BelfryWorker(
-            [jobs.queue(name, connection) for name in jobs.QUEUES],
-            connection=connection,
-            serializer="json",
-            worker_ttl=30,
-            maintenance_interval=10,
-            job_monitoring_interval=5,
-        )
-        worker.log_result_lifespan = False
-        worker.work(burst=burst, logging_level=None)
-    except RedisError as error:
-        log.warning("Redis is out of reach: %s", error)
-        return False
-    return burst or worker.asked_to_stop

@@ -12,7 +12,17 @@ from psycopg.types.json import Jsonb
 from belfry import leases
 from belfry.leases import Part
 from belfry.points import reach
-from belfry.recipients import DECIDED, DECISIONS, TELLING, Subject, mentioned_members, slice_end, subject_of
+from belfry.recipients import (
+    DECIDED,
+    DECIDED_OF_MANY,
+    DECISIONS,
+    TELLING,
+    Subject,
+    mentioned_members,
+    parameters_of_many,
+    slice_end,
+    subject_of,
+)
 from belfry.sql import Row, execute, row, rows, transaction
 from config import settings
 from models import LARGEST_ID
@@ -34,6 +44,40 @@ TELL = f"""
     GROUP BY decision
 """
 """One slice of a message, a test or a replay: tells whoever is to be told and has not been."""
+
+
+TELL_OF_MANY = f"""
+    WITH decided AS MATERIALIZED ({DECIDED_OF_MANY}),
+    told AS (
+        INSERT INTO notification (user_id, message_id, reason)
+        SELECT user_id, message_id, decision::reason
+        FROM decided
+        WHERE decision IN ({_TELLING})
+        ORDER BY user_id, message_id
+        ON CONFLICT (user_id, message_id) DO NOTHING
+        RETURNING message_id
+    ),
+    added AS (SELECT message_id, count(*) AS added FROM told GROUP BY message_id),
+    counted AS (
+        SELECT message_id, sum(members) AS members, jsonb_object_agg(decision, members) AS decisions
+        FROM (SELECT message_id, decision, count(*) AS members FROM decided GROUP BY message_id, decision) groups
+        GROUP BY message_id
+    )
+    UPDATE run
+    SET done = COALESCE(c.members, 0),
+        total = COALESCE(c.members, 0),
+        added = COALESCE(a.added, 0),
+        decisions = %(nobody)s::jsonb || COALESCE(c.decisions, '{{}}'),
+        state = 'succeeded',
+        finished_at = now(),
+        error = NULL,
+        due_at = NULL
+    FROM unnest(%(run_ids)s::bigint[], %(message_ids)s::bigint[]) AS held (run_id, message_id)
+    LEFT JOIN counted c USING (message_id)
+    LEFT JOIN added a USING (message_id)
+    WHERE run.id = held.run_id
+"""
+"""All of many small runs: tells whoever is to be told and has not been, and finishes them."""
 
 
 def _is_among(change: str) -> str:
@@ -168,17 +212,22 @@ when the lock is had: so that two slices that end at once are both counted, and 
 A run of which a slice was given up stays failed until that slice is done."""
 
 
+def _settings() -> dict[str, str]:
+    """PostgreSQL's, for a transaction that tells."""
+    return {
+        "jit": "off",  # compiling the statements would take longer than running them
+        "plan_cache_mode": "force_custom_plan",  # a plan for all ranges is one for none
+        "statement_timeout": f"{settings.job_timeout - 1}s",  # before RQ would break off in its midst
+    }
+
+
 def tell(part: Part, attempt: int) -> list[Part] | None:
     """Do one part, which was taken as this attempt; the slices that came of it, to be enqueued.
 
     None, and nothing is done, where another attempt has begun since. A message that was deleted meanwhile has nobody
     left to tell: its run ends with what it has. Whatever goes wrong goes up to the caller, and nothing has changed.
     """
-    with transaction(
-        jit="off",  # compiling the statements would take longer than running them
-        plan_cache_mode="force_custom_plan",  # a plan for all ranges is one for none
-        statement_timeout=f"{settings.job_timeout - 1}s",  # before RQ would break off in its midst
-    ):
+    with transaction(**_settings()):
         held = leases.hold(part, attempt)
         if held is None:
             return None
@@ -189,6 +238,28 @@ def tell(part: Part, attempt: int) -> list[Part] | None:
             _tell_slice(part, attempt, held, subject)
             return []
         return _tell_run(part, held, subject)
+
+
+def tell_together(run_ids: list[int]) -> list[int]:
+    """Do runs that `leases.take_together` gave; those that are done.
+
+    The others are in other hands, or their message is being changed: they are to be done by themselves. Whatever goes
+    wrong goes up to the caller, and nothing has changed.
+    """
+    with transaction(**_settings()):
+        held = leases.hold_together(run_ids)
+        reach("run.held", *run_ids[:1])
+        if held:
+            execute(
+                TELL_OF_MANY,
+                {
+                    **parameters_of_many(list(held.values())),
+                    "run_ids": list(held),
+                    "nobody": Jsonb(dict.fromkeys(DECISIONS, 0)),
+                },
+            )
+        reach("run.counted", *run_ids[:1])
+    return list(held)
 
 
 def _tell_run(part: Part, held: Row, subject: Subject) -> list[Part]:

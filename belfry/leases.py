@@ -64,6 +64,61 @@ _TAKE_SLICE = f"""
 """
 
 
+_TAKE_TOGETHER = f"""
+    WITH asked AS (
+        SELECT id, message_id
+        FROM run
+        WHERE id = ANY(%(run_ids)s::bigint[])
+        AND kind <> 'edit'
+        AND state IN ('pending', 'queued')
+        AND attempts = 0
+        FOR NO KEY UPDATE SKIP LOCKED
+    ),
+    placed AS (
+        SELECT DISTINCT ON (a.message_id) a.id, c.server_id
+        FROM asked a
+        JOIN message g ON g.id = a.message_id
+        JOIN channel c ON c.id = g.channel_id
+        ORDER BY a.message_id, a.id
+    ),
+    sized AS MATERIALIZED (
+        SELECT server_id, (
+            SELECT count(*)
+            FROM (SELECT FROM member m WHERE m.server_id = s.server_id LIMIT %(members)s + 1) first_few
+        ) AS members
+        FROM (SELECT DISTINCT server_id FROM placed) s
+    ),
+    chosen AS (
+        SELECT id, sum(members) OVER (ORDER BY id <> %(first)s, id) AS members
+        FROM placed
+        JOIN sized USING (server_id)
+        WHERE members <= %(members)s
+    )
+    UPDATE run
+    SET state = 'running',
+        attempts = 1,
+        tries_left = tries_left - 1,
+        started_at = now(),
+        due_at = now() + {_LEASE}
+    FROM chosen, (SELECT set_config('synchronous_commit', 'off', true)) AS lazily
+    WHERE run.id = chosen.id
+    AND chosen.members <= %(members)s
+    RETURNING run.id AS run_id
+"""
+
+
+def take_together(first: int, others: Sequence[int], members: int) -> list[int]:
+    """Count the first attempt at a run, and at others that nobody has begun, with no more than so many members in all;
+    those taken, [] when there is none to take.
+
+    Of edits, of what was tried before, and of large audiences there are none: those are parts of their own, so that
+    what kills or delays whoever touches it costs no other its tries. Nobody waits for the disk: were it lost, the
+    attempt was none.
+    """
+    asked = {"first": first, "run_ids": [first, *others], "members": members}
+    return sorted(taken["run_id"] for taken in rows(_TAKE_TOGETHER, asked))
+
+
 def take(part: Part) -> int | None:
     """Count one more attempt at a part; its number, the token for `hold` and `fail`.
 
@@ -122,6 +177,31 @@ def hold(part: Part, attempt: int) -> Row | None:
     was changing it has committed then.
     """
     return row(_HOLD_RUN if part.after is None else _HOLD_SLICE, {**vars(part), "attempt": attempt})
+
+
+def hold_together(run_ids: Sequence[int]) -> dict[int, int]:
+    """As `hold`, of runs that `take_together` gave: {run id: message id} of those whose message nobody is changing.
+
+    The others are not waited for, for their sake nobody else should wait.
+    """
+    held = rows(
+        f"""
+        WITH held AS MATERIALIZED (
+            SELECT id AS run_id, message_id
+            FROM run
+            WHERE id = ANY(%(run_ids)s::bigint[])
+            AND state = 'running'
+            AND attempts = 1
+            ORDER BY id
+            FOR NO KEY UPDATE
+        )
+        SELECT run_id, message_id,
+            pg_try_advisory_xact_lock_shared({MESSAGE_LOCK}, (message_id %% 2147483647)::int) AS shared
+        FROM held
+        """,
+        {"run_ids": list(run_ids)},
+    )
+    return {one["run_id"]: one["message_id"] for one in held if one["shared"]}
 
 
 def hold_message(message_id: int) -> None:

@@ -4,6 +4,7 @@ The fan-out inserts where `DECISION` is a telling one, the statistics are its GR
 for one person. The tests hold it against an oracle in plain Python on random communities.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,66 +42,131 @@ ACTIVE_SUBSCRIPTION = """(
 
 
 def _has_role(roles: str) -> str:
-    """Whether member `m` has one of the roles in parameter `roles`.
+    """Whether member `{who}` has one of the roles in an array.
 
     The range stands inside as well, so that a slice which the planner answers by a hash reads its own
     members' roles and not everybody's.
     """
     return f"""EXISTS (
             SELECT FROM member_role r
-            WHERE r.user_id = m.user_id
-            AND r.role_id = ANY(%({roles})s::bigint[])
+            WHERE r.user_id = {{who}}.user_id
+            AND r.role_id = ANY({roles})
             AND r.user_id > %(after)s AND r.user_id <= %(up_to)s)"""
 
 
+_AUDIENCE = f"""
+    SELECT c.channel_id, m.user_id, u.is_admin,
+        {ACTIVE_SUBSCRIPTION} AS subscribed,
+        NOT c.private OR {_has_role("c.opening_roles").format(who="m")} AS sees_channel,
+        p.level,
+        p.muted_until > now() AS muted
+    FROM ({{channels}}) c
+    JOIN member m ON m.server_id = c.server_id
+        AND m.user_id > %(after)s AND m.user_id <= %(up_to)s
+    JOIN user_account u ON u.id = m.user_id
+        AND u.id > %(after)s AND u.id <= %(up_to)s
+    LEFT JOIN subscription s ON s.user_id = m.user_id
+        AND s.user_id > %(after)s AND s.user_id <= %(up_to)s
+    LEFT JOIN preference p ON p.channel_id = c.channel_id AND p.user_id = m.user_id
+        AND p.user_id > %(after)s AND p.user_id <= %(up_to)s
+"""
+"""What the rules need to know of each member of a channel's server, whatever the message.
+
+The range stands at each table: PostgreSQL carries an equality over a join, but no inequality, and would read
+everybody's accounts and subscriptions for every slice.
+"""
+
 DECISION = f"""CASE
-    WHEN m.user_id = %(author_id)s
+    WHEN a.user_id = g.author_id
         THEN 'author'
-    WHEN %(private)s AND NOT {_has_role("opening_roles")}
+    WHEN NOT a.sees_channel
         THEN 'no_channel_access'
-    WHEN NOT u.is_admin AND {ACTIVE_SUBSCRIPTION} IS NOT TRUE
+    WHEN NOT a.is_admin AND a.subscribed IS NOT TRUE
         THEN 'no_subscription'
-    WHEN p.level = 'none'
+    WHEN a.level = 'none'
         THEN 'preference_none'
-    WHEN m.user_id = ANY(%(mentioned_users)s::bigint[])
+    WHEN a.user_id = ANY(g.mentioned_users)
         THEN 'mention'
-    WHEN p.muted_until > now()
+    WHEN a.muted
         THEN 'muted'
-    WHEN {_has_role("mentioned_roles")}
+    WHEN g.mentioned_roles <> '{{}}' AND {_has_role("g.mentioned_roles").format(who="a")}
         THEN 'mention_role'
-    WHEN %(mentions_everyone)s
+    WHEN g.mentions_everyone
         THEN 'mention_everyone'
-    WHEN p.level = 'mentions'
+    WHEN a.level = 'mentions'
         THEN 'preference_mentions'
     ELSE 'message'
 END"""
-"""Exactly one reason for each member of the server. Contract, section 4, in its order but for one step:
+"""Exactly one reason for each member `a` of the server, of message `g`. Contract, section 4, in its order but for one
+step:
 
 `muted` stands before the two group mentions, because neither passes a mute; whoever is muted and not
 named personally ends at `muted` in either order, and so the question is asked once.
 """
 
-DECIDED = f"""
-    SELECT m.user_id, {DECISION} AS decision
-    FROM member m
-    JOIN user_account u ON u.id = m.user_id
-        AND u.id > %(after)s AND u.id <= %(up_to)s
-    LEFT JOIN subscription s ON s.user_id = m.user_id
-        AND s.user_id > %(after)s AND s.user_id <= %(up_to)s
-    LEFT JOIN preference p ON p.channel_id = %(channel_id)s AND p.user_id = m.user_id
-        AND p.user_id > %(after)s AND p.user_id <= %(up_to)s
-    WHERE m.server_id = %(server_id)s
-    AND m.user_id > %(after)s
-    AND m.user_id <= %(up_to)s
-    AND m.user_id <> ALL(%(but)s::bigint[])
-    AND (%(among)s::bigint[] IS NULL OR m.user_id = ANY(%(among)s::bigint[]))
-    AND (%(only_for)s::bigint IS NULL OR m.user_id = %(only_for)s)
+_ONE_SUBJECT = """
+        SELECT %(message_id)s::bigint AS message_id, %(server_id)s::bigint AS server_id,
+            %(channel_id)s::bigint AS channel_id, %(author_id)s::bigint AS author_id,
+            %(private)s::boolean AS private, %(opening_roles)s::bigint[] AS opening_roles,
+            %(mentioned_users)s::bigint[] AS mentioned_users, %(mentioned_roles)s::bigint[] AS mentioned_roles,
+            %(mentions_everyone)s::boolean AS mentions_everyone, %(only_for)s::bigint AS only_for
 """
-"""(user_id, decision) of the members in a range of ids, for `Subject.parameters`.
 
-The range stands at each table: PostgreSQL carries an equality over a join, but no inequality, and would read
-everybody's accounts and subscriptions for every slice.
+_SUBJECTS = """
+    SELECT g.id AS message_id, c.server_id, c.id AS channel_id, g.author_id, c.private,
+        ARRAY(SELECT o.role_id FROM channel_role o WHERE o.channel_id = c.id ORDER BY 1) AS opening_roles,
+        g.mentioned_users, g.mentioned_roles, g.mentions_everyone,
+        g.only_for_id AS only_for, g.deleted_at IS NOT NULL AS deleted
+    FROM message g
+    JOIN channel c ON c.id = g.channel_id
+    WHERE g.id = {which}
 """
+
+DECIDED = f"""
+    SELECT a.user_id, {DECISION} AS decision
+    FROM ({_ONE_SUBJECT}) g
+    CROSS JOIN ({_AUDIENCE.format(channels=_ONE_SUBJECT)}) a
+    WHERE a.user_id <> ALL(%(but)s::bigint[])
+    AND (%(among)s::bigint[] IS NULL OR a.user_id = ANY(%(among)s::bigint[]))
+    AND (g.only_for IS NULL OR a.user_id = g.only_for)
+"""
+"""(user_id, decision) of the members in a range of ids, for `Subject.parameters`."""
+
+_MEMBER = ("user_id", "is_admin", "subscribed", "sees_channel", "level", "muted")  # the columns of _AUDIENCE
+
+DECIDED_OF_MANY = f"""
+    WITH subject AS MATERIALIZED (
+        {_SUBJECTS.format(which="ANY(%(message_ids)s::bigint[]) AND g.deleted_at IS NULL")}
+    ),
+    audience AS MATERIALIZED (
+        SELECT channel_id, {", ".join(f"array_agg({name}) AS {name}" for name in _MEMBER)}
+        FROM ({_AUDIENCE.format(
+            channels="SELECT DISTINCT channel_id, server_id, private, opening_roles FROM subject"
+        )}) members
+        GROUP BY channel_id
+    )
+    SELECT g.message_id, a.user_id, {DECISION} AS decision
+    FROM subject g
+    JOIN audience b ON b.channel_id = g.channel_id
+    CROSS JOIN LATERAL unnest({", ".join(f"b.{name}" for name in _MEMBER)}) AS a ({", ".join(_MEMBER)})
+    WHERE g.only_for IS NULL OR a.user_id = g.only_for
+"""
+"""(message_id, user_id, decision) of all who are in the audience of messages that are not deleted, for
+`parameters_of_many`.
+
+The members of a channel are looked up once, however many messages there are; and as arrays, so that no estimate of
+how many they are can make the planner go over all of them for each message.
+"""
+
+
+def parameters_of_many(message_ids: Sequence[int]) -> dict[str, Any]:
+    """The parameters of DECIDED_OF_MANY."""
+    return {
+        "message_ids": list(message_ids),
+        "after": 0,
+        "up_to": LARGEST_ID,
+        "grace_days": settings.past_due_grace_days,
+    }
 
 
 @dataclass(frozen=True)
@@ -137,20 +203,9 @@ class Subject:
         }
 
 
-_SUBJECT = """
-    SELECT g.id AS message_id, c.server_id, c.id AS channel_id, g.author_id, c.private,
-        ARRAY(SELECT o.role_id FROM channel_role o WHERE o.channel_id = c.id ORDER BY 1) AS opening_roles,
-        g.mentioned_users, g.mentioned_roles, g.mentions_everyone,
-        g.only_for_id AS only_for, g.deleted_at IS NOT NULL AS deleted
-    FROM message g
-    JOIN channel c ON c.id = g.channel_id
-    WHERE g.id = %(message_id)s
-"""
-
-
 def subject_of(message_id: int) -> Subject | None:
     """The message as the rules see it; None when there is none."""
-    found = row(_SUBJECT, {"message_id": message_id})
+    found = row(_SUBJECTS.format(which="%(message_id)s"), {"message_id": message_id})
     return Subject(**found) if found else None
 
 

@@ -117,6 +117,7 @@ def slices_of(monkeypatch) -> Callable[[int], None]:
         small = replace(settings, slice_members=members)
         monkeypatch.setattr(fanout, "settings", small)
         monkeypatch.setattr(runs, "settings", small)
+        monkeypatch.setattr(jobs, "settings", small)
 
     return set_slice_members
 

@@ -156,6 +156,12 @@ def fail_at_slice(monkeypatch, number: int, error: BaseException) -> None:
     monkeypatch.setattr(db, "execute_sql", execute_sql)
 
 
+def fail_always(monkeypatch) -> None:
+    """Every fan-out of a message fails, together with others or alone."""
+    for statement in ("TELL", "TELL_OF_MANY"):
+        monkeypatch.setattr(fanout, statement, "SELECT 1 / 0 AS decision")
+
+
 EVERYBODY = {"audience": 5, "notified": 3, "message": 3, "author": 1, "no_subscription": 1, "added": 3, "withdrawn": 0}
 """What a plain message of the subscriber's to general comes to in the cast."""
 

@@ -22,6 +22,7 @@ from tests.telling import (
     advance,
     crowd,
     do,
+    fail_always,
     fail_at_slice,
     notifications_that,
     parts_of,
@@ -371,7 +372,7 @@ def test_what_has_no_tries_left_is_given_up_and_never_enqueued(run, large_run):
 
 def test_each_retry_is_waited_for_as_long_as_it_takes(cast, monkeypatch, run_jobs):
     _, run_id = post(cast.subscriber, cast.general)
-    monkeypatch.setattr(fanout, "TELL", "SELECT 1 / 0 AS decision")
+    fail_always(monkeypatch)
     assert jobs.enqueue_run(run_id)
     queue = jobs.queue()
     for retry in range(TRIES - 1):

@@ -13,14 +13,14 @@ import pytest
 from redis import Redis
 
 import jobs
-from belfry import fanout, messages
+from belfry import messages
 from belfry.accounts import create_token, hash_token, set_subscription
 from belfry.communities import put_member
 from belfry.preferences import set_preference
 from belfry.sql import execute, rows
 from models import Notification, Preference
 from tests.people import Person, make_person
-from tests.telling import advance, parts_of
+from tests.telling import advance, fail_always, parts_of
 
 
 def post(api, author: Person, channel_id: int, content: str = "gold breaks out") -> dict:
@@ -51,7 +51,7 @@ def joined(cast, username: str, **kind) -> Person:
 def test_a_task_that_fails_is_not_reported_as_success(api, cast, run_jobs, monkeypatch):
     message = post(api, cast.subscriber, cast.general)
     with monkeypatch.context() as patch:
-        patch.setattr(fanout, "TELL", "SELECT 1 / 0 AS decision")
+        fail_always(patch)
         run_jobs()
     run = api(cast.admin).get(message["run"]["url"]).get_json()
     assert run["state"] == "queued"
@@ -64,7 +64,7 @@ def test_a_task_that_fails_is_not_reported_as_success(api, cast, run_jobs, monke
 
 def test_a_task_that_keeps_failing_ends_as_failed_with_its_reason(api, cast, monkeypatch):
     message = post(api, cast.subscriber, cast.general)
-    monkeypatch.setattr(fanout, "TELL", "SELECT 1 / 0 AS decision")
+    fail_always(monkeypatch)
     for _ in range(jobs.TRIES):
         with pytest.raises(Exception, match="division by zero"):
             jobs.notify(message["run"]["id"])

@@ -1,23 +1,26 @@
 """The path through real processes: a web process, Redis, and a separate worker."""
 
+import contextlib
 import json
 import os
 import signal
-import threading
 import urllib.request
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import psutil
-import rq
 
 import jobs
 import worker
-from belfry import leases
+from belfry import leases, messages
 from belfry.leases import Part
 from belfry.sql import execute, row
+from belfry.verification import verify
+from config import settings
 from models import Notification, Run
 from tests.processes import a_gate, a_web_process, a_worker, running, wait_until
-from tests.telling import advance, crowd, notifications_that, parts_of
+from tests.telling import advance, crowd, notifications_that, parts_of, statements
 from tests.telling import post as write
 
 
@@ -154,32 +157,6 @@ def test_the_sweeper_outlives_what_nobody_foresaw(monkeypatch, caplog):
     assert "the sweep failed" in caplog.text
 
 
-def test_a_worker_does_not_fork_while_its_sweeper_is_in_the_database(monkeypatch):
-    """For the fork would have the locks of the sweeper's thread, and not the thread that opens them."""
-    sweeping, swept = threading.Event(), threading.Event()
-    order: list[str] = []
-
-    def sweep() -> int:
-        sweeping.set()
-        swept.wait(10)
-        order.append("swept")
-        return 0
-
-    monkeypatch.setattr("worker.jobs.sweep", sweep)
-    monkeypatch.setattr(rq.Worker, "fork_work_horse", lambda *_: order.append("forked"))
-    sweeper = threading.Thread(target=worker.sweep_once)
-    sweeper.start()
-    assert sweeping.wait(10)
-    forker = worker.BelfryWorker.__new__(worker.BelfryWorker)
-    forking = threading.Thread(target=forker.fork_work_horse, args=(None, None))
-    forking.start()
-    forking.join(0.2)
-    swept.set()
-    sweeper.join()
-    forking.join()
-    assert order == ["swept", "forked"]
-
-
 def test_small_messages_go_first_and_a_large_one_goes_on_though_they_never_cease(
     cast, slices_of, monkeypatch
 ):
@@ -203,14 +180,122 @@ def test_small_messages_go_first_and_a_large_one_goes_on_though_they_never_cease
 def test_in_burst_it_sweeps_until_nothing_is_left_to_enqueue(monkeypatch):
     swept, worked = [500, 20, 0], []
     monkeypatch.setattr(worker, "sweep_once", lambda: swept.pop(0))
-    monkeypatch.setattr(worker, "_work_once", lambda connection, burst: worked.append(burst) or True)
+    monkeypatch.setattr(worker, "work_horse", lambda burst: worked.append(burst) or True)
     worker.work(burst=True)
     assert (swept, worked) == ([], [True, True, True])
 
 
-def test_an_idle_worker_has_no_processes_that_would_outlive_it():
+def horses_of(pid: int) -> list[int]:
+    return [child.pid for child in psutil.Process(pid).children()]
+
+
+def test_a_killed_worker_leaves_no_process_behind():
     with a_worker() as process:
-        assert psutil.Process(process.pid).children(recursive=True) == []
+        horses = horses_of(process.pid)
+        assert len(horses) == 1
+        os.kill(process.pid, signal.SIGKILL)
+        wait_until(lambda: not psutil.pid_exists(horses[0]), "its work-horse to end")
+
+
+def test_a_work_horse_that_dies_is_followed_by_another(cast):
+    with a_worker() as process:
+        (horse,) = horses_of(process.pid)
+        os.kill(horse, signal.SIGKILL)
+        wait_until(lambda: horses_of(process.pid) not in ([], [horse]), "another")
+        assert "the work-horse ended with signal 9: another is started" in process.log()
+        _, run_id = write(cast.subscriber, cast.general)
+        jobs.enqueue_run(run_id)
+        wait_until(lambda: state_of(run_id) == "succeeded", "the run to succeed")
+
+
+def test_a_job_that_cannot_be_broken_off_ends_with_its_process(cast, monkeypatch):
+    """RQ breaks off what hears signals; this one does not."""
+    monkeypatch.setattr(jobs, "settings", replace(settings, job_timeout=1))
+    with a_worker(through=("tests.deaf",)) as process:
+        (horse,) = horses_of(process.pid)
+        _, run_id = write(cast.subscriber, cast.general, "deaf")
+        jobs.enqueue_run(run_id)
+        wait_until(lambda: horses_of(process.pid) not in ([], [horse]), "another work-horse", 60)
+        assert "its process is killed" in process.log()
+    with a_worker():
+        wait_until(lambda: state_of(run_id) == "succeeded", "the run to succeed")
+
+
+def test_a_work_horse_ends_after_so_many_jobs(cast, monkeypatch):
+    monkeypatch.setattr(worker, "JOBS_OF_A_HORSE", 3)
+    monkeypatch.setattr(worker.BelfryWorker, "execute_job", lambda *_: None)
+    jobs.enqueue([Part(write(cast.subscriber, cast.general)[1]) for _ in range(5)])
+    assert worker.work_horse()
+    assert jobs.queue().count == 2
+
+
+def test_a_deadline_is_over_only_while_a_job_is_in_hand(monkeypatch):
+    deadline = worker.Deadline()
+    assert not deadline.is_over()
+    deadline.set(-worker.OVERTIME_SECONDS - 1)
+    assert deadline.is_over()
+    deadline.clear()
+    assert not deadline.is_over()
+    deadline.set(0)
+    assert not deadline.is_over()
+
+
+def test_small_messages_that_wait_are_told_together(cast, run_jobs):
+    """In one transaction, by one job; edits, tests and retries among them are done as ever."""
+    runs = [write(cast.subscriber, cast.general, f"gold {number}, @vera")[1] for number in range(30)]
+    message_id, first = write(cast.moderator, cast.general, "silver")
+    runs += [first, messages.edit_message(cast.moderator.user, message_id, "@vera").run_id]
+    execute("UPDATE run SET attempts = 1, tries_left = 5 WHERE id = 7")
+    jobs.enqueue([Part(run_id) for run_id in runs])
+    with statements() as said:
+        jobs.notify(runs[0])
+    assert sum("INSERT INTO notification" in statement for statement in said) == 1
+    assert [state_of(run_id) for run_id in runs].count("succeeded") == len(runs) - 2
+    assert [job.args[0] for job in jobs.queue().jobs] == [runs[0], 7, runs[-1]], "the others' jobs are gone"
+    assert run_jobs() == 0
+    assert {state_of(run_id) for run_id in runs} == {"succeeded"}
+    assert told_of(message_id) == {cast.admin.id, cast.subscriber.id, cast.vip.id}
+    assert verify() == []
+
+
+def test_of_messages_that_are_told_together_one_that_fails_costs_the_others_nothing(cast, run_jobs):
+    runs = [write(cast.subscriber, cast.general)[1] for _ in range(5)]
+    jobs.enqueue([Part(run_id) for run_id in runs])
+    with notifications_that_fail_for(3):
+        run_jobs()
+        states = [state_of(run_id) for run_id in runs]
+    assert states == ["succeeded", "succeeded", "queued", "succeeded", "succeeded"]
+    assert "poison" in Run.get_by_id(3).error
+    assert [Run.get_by_id(run_id).attempts for run_id in runs] == [1] * 5
+    execute("UPDATE run SET due_at = now() - interval '1 second' WHERE due_at IS NOT NULL")
+    assert jobs.sweep() == 1
+    assert run_jobs() == 0
+    assert state_of(3) == "succeeded"
+    assert verify() == []
+
+
+def test_large_audiences_are_not_told_together_with_small_ones(cast, slices_of):
+    slices_of(11)  # two messages to five members
+    runs = [write(cast.subscriber, cast.general)[1] for _ in range(5)]
+    jobs.enqueue([Part(run_id) for run_id in runs])
+    jobs.notify(runs[0])
+    assert [state_of(run_id) for run_id in runs] == ["succeeded"] * 2 + ["queued"] * 3
+    slices_of(4)
+    jobs.notify(runs[2])
+    assert [state_of(run_id) for run_id in runs] == ["succeeded"] * 2 + ["running"] + ["queued"] * 2
+
+
+@contextlib.contextmanager
+def notifications_that_fail_for(message_id: int) -> Iterator[None]:
+    execute(
+        "CREATE FUNCTION test_poison() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+        f" IF NEW.message_id = {message_id} THEN RAISE EXCEPTION 'poison'; END IF; RETURN NEW; END $$;"
+        "CREATE TRIGGER test_poison BEFORE INSERT ON notification FOR EACH ROW EXECUTE FUNCTION test_poison()"
+    )
+    try:
+        yield
+    finally:
+        execute("DROP FUNCTION test_poison CASCADE")
 
 
 def test_a_large_run_tells_the_mentioned_and_goes_on_in_bulk_a_job_a_slice(api, cast, run_jobs, slices_of):
@@ -238,6 +323,7 @@ def test_a_job_that_finds_its_run_in_other_hands_leaves_it_there(api, cast, in_a
 
 def test_a_job_that_was_overtaken_says_so_and_not_that_it_is_done(cast, monkeypatch, caplog):
     _, run_id = write(cast.subscriber, cast.general)
+    monkeypatch.setattr(leases, "hold_together", lambda *_: {})
     monkeypatch.setattr(leases, "hold", lambda *_: None)
     with caplog.at_level("INFO"):
         jobs.notify(run_id)
