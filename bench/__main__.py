@@ -1,6 +1,6 @@
 """`make bench`: sets up servers of its own, as the demo does, and measures.
 
-Options: --members N (100000), --runs N (7), --posts N (200). Prints a table, and JSON with --json.
+Prints a table, and JSON with --json. The peers of `bench.small` are installed into environments of their own, once.
 """
 
 import argparse
@@ -18,9 +18,13 @@ SMALL = 10
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
-    parser.add_argument("--members", type=int, default=100_000, help="members of the large audience")
+    parser.add_argument("--members", type=int, default=100_000, help="members of the large audience (100000)")
     parser.add_argument("--runs", type=int, default=7, help="measurements of each fan-out")
     parser.add_argument("--posts", type=int, default=200, help="posts to each audience")
+    parser.add_argument("--messages", type=int, default=3_000, help="small messages to each worker")
+    parser.add_argument("--repeats", type=int, default=3, help="measurements of small messages")
+    parser.add_argument("--lone", type=int, default=60, help="lone messages to each worker")
+    parser.add_argument("--people", type=int, default=5_000, help="recipients of django-notifications-hq's message")
     parser.add_argument("--json", action="store_true", help="print JSON as well")
     arguments = parser.parse_args()
     with ExitStack() as stage:
@@ -30,7 +34,7 @@ def main() -> None:
         env = stack.environment(urls, ports.address_of(listening))
         env |= {"RATE_LIMIT_MESSAGES": "1000000 per minute", "LOG_LEVEL": "WARNING"}
         os.environ.update(env)
-        from bench import measure  # reads the environment that was just made
+        from bench import measure, small  # reads the environment that was just made
 
         stack.migrate(env)
         results = measure.everything(
@@ -41,7 +45,12 @@ def main() -> None:
             runs=arguments.runs,
             posts=arguments.posts,
         )
+        results["small"] = small.measure(
+            env, data_dir, messages=arguments.messages, repeats=arguments.repeats, lone=arguments.lone
+        )
+        results["small"]["django_rows_per_s"] = small.django_rows(env, arguments.people, arguments.repeats)
     print(measure.table(results))
+    print(small.table(results["small"]))
     if arguments.json:
         print(json.dumps(results, indent=1))
 
