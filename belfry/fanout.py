@@ -253,13 +253,13 @@ def tell_together(run_ids: list[int]) -> list[int]:
             execute(
                 TELL_OF_MANY,
                 {
-                    **parameters_of_many(list(held.values())),
-                    "run_ids": list(held),
+                    **parameters_of_many([run["message_id"] for run in held], {run["server_id"] for run in held}),
+                    "run_ids": [run["run_id"] for run in held],
                     "nobody": Jsonb(dict.fromkeys(DECISIONS, 0)),
                 },
             )
         reach("run.counted", *run_ids[:1])
-    return list(held)
+    return [run["run_id"] for run in held]
 
 
 def _tell_run(part: Part, held: Row, subject: Subject) -> list[Part]:

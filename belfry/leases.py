@@ -179,8 +179,9 @@ def hold(part: Part, attempt: int) -> Row | None:
     return row(_HOLD_RUN if part.after is None else _HOLD_SLICE, {**vars(part), "attempt": attempt})
 
 
-def hold_together(run_ids: Sequence[int]) -> dict[int, int]:
-    """As `hold`, of runs that `take_together` gave: {run id: message id} of those whose message nobody is changing.
+def hold_together(run_ids: Sequence[int]) -> list[Row]:
+    """As `hold`, of runs that `take_together` gave: {"run_id", "message_id", "server_id"} of those whose message
+    nobody is changing.
 
     The others are not waited for, for their sake nobody else should wait.
     """
@@ -195,13 +196,15 @@ def hold_together(run_ids: Sequence[int]) -> dict[int, int]:
             ORDER BY id
             FOR NO KEY UPDATE
         )
-        SELECT run_id, message_id,
+        SELECT run_id, message_id, c.server_id,
             pg_try_advisory_xact_lock_shared({MESSAGE_LOCK}, (message_id %% 2147483647)::int) AS shared
         FROM held
+        JOIN message g ON g.id = message_id
+        JOIN channel c ON c.id = g.channel_id
         """,
         {"run_ids": list(run_ids)},
     )
-    return {one["run_id"]: one["message_id"] for one in held if one["shared"]}
+    return [one for one in held if one["shared"]]
 
 
 def hold_message(message_id: int) -> None:

@@ -4,7 +4,7 @@ The fan-out inserts where `DECISION` is a telling one, the statistics are its GR
 for one person. The tests hold it against an oracle in plain Python on random communities.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,7 +142,7 @@ DECIDED_OF_MANY = f"""
         SELECT channel_id, {", ".join(f"array_agg({name}) AS {name}" for name in _MEMBER)}
         FROM ({_AUDIENCE.format(
             channels="SELECT DISTINCT channel_id, server_id, private, opening_roles FROM subject"
-        )}) members
+        )} WHERE m.server_id = ANY(%(server_ids)s::bigint[])) members
         GROUP BY channel_id
     )
     SELECT g.message_id, a.user_id, {DECISION} AS decision
@@ -155,14 +155,17 @@ DECIDED_OF_MANY = f"""
 `parameters_of_many`.
 
 The members of a channel are looked up once, however many messages there are; and as arrays, so that no estimate of
-how many they are can make the planner go over all of them for each message.
+how many they are can make the planner go over all of them for each message. The servers' ids stand there as well: of
+a server that it is told the planner knows how large it is, and reads a small one's members by their keys. Without
+them it took the average of all servers for each, and read everybody (50 ms beside a server of 100,000, for 50 people).
 """
 
 
-def parameters_of_many(message_ids: Sequence[int]) -> dict[str, Any]:
-    """The parameters of DECIDED_OF_MANY."""
+def parameters_of_many(message_ids: Collection[int], server_ids: Collection[int]) -> dict[str, Any]:
+    """The parameters of DECIDED_OF_MANY: the messages, and the servers that they are in."""
     return {
         "message_ids": list(message_ids),
+        "server_ids": list(server_ids),
         "after": 0,
         "up_to": LARGEST_ID,
         "grace_days": settings.past_due_grace_days,

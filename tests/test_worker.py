@@ -323,7 +323,7 @@ def test_a_job_that_finds_its_run_in_other_hands_leaves_it_there(api, cast, in_a
 
 def test_a_job_that_was_overtaken_says_so_and_not_that_it_is_done(cast, monkeypatch, caplog):
     _, run_id = write(cast.subscriber, cast.general)
-    monkeypatch.setattr(leases, "hold_together", lambda *_: {})
+    monkeypatch.setattr(leases, "hold_together", lambda *_: [])
     monkeypatch.setattr(leases, "hold", lambda *_: None)
     with caplog.at_level("INFO"):
         jobs.notify(run_id)

@@ -19,7 +19,7 @@ def tell(message_id: int) -> None:
         with open(os.environ["STATEMENT"]) as file:
             _here.statement = json.load(file)
         _here.connection = psycopg.connect(os.environ["DATABASE_URL"], autocommit=True)
-        _here.connection.execute("SET jit = off")
+        _here.connection.execute("SET jit = off; SET plan_cache_mode = force_custom_plan")  # as Belfry has it
     parameters = {**_here.statement["parameters"], "message_id": message_id}
     _here.connection.execute(_here.statement["sql"], parameters)
 
