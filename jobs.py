@@ -258,8 +258,12 @@ def _tell_together(taken: list[int], first: int) -> list[int]:
     left = [run_id for run_id in taken if run_id not in set(done)]
     for run_id in left:
         if run_id != first:
-            with suppress(Exception):  # it is on its run, and the sweeper begins that again
+            try:
                 _tell(Part(run_id), 1)
+            except (JobTimeoutException, OperationalError, InterfaceError):
+                raise  # the job's time is up, or the database away: the leases end, and the sweeper goes on
+            except Exception:
+                log.info("%s: its failure is on it, and the sweeper begins it again", Part(run_id))
     return left
 
 

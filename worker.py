@@ -25,6 +25,7 @@ from playhouse.pool import MaxConnectionsExceeded
 from redis import Redis
 from redis.exceptions import RedisError
 from rq import SimpleWorker
+from rq.exceptions import StopRequested
 from rq.job import Job
 from rq.queue import Queue
 
@@ -48,16 +49,19 @@ class BelfryWorker(SimpleWorker):  # type: ignore[misc]
     asked_to_stop = False
     deadline: "Deadline | None" = None
     dequeued = 0
+    _in_hand = False
 
     def request_stop(self, signum: int, frame: object) -> None:
         """The work in hand is finished, however often somebody asks: Heroku sends SIGTERM to every process, and the
         parent passes its own on."""
-        if not self.asked_to_stop:
-            self.asked_to_stop = True
-            try:
-                super().request_stop(signum, frame)
-            finally:
-                self._install_signal_handlers()  # for RQ's next would be those of a cold stop
+        if self.asked_to_stop:
+            return
+        self.asked_to_stop = True
+        self.handle_warm_shutdown_request()
+        if self._in_hand:
+            self._stop_requested = True  # RQ would write to Redis first: it may be away, and the job goes on
+        else:
+            raise StopRequested
 
     def reorder_queues(self, reference_queue: Queue) -> None:
         """The first queue comes first; but for one job in OTHERS_TURN it comes last, so that it starves nobody."""
@@ -67,12 +71,16 @@ class BelfryWorker(SimpleWorker):  # type: ignore[misc]
         self._ordered_queues = [*others, first] if others_turn else [first, *others]
 
     def execute_job(self, job: Job, queue: Queue) -> None:
-        reach("worker.taken")
-        if self.deadline:
-            self.deadline.set(job.timeout or settings.job_timeout)
-        super().execute_job(job, queue)
-        if self.deadline:
-            self.deadline.clear()
+        self._in_hand = True
+        try:
+            reach("worker.taken")
+            if self.deadline:
+                self.deadline.set(job.timeout or settings.job_timeout)
+            super().execute_job(job, queue)
+        finally:
+            self._in_hand = False
+            if self.deadline:
+                self.deadline.clear()
 
 
 class Deadline:
@@ -210,22 +218,27 @@ def work_horse(deadline: Deadline | None = None, burst: bool = False) -> bool:
     nobody asked to stop."""
     # Its own connection: RQ waits on it for minutes, and requests' short timeouts would cut that off.
     connection = Redis.from_url(settings.redis_url, socket_connect_timeout=5)
-    while True:
-        try:
-            worker = BelfryWorker(
-                [jobs.queue(name, connection) for name in jobs.QUEUES],
-                connection=connection,
-                serializer="json",
-                worker_ttl=30,
-                maintenance_interval=10,
-                job_monitoring_interval=5,
-            )
-            worker.deadline = deadline
-            worker.log_result_lifespan = False
-            worker.work(burst=burst, logging_level=None, max_jobs=None if burst else JOBS_OF_A_HORSE)
-        except RedisError as error:
-            log.warning("Redis is out of reach: %s", error)
-        else:
-            if burst or worker.asked_to_stop or worker.dequeued >= JOBS_OF_A_HORSE:
-                return not worker.asked_to_stop
-        time.sleep(1)
+    worker = None
+    try:
+        while True:
+            try:
+                worker = BelfryWorker(
+                    [jobs.queue(name, connection) for name in jobs.QUEUES],
+                    connection=connection,
+                    serializer="json",
+                    worker_ttl=30,
+                    maintenance_interval=10,
+                    job_monitoring_interval=5,
+                )
+                worker.deadline = deadline
+                worker.log_result_lifespan = False
+                worker.work(burst=burst, logging_level=None, max_jobs=None if burst else JOBS_OF_A_HORSE)
+                if burst or worker.dequeued >= JOBS_OF_A_HORSE:
+                    return not worker.asked_to_stop
+            except RedisError as error:
+                log.warning("Redis is out of reach: %s", error)
+            if worker and worker.asked_to_stop:
+                return False
+            time.sleep(1)
+    except StopRequested:
+        return False  # while it waited for Redis

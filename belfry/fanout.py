@@ -36,6 +36,7 @@ TELL = f"""
         SELECT user_id, %(message_id)s, decision::reason
         FROM decided
         WHERE decision IN ({_TELLING})
+        ORDER BY user_id
         ON CONFLICT (user_id, message_id) DO NOTHING
         RETURNING 1
     )
@@ -43,7 +44,8 @@ TELL = f"""
     FROM decided
     GROUP BY decision
 """
-"""One slice of a message, a test or a replay: tells whoever is to be told and has not been."""
+"""One slice of a message, a test or a replay: tells whoever is to be told and has not been. In the order of people, as
+everywhere: two parts that tell the same ones wait for each other, and not each for the other."""
 
 
 TELL_OF_MANY = f"""
@@ -145,6 +147,7 @@ TELL_OF_EDIT = f"""
         WHERE newly_mentioned
         AND telling
         AND decision <> 'message'
+        ORDER BY user_id
         ON CONFLICT (user_id, message_id) DO NOTHING
         RETURNING 1
     )

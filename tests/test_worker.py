@@ -120,6 +120,13 @@ def _at_work() -> bool:
     return bool(found and found["sessions"])
 
 
+def test_sigterm_ends_a_worker_from_which_redis_was_taken():
+    with a_gate(os.environ["REDIS_URL"]) as gate, a_worker(REDIS_URL=gate.url) as process:
+        gate.shut()
+        os.kill(process.pid, signal.SIGTERM)
+        assert process.wait() == 0
+
+
 def test_a_killed_work_horse_costs_nobody_their_notification(api, cast):
     with a_worker() as process, notifications_that("PERFORM pg_sleep(1);"):
         message = api(cast.subscriber).post("/api/messages", json={"channel_id": cast.general, "content": "gold"})
