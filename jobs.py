@@ -34,7 +34,7 @@ from models import LARGEST_ID, TRIES, db
 log = logging.getLogger(__name__)
 
 NOTIFICATIONS = "notifications"  # one job a run; always served first
-BULK = "bulk"  # one job a slice of a large run, served when nobody waits in `notifications`
+BULK = "bulk"  # one job a slice of a large run, served after `notifications`, but for one job in four
 DELIVERIES = "deliveries"  # other transports
 QUEUES = (NOTIFICATIONS, BULK, DELIVERIES)
 
@@ -163,11 +163,12 @@ def _waiting_runs() -> list[int]:
 
 def _withdraw(run_ids: Sequence[int]) -> None:
     """Take the jobs of these runs out of the queue: somebody is at them. One that is left finds nothing to do."""
+    key, job_ids = queue().key, [_job_id(run_id) for run_id in run_ids]
     try:
         with redis_connection().pipeline(transaction=False) as pipeline:
-            for run_id in run_ids:
-                pipeline.lrem(queue().key, 1, _job_id(run_id))
-            pipeline.unlink(*(Job.key_for(_job_id(run_id)) for run_id in run_ids))
+            for job_id in job_ids:
+                pipeline.lrem(key, 1, job_id)
+            pipeline.unlink(*map(Job.key_for, job_ids))
             pipeline.execute()
     except RedisError as error:
         log.warning("Redis is out of reach, %s job(s) stay in the queue: %s", len(run_ids), error)
@@ -255,7 +256,7 @@ def _tell_together(taken: list[int], first: int) -> list[int]:
         reach("run.committed", run_id)
     if done:
         log.info("%s: done%s", Part(done[0]), f", with {len(done) - 1} others" if len(done) > 1 else "")
-    left = [run_id for run_id in taken if run_id not in set(done)]
+    left = sorted(set(taken) - set(done))
     for run_id in left:
         if run_id != first:
             try:

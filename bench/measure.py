@@ -28,6 +28,16 @@ from dev.client import Client
 from jobs import enqueue_run
 from models import Message, User, db
 
+_TELLING = ", ".join(f"'{reason}'" for reason in recipients.TELLING)
+BARE_STATEMENT = (
+    "INSERT INTO notification (user_id, message_id, reason)"
+    f" SELECT user_id, %(message_id)s, decision::reason FROM ({recipients.DECIDED}) decided"
+    f" WHERE decision IN ({_TELLING})"
+    " ON CONFLICT (user_id, message_id) DO NOTHING"
+)
+"""The limit: the notifications of one message by Belfry's own rules, without statistics, progress or a run. For
+`Subject.parameters`."""
+
 
 def everything(
     env: dict[str, str], listening: socket.socket, data_dir: Path, *, sizes: tuple[int, ...], runs: int, posts: int
@@ -90,14 +100,7 @@ def _in_psql(admin: User, channel_id: int) -> dict[str, float]:
     message_id = _new_message(admin, channel_id)
     subject = recipients.subject_of(message_id)
     assert subject is not None
-    telling = ", ".join(f"'{reason}'" for reason in recipients.TELLING)
-    statement = ClientCursor(db.connection()).mogrify(
-        "INSERT INTO notification (user_id, message_id, reason)"
-        f" SELECT user_id, %(message_id)s, decision::reason FROM ({recipients.DECIDED}) decided"
-        f" WHERE decision IN ({telling})"
-        " ON CONFLICT (user_id, message_id) DO NOTHING",
-        subject.parameters(0, 2**62),
-    )
+    statement = ClientCursor(db.connection()).mogrify(BARE_STATEMENT, subject.parameters())
     typed = subprocess.run(
         [_psql(), "-X", "-v", "ON_ERROR_STOP=1", os.environ["DATABASE_URL"]],
         input=f"SET jit = off;\n\\timing on\n{statement};\n",

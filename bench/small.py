@@ -61,6 +61,7 @@ class Bench:
     def __init__(self, env: dict[str, str], data_dir: Path) -> None:
         from belfry import accounts, recipients, seeding
         from belfry.sql import rows
+        from bench.measure import BARE_STATEMENT
         from models import db
 
         self.env, self.data_dir = env, data_dir
@@ -72,12 +73,7 @@ class Bench:
         subject = recipients.subject_of(message_id)
         assert subject is not None
         self.parameters = subject.parameters()
-        telling = ", ".join(f"'{reason}'" for reason in recipients.TELLING)
-        self.statement = (
-            "INSERT INTO notification (user_id, message_id, reason)"
-            f" SELECT user_id, %(message_id)s, decision::reason FROM ({recipients.DECIDED}) decided"
-            f" WHERE decision IN ({telling}) ON CONFLICT (user_id, message_id) DO NOTHING"
-        )
+        self.statement = BARE_STATEMENT
         found = rows("SELECT user_id FROM member WHERE server_id = %(server_id)s ORDER BY 1", community)
         self.members = [one["user_id"] for one in found]
         (data_dir / "statement.json").write_text(json.dumps({"sql": self.statement, "parameters": self.parameters}))
