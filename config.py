@@ -125,6 +125,7 @@ class Settings:
     slice_members: int = _variable(_number(1, 1_000_000), 20_000, "members in one slice of a fan-out")
     job_timeout: int = _variable(_number(5, 86_400), 300, "seconds that one job may run")
     sweep_seconds: int = _variable(_number(1, 3_600), 2, "seconds between two looks for work that was lost")
+    retention_days: int = _variable(_number(0, 36_500), 0, "days that notifications are kept; 0: for ever")
     retry_seconds: int = _variable(_number(1, 3_600), 5, "seconds before the first retry; then thrice as long each")
 
     @classmethod

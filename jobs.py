@@ -24,7 +24,7 @@ from rq.job import Job
 from rq.scheduler import RQScheduler
 from rq.timeouts import JobTimeoutException
 
-from belfry import fanout, idempotency, leases, logs
+from belfry import fanout, idempotency, leases, logs, partitions
 from belfry.leases import Part
 from belfry.points import reach
 from belfry.sql import row, transaction
@@ -45,6 +45,8 @@ TOGETHER_AT_MOST = 400  # small runs that are done in one transaction
 ENQUEUED_AT_ONCE = 500  # jobs in one round trip to Redis
 _process = os.getpid()
 _full_until: dict[str, float] = {}  # by queue, in `time.monotonic()`: asking each time would be a round trip more
+PARTITIONS_SECONDS = 60  # between two looks of a worker at the partitions
+_partitions_looked_at = 0.0  # `time.monotonic()`
 SWEEP_LOCK = 0x62656C66  # the advisory lock's key: "belf"
 
 
@@ -314,6 +316,7 @@ def sweep() -> int:
         log.warning("Redis is out of reach, nothing is swept: %s", error)
         return 0
     with _connection():
+        _look_after_partitions()
         with transaction(statement_timeout="20s"):
             held = row("SELECT pg_try_advisory_xact_lock(%(key)s) AS held", {"key": SWEEP_LOCK})
             if not held or not held["held"]:
@@ -333,6 +336,18 @@ def sweep() -> int:
     if swept:
         log.info("swept: %s part(s) that nobody took care of, %s that were pending", len(lost), len(pending))
     return swept
+
+
+def _look_after_partitions() -> None:
+    """Once in PARTITIONS_SECONDS. What stands in its way, as somebody who reads for long, stops no sweep."""
+    global _partitions_looked_at
+    if time.monotonic() - _partitions_looked_at < PARTITIONS_SECONDS:
+        return
+    _partitions_looked_at = time.monotonic()
+    try:
+        partitions.care()
+    except (OperationalError, InterfaceError) as error:
+        log.warning("the partitions have to wait for the next look: %s", error)
 
 
 @cache

@@ -305,6 +305,7 @@ class Slice(Table):
 class Notification(Table):
     """One row per person and message, and no other index: each is paid for by every recipient.
 
+    Partitioned by ranges of `message_id` (belfry/partitions.py): the key of the partition in use stays small.
     No foreign keys, for the same reason (they halve the rate): people and messages are never removed from
     their tables, so nothing can dangle. Title and text are made from the message when read. `dismissed_at`
     rather than a DELETE, so that a run that is repeated cannot tell the person again.

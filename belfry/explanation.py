@@ -3,7 +3,8 @@
 from belfry.access import author_may_post, is_member
 from belfry.errors import Forbidden, NotFound
 from belfry.messages import find_message
-from belfry.recipients import DECISIONS, Subject, decide, subject_of
+from belfry.partitions import kept_from
+from belfry.recipients import DECISIONS, TELLING, Subject, decide, subject_of
 from belfry.sql import Row, row
 from models import User
 
@@ -51,6 +52,8 @@ def _detail(decision: str, told: bool, subject: Subject, user_id: int) -> str:
         sentences.append("Its author may no longer post in the channel: while that is so, it is shown to nobody.")
     if subject.deleted:
         sentences.append("The message has been deleted since, and is shown to nobody.")
-    elif not told and decision in ("message", "mention", "mention_role", "mention_everyone"):
+    elif not told and subject.message_id < kept_from():
+        sentences.append("This is what the rules say now: notifications of messages that old are not kept.")
+    elif not told and decision in TELLING:
         sentences.append("They have no notification yet: its run is not there yet, or the rules said no when it was.")
     return " ".join(sentences)

@@ -22,12 +22,14 @@ _ABOUT = """message g
     JOIN channel c ON c.id = g.channel_id
     JOIN user_account a ON a.id = g.author_id"""
 _TOLD = f"notification n JOIN ({_ABOUT}) ON g.id = n.message_id"
+_IS_SHOWN = f"""g.deleted_at IS NULL
+    AND g.channel_id = ANY(%(channel_ids)s::bigint[])
+    AND {AUTHOR_MAY_POST}
+"""
 _SHOWN = f"""
     n.user_id = %(user_id)s
     AND n.dismissed_at IS NULL
-    AND g.deleted_at IS NULL
-    AND g.channel_id = ANY(%(channel_ids)s::bigint[])
-    AND {AUTHOR_MAY_POST}
+    AND {_IS_SHOWN}
 """
 
 
@@ -66,10 +68,17 @@ def list_notifications(
     channels = _channels_of(user, channel_id)
     found = rows(
         f"""
-        SELECT n.message_id, n.created_at, n.read_at, n.reason::text AS reason, g.channel_id,
-            a.name AS author_name, left(g.content, {BODY_CHARACTERS + 1}) AS beginning
-        FROM {_TOLD}
-        WHERE {_SHOWN}
+        SELECT n.message_id, n.created_at, n.read_at, n.reason::text AS reason, g.channel_id, g.author_name, g.beginning
+        FROM notification n
+        CROSS JOIN LATERAL (
+            SELECT g.channel_id, a.name AS author_name, left(g.content, {BODY_CHARACTERS + 1}) AS beginning
+            FROM {_ABOUT}
+            WHERE g.id = n.message_id
+            AND {_IS_SHOWN}
+            OFFSET 0  -- each message is looked up by its key: so only the partitions of this page are read
+        ) g
+        WHERE n.user_id = %(user_id)s
+        AND n.dismissed_at IS NULL
         AND (%(before)s::bigint IS NULL OR n.message_id < %(before)s)
         AND (NOT %(unread)s OR n.read_at IS NULL)
         ORDER BY n.message_id DESC

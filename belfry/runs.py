@@ -5,7 +5,8 @@ from typing import Any
 
 from psycopg.types.json import Jsonb
 
-from belfry.errors import Forbidden, NotFound
+from belfry.errors import Conflict, Forbidden, NotFound
+from belfry.partitions import kept_from
 from belfry.points import reach
 from belfry.recipients import DECISIONS, TELLING, compare, slice_end, subject_of
 from belfry.sql import Row, row, rows, transaction
@@ -116,9 +117,12 @@ def replay(run_id: int, *, dry_run: bool) -> dict[str, Any]:
     added, a run of kind `replay` is written, to be queued by the caller; `run_id` is its id, else None. Nobody is
     told twice: whoever has a notification keeps that one.
 
-    Raises NotFound for an unknown run, Forbidden where the message has been deleted.
+    Raises NotFound for an unknown run, Forbidden where the message has been deleted, Conflict where it is so old that
+    its notifications are not kept: everybody would be told again.
     """
     run = find_run(run_id)
+    if run["message_id"] < kept_from():
+        raise Conflict("The message is older than RETENTION_DAYS: who was told of it is no longer known.")
     with transaction():
         subject = subject_of(run["message_id"])
         assert subject is not None

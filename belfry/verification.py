@@ -4,6 +4,7 @@ What the rules said at the time cannot be asked again once the community has cha
 what they say now). But whatever happens between, these hold, and one lost or doubled notification breaks one.
 """
 
+from belfry.partitions import kept_from
 from belfry.recipients import DECISIONS, TELLING
 from belfry.sql import rows
 from config import settings
@@ -79,6 +80,7 @@ CHECKS = {
         FROM (SELECT message_id, count(*) AS there FROM notification GROUP BY 1) n
         FULL JOIN (SELECT message_id, sum(added - withdrawn) AS made FROM run GROUP BY 1) r USING (message_id)
         WHERE COALESCE(there, 0) <> COALESCE(made, 0)
+        AND message_id >= %(kept_from)s
     """,
     "a notification is of somebody, and of something that was written": """
         SELECT 'notification ' || n.user_id || '-' || n.message_id || ' is of nobody, or of no message, or older'
@@ -114,5 +116,6 @@ CHECKS = {
 
 def verify() -> list[str]:
     """What is off, a sentence each, at most AT_MOST of one kind; [] when all is as it should be."""
-    found = (rows(f"SELECT finding FROM ({check}) AS f(finding) LIMIT {AT_MOST}") for check in CHECKS.values())
+    kept = {"kept_from": kept_from()}
+    found = (rows(f"SELECT finding FROM ({check}) AS f(finding) LIMIT {AT_MOST}", kept) for check in CHECKS.values())
     return [one["finding"] for findings in found for one in findings]

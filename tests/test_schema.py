@@ -7,7 +7,7 @@ import pytest
 from peewee import DataError, IntegrityError, PostgresqlDatabase
 from playhouse.schema_diff import diff_models
 
-from belfry import leases, schema
+from belfry import leases, partitions, schema
 from belfry.leases import Part
 from belfry.sql import execute, row, rows
 from models import TABLES, Notification, Role, Run, Server, Subscription, User, db
@@ -29,8 +29,9 @@ def test_no_column_forgets_its_offset():
 
 
 def test_the_notification_has_its_key_and_no_other_index():
-    indexes = rows("SELECT indexdef FROM pg_indexes WHERE tablename = 'notification'")
-    assert [index["indexdef"].split("USING")[1].strip() for index in indexes] == ["btree (user_id, message_id)"]
+    indexes = rows("SELECT tablename, indexdef FROM pg_indexes WHERE tablename ~ '^notification'")
+    assert {index["indexdef"].split("USING")[1].strip() for index in indexes} == {"btree (user_id, message_id)"}
+    assert len({index["tablename"] for index in indexes}) == len(indexes) == 1 + len(partitions.partitions())
 
 
 def test_migrating_twice_and_by_two_at_once_is_safe(monkeypatch):
@@ -57,7 +58,7 @@ def test_migrating_twice_and_by_two_at_once_is_safe(monkeypatch):
 
 def test_runs_that_were_half_done_before_there_were_slices_go_on_where_they_stopped(cast):
     runner = schema._runner()
-    runner.down()
+    runner.down("0002_slices")
     try:
         execute(
             "INSERT INTO message (channel_id, author_id, content) SELECT %(channel)s, %(author)s, 'gold'"

@@ -1,0 +1,151 @@
+"""The table of notifications in parts, by ranges of message ids: made ahead of need, and dropped by retention.
+
+Each insert finds its place in the key of its partition, and that is the slower the more messages are in there: it
+touches a page for each recipient, in the end. So a partition is left when it is full, and the next one is empty.
+
+- A partition holds a million message ids at most, and always ends at a whole million: `notification_to_3000000` those
+  below it. AHEAD of them are always there beyond the one in use.
+- The one in use is left early, when it is full or old: the next message's id is the next whole million. So ids grow
+  with time, and have gaps.
+- RETENTION_DAYS after its newest message a partition is dropped whole: no row is deleted one by one. The lowest one has
+  no lower bound, and takes what is still written about messages that old, until the next one goes.
+"""
+
+import logging
+from dataclasses import dataclass
+
+from belfry.sql import execute, row, rows, transaction
+from config import settings
+
+log = logging.getLogger(__name__)
+
+WIDTH = 1_000_000  # message ids
+AHEAD = 2
+ROW_BYTES = 60  # of a notification in its table, as measured; without its key
+FULL_AT_LEAST = 1_000_000  # rows, before a partition is left for being full
+FULL_MESSAGES = 8  # messages to every account there is, before that: then its key has grown enough to be felt
+OF_RETENTION = 10  # a partition is left after this part of RETENTION_DAYS, so that not much is kept longer
+PARTITION_LOCK = 0x62656C70  # the advisory lock's key: "belp"
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Notifications of the messages with `after_or_at <= id < below`; the lowest has no lower bound (None)."""
+
+    after_or_at: int | None
+    below: int
+
+    @property
+    def name(self) -> str:
+        """The table's."""
+        return f"notification_to_{self.below}"
+
+
+def partitions() -> list[Partition]:
+    """All there are, lowest first."""
+    found = rows(
+        "SELECT substring(c.relname FROM '^notification_to_([0-9]+)$')::bigint AS below"
+        " FROM pg_inherits i"
+        " JOIN pg_class c ON c.oid = i.inhrelid"
+        " WHERE i.inhparent = 'notification'::regclass"
+        " ORDER BY 1"
+    )
+    bounds = [one["below"] for one in found]
+    return [Partition(lower, below) for lower, below in zip([None, *bounds], bounds, strict=False)]
+
+
+def kept_from() -> int:
+    """The message id from which on notifications are kept: those of older messages are gone, if there were any."""
+    return partitions()[0].below
+
+
+def care() -> None:
+    """Make what is missing, leave the one in use where it is full or old, and drop what is older than RETENTION_DAYS.
+
+    Does nothing while another worker does it. Raises peewee's OperationalError where it would have to wait for a lock
+    for more than half a second, since others would wait behind it; nothing has changed then.
+    """
+    with transaction(lock_timeout="500ms", statement_timeout="20s"):
+        held = row("SELECT pg_try_advisory_xact_lock(%(key)s) AS held", {"key": PARTITION_LOCK})
+        if not held or not held["held"]:
+            return
+        there = partitions()
+        newest = _newest_message()
+        used = next((one for one in there if one.below > newest), there[-1])
+        for below in range(there[-1].below, used.below + AHEAD * WIDTH, WIDTH):
+            _make(Partition(below, below + WIDTH))
+        if _is_full(used) or _is_old(used):
+            _leave(used)
+        if settings.retention_days:
+            _drop([one for one in there if one.below <= used.below and one != used and _is_over(one)])
+
+
+def _newest_message() -> int:
+    found = row("SELECT last_value FROM message_id_seq")
+    assert found is not None
+    return int(found["last_value"])
+
+
+def _make(new: Partition) -> None:
+    """Attached, not created as a part of the table: that would wait for everybody who reads or writes it."""
+    lower = "MINVALUE" if new.after_or_at is None else new.after_or_at
+    execute(f"CREATE TABLE {new.name} (LIKE notification INCLUDING ALL)")
+    execute(f"ALTER TABLE notification ATTACH PARTITION {new.name} FOR VALUES FROM ({lower}) TO ({new.below})")
+    log.info("made %s", new.name)
+
+
+def _is_full(used: Partition) -> bool:
+    found = row(
+        "SELECT pg_relation_size(%(name)s::regclass) / %(row_bytes)s"
+        " >= GREATEST(%(rows)s, %(messages)s * reltuples) AS full"
+        " FROM pg_class"
+        " WHERE oid = 'user_account'::regclass",
+        {"name": used.name, "row_bytes": ROW_BYTES, "rows": FULL_AT_LEAST, "messages": FULL_MESSAGES},
+    )
+    return bool(found and found["full"])
+
+
+def _is_old(used: Partition) -> bool:
+    if not settings.retention_days or used.after_or_at is None:
+        return False
+    return bool(
+        row(
+            "SELECT 1 AS yes FROM ("
+            " SELECT created_at FROM message WHERE id >= %(from)s ORDER BY id LIMIT 1) oldest"
+            " WHERE created_at < now() - make_interval(hours => 24 * %(days)s / %(part)s)",
+            {"from": used.after_or_at, "days": settings.retention_days, "part": OF_RETENTION},
+        )
+    )
+
+
+def _leave(used: Partition) -> None:
+    """Let the next message be the first of the next partition.
+
+    The sequence is locked first, so that nobody draws an id between the look at it and its move: twice the same id
+    would be an error for whoever posts.
+    """
+    execute("ALTER SEQUENCE message_id_seq INCREMENT BY 1")
+    if _newest_message() < used.below:
+        execute(f"ALTER SEQUENCE message_id_seq RESTART WITH {used.below}")
+        log.info("%s is full or old: the next message has the id %s", used.name, used.below)
+
+
+def _is_over(one: Partition) -> bool:
+    newest = row(
+        "SELECT created_at < now() - make_interval(hours => 24 * %(days)s) AS over"
+        " FROM message"
+        " WHERE id < %(below)s"
+        " ORDER BY id DESC"
+        " LIMIT 1",
+        {"below": one.below, "days": settings.retention_days},
+    )
+    return newest is None or bool(newest["over"])
+
+
+def _drop(over: list[Partition]) -> None:
+    """Drop them, and put an empty one without a lower bound in their place: every message id has a partition always."""
+    if len(over) < 2:
+        return  # the lowest one alone, which is already that
+    execute(f"DROP TABLE {', '.join(one.name for one in over)}")
+    _make(Partition(None, over[-1].below))
+    log.info("dropped the notifications of messages below %s: they are older than RETENTION_DAYS", over[-1].below)

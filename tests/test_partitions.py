@@ -1,0 +1,307 @@
+"""Partitions: made ahead, left when they are full or old, and dropped; and what is then still said of old messages."""
+
+from dataclasses import replace
+
+import pytest
+from peewee import OperationalError
+
+import jobs
+from belfry import inbox, messages, partitions, schema
+from belfry.partitions import Partition
+from belfry.sql import execute, row, rows
+from belfry.verification import verify
+from models import User
+from tests.telling import crowd, run_to_end, stats
+
+
+@pytest.fixture(autouse=True)
+def _as_migrated():
+    """What a test does to the table is undone after it."""
+    yield
+    execute("TRUNCATE message, notification RESTART IDENTITY CASCADE")
+    runner = schema._runner()
+    runner.down("0003_partitions")
+    runner.up()
+
+
+@pytest.fixture
+def keeping(monkeypatch):
+    """`keeping(30)`: RETENTION_DAYS from here on."""
+    return lambda days: monkeypatch.setattr(
+        partitions, "settings", replace(partitions.settings, retention_days=days)
+    )
+
+
+@pytest.fixture
+def full_at(monkeypatch):
+    """`full_at(100)`: a partition is full with that many rows (of which 136 fit on a page, which is the least)."""
+
+    def set_rows(number: int) -> None:
+        monkeypatch.setattr(partitions, "FULL_AT_LEAST", number)
+        monkeypatch.setattr(partitions, "FULL_MESSAGES", 0)
+
+    return set_rows
+
+
+def bounds():
+    return [one.below for one in partitions.partitions()]
+
+
+def post(cast, content="gold", days_ago=0):
+    """A message by the subscriber to everybody, told; its id."""
+    posted = messages.post_message(User.get_by_id(cast.subscriber.id), cast.general, content)
+    assert run_to_end(posted.run_id) == "succeeded"
+    if days_ago:
+        parameters = {"id": posted.message["id"], "days": days_ago}
+        execute("UPDATE message SET created_at = now() - make_interval(days => %(days)s) WHERE id = %(id)s", parameters)
+    return posted.message["id"]
+
+
+def begin_partition(full_at):
+    """The next message is the first of the next partition."""
+    full_at(0)
+    partitions.care()
+    full_at(1_000_000)
+
+
+def told_of(message_id):
+    found = rows("SELECT user_id FROM notification WHERE message_id = %(id)s ORDER BY 1", {"id": message_id})
+    return [one["user_id"] for one in found]
+
+
+def test_every_message_id_has_a_partition_and_two_more_are_ahead():
+    assert partitions.partitions() == [
+        Partition(None, 1),
+        Partition(1, 1_000_000),
+        Partition(1_000_000, 2_000_000),
+        Partition(2_000_000, 3_000_000),
+    ]
+    partitions.care()
+    assert bounds() == [1, 1_000_000, 2_000_000, 3_000_000], "nothing to make, nothing to leave"
+
+
+def test_a_full_one_is_left_and_the_next_message_begins_the_next(api, cast, full_at, run_jobs):
+    crowd(cast.server_id, 20)
+    first = post(cast)
+    full_at(100)
+    partitions.care()
+    second = api(cast.subscriber).post("/api/messages", json={"channel_id": cast.general, "content": "more"})
+    assert (first, second.get_json()["id"]) == (1, 1_000_000)
+    assert run_jobs() == 0
+    assert told_of(1) == told_of(1_000_000) != []
+    page = api(cast.vip).get("/api/notifications").get_json()["items"]
+    assert [one["message_id"] for one in page] == [1_000_000, 1]
+    full_at(137)
+    partitions.care()
+    assert bounds() == [1, 1_000_000, 2_000_000, 3_000_000, 4_000_000]
+    assert post(cast) == 1_000_001
+    assert verify() == []
+
+
+def test_one_that_is_not_full_is_not_left(cast, full_at):
+    post(cast)
+    full_at(137)
+    partitions.care()
+    assert post(cast) == 2
+
+
+def test_where_there_are_many_accounts_a_partition_holds_a_few_messages_to_all(cast, full_at, monkeypatch):
+    crowd(cast.server_id, 100)
+    execute("ANALYZE user_account")
+    post(cast)
+    full_at(100)
+    monkeypatch.setattr(partitions, "FULL_MESSAGES", 2)
+    partitions.care()
+    assert post(cast) == 2, "136 rows are less than two messages to 106 accounts"
+    monkeypatch.setattr(partitions, "FULL_MESSAGES", 1)
+    partitions.care()
+    assert post(cast) == 1_000_000
+
+
+def test_a_million_messages_fill_one_too(cast):
+    execute("ALTER SEQUENCE message_id_seq RESTART WITH 999999")
+    assert [post(cast), post(cast)] == [999_999, 1_000_000]
+    partitions.care()
+    assert bounds()[-1] == 4_000_000
+    assert [len(told_of(999_999)), len(told_of(1_000_000))] == [3, 3]
+
+
+def test_who_is_just_posting_is_not_waited_for_for_long(cast, full_at, in_another_session, monkeypatch, caplog):
+    full_at(0)
+    with in_another_session("SELECT nextval('message_id_seq')"):
+        with pytest.raises(OperationalError):
+            partitions.care()
+        monkeypatch.setattr(jobs, "_partitions_looked_at", float("-inf"))
+        jobs.sweep()
+        assert "the partitions have to wait" in caplog.text
+        jobs.sweep()
+        assert caplog.text.count("the partitions have to wait") == 1, "not with each sweep"
+    assert bounds() == [1, 1_000_000, 2_000_000, 3_000_000]
+    monkeypatch.setattr(jobs, "_partitions_looked_at", float("-inf"))
+    jobs.sweep()
+    assert post(cast) == 1_000_000
+
+
+def test_an_id_is_never_given_twice(cast, full_at):
+    """As if so much was posted between the look at the sequence and its lock that the partition was left by itself."""
+    execute("ALTER SEQUENCE message_id_seq RESTART WITH 1000005")
+    partitions._leave(Partition(1, 1_000_000))
+    assert post(cast) == 1_000_005
+
+
+def test_one_looks_after_them_at_a_time(full_at, in_another_session, cast):
+    full_at(0)
+    with in_another_session(f"SELECT pg_advisory_xact_lock({partitions.PARTITION_LOCK})"):
+        partitions.care()
+    assert post(cast) == 1
+
+
+def test_without_retention_nothing_is_dropped_or_left_for_its_age(cast, full_at):
+    post(cast, days_ago=4_000)
+    partitions.care()
+    assert post(cast, days_ago=3_000) == 2
+    begin_partition(full_at)
+    assert post(cast, days_ago=2_000) == 1_000_000
+    partitions.care()
+    assert bounds()[:2] == [1, 1_000_000]
+
+
+def test_one_is_left_after_a_tenth_of_the_retention(cast, keeping):
+    keeping(30)
+    post(cast, days_ago=2)
+    partitions.care()
+    assert post(cast, days_ago=4) == 2
+    partitions.care()
+    assert post(cast) == 3, "its first message counts"
+    execute("UPDATE message SET created_at = now() - interval '73 hours' WHERE id = 1")
+    partitions.care()
+    assert post(cast) == 1_000_000
+
+
+def test_what_is_older_than_the_retention_is_dropped_and_nothing_else(cast, keeping, full_at):
+    old = post(cast, days_ago=40)
+    begin_partition(full_at)
+    mixed = [post(cast, days_ago=35), post(cast, days_ago=29)]
+    begin_partition(full_at)
+    new = post(cast)
+    keeping(30)
+    partitions.care()
+    assert [told_of(old), *map(len, map(told_of, [*mixed, new]))] == [[], 3, 3, 3]
+    assert partitions.partitions()[:2] == [Partition(None, 1_000_000), Partition(1_000_000, 2_000_000)]
+    assert partitions.kept_from() == 1_000_000
+    before = bounds()
+    partitions.care()
+    assert bounds() == before
+    assert verify() == []
+    execute("UPDATE message SET created_at = now() - interval '31 days' WHERE id = %(id)s", {"id": mixed[1]})
+    partitions.care()
+    assert told_of(mixed[0]) == [] != told_of(new)
+    assert partitions.kept_from() == 2_000_000
+
+
+def test_of_what_is_not_kept_it_is_said_so(api, cast, keeping, full_at):
+    old = post(cast, days_ago=40)
+    begin_partition(full_at)
+    new = post(cast)
+    about = f"/api/messages/{old}/explain?user_id={cast.vip.id}"
+    assert "not kept" not in api(cast.admin).get(about).get_json()["detail"]
+    keeping(30)
+    partitions.care()
+    explained = api(cast.admin).get(about).get_json()
+    assert (explained["decision"], explained["notified_at"]) == ("message", None)
+    assert "notifications of messages that old are not kept" in explained["detail"]
+    assert "not kept" not in api(cast.admin).get(about.replace(f"/{old}/", f"/{new}/")).get_json()["detail"]
+    run_id = row("SELECT id FROM run WHERE message_id = %(id)s", {"id": old})["id"]
+    replayed = api(cast.admin).post(f"/api/runs/{run_id}/replay", json={"dry_run": False})
+    assert replayed.status_code == 409, "everybody would be told a second time"
+    assert "RETENTION_DAYS" in replayed.get_json()["detail"]
+    assert stats(run_id)["notified"] == 3, "its run still says how many they were"
+
+
+def test_an_old_message_can_still_be_edited_and_whom_it_newly_mentions_is_told(api, cast, keeping, full_at):
+    old = post(cast, days_ago=40)
+    begin_partition(full_at)
+    post(cast, days_ago=31)
+    begin_partition(full_at)
+    post(cast)
+    keeping(35)
+    partitions.care()
+    edited = api(cast.subscriber).patch(f"/api/messages/{old}", json={"content": "gold @vera"})
+    assert edited.status_code == 200, edited.get_json()
+    assert run_to_end(edited.get_json()["run"]["id"]) == "succeeded"
+    assert told_of(old) == [cast.vip.id]
+    assert verify() == []
+    keeping(30)
+    partitions.care()
+    assert told_of(old) == [], "it went with the next partition"
+
+
+def test_somebody_who_reads_for_long_delays_a_drop_and_nothing_else(cast, keeping, full_at, in_another_session):
+    post(cast, days_ago=40)
+    begin_partition(full_at)
+    post(cast)
+    keeping(30)
+    with in_another_session("SELECT count(*) FROM notification"):
+        with pytest.raises(OperationalError):
+            partitions.care()
+        assert len(told_of(1)) == 3
+    partitions.care()
+    assert told_of(1) == []
+
+
+def test_what_was_there_before_partitions_stays(cast):
+    runner = schema._runner()
+    runner.down("0003_partitions")
+    execute("ALTER SEQUENCE message_id_seq RESTART WITH 1999998")
+    first, second = post(cast), post(cast)
+    before = rows("SELECT * FROM notification ORDER BY user_id, message_id")
+    runner.up()
+    assert bounds() == [1, 2_000_000, 3_000_000, 4_000_000]
+    assert rows("SELECT * FROM notification ORDER BY user_id, message_id") == before
+    third = post(cast)
+    assert (first, second, third) == (1_999_998, 1_999_999, 2_000_000)
+    assert len(before) == 6
+    runner.down("0003_partitions")
+    assert len(rows("SELECT * FROM notification")) == 9
+    runner.up()
+
+
+def read_partitions(monkeypatch, ask):
+    """The partitions that the statements about notifications in `ask` look into."""
+    said = []
+    monkeypatch.setattr(inbox, "rows", lambda sql, parameters: said.append((sql, parameters)) or rows(sql, parameters))
+    ask()
+    found = set()
+
+    def walk(node):
+        if node.get("Relation Name", "").startswith("notification_to_") and node["Actual Loops"]:
+            found.add(node["Relation Name"])
+        for child in node.get("Plans", []):
+            walk(child)
+
+    for sql, parameters in said:
+        if "notification" in sql:
+            walk(rows(f"EXPLAIN (ANALYZE, FORMAT JSON) {sql}", parameters)[0]["QUERY PLAN"][0]["Plan"])
+    return found
+
+
+def test_a_page_reads_its_own_partitions_only(cast, full_at, monkeypatch):
+    for number in range(4):
+        execute(
+            "WITH made AS (INSERT INTO message (channel_id, author_id, content)"
+            " SELECT %(channel)s, %(author)s, 'gold' FROM generate_series(1, 40) RETURNING id)"
+            " INSERT INTO notification (user_id, message_id, reason)"
+            " SELECT user_id, id, 'message' FROM made, generate_series(%(vip)s, 1000) AS user_id",
+            {"channel": cast.general, "author": cast.subscriber.id, "vip": cast.vip.id},
+        )
+        if number < 3:
+            begin_partition(full_at)
+    execute("ANALYZE notification, message")
+    vip = User.get_by_id(cast.vip.id)
+    newest = "notification_to_4000000"
+    first = read_partitions(monkeypatch, lambda: inbox.list_notifications(vip, before=None, limit=20))
+    assert first <= {newest, "notification_to_5000000", "notification_to_6000000"}, "those ahead are empty"
+    assert newest in first
+    older = read_partitions(monkeypatch, lambda: inbox.list_notifications(vip, before=1_000_020, limit=30))
+    assert older == {"notification_to_2000000", "notification_to_1000000"}
+    assert inbox.unread_count(vip)["unread"] == 160
