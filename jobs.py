@@ -43,6 +43,7 @@ GRACE_SECONDS = 5  # after a retry should have begun, before the sweeper takes i
 WAITING_AT_MOST = 10_000  # jobs in a queue; what is beyond that waits in PostgreSQL, and Redis stays small
 TOGETHER_AT_MOST = 400  # small runs that are done in one transaction
 ENQUEUED_AT_ONCE = 500  # jobs in one round trip to Redis
+_begun: int | None = None  # the run whose first attempt, together with others, has failed and is to go on alone
 _process = os.getpid()
 _full_until: dict[str, float] = {}  # by queue, in `time.monotonic()`: asking each time would be a round trip more
 PARTITIONS_SECONDS = 60  # between two looks of a worker at the partitions
@@ -148,7 +149,7 @@ def _job_id(run_id: int) -> str:
     return f"run-{run_id}"
 
 
-def _run_of(job_id: bytes) -> int | None:
+def run_of(job_id: bytes) -> int | None:
     """Whose job it is, as far as the id alone says so: of a run as a whole."""
     kind, _, number = job_id.partition(b"-")
     return int(number) if kind == b"run" and number.isdigit() and int(number) <= LARGEST_ID else None
@@ -160,7 +161,7 @@ def _waiting_runs() -> list[int]:
         ids: list[Any] = redis_connection().lrange(queue().key, 0, TOGETHER_AT_MOST - 1)
     except RedisError:
         return []
-    return [run_id for job_id in ids if (run_id := _run_of(job_id)) is not None]
+    return [run_id for job_id in ids if (run_id := run_of(job_id)) is not None]
 
 
 def _withdraw(run_ids: Sequence[int]) -> None:
@@ -215,13 +216,33 @@ def notify(run_id: int) -> None:
     them. Retried with growing intervals; what failed is on the run.
     """
     with _at_work_on(Part(run_id)):
-        taken = leases.take_together(run_id, _waiting_runs(), settings.slice_members)
-        left = _tell_together(taken, run_id) if taken else []
-        if run_id not in taken:
+        if not _take_and_tell_together(run_id):
             _take_and_tell(Part(run_id))
-        elif run_id in left:
-            _tell(Part(run_id), 1)
         reach("job.done", run_id)
+
+
+def notify_at_once(run_id: int) -> bool:
+    """What `notify` begins with, for a worker that spares itself RQ's accounts of a job that takes milliseconds.
+
+    Whether the run is done. If not, it is an edit's, large, tried before, or in other hands, or telling of it failed:
+    then `notify` goes on with it. Whatever goes wrong goes up to the caller.
+    """
+    with _at_work_on(Part(run_id)):
+        done = _take_and_tell_together(run_id)
+        if done:
+            reach("job.done", run_id)
+        return done
+
+
+def _take_and_tell_together(run_id: int) -> bool:
+    """Tell of a small run and of those that wait behind it; whether it is done itself."""
+    global _begun
+    if run_id == _begun:
+        return False
+    taken = leases.take_together(run_id, _waiting_runs(), settings.slice_members)
+    left = _tell_together(taken, run_id) if taken else []
+    _begun = run_id if run_id in left else None
+    return run_id in taken and run_id not in left
 
 
 def notify_slice(run_id: int, after: int) -> None:
@@ -233,8 +254,8 @@ def notify_slice(run_id: int, after: int) -> None:
 
 @contextmanager
 def _at_work_on(part: Part) -> Iterator[None]:
-    job = get_current_job()
-    with logs.context(run_id=part.run_id, job_id=job.id if job else None), _connection():
+    job = get_current_job()  # None where the worker spares itself RQ's accounts of it
+    with logs.context(run_id=part.run_id, job_id=job.id if job else _job_id(part.run_id)), _connection():
         reach("job.begun", part.run_id, part.after)
         yield
 
@@ -271,7 +292,9 @@ def _tell_together(taken: list[int], first: int) -> list[int]:
 
 
 def _take_and_tell(part: Part) -> None:
-    attempt = leases.take(part)
+    global _begun
+    attempt = 1 if part == Part(_begun or 0) else leases.take(part)
+    _begun = None
     if attempt is None:
         log.info("%s: nothing to do: it is done, has failed (`flask runs retry`), or is in other hands", part)
         return

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from belfry.errors import Conflict, IdempotencyMismatch
-from belfry.sql import IDLE_SECONDS, execute, row
+from belfry.sql import NOT_FOR_LONG, execute, row, set_locally
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,8 @@ def claim(once: Once) -> str | None:
     IdempotencyMismatch where it came before with another body.
     """
     held = row(
-        "SELECT pg_try_advisory_xact_lock(hashtextextended(%(name)s, 0)) AS held,"
-        " set_config('idle_in_transaction_session_timeout', %(idle)s, true)",  # as `sql.transaction`, in one statement
-        {"name": f"idempotency {once.user_id} {once.key}", "idle": f"{IDLE_SECONDS}s"},
+        f"SELECT pg_try_advisory_xact_lock(hashtextextended(%(name)s, 0)) AS held, {set_locally(NOT_FOR_LONG)}",
+        {"name": f"idempotency {once.user_id} {once.key}"},
     )
     if not held or not held["held"]:
         raise Conflict("A request with this Idempotency-Key is still under way.")

@@ -11,10 +11,10 @@
   Only the database's clock is asked.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from belfry.sql import Row, execute, row, rows, transaction
+from belfry.sql import NOT_FOR_LONG, Row, execute, row, rows, set_locally, transaction
 from models import QUEUED_SECONDS, TRIES
 
 _LEASE = f"make_interval(secs => LEAST(15, 2 * power(2, {TRIES} - tries_left)))"
@@ -84,7 +84,13 @@ _TAKE_TOGETHER = f"""
     sized AS MATERIALIZED (
         SELECT server_id, (
             SELECT count(*)
-            FROM (SELECT FROM member m WHERE m.server_id = s.server_id LIMIT %(members)s + 1) first_few
+            FROM (
+                SELECT
+                FROM member m
+                WHERE m.server_id = s.server_id
+                ORDER BY m.user_id  -- by the key: a small server beside large ones is not looked for in all of them
+                LIMIT %(members)s + 1
+            ) first_few
         ) AS members
         FROM (SELECT DISTINCT server_id FROM placed) s
     ),
@@ -179,11 +185,11 @@ def hold(part: Part, attempt: int) -> Row | None:
     return row(_HOLD_RUN if part.after is None else _HOLD_SLICE, {**vars(part), "attempt": attempt})
 
 
-def hold_together(run_ids: Sequence[int]) -> list[Row]:
-    """As `hold`, of runs that `take_together` gave: {"run_id", "message_id", "server_id"} of those whose message
-    nobody is changing.
+def hold_together(run_ids: Sequence[int], parameters: Mapping[str, str]) -> list[Row]:
+    """As `hold`, of what `take_together` gave: {"run_id", "message_id"} of those whose message nobody is changing.
 
-    The others are not waited for, for their sake nobody else should wait.
+    The others are not waited for, for their sake nobody else should wait. It begins a transaction, for the rest of which
+    it sets PostgreSQL's `parameters`: one statement less for each small message.
     """
     held = rows(
         f"""
@@ -195,12 +201,12 @@ def hold_together(run_ids: Sequence[int]) -> list[Row]:
             AND attempts = 1
             ORDER BY id
             FOR NO KEY UPDATE
-        )
-        SELECT run_id, message_id, c.server_id,
+        ),
+        put AS MATERIALIZED (SELECT {set_locally(NOT_FOR_LONG | parameters)})
+        SELECT run_id, message_id,
             pg_try_advisory_xact_lock_shared({MESSAGE_LOCK}, (message_id %% 2147483647)::int) AS shared
-        FROM held
-        JOIN message g ON g.id = message_id
-        JOIN channel c ON c.id = g.channel_id
+        FROM put
+        LEFT JOIN held ON true
         """,
         {"run_ids": list(run_ids)},
     )

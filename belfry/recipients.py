@@ -1,10 +1,9 @@
 """Who is told, and why: the one place where the rules live.
 
-The fan-out inserts where `DECISION` is a telling one, the statistics are its GROUP BY, and `explain` is it
+The fan-out inserts where the decision is a telling one, the statistics are its GROUP BY, and `explain` is it
 for one person. The tests hold it against an oracle in plain Python on random communities.
 """
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,42 +40,46 @@ ACTIVE_SUBSCRIPTION = """(
 """
 
 
-def _has_role(roles: str) -> str:
-    """Whether member `{who}` has one of the roles in an array.
+_RANGE = "AND {column} > %(after)s AND {column} <= %(up_to)s"
+"""Of one slice. It stands at each table: PostgreSQL carries an equality over a join, but no inequality, and would read
+everybody's accounts, subscriptions and roles for every slice."""
 
-    The range stands inside as well, so that a slice which the planner answers by a hash reads its own
-    members' roles and not everybody's.
-    """
+
+def _has_role(who: str, server_of: str, roles: str, within: str) -> str:
+    """Whether a member has one of the roles in an array, which are of the server of a channel or message."""
     return f"""EXISTS (
             SELECT FROM member_role r
-            WHERE r.user_id = {{who}}.user_id
+            WHERE r.server_id = {server_of}.server_id
+            AND r.user_id = {who}.user_id
             AND r.role_id = ANY({roles})
-            AND r.user_id > %(after)s AND r.user_id <= %(up_to)s)"""
+            {within.format(column="r.user_id")})"""
 
 
-_AUDIENCE = f"""
+def _audience(channels: str, within: str) -> str:
+    """What the rules need to know of each member of the channels' servers, whatever the message."""
+    return f"""
     SELECT c.channel_id, m.user_id, u.is_admin,
         {ACTIVE_SUBSCRIPTION} AS subscribed,
-        NOT c.private OR {_has_role("c.opening_roles").format(who="m")} AS sees_channel,
+        NOT c.private OR {_has_role("m", "c", "c.opening_roles", within)} AS sees_channel,
         p.level,
         p.muted_until > now() AS muted
-    FROM ({{channels}}) c
-    JOIN member m ON m.server_id = c.server_id
-        AND m.user_id > %(after)s AND m.user_id <= %(up_to)s
-    JOIN user_account u ON u.id = m.user_id
-        AND u.id > %(after)s AND u.id <= %(up_to)s
-    LEFT JOIN subscription s ON s.user_id = m.user_id
-        AND s.user_id > %(after)s AND s.user_id <= %(up_to)s
+    FROM ({channels}) c
+    JOIN member m ON m.server_id = c.server_id {within.format(column="m.user_id")}
+    JOIN user_account u ON u.id = m.user_id {within.format(column="u.id")}
+    LEFT JOIN subscription s ON s.user_id = m.user_id {within.format(column="s.user_id")}
     LEFT JOIN preference p ON p.channel_id = c.channel_id AND p.user_id = m.user_id
-        AND p.user_id > %(after)s AND p.user_id <= %(up_to)s
-"""
-"""What the rules need to know of each member of a channel's server, whatever the message.
-
-The range stands at each table: PostgreSQL carries an equality over a join, but no inequality, and would read
-everybody's accounts and subscriptions for every slice.
+        {within.format(column="p.user_id")}
 """
 
-DECISION = f"""CASE
+
+def _decision(within: str) -> str:
+    """Exactly one reason for each member `a` of the server, of message `g`. Contract, section 4, in its order but for
+    one step:
+
+    `muted` stands before the two group mentions, because neither passes a mute; whoever is muted and not
+    named personally ends at `muted` in either order, and so the question is asked once.
+    """
+    return f"""CASE
     WHEN a.user_id = g.author_id
         THEN 'author'
     WHEN NOT a.sees_channel
@@ -89,7 +92,7 @@ DECISION = f"""CASE
         THEN 'mention'
     WHEN a.muted
         THEN 'muted'
-    WHEN g.mentioned_roles <> '{{}}' AND {_has_role("g.mentioned_roles").format(who="a")}
+    WHEN g.mentioned_roles <> '{{}}' AND {_has_role("a", "g", "g.mentioned_roles", within)}
         THEN 'mention_role'
     WHEN g.mentions_everyone
         THEN 'mention_everyone'
@@ -97,12 +100,7 @@ DECISION = f"""CASE
         THEN 'preference_mentions'
     ELSE 'message'
 END"""
-"""Exactly one reason for each member `a` of the server, of message `g`. Contract, section 4, in its order but for one
-step:
 
-`muted` stands before the two group mentions, because neither passes a mute; whoever is muted and not
-named personally ends at `muted` in either order, and so the question is asked once.
-"""
 
 _ONE_SUBJECT = """
         SELECT %(message_id)s::bigint AS message_id, %(server_id)s::bigint AS server_id,
@@ -123,16 +121,16 @@ _SUBJECTS = """
 """
 
 DECIDED = f"""
-    SELECT a.user_id, {DECISION} AS decision
+    SELECT a.user_id, {_decision(_RANGE)} AS decision
     FROM ({_ONE_SUBJECT}) g
-    CROSS JOIN ({_AUDIENCE.format(channels=_ONE_SUBJECT)}) a
+    CROSS JOIN ({_audience(_ONE_SUBJECT, _RANGE)}) a
     WHERE a.user_id <> ALL(%(but)s::bigint[])
     AND (%(among)s::bigint[] IS NULL OR a.user_id = ANY(%(among)s::bigint[]))
     AND (g.only_for IS NULL OR a.user_id = g.only_for)
 """
 """(user_id, decision) of the members in a range of ids, for `Subject.parameters`."""
 
-_MEMBER = ("user_id", "is_admin", "subscribed", "sees_channel", "level", "muted")  # the columns of _AUDIENCE
+_MEMBER = ("user_id", "is_admin", "subscribed", "sees_channel", "level", "muted")  # the columns of `_audience`
 
 DECIDED_OF_MANY = f"""
     WITH subject AS MATERIALIZED (
@@ -140,36 +138,21 @@ DECIDED_OF_MANY = f"""
     ),
     audience AS MATERIALIZED (
         SELECT channel_id, {", ".join(f"array_agg({name}) AS {name}" for name in _MEMBER)}
-        FROM ({_AUDIENCE.format(
-            channels="SELECT DISTINCT channel_id, server_id, private, opening_roles FROM subject"
-        )} WHERE m.server_id = ANY(%(server_ids)s::bigint[])) members
+        FROM ({_audience("SELECT DISTINCT channel_id, server_id, private, opening_roles FROM subject", "")}) members
         GROUP BY channel_id
     )
-    SELECT g.message_id, a.user_id, {DECISION} AS decision
+    SELECT g.message_id, a.user_id, {_decision("")} AS decision
     FROM subject g
     JOIN audience b ON b.channel_id = g.channel_id
     CROSS JOIN LATERAL unnest({", ".join(f"b.{name}" for name in _MEMBER)}) AS a ({", ".join(_MEMBER)})
     WHERE g.only_for IS NULL OR a.user_id = g.only_for
 """
 """(message_id, user_id, decision) of all who are in the audience of messages that are not deleted, for
-`parameters_of_many`.
+{"message_ids", "grace_days"}.
 
 The members of a channel are looked up once, however many messages there are; and as arrays, so that no estimate of
-how many they are can make the planner go over all of them for each message. The servers' ids stand there as well: of
-a server that it is told the planner knows how large it is, and reads a small one's members by their keys. Without
-them it took the average of all servers for each, and read everybody (50 ms beside a server of 100,000, for 50 people).
+how many they are can make the planner go over all of them for each message.
 """
-
-
-def parameters_of_many(message_ids: Collection[int], server_ids: Collection[int]) -> dict[str, Any]:
-    """The parameters of DECIDED_OF_MANY: the messages, and the servers that they are in."""
-    return {
-        "message_ids": list(message_ids),
-        "server_ids": list(server_ids),
-        "after": 0,
-        "up_to": LARGEST_ID,
-        "grace_days": settings.past_due_grace_days,
-    }
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,7 @@ Row = dict[str, Any]
 
 IDLE_SECONDS = 5
 """How long a transaction may hear nothing from its process. Between two statements lie a few milliseconds."""
-
-_SET = "set_config('{}', %({})s, true)"
+NOT_FOR_LONG = {"idle_in_transaction_session_timeout": f"{IDLE_SECONDS}s"}
 
 
 def _utc(value: Any) -> Any:
@@ -41,14 +40,18 @@ def execute(statement: str, parameters: Mapping[str, Any] | None = None) -> int:
     return int(db.execute_sql(statement, parameters).rowcount)
 
 
+def set_locally(parameters: Mapping[str, str]) -> str:
+    """What sets these parameters of PostgreSQL for one transaction, as expressions for a SELECT that is said anyway."""
+    return ", ".join(f"set_config('{name}', '{value}', true)" for name, value in parameters.items())
+
+
 @contextmanager
-def transaction(**settings: str) -> Iterator[None]:
+def transaction(**parameters: str) -> Iterator[None]:
     """A transaction that does not keep its locks when its process hangs.
 
     PostgreSQL ends it, and takes back what it wrote, when nothing is heard of the process for IDLE_SECONDS;
-    of a process that died it hears at once. `settings` are PostgreSQL's, for this transaction alone.
+    of a process that died it hears at once. `parameters` are PostgreSQL's, for this transaction alone.
     """
     with db.atomic():
-        settings = {"idle_in_transaction_session_timeout": f"{IDLE_SECONDS}s", **settings}
-        row(f"SELECT {', '.join(_SET.format(name, name) for name in settings)}", settings)
+        row(f"SELECT {set_locally(NOT_FOR_LONG | parameters)}")
         yield
