@@ -25,6 +25,7 @@ from dev.servers import servers
 PARTS = {
     "large": "bench.large",
     "small": "bench.small",
+    "growth": "bench.growth",
     "post": "bench.post",
 }
 """Name: the module, which has `measure(stage, arguments) -> dict`, of what JSON can hold, and `table(that) -> str`: of
