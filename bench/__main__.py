@@ -1,6 +1,6 @@
 """`make bench`: sets up servers of its own, as the demo does, and measures, part by part.
 
-Prints tables; `--json FILE` has every figure, and what they are of. The peers are installed
+Prints tables; `--json FILE` has every figure, and what they are of; `--charts DIR` draws them. The peers are installed
 into environments of their own, once.
 """
 
@@ -8,7 +8,9 @@ import argparse
 import json
 import os
 import shlex
+import subprocess
 import sys
+import tempfile
 import time
 from contextlib import ExitStack
 from datetime import UTC, datetime
@@ -16,8 +18,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from bench import environments
 from bench.stage import Stage
-from dev import CommandError, ports, say, stack
+from dev import ROOT, CommandError, ports, say, stack
 from dev.own import private
 from dev.places import temporary_data_dir
 from dev.servers import servers
@@ -36,13 +39,19 @@ SIZES = (1_000, 10_000)  # communities beside those of --members; see `Stage`
 def main() -> int:
     arguments = _arguments()
     try:
-        results = measure(arguments)
+        if arguments.draw:
+            results = json.loads(arguments.draw.read_text())
+        else:
+            # As they will be read: with names for keys.
+            results = json.loads(json.dumps(measure(arguments)))
     except CommandError as error:
         say(str(error))
         return 1
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+    if arguments.charts:
+        draw(results, arguments.charts)
     return 0
 
 
@@ -57,7 +66,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--lone", type=int, default=60, help="lone messages to each worker, in rounds (%(default)s)")
     parser.add_argument("--posts", type=int, default=200, help="posts to each audience (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
-    return parser.parse_args()
+    parser.add_argument("--charts", type=Path, metavar="DIR", help="draw charts into that directory")
+    parser.add_argument("--draw", type=Path, metavar="FILE", help="measure nothing: take what --json wrote there")
+    arguments = parser.parse_args()
+    if arguments.draw and not arguments.charts:
+        parser.error("--draw needs --charts: where to draw")
+    return arguments
 
 
 def _numbers(text: str) -> list[int]:
@@ -97,6 +111,16 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     say(f"{results['machine']}, {results['cores']} cores, {results['tree'] or 'no commit'}, {results['date']}")
     say("Seconds: " + ", ".join(f"{name} {took}" for name, took in results["seconds"].items()))
     return results
+
+
+def draw(results: dict[str, Any], directory: Path) -> None:
+    """Charts of the results, by matplotlib in an environment of its own."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(results, file)
+        file.flush()
+        line = [str(environments.python_of("charts")), "bench/charts.py", file.name, str(directory.resolve())]
+        subprocess.run(line, cwd=ROOT, check=True)
 
 
 if __name__ == "__main__":
