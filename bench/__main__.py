@@ -63,7 +63,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--people", type=int, default=1_500, help="recipients of django-notifications-hq (%(default)s)")
     parser.add_argument("--messages", type=int, default=2_000, help="small messages to each worker (%(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="measurements of small messages (%(default)s)")
-    parser.add_argument("--lone", type=int, default=60, help="lone messages to each worker, in rounds (%(default)s)")
+    parser.add_argument("--lone", type=int, default=45, help="lone messages to each worker, in rounds (%(default)s)")
     parser.add_argument("--posts", type=int, default=200, help="posts to each audience (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     parser.add_argument("--charts", type=Path, metavar="DIR", help="draw charts into that directory")
@@ -82,6 +82,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Every part's results, and what they are of. Prints each part's table when it is done."""
     results: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "load_before": round(os.getloadavg()[0], 2),
         "command": shlex.join(["python", "-m", "bench", *sys.argv[1:]]),
     }
     began, seconds, parts = time.perf_counter(), {}, {}
@@ -109,6 +110,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     versions = {name: version for name, version in results["versions"].items() if name != "peers"}
     say(", ".join(f"{name} {version}" for name, version in versions.items()))
     say(f"{results['machine']}, {results['cores']} cores, {results['tree'] or 'no commit'}, {results['date']}")
+    say(f"Load of the machine before: {results['load_before']}; the ratios bear some, the times do not")
     say("Seconds: " + ", ".join(f"{name} {took}" for name, took in results["seconds"].items()))
     return results
 
