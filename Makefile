@@ -15,7 +15,7 @@ help:
 	@echo 'make web      the web process alone; it shares its data with `make worker` and `make run`'
 	@echo 'make worker   a worker alone, for a second terminal'
 	@echo 'make test     the test suite                   (ARGS="-k inbox -x" goes to pytest)'
-	@echo 'make bench    the benchmarks                   (ARGS goes to them)'
+	@echo 'make bench    the benchmarks                   (ARGS="--only large small --json FILE --charts DIR")'
 	@echo 'make chaos    kill everything, again and again, and then an audit   (ARGS="--kills 1000 --seed 7")'
 	@echo 'make drill    fan-outs to 1,000,000, SIGTERM, Redis down, a backlog    (ARGS="mention stop outage backlog")'
 	@echo 'make lint     ruff and mypy'

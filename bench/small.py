@@ -1,305 +1,243 @@
 """A part of `make bench`: many small messages, Belfry's worker beside a loop and the peers.
 
-Each gets the same messages to the same community, on an empty table, one worker process each: the statement in a loop
-without any queue; Belfry; RQ's default worker and its SimpleWorker, Celery, Dramatiq and Huey with that statement as
-their task, each in an environment of its own. A rate counts from the first committed notification to the last, so no
-start of a process is in it; a lone message from enqueueing to its committed rows, as another connection sees them.
+Each gets the same messages to the same community of 57, beside all the others in the same database, on an empty table,
+one worker process each: the statement in a loop without any queue; Belfry; RQ's default worker and its SimpleWorker,
+Celery, Dramatiq and Huey with that statement as their task, each in an environment of its own.
+
+- A rate counts from the first committed notification to the last, so no start of a process is in it.
+- A lone message counts from enqueueing to its committed rows, as another connection sees them. The workers take turns,
+  ROUNDS times, each in a new process that has done WARM messages before.
+
 Every count of rows is checked.
 """
 
-import hashlib
+import argparse
 import json
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from collections.abc import Callable, Iterable
+from itertools import chain
 from typing import Any
 
-import psutil
 import psycopg
 
+from belfry import recipients
+from belfry.sql import execute, row, rows
+from bench import machine
+from bench.large import AS_BELFRY, BARE_STATEMENT, reached
+from bench.peers_at_work import WORKERS, peer
+from bench.stage import PATIENCE, WARM, Stage, give_up_after
 from dev import CommandError, say, stack
-from dev.processes import finish
 
-ROOT = Path(__file__).parent.parent
-PEERS = ROOT / "bench" / "peers"
-MEMBERS = 57  # of whom 50 are told
-RQ_MESSAGES = 100  # it would take minutes for more
-PATIENCE = 120.0  # seconds without any progress
-
-WORKERS: dict[str, tuple[str, str, list[str]]] = {
-    "RQ, default worker": ("rq", "peer_rq.py", ["rq", "worker", "-q", "peer"]),
-    "RQ, SimpleWorker": ("rq", "peer_rq.py", ["rq", "worker", "-q", "-w", "rq.SimpleWorker", "peer"]),
-    "Celery, prefork": ("celery", "peer_celery.py", ["celery", "-A", "peer_celery", "-q", "worker", "-c", "1"]),
-    "Dramatiq, 8 threads": ("dramatiq", "peer_dramatiq.py", ["dramatiq", "peer_dramatiq", "-p", "1", "-t", "8"]),
-    "Huey, 8 threads": ("huey", "peer_huey.py", ["huey_consumer", "peer_huey.huey", "-w", "8", "-k", "thread", "-q"]),
-}
-"""Name: the environment, the program that enqueues, the worker's command."""
+LOOP, BELFRY, SIMPLE = "the statement in a loop, no queue", "Belfry", "RQ, SimpleWorker"
+FEWER = {"RQ, default worker": 40, SIMPLE: 10, "Celery, prefork": 2}  # one in so many: all would take minutes
+ROUNDS = 3
+RATE_TARGET = 2.0  # times the loop's rate
+PAUSE = 0.05  # seconds between two lone messages
 
 
-def python_of(name: str) -> Path:
-    """The interpreter of a peer's environment, which is made when its requirements are new."""
-    wanted = (PEERS / f"requirements-{name}.txt").read_bytes()
-    home = ROOT / ".venv" / "peers" / f"{name}-{hashlib.sha256(wanted).hexdigest()[:12]}"
-    python = home / "bin" / "python"
-    if not (home / "complete").exists():
-        say(f"making an environment for {name} …")
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(home)], check=True)
-        subprocess.run(
-            [str(python), "-m", "pip", "install", "-q", "-r", str(PEERS / f"requirements-{name}.txt")], check=True
-        )
-        (home / "complete").touch()
-    return python
+class Small:
+    """One small community, and messages to it that nobody has been told of."""
 
-
-class Bench:
-    """A community of MEMBERS in one channel, and messages to it that nobody has been told of."""
-
-    def __init__(self, env: dict[str, str], data_dir: Path) -> None:
-        from belfry import accounts, recipients, seeding
-        from belfry.sql import rows
-        from bench.measure import BARE_STATEMENT
-        from models import db
-
-        self.env, self.data_dir = env, data_dir
-        db.connect(reuse_if_open=True)
-        self.admin = accounts.create_user("bench-of-small", is_admin=True)
-        community = seeding.seed(MEMBERS, 1)
-        self.channel_id = community["channel_ids"][0]
+    def __init__(self, stage: Stage) -> None:
+        self.stage, self.channel_id = stage, stage.small[0]
         (message_id,) = self.messages(1)
         subject = recipients.subject_of(message_id)
         assert subject is not None
         self.parameters = subject.parameters()
-        self.statement = BARE_STATEMENT
-        found = rows("SELECT user_id FROM member WHERE server_id = %(server_id)s ORDER BY 1", community)
-        self.members = [one["user_id"] for one in found]
-        (data_dir / "statement.json").write_text(json.dumps({"sql": self.statement, "parameters": self.parameters}))
-        self.reader = psycopg.connect(env["DATABASE_URL"], autocommit=True)
-        with psycopg.connect(env["DATABASE_URL"], autocommit=True) as connection:
-            self.recipients = connection.execute(
-                self.statement, {**self.parameters, "message_id": message_id}
-            ).rowcount
+        statement = {"sql": BARE_STATEMENT, "parameters": self.parameters}
+        (stage.data_dir / "statement.json").write_text(json.dumps(statement))
+        execute(BARE_STATEMENT, self.parameters)
+        self.recipients = stage.count()
+        found = row("SELECT min(user_id) AS first FROM notification")
+        assert found is not None
+        self.witness = found["first"]  # whose one row of each message is there with all the others
 
     def messages(self, number: int) -> list[int]:
-        from belfry.sql import execute, rows
+        self.stage.empty()
+        execute("TRUNCATE run CASCADE")
+        return self.stage.new_messages([self.channel_id], number)
 
-        execute("TRUNCATE notification; TRUNCATE run CASCADE; CHECKPOINT")
-        made = rows(
-            "INSERT INTO message (channel_id, author_id, content)"
-            " SELECT %(channel_id)s, %(author_id)s, 'gold ' || n FROM generate_series(1, %(number)s) AS n RETURNING id",
-            {"channel_id": self.channel_id, "author_id": self.admin.id, "number": number},
-        )
-        return [one["id"] for one in made]
-
-    def count(self) -> int:
-        found = self.reader.execute("SELECT count(*) FROM notification").fetchone()
+    def done(self, message_id: int | None = None) -> int:
+        """How many messages are told: all, or this one. Cheap beside counting rows, which takes 4 ms of 100,000, and
+        a quarter of a core from whoever is measured."""
+        question = "SELECT count(*) AS there FROM notification WHERE user_id = %s"
+        which = () if message_id is None else (message_id,)
+        found = self.stage.reader.execute(
+            question + " AND message_id = %s" * len(which), (self.witness, *which)
+        ).fetchone()
         assert found is not None
-        return int(found[0])
+        return int(found["there"])
 
-    def rate(self, messages: int) -> float:
-        """Messages a second, from the first that is there to the last."""
+    def rate(self, messages: int, pids: list[int]) -> dict[str, float]:
+        """Messages a second, from the first that is there to the last, and what the processes used meanwhile."""
         give_up = time.monotonic() + PATIENCE
-        while not (first := self.count()):
-            _check(give_up)
+        while not (first := self.done()):
+            give_up_after(give_up)
             time.sleep(0.002)
-        began, wanted = time.perf_counter(), messages * self.recipients
-        while (there := self.count()) < wanted:
-            _check(give_up)
-            time.sleep(0.01)
-        assert there == wanted, (there, wanted)
-        return (wanted - first) / self.recipients / (time.perf_counter() - began)
+        began = time.perf_counter()
+        with machine.watch(pids) as used:
+            while self.done() < messages:
+                give_up_after(give_up)
+                time.sleep(0.005)
+            took = time.perf_counter() - began
+        self.check(messages)
+        counted = messages - first
+        if not counted:
+            raise CommandError(f"{messages} messages were told between two looks: measure more, by --messages.")
+        return {
+            "rate": counted / took,
+            "cpu_ms": used["cpu_s"] * 1000 / counted,
+            "cpu_s": machine.cpu_of(pids),
+            "pss_mib": used["pss_mib"],
+        }
 
-    def until_it_is_there(self, enqueue: Callable[[int], None], message_id: int) -> float:
-        began, give_up = time.perf_counter(), time.monotonic() + PATIENCE
-        enqueue(message_id)
-        question = "SELECT count(*) FROM notification WHERE message_id = %s AND user_id = ANY(%s)"
-        while self.reader.execute(question, (message_id, self.members)).fetchone() != (self.recipients,):
-            _check(give_up)
-        return time.perf_counter() - began
+    def check(self, messages: int) -> None:
+        there = self.stage.count()
+        assert there == messages * self.recipients, (there, messages, self.recipients)
+
+    def lone(self, enqueue: Callable[[int], object], message_ids: list[int]) -> list[float]:
+        """Seconds of each, the first WARM left out."""
+        took = []
+        for message_id in message_ids:
+            give_up, began = time.monotonic() + PATIENCE, time.perf_counter()
+            enqueue(message_id)
+            while not self.done(message_id):
+                give_up_after(give_up)
+                time.sleep(0.0002)
+            took.append(time.perf_counter() - began)
+            time.sleep(PAUSE)
+        self.check(len(message_ids))
+        return took[WARM:]
 
 
-def _check(give_up: float) -> None:
-    if time.monotonic() > give_up:
-        raise CommandError(f"Nothing came for {PATIENCE:.0f} s.")
-
-
-def loop(bench: Bench, messages: int) -> float:
+def loop_rate(small: Small, messages: int) -> dict[str, float]:
     """The statement for one message after the other, a commit each."""
-    ids = bench.messages(messages)
-    with psycopg.connect(bench.env["DATABASE_URL"], autocommit=True) as connection:
-        connection.execute("SET jit = off; SET plan_cache_mode = force_custom_plan")  # as Belfry has it
+    ids = small.messages(messages)
+    with psycopg.connect(small.stage.env["DATABASE_URL"], autocommit=True) as connection:
+        connection.execute(AS_BELFRY)
         began = time.perf_counter()
         for message_id in ids:
-            connection.execute(bench.statement, {**bench.parameters, "message_id": message_id})
+            connection.execute(BARE_STATEMENT, {**small.parameters, "message_id": message_id})
         took = time.perf_counter() - began
-    assert bench.count() == messages * bench.recipients
-    return messages / took
+    small.check(messages)
+    return {"rate": messages / took}
 
 
-def _runs(message_ids: list[int]) -> list[int]:
-    from belfry.sql import rows
-
+def queued_runs(message_ids: Iterable[int]) -> list[int]:
+    """A run for each message, as the POST makes it."""
     statement = (
         "INSERT INTO run (message_id, kind, state) SELECT unnest(%(ids)s::bigint[]), 'message', 'queued' RETURNING id"
     )
-    return [one["id"] for one in rows(statement, {"ids": message_ids})]
+    return [one["id"] for one in rows(statement, {"ids": list(message_ids)})]
 
 
-def belfry_rate(bench: Bench, messages: int) -> dict[str, float]:
+def belfry_rate(small: Small, messages: int) -> dict[str, float]:
     """All are in the queue before the worker starts; with them what Belfry alone does: states and statistics."""
     import jobs
     from belfry.leases import Part
-    from belfry.sql import row
 
-    assert jobs.enqueue([Part(run_id) for run_id in _runs(bench.messages(messages))], lost=True)
-    with stack.worker(bench.env, bench.data_dir / "worker.log") as worker:
-        rate = bench.rate(messages)
-        used = _used(worker.process.pid)
+    assert jobs.enqueue([Part(run_id) for run_id in queued_runs(small.messages(messages))], lost=True)
+    with stack.worker(small.stage.env, small.stage.data_dir / "worker.log") as worker:
+        found = small.rate(messages, [worker.process.pid])
     assert row("SELECT count(*) AS done FROM run WHERE state = 'succeeded'") == {"done": messages}
-    return {"rate": rate, **used}
+    return found
 
 
-def belfry_lone(bench: Bench, repeats: int) -> list[float]:
+def belfry_lone(small: Small, number: int) -> list[float]:
     import jobs
 
-    ids = bench.messages(repeats + 5)
-    runs = dict(zip(ids, _runs(ids), strict=True))
-    with stack.worker(bench.env, bench.data_dir / "worker.log"):
-        took = []
-        for message_id in ids:
-            took.append(bench.until_it_is_there(lambda id_: bool(jobs.enqueue_run(runs[id_])), message_id))
-            time.sleep(0.05)
-    return took[5:]
+    ids = small.messages(number + WARM)
+    runs = dict(zip(ids, queued_runs(ids), strict=True))
+    with stack.worker(small.stage.env, small.stage.data_dir / "worker.log"):
+        return small.lone(lambda message_id: jobs.enqueue_run(runs[message_id]), ids)
 
 
-@contextmanager
-def _peer(bench: Bench, name: str) -> Iterator[tuple[Callable[[list[int]], None], Callable[[], Any]]]:
-    """A way to enqueue messages, and one to start the worker."""
-    environment, program, command = WORKERS[name]
-    python = python_of(environment)
-    env = {**bench.env, "STATEMENT": str(bench.data_dir / "statement.json"), "PYTHONPATH": str(PEERS)}
-    env["PATH"] = f"{python.parent}:{env['PATH']}"
-    arguments = [*command[:-1], "--url", env["REDIS_URL"], command[-1]] if command[0] == "rq" else command
-    with ExitStack() as running:
-        log = running.enter_context(open(bench.data_dir / "peer.log", "wb"))
-
-        def start(line: list[str], **pipes: Any) -> subprocess.Popen[str]:
-            process = subprocess.Popen(line, cwd=PEERS, env=env, stderr=log, text=True, **pipes)
-            running.callback(finish, process)
-            return process
-
-        enqueuer = start([str(python), program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-
-        def enqueue(ids: list[int], *, wait: bool = True) -> None:
-            assert enqueuer.stdin is not None
-            assert enqueuer.stdout is not None
-            enqueuer.stdin.write("".join(f"{message_id}\n" for message_id in ids) + ("\n" if wait else ""))
-            enqueuer.stdin.flush()
-            if wait and enqueuer.stdout.readline() != "enqueued\n":
-                raise CommandError(f"{name} did not enqueue: {(bench.data_dir / 'peer.log').read_text()[-2000:]}")
-
-        enqueue([])
-        yield enqueue, lambda: start([str(python.parent / arguments[0]), *arguments[1:]], stdout=log)
+def peer_rate(small: Small, name: str, messages: int) -> dict[str, float]:
+    with peer(small.stage, name) as (enqueue, start_worker):
+        enqueue(small.messages(messages))
+        return small.rate(messages, [start_worker()])
 
 
-def peer_rate(bench: Bench, name: str, messages: int) -> dict[str, float]:
-    with _peer(bench, name) as (enqueue, start_worker):
-        enqueue(bench.messages(messages))
-        worker = start_worker()
-        rate = bench.rate(messages)
-        return {"rate": rate, **_used(worker.pid)}
-
-
-def peer_lone(bench: Bench, name: str, repeats: int) -> list[float]:
-    with _peer(bench, name) as (enqueue, start_worker):
-        ids = bench.messages(repeats + 5)
+def peer_lone(small: Small, name: str, number: int) -> list[float]:
+    with peer(small.stage, name) as (enqueue, start_worker):
+        ids = small.messages(number + WARM)
         start_worker()
-        took = []
-        for message_id in ids:
-            took.append(bench.until_it_is_there(lambda id_: enqueue([id_], wait=False), message_id))  # type: ignore[call-arg]
-            time.sleep(0.05)
-    return took[5:]
+        return small.lone(lambda message_id: enqueue([message_id], wait=False), ids)
 
 
-def _used(pid: int) -> dict[str, float]:
-    """CPU seconds and MiB of a process and its children, as they are now."""
-    seconds = mib = 0.0
-    for process in (psutil.Process(pid), *psutil.Process(pid).children(recursive=True)):
-        try:
-            times, memory = process.cpu_times(), process.memory_full_info()
-        except psutil.Error:
-            continue
-        seconds += times.user + times.system + times.children_user + times.children_system
-        mib += memory.pss / 2**20
-    return {"cpu_s": round(seconds, 2), "pss_mib": round(mib, 1)}
-
-
-def measure(env: dict[str, str], data_dir: Path, *, messages: int, repeats: int, lone: int) -> dict[str, Any]:
+def measure(stage: Stage, arguments: argparse.Namespace) -> dict[str, Any]:
     """All of them in turn, so many times; medians of the rates, and of the times of a lone message."""
-    bench = Bench(env, data_dir)
-    rates: dict[str, list[dict[str, float]]] = {}
-    ratios: list[float] = []
-    for repeat in range(repeats):
-        say(f"small messages: {repeat + 1} of {repeats}")
-        rates.setdefault("the statement in a loop, no queue", []).append({"rate": loop(bench, messages)})
-        rates.setdefault("Belfry", []).append(belfry_rate(bench, messages))
-        ratios.append(rates["Belfry"][-1]["rate"] / rates["the statement in a loop, no queue"][-1]["rate"])
+    small, messages = Small(stage), arguments.messages
+    rates: dict[str, list[dict[str, float]]] = {name: [] for name in (LOOP, BELFRY, *WORKERS)}
+    counts = {name: max(20, messages // FEWER.get(name, 1)) for name in rates}
+    for repeat in range(arguments.repeats):
+        say(f"small messages: {repeat + 1} of {arguments.repeats}")
+        rates[LOOP].append(loop_rate(small, messages))
+        rates[BELFRY].append(belfry_rate(small, messages))
         for name in WORKERS:
-            slow = name == "RQ, default worker"
-            rates.setdefault(name, []).append(peer_rate(bench, name, RQ_MESSAGES if slow else messages))
-    say("a lone message")
-    times = {"Belfry": belfry_lone(bench, lone)} | {name: peer_lone(bench, name, lone) for name in WORKERS}
+            rates[name].append(peer_rate(small, name, counts[name]))
+    times: dict[str, list[list[float]]] = {name: [] for name in (BELFRY, *WORKERS)}
+    each = max(1, arguments.lone // ROUNDS)
+    for number in range(ROUNDS):
+        say(f"lone messages: {number + 1} of {ROUNDS}")
+        times[BELFRY].append(belfry_lone(small, each))
+        for name in WORKERS:
+            times[name].append(peer_lone(small, name, each))
+    ratios = [ours["rate"] / loop["rate"] for ours, loop in zip(rates[BELFRY], rates[LOOP], strict=True)]
+    lone = [
+        statistics.median(ours) / statistics.median(simple)
+        for ours, simple in zip(times[BELFRY], times[SIMPLE], strict=True)
+    ]
     return {
-        "recipients": bench.recipients,
+        "recipients": small.recipients,
         "messages": messages,
+        "beside": max(stage.communities),
+        "lone": each * ROUNDS,
         "ratio_to_the_loop": round(statistics.median(ratios), 2),
-        "messages_per_s": {
-            name: {
-                "median": round(statistics.median(one["rate"] for one in all_), 1),
-                "least": round(min(one["rate"] for one in all_), 1),
-                **{key: statistics.median(one[key] for one in all_) for key in ("cpu_s", "pss_mib") if key in all_[0]},
-            }
-            for name, all_ in rates.items()
-        },
+        "lone_ratio_to_simple": round(statistics.median(lone), 2),
+        "messages_per_s": {name: _medians(all_) | {"messages": counts[name]} for name, all_ in rates.items()},
         "lone_ms": {
             name: {
-                "p50": round(statistics.median(all_) * 1000, 2),
-                "p95": round(sorted(all_)[int(len(all_) * 0.95)] * 1000, 2),
+                "p50": round(statistics.median(chain(*rounds)) * 1000, 2),
+                "p95": round(sorted(chain(*rounds))[int(each * ROUNDS * 0.95)] * 1000, 2),
+                "p50_of_rounds": [round(statistics.median(one) * 1000, 2) for one in rounds],
             }
-            for name, all_ in times.items()
+            for name, rounds in times.items()
         },
     }
 
 
-def django_rows(env: dict[str, str], people: int, repeats: int) -> float:
-    """django-notifications-hq: rows a second, the median."""
-    answer = subprocess.run(
-        [str(python_of("django")), "peer_django.py", str(people), str(repeats)],
-        cwd=PEERS,
-        env={**env, "PYTHONPATH": str(PEERS)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    found = json.loads(answer.stdout.splitlines()[-1])
-    return float(found["rows"] / statistics.median(found["seconds"]))
+def _medians(all_: list[dict[str, float]]) -> dict[str, float]:
+    found = {
+        "median": round(statistics.median(one["rate"] for one in all_), 1),
+        "least": round(min(one["rate"] for one in all_), 1),
+    }
+    for name in ("cpu_ms", "cpu_s", "pss_mib"):
+        if name in all_[0]:
+            found[name] = round(statistics.median(one[name] for one in all_), 2)
+    return found
 
 
 def table(results: dict[str, Any]) -> str:
     """The results for people."""
     lone = results["lone_ms"]
     lines = [
-        f"{results['messages']:,} messages to {results['recipients']} recipients each, one worker process",
-        f"  {'':34} {'messages/s':>11} {'lone p50':>9} {'p95':>8}   CPU s   PSS MiB",
+        f"{results['messages']:,} messages to {results['recipients']} recipients each, one worker process, beside a"
+        f" community of {results['beside']:,}",
+        f"  {'':36} {'messages/s':>10} {'lone p50':>10} {'p95':>10} {'CPU a message':>14} {'PSS MiB':>8}",
     ]
     for name, found in results["messages_per_s"].items():
-        times = f"{lone[name]['p50']:6.2f} ms {lone[name]['p95']:5.2f} ms" if name in lone else " " * 18
-        used = f"{found['cpu_s']:7.2f} {found['pss_mib']:9.1f}" if "cpu_s" in found else ""
-        lines.append(f"  {name:34} {found['median']:11,.0f} {times} {used}")
-    lines.append(f"  Belfry to the loop, median of pairs: {results['ratio_to_the_loop']:.2f}")
-    if "django_rows_per_s" in results:
-        lines.append(f"  django-notifications-hq, one message to many: {results['django_rows_per_s']:,.0f} rows/s")
-    return "\n".join(lines)
+        label = name if found["messages"] == results["messages"] else f"{name} ({found['messages']:,})"
+        times = f"{lone[name]['p50']:7.2f} ms {lone[name]['p95']:7.2f} ms" if name in lone else " " * 21
+        used = f"{found['cpu_ms']:11.2f} ms {found['pss_mib']:8.1f}" if "cpu_ms" in found else ""
+        lines.append(f"  {label:36} {found['median']:10,.0f} {times} {used}")
+    return "\n".join(
+        [
+            *lines,
+            f"  Belfry to the loop, median of pairs (target: >= {RATE_TARGET:g}):"
+            f" {reached(results['ratio_to_the_loop'], RATE_TARGET)}",
+            "  a lone message's p50 to SimpleWorker's, median of rounds (target: <= 1):"
+            f" {reached(results['lone_ratio_to_simple'], 1.0, at_most=True)}",
+        ]
+    )
