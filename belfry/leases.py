@@ -188,8 +188,8 @@ def hold(part: Part, attempt: int) -> Row | None:
 def hold_together(run_ids: Sequence[int], parameters: Mapping[str, str]) -> list[Row]:
     """As `hold`, of what `take_together` gave: {"run_id", "message_id"} of those whose message nobody is changing.
 
-    The others are not waited for, for their sake nobody else should wait. It begins a transaction, for the rest of which
-    it sets PostgreSQL's `parameters`: one statement less for each small message.
+    The others are not waited for, for their sake nobody else should wait. It begins a transaction, for the rest of
+    which it sets PostgreSQL's `parameters`: one statement less for each small message.
     """
     held = rows(
         f"""
