@@ -8,7 +8,7 @@ import logging
 import os
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
@@ -43,7 +43,8 @@ GRACE_SECONDS = 5  # after a retry should have begun, before the sweeper takes i
 WAITING_AT_MOST = 10_000  # jobs in a queue; what is beyond that waits in PostgreSQL, and Redis stays small
 TOGETHER_AT_MOST = 400  # small runs that are done in one transaction
 ENQUEUED_AT_ONCE = 500  # jobs in one round trip to Redis
-_begun: int | None = None  # the run whose first attempt, together with others, has failed and is to go on alone
+_at_once: Job | None = None  # the job that `do_at_once` does
+_failed: tuple[str, Exception] | None = None  # the id of the one that failed there, and why
 _process = os.getpid()
 _full_until: dict[str, float] = {}  # by queue, in `time.monotonic()`: asking each time would be a round trip more
 PARTITIONS_SECONDS = 60  # between two looks of a worker at the partitions
@@ -215,47 +216,60 @@ def notify(run_id: int) -> None:
     The small ones that wait behind it are done in the same transaction: a commit, a statement and a job for all of
     them. Retried with growing intervals; what failed is on the run.
     """
-    with _at_work_on(Part(run_id)):
-        if not _take_and_tell_together(run_id):
-            _take_and_tell(Part(run_id))
+    part = Part(run_id)
+    with _at_work_on(part):
+        taken = leases.take_together(run_id, _waiting_runs(), settings.slice_members)
+        left = _tell_together(taken, run_id) if taken else []
+        if run_id not in taken:
+            _take_and_tell(part)
+        elif run_id in left:
+            _tell(part, 1)
         reach("job.done", run_id)
-
-
-def notify_at_once(run_id: int) -> bool:
-    """What `notify` begins with, for a worker that spares itself RQ's accounts of a job that takes milliseconds.
-
-    Whether the run is done. If not, it is an edit's, large, tried before, or in other hands, or telling of it failed:
-    then `notify` goes on with it. Whatever goes wrong goes up to the caller.
-    """
-    with _at_work_on(Part(run_id)):
-        done = _take_and_tell_together(run_id)
-        if done:
-            reach("job.done", run_id)
-        return done
-
-
-def _take_and_tell_together(run_id: int) -> bool:
-    """Tell of a small run and of those that wait behind it; whether it is done itself."""
-    global _begun
-    if run_id == _begun:
-        return False
-    taken = leases.take_together(run_id, _waiting_runs(), settings.slice_members)
-    left = _tell_together(taken, run_id) if taken else []
-    _begun = run_id if run_id in left else None
-    return run_id in taken and run_id not in left
 
 
 def notify_slice(run_id: int, after: int) -> None:
     """Fan out the slice of a large run that begins after a user id. Queue `bulk`; otherwise as `notify`."""
-    with _at_work_on(Part(run_id, after)):
-        _take_and_tell(Part(run_id, after))
+    part = Part(run_id, after)
+    with _at_work_on(part):
+        _take_and_tell(part)
         reach("job.done", run_id, after)
+
+
+def do_at_once(job: Job) -> bool:
+    """Do a job without RQ's accounts of it, which take longer than to tell 50 people; False where it is none of ours.
+
+    Whatever goes wrong is written down as ever, and goes up to the caller: RQ is to meet it, by `fail_as_before`.
+    """
+    global _at_once, _failed
+    function: Callable[..., None] | None = {"jobs.notify": notify, "jobs.notify_slice": notify_slice}.get(job.func_name)
+    if function is None:
+        return False
+    _at_once, _failed = job, None
+    try:
+        function(*job.args)
+    finally:
+        _at_once = None
+    return True
+
+
+def fail_as_before(job: Job, error: Exception) -> None:
+    """Let a job that failed at once fail so again, doing nothing, when RQ does it: for its accounts, and the retry."""
+    global _failed
+    _failed = (job.id, error)
+
+
+def _this_job() -> Job | None:
+    return _at_once or get_current_job()
 
 
 @contextmanager
 def _at_work_on(part: Part) -> Iterator[None]:
-    job = get_current_job()  # None where the worker spares itself RQ's accounts of it
-    with logs.context(run_id=part.run_id, job_id=job.id if job else _job_id(part.run_id)), _connection():
+    global _failed
+    job, failed = _this_job(), _failed
+    _failed = None
+    if failed and job and job.id == failed[0]:
+        raise failed[1]
+    with logs.context(run_id=part.run_id, job_id=job.id if job else None), _connection():
         reach("job.begun", part.run_id, part.after)
         yield
 
@@ -292,9 +306,7 @@ def _tell_together(taken: list[int], first: int) -> list[int]:
 
 
 def _take_and_tell(part: Part) -> None:
-    global _begun
-    attempt = 1 if part == Part(_begun or 0) else leases.take(part)
-    _begun = None
+    attempt = leases.take(part)
     if attempt is None:
         log.info("%s: nothing to do: it is done, has failed (`flask runs retry`), or is in other hands", part)
         return
@@ -310,7 +322,7 @@ def _tell(part: Part, attempt: int) -> None:
         log.warning("%s failed: %s: %s", part, type(error).__name__, error)
         # Written down, and up it goes: RQ's retry must see it. Where the connection broke this fails as well,
         # and rightly so: that is no fault of the message's, its lease has ended, and the sweeper goes on.
-        leases.fail(part, attempt, f"{type(error).__name__}: {error}", _sweep_in(get_current_job()))
+        leases.fail(part, attempt, f"{type(error).__name__}: {error}", _sweep_in(_this_job()))
         reach("failure.written", part.run_id, part.after)
         raise
     if slices is None:

@@ -77,26 +77,20 @@ class BelfryWorker(SimpleWorker):  # type: ignore[misc]
             reach("worker.taken")
             if self.deadline:
                 self.deadline.set(job.timeout or settings.job_timeout)
-            if not self._tell_at_once(job, queue):
+            if not self._do_at_once(job):
                 super().execute_job(job, queue)
         finally:
             self._in_hand = False
             if self.deadline:
                 self.deadline.clear()
 
-    def _tell_at_once(self, job: Job, queue: Queue) -> bool:
-        """Tell of a small message without RQ's accounts of a job, which take longer than telling; whether it is told.
-
-        All that RQ hears is that the job is no more. What goes wrong is met again, and written down, when RQ does it.
-        """
-        run_id = jobs.run_of(job.id.encode()) if queue.name == jobs.NOTIFICATIONS else None
-        if run_id is None:
-            return False
+    def _do_at_once(self, job: Job) -> bool:
+        """All that RQ hears of a job that goes well is that it is no more; what goes wrong it meets itself."""
         try:
             with self.death_penalty_class(job.timeout or settings.job_timeout, JobTimeoutException, job_id=job.id):
-                done = jobs.notify_at_once(run_id)
+                done = jobs.do_at_once(job)
         except Exception as error:
-            log.warning("%s is begun anew: %s: %s", job.id, type(error).__name__, error)
+            jobs.fail_as_before(job, error)
             return False
         if done:
             with self.connection.pipeline(transaction=False) as pipeline:

@@ -11,7 +11,7 @@
   Only the database's clock is asked.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from belfry.sql import NOT_FOR_LONG, Row, execute, row, rows, set_locally, transaction
@@ -185,7 +185,7 @@ def hold(part: Part, attempt: int) -> Row | None:
     return row(_HOLD_RUN if part.after is None else _HOLD_SLICE, {**vars(part), "attempt": attempt})
 
 
-def hold_together(run_ids: Sequence[int], parameters: Mapping[str, str]) -> list[Row]:
+def hold_together(run_ids: Sequence[int], parameters: dict[str, str]) -> list[Row]:
     """As `hold`, of what `take_together` gave: {"run_id", "message_id"} of those whose message nobody is changing.
 
     The others are not waited for, for their sake nobody else should wait. It begins a transaction, for the rest of

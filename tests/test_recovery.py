@@ -136,7 +136,7 @@ def test_a_worker_that_hangs_is_left_behind_and_what_it_does_later_counts_for_no
         finally:
             os.kill(horse, signal.SIGCONT)
         before = contents_of(stuck)
-        through = re.compile(rf"Job OK \(run-{stuck}\)|Job run-{stuck}: scheduled for retry")
+        through = re.compile(rf"run {stuck}: attempt 1 was overtaken|Job run-{stuck}: scheduled for retry")
         wait_until(lambda: through.search(hanging.log()), "the one that hung to be through")
         assert contents_of(stuck) == before
         assert hanging.running()
