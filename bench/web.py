@@ -146,7 +146,8 @@ class Bench:
         before = row(question, {"id": channel_id})
         done = load(address, _request(self.token, {"channel_id": channel_id, "content": TEXT}), connections, seconds)
         after = row(question, {"id": channel_id})
-        assert before and after
+        assert before is not None
+        assert after is not None
         made = {name: after[name] - before[name] for name in after}
         assert made == {"messages": done.answered, "runs": done.answered}, (made, done.answered)
         return done
@@ -165,7 +166,6 @@ class Bench:
         """Posts to the small community while a worker tells the large one of so many messages."""
         import jobs
         from belfry import runs
-        from belfry.sql import row
         from models import Message
 
         small, large = self.channels[min(self.channels)], self.channels[max(self.channels)]
@@ -181,8 +181,8 @@ class Bench:
                     raise CommandError("The worker did not begin.")
                 time.sleep(0.01)
             done = self.posts(address, small, connections, seconds)
-            left = row("SELECT count(*) AS runs FROM run WHERE id = ANY(%(ids)s) AND finished_at IS NULL", {"ids": large_runs})
-            assert left and left["runs"], "the large fan-outs ended before the posts did: use more messages"
+            if runs.find_run(large_runs[-1])["finished_at"]:
+                raise CommandError("The large fan-outs ended before the posts did: use more messages.")
         self.forget()
         return done
 
