@@ -119,8 +119,7 @@ def _enqueue(name: str, parts: list[Part], lost: bool) -> bool:
             # id, and what a lost connection cuts off is `pending`, and written anew under the same id.
             with redis_connection().pipeline(transaction=False) as pipeline:
                 waiting_queue.enqueue_many(some, pipeline=pipeline)
-                pipeline.llen(waiting_queue.key)
-                waiting = pipeline.execute()[-1]
+                waiting = pipeline.execute()[-1]  # the last push answers how many wait
             if waiting >= WAITING_AT_MOST:
                 _full_until[name] = time.monotonic() + 1
     except RedisError as error:
