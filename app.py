@@ -16,12 +16,12 @@ Every error has one shape (views/problems.py); every answer carries `X-Request-I
 """
 
 import logging
-import math
 import re
+import secrets
 import time
-import uuid
 
-from flask import Flask, Response, g, request
+from flask import Flask, Request, Response, g, request
+from flask.sessions import SecureCookieSession, SecureCookieSessionInterface
 from werkzeug.routing import IntegerConverter
 
 import commands
@@ -35,6 +35,13 @@ log = logging.getLogger(__name__)
 
 RETRY_AFTER_SECONDS = 5  # of a 503: a restart of PostgreSQL takes about that
 API_SUBJECTS = (messages, runs, inbox, people, servers)  # importing them puts their endpoints on `api`
+
+
+class _Sessions(SecureCookieSessionInterface):
+    """Signed cookies for /rq and /login. The API knows tokens alone, and does not pay for looking."""
+
+    def open_session(self, app: Flask, request: Request) -> SecureCookieSession | None:
+        return None if request.path.startswith("/api/") else super().open_session(app, request)
 
 
 class _Id(IntegerConverter):
@@ -56,13 +63,14 @@ def create_app() -> Flask:
         SESSION_COOKIE_SAMESITE="Lax",
         SESSION_COOKIE_SECURE=settings.secure_cookies,
     )
+    app.session_interface = _Sessions()
     app.json.sort_keys = False  # type: ignore[attr-defined]  # decisions come in the contract's order
     app.url_map.converters["id"] = _Id
     app.url_map.strict_slashes = False
     problems.register(app)
     app.before_request(_identify)
     app.before_request(_authenticate)
-    app.after_request(_sign)  # runs after the limiter's, which is registered next: last in, first out
+    app.after_request(_sign)
     limits.register(app)
     app.teardown_request(_leave)
     app.register_blueprint(api)
@@ -76,7 +84,7 @@ def create_app() -> Flask:
 def _identify() -> None:
     """Name the request: by the id that a proxy gave it, where that is one, else by a new one."""
     given = request.headers.get("X-Request-Id", "")
-    g.request_id = given if re.fullmatch(r"[A-Za-z0-9_.-]{8,64}", given) else uuid.uuid4().hex
+    g.request_id = given if re.fullmatch(r"[A-Za-z0-9_.-]{8,64}", given) else secrets.token_hex(16)
     g.log_context = logs.bind(request_id=g.request_id)
     g.began = time.perf_counter()
 
@@ -98,12 +106,8 @@ def _sign(answer: Response) -> Response:
         (time.perf_counter() - g.began) * 1000,
     )
     answer.headers.setdefault("X-Content-Type-Options", "nosniff")
-    if answer.status_code not in (429, 503):
-        answer.headers.pop("Retry-After", None)  # flask-limiter puts it on every answer
     if answer.status_code == 503:
-        answer.headers["Retry-After"] = str(RETRY_AFTER_SECONDS)  # whoever says 503, and after the limiter's own
-    if reset := answer.headers.get("RateLimit-Reset"):
-        answer.headers["RateLimit-Reset"] = str(max(0, math.ceil(float(reset) - time.time())))  # seconds from now
+        answer.headers["Retry-After"] = str(RETRY_AFTER_SECONDS)  # whoever says 503
     if request.path.startswith("/api/"):
         answer.headers.setdefault("Cache-Control", "no-store")
     return answer

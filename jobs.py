@@ -77,7 +77,12 @@ def redis_connection() -> Redis:
 
 def queue(name: str = NOTIFICATIONS, connection: Redis | None = None) -> Queue:
     """One of QUEUES, with the JSON serializer."""
-    return Queue(name, connection=connection or redis_connection(), serializer="json")
+    return _queue(name, connection or redis_connection())
+
+
+@cache  # RQ looks its serializer over each time, for longer than Redis takes to answer
+def _queue(name: str, connection: Redis) -> Queue:
+    return Queue(name, connection=connection, serializer="json")
 
 
 def enqueue_run(run_id: int) -> bool:
@@ -108,16 +113,17 @@ def enqueue(parts: Sequence[Part], *, lost: bool = False) -> bool:
 
 
 def _enqueue(name: str, parts: list[Part], lost: bool) -> bool:
-    in_order = parts[::-1] if lost else parts
+    in_order, waiting_queue = parts[::-1] if lost else parts, queue(name)
     try:
         if parts and not lost and _is_full(name):
             return False
         for first in range(0, len(parts), ENQUEUED_AT_ONCE):
             some = [_wish(part, lost) for part in in_order[first : first + ENQUEUED_AT_ONCE]]
-            with redis_connection().pipeline() as pipeline:
-                queue(name).enqueue_many(some, pipeline=pipeline)
-                pipeline.llen(queue(name).key)
-                waiting = pipeline.execute()[-1]
+            # In order, and not as a transaction, which would cost two replies for each command: each job before its
+            # id, and what a lost connection cuts off is `pending`, and written anew under the same id.
+            with redis_connection().pipeline(transaction=False) as pipeline:
+                waiting_queue.enqueue_many(some, pipeline=pipeline)
+                waiting = pipeline.execute()[-1]  # the last push answers how many wait
             if waiting >= WAITING_AT_MOST:
                 _full_until[name] = time.monotonic() + 1
     except RedisError as error:

@@ -60,29 +60,38 @@ def _parameters(user: User) -> Row:
     return {"user_id": user.id, "is_admin": user.is_admin, "grace_days": settings.past_due_grace_days}
 
 
+SEEN_CHANNEL = f"""
+    SELECT c.id, c.name, c.private, c.posting, c.server_id, v.name AS server_name,
+        %(is_admin)s OR EXISTS (
+            SELECT FROM member_role mr
+            JOIN role ro ON ro.id = mr.role_id AND ro.moderator
+            WHERE mr.server_id = c.server_id
+            AND mr.user_id = %(user_id)s
+        ) AS moderates,
+        %(is_admin)s OR EXISTS (
+            SELECT FROM subscription s
+            WHERE s.user_id = %(user_id)s
+            AND {ACTIVE_SUBSCRIPTION}
+        ) AS subscribed
+    FROM channel c
+    JOIN server v ON v.id = c.server_id
+    WHERE c.id = %(channel_id)s
+    AND {_SEEN}
+"""
+"""The row of a SeenChannel; none where the user may not know of the channel. For `access_parameters`."""
+
+MAY_POST = "((posting = 'members' OR %(is_admin)s) AND subscribed)"
+"""Of a row of SEEN_CHANNEL: whether `require_posting` raises nothing."""
+
+
+def access_parameters(user: User, channel_id: int) -> Row:
+    """What SEEN_CHANNEL and MAY_POST ask for."""
+    return {**_parameters(user), "channel_id": channel_id}
+
+
 def channel_for(user: User, channel_id: int) -> SeenChannel:
     """The channel. Raises NotFound where there is none that the user may know of."""
-    found = row(
-        f"""
-        SELECT c.id, c.name, c.private, c.posting, c.server_id, v.name AS server_name,
-            %(is_admin)s OR EXISTS (
-                SELECT FROM member_role mr
-                JOIN role ro ON ro.id = mr.role_id AND ro.moderator
-                WHERE mr.server_id = c.server_id
-                AND mr.user_id = %(user_id)s
-            ) AS moderates,
-            %(is_admin)s OR EXISTS (
-                SELECT FROM subscription s
-                WHERE s.user_id = %(user_id)s
-                AND {ACTIVE_SUBSCRIPTION}
-            ) AS subscribed
-        FROM channel c
-        JOIN server v ON v.id = c.server_id
-        WHERE c.id = %(channel_id)s
-        AND {_SEEN}
-        """,
-        {**_parameters(user), "channel_id": channel_id},
-    )
+    found = row(SEEN_CHANNEL, access_parameters(user, channel_id))
     if found is None:
         raise NotFound(f"There is no channel {channel_id}.")
     return SeenChannel(**found)

@@ -138,6 +138,9 @@ class Mentions:
     warnings: tuple[MentionWarning, ...]
 
 
+NOBODY = Mentions(users=(), roles=(), everyone=False, warnings=())
+
+
 def find_mentions(content: str) -> tuple[Candidate, ...]:
     """What in `content`, read as CommonMark, may be a mention; in order of appearance, each distinct text
     (whatever its case, as first written) once. Empty where there is none, or where the text is nested so
@@ -155,6 +158,8 @@ def find_mentions(content: str) -> tuple[Candidate, ...]:
     - A run may mean itself or any beginning of it that ends before one of `. - _` (`@bob.smith`: bob.smith,
       else bob; `@bobby`: never bob), of 3 to 32 characters. One that can mean nothing is text.
     """
+    if "@" not in content:  # as in most messages: the parser would take longer than the rest of a post
+        return ()
     found: dict[str, Candidate] = {}
     for text in _texts(content):
         for match in _MENTION.finditer(text):

@@ -1,14 +1,22 @@
 """Messages: written, edited and deleted, each together with the run that its change needs."""
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 from psycopg.types.json import Jsonb
 
 from belfry import idempotency, mentions
-from belfry.access import SeenChannel, channel_for, require_posting
-from belfry.errors import Forbidden, NotFound
+from belfry.access import (
+    MAY_POST,
+    SEEN_CHANNEL,
+    SeenChannel,
+    access_parameters,
+    channel_for,
+    require_posting,
+)
+from belfry.errors import Conflict, Forbidden, NotFound
 from belfry.idempotency import Once
 from belfry.leases import hold_message
 from belfry.points import reach
@@ -35,37 +43,23 @@ def post_message(
     *,
     run_state: str = "queued",
 ) -> Posted:
-    """Write a message and its run in one transaction. Enqueue the run after it, or leave it `pending`.
+    """Write a message and its run, both or neither. Enqueue the run after it, or leave it `pending`.
 
     Raises NotFound where the author may not see the channel, Forbidden and SubscriptionRequired where they
     may not post, and what `idempotency.claim` raises.
     """
-    with db.atomic():
+    with db.atomic() if once else nullcontext():  # one statement needs no transaction around it
         if once and (answer := idempotency.claim(once)):
             return Posted(answer=answer)
-        channel = channel_for(author, channel_id)
-        require_posting(author, channel)
-        found = resolve_mentions(channel, content, may_ping_groups=channel.moderates, allowed=allowed)
-        written = row(
-            """
-            INSERT INTO message (channel_id, author_id, content, allowed_mentions,
-                mentioned_users, mentioned_roles, mentions_everyone)
-            VALUES (%(channel_id)s, %(author_id)s, %(content)s, %(allowed)s,
-                %(users)s::bigint[], %(roles)s::bigint[], %(everyone)s)
-            RETURNING id, created_at
-            """,
-            {
-                "channel_id": channel_id,
-                "author_id": author.id,
-                "content": content,
-                "allowed": Jsonb(_allowed_json(allowed)) if allowed else None,
-                **_mentioned(found),
-            },
-        )
-        assert written is not None
-        run_id = create_run(written["id"], "message", state=run_state)
+        found = mentions.NOBODY
+        if candidates := mentions.find_mentions(content):
+            channel = channel_for(author, channel_id)
+            require_posting(author, channel)
+            found = resolve_mentions(channel, candidates, may_ping_groups=channel.moderates, allowed=allowed)
+        written = _write(author, channel_id, content, allowed, found, run_state)
+        run_id = written["run_id"]
         message = {
-            "id": written["id"],
+            "id": written["message_id"],
             "channel_id": channel_id,
             "author": {"id": author.id, "username": author.username, "name": author.name},
             "content": content,
@@ -75,23 +69,69 @@ def post_message(
             "warnings": found.warnings,
             "run": {"id": run_id, "state": run_state},  # as it is, a moment after the commit
         }
-        posted = Posted(message, run_id)
         if once:
             idempotency.remember(once, message)
-        reach("post.written", run_id)
+            reach("post.written", run_id)
     reach("post.committed", run_id)
-    return posted
+    return Posted(message, run_id)
+
+
+_WRITE = f"""
+    WITH seen AS ({SEEN_CHANNEL}),
+    written AS (
+        INSERT INTO message (channel_id, author_id, content, allowed_mentions,
+            mentioned_users, mentioned_roles, mentions_everyone)
+        SELECT id, %(user_id)s, %(content)s, %(allowed)s::jsonb,
+            %(users)s::bigint[], %(roles)s::bigint[], %(everyone)s
+        FROM seen
+        WHERE {MAY_POST}
+        RETURNING id, created_at
+    ),
+    started AS (
+        INSERT INTO run (message_id, kind, state)
+        SELECT id, 'message', %(run_state)s FROM written
+        RETURNING id
+    )
+    SELECT written.id AS message_id, written.created_at, started.id AS run_id
+    FROM written, started
+"""
+"""May they? Then the message and its run, in one round trip, and in one transaction by itself. No row where they may
+not."""
+
+
+def _write(
+    author: User,
+    channel_id: int,
+    content: str,
+    allowed: mentions.AllowedMentions | None,
+    found: mentions.Mentions,
+    run_state: str,
+) -> Row:
+    """{"message_id", "created_at", "run_id"}. Raises as `post_message` does."""
+    written = row(
+        _WRITE,
+        {
+            **access_parameters(author, channel_id),
+            "content": content,
+            "allowed": Jsonb(_allowed_json(allowed)) if allowed else None,
+            **_mentioned(found),
+            "run_state": run_state,
+        },
+    )
+    if written is None:
+        require_posting(author, channel_for(author, channel_id))  # says why
+        raise Conflict("Who may post here was changed at the same time. Try again.")
+    return written
 
 
 def resolve_mentions(
     channel: SeenChannel,
-    content: str,
+    candidates: tuple[mentions.Candidate, ...],
     *,
     may_ping_groups: bool,
     allowed: mentions.AllowedMentions | None,
 ) -> mentions.Mentions:
-    """Whom the content mentions, among the channel's server's members and roles."""
-    candidates = mentions.find_mentions(content)
+    """Whom a content's candidates mention, among the channel's server's members and roles."""
     names = sorted(mentions.possible_names(candidates))
     people: dict[str, mentions.Person] = {}
     roles: dict[str, mentions.Role] = {}
@@ -253,7 +293,7 @@ def edit_message(editor: User, message_id: int, content: str) -> Posted:
         allowed = stored["allowed_mentions"]
         found = resolve_mentions(
             channel,
-            content,
+            mentions.find_mentions(content),
             may_ping_groups=channel.moderates,
             allowed=mentions.AllowedMentions(
                 frozenset(allowed["users"]), frozenset(allowed["roles"]), allowed["everyone"]

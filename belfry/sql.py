@@ -25,7 +25,8 @@ def _utc(value: Any) -> Any:
 def rows(statement: str, parameters: Mapping[str, Any] | None = None) -> list[Row]:
     """Run one statement; its rows as dicts, times in UTC. [] when there are none."""
     cursor = db.execute_sql(statement, parameters)
-    names = [column.name for column in cursor.description]
+    result = cursor.pgresult  # its names alone: `cursor.description` makes an object of each column, with its type
+    names = [result.fname(number).decode() for number in range(result.nfields)]
     return [dict(zip(names, map(_utc, values), strict=True)) for values in cursor.fetchall()]
 
 

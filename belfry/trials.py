@@ -9,6 +9,7 @@
 from belfry.access import channel_for, is_member
 from belfry.accounts import SENDER
 from belfry.errors import Invalid
+from belfry.mentions import find_mentions
 from belfry.messages import resolve_mentions
 from belfry.runs import create_run
 from belfry.sql import row
@@ -27,7 +28,7 @@ def send_test(caller: User, channel_id: int | None, content: str | None, audienc
         text = content or (
             f"Test notification for @{caller.username}" if audience == "me" else "Test notification for this channel"
         )
-        found = resolve_mentions(channel, text, may_ping_groups=channel.moderates, allowed=None)
+        found = resolve_mentions(channel, find_mentions(text), may_ping_groups=channel.moderates, allowed=None)
         author_id = _sender() if audience == "me" else caller.id
         written = row(
             """

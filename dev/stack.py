@@ -80,7 +80,9 @@ def _json(
 
 
 @contextmanager
-def web(env: Mapping[str, str], listening: socket.socket, log: Path | None = None) -> Iterator[Child]:
+def web(
+    env: Mapping[str, str], listening: socket.socket, log: Path | None = None, app: str = "app:create_app()"
+) -> Iterator[Child]:
     """A web process as gunicorn.conf.py has it, ready to answer when the block begins."""
     descriptor = listening.fileno()
     options = {
@@ -89,7 +91,7 @@ def web(env: Mapping[str, str], listening: socket.socket, log: Path | None = Non
         "log-level": "warning",
     }
     arguments = ["-m", "gunicorn", *(f"--{name}={value}" for name, value in options.items())]
-    arguments.append("app:create_app()")
+    arguments.append(app)
     with running("web process", arguments, env, log=log, pass_fds=(descriptor,)) as child:
         deadline = time.monotonic() + READY_SECONDS
         while (answer := not_ready(address_of(listening))) is not None:

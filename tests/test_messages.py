@@ -5,14 +5,17 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from threading import Barrier
+from typing import Any
 
+import psycopg
 import pytest
 from redis import Redis
 from redis.backoff import NoBackoff
+from redis.connection import AbstractConnection
 from redis.retry import Retry
 
 import jobs
-from belfry import accounts, communities
+from belfry import accounts, communities, messages
 from models import IdempotencyKey, Message, Run
 from tests.test_refusals import assert_problem
 
@@ -119,6 +122,62 @@ def test_ten_thousand_characters_beyond_the_basic_plane(api, cast):
     body = json.dumps({"channel_id": cast.general, "content": "😀" * 10_000}, ensure_ascii=False)
     answer = api(cast.subscriber).post("/api/messages", data=body.encode(), content_type="application/json")
     assert answer.get_json()["content"] == "😀" * 10_000
+
+
+@pytest.fixture
+def round_trips(monkeypatch):
+    """What is sent to PostgreSQL and to Redis from here on: {"sql": the statements, "redis": how many times}."""
+    sent: dict[str, Any] = {"sql": [], "redis": 0}
+    execute, send = psycopg.Cursor.execute, AbstractConnection.send_packed_command
+
+    def counted_execute(self, query, *arguments, **named):
+        sent["sql"].append(" ".join(query.split()[:2]))
+        return execute(self, query, *arguments, **named)
+
+    def counted_send(self, *arguments, **named):
+        sent["redis"] += 1
+        return send(self, *arguments, **named)
+
+    monkeypatch.setattr(psycopg.Cursor, "execute", counted_execute)
+    monkeypatch.setattr(AbstractConnection, "send_packed_command", counted_send)
+    return sent
+
+
+def test_a_post_takes_two_statements_and_two_round_trips_to_redis(post, round_trips):
+    post("the first one connects")
+    round_trips |= {"sql": [], "redis": 0}
+    assert post("gold").status_code == 201
+    assert round_trips == {"sql": ["SELECT u.id,", "WITH seen"], "redis": 2}
+    round_trips |= {"sql": [], "redis": 0}
+    post("gold", key="once")
+    kept = ["SELECT u.id,", "BEGIN", "SELECT pg_try_advisory_xact_lock(hashtextextended(%(name)s,",
+            "SELECT request_hash,", "WITH seen", "INSERT INTO", "COMMIT"]  # fmt: skip
+    assert round_trips == {"sql": kept, "redis": 2}
+    round_trips |= {"sql": [], "redis": 0}
+    post("gold, @moira")
+    assert (len(round_trips["sql"]), round_trips["redis"]) == (5, 2)
+
+
+def test_a_post_that_is_refused_leaves_nothing_with_or_without_mentions(api, cast, post):
+    for content in ("gold", "gold, @moira and @bobby"):
+        for key in (None, "once"):
+            assert_problem(post(content, cast.subscriber, cast.announcements, key), 403, "forbidden")
+            assert_problem(post(content, cast.lapsed, key=key), 403, "subscription_required")
+            assert_problem(post(content, cast.subscriber, cast.vault, key), 404, "not_found")
+            assert_problem(post(content, cast.subscriber, 999, key), 404, "not_found")
+    assert (Message.select().count(), Run.select().count(), jobs.queue().count) == (0, 0, 0)
+
+
+def test_who_may_post_only_a_moment_later_is_asked_to_try_again(cast, post, monkeypatch):
+    real = messages.channel_for
+
+    def channel_for(user, channel_id):
+        accounts.set_subscription(cast.lapsed.id, "active", None)
+        return real(user, channel_id)
+
+    monkeypatch.setattr(messages, "channel_for", channel_for)
+    assert_problem(post("gold", cast.lapsed), 409, "conflict")
+    assert post("gold", cast.lapsed).status_code == 201
 
 
 def test_posting_does_not_need_redis(cast, post, monkeypatch):

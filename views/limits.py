@@ -5,49 +5,106 @@ Redis out, requests pass, and the log says so.
 """
 
 import logging
+import math
 from collections.abc import Callable
-from typing import Any
+from functools import cache
+from typing import Any, TypeVar
 
-from flask import Flask, g
-from flask_limiter import HeaderNames, Limiter
+from flask import Flask, Response, current_app, g, request
+from limits import RateLimitItem, parse_many
+from redis.commands.core import Script
+from redis.exceptions import RedisError
 
 from config import settings
 from jobs import redis_connection
+from views.problems import HttpProblem
 
 log = logging.getLogger(__name__)
 
+View = TypeVar("View", bound=Callable[..., Any])
 
-def _person() -> str:
-    return f"user:{g.user.id}"
+_LIMITS = {
+    scope: sorted(parse_many(text))  # the shortest first
+    for scope, text in (("messages", settings.rate_limit_messages), ("other", settings.rate_limit_default))
+}
+
+# A sliding window, of two that are counted: those of the last one weigh as much as of it is still in sight. What is
+# refused does not count. Redis's own clock, and one round trip: whether it may, how many are left, and the
+# milliseconds until there is one more.
+_HIT = """
+local most, period = tonumber(ARGV[1]), tonumber(ARGV[2])
+local time = redis.call('TIME')
+local now = time[1] + time[2] / 1000000
+local found = redis.call('HMGET', KEYS[1], 'began', 'count', 'before')
+local began, count, before = tonumber(found[1] or now), tonumber(found[2] or 0), tonumber(found[3] or 0)
+if now >= began + 2 * period then
+    began, count, before = now, 0, 0
+elseif now >= began + period then
+    began, count, before = began + period, 0, count
+end
+local to_come = began + period - now
+local left = most - count - math.floor(before * to_come / period)
+local may = left > 0
+if may then
+    count, left = count + 1, left - 1
+    redis.call('HSET', KEYS[1], 'began', began, 'count', count, 'before', before)
+    redis.call('EXPIRE', KEYS[1], 2 * period)
+end
+local one_more = to_come
+if before > 0 then
+    one_more = to_come % (period / before)
+end
+return {may and 1 or 0, math.max(0, left), math.ceil(one_more * 1000)}
+"""
 
 
-limiter = Limiter(
-    key_func=_person,
-    key_prefix="belfry",
-    default_limits=[settings.rate_limit_default],
-    default_limits_exempt_when=lambda: g.get("user") is None,
-    storage_uri="redis://",  # which server it is, TLS, sockets and time-outs: the pool knows
-    storage_options={"connection_pool": redis_connection().connection_pool},  # type: ignore[dict-item]
-    strategy="sliding-window-counter",
-    swallow_errors=True,
-    headers_enabled=True,
-    header_name_mapping={
-        HeaderNames.LIMIT: "RateLimit-Limit",
-        HeaderNames.REMAINING: "RateLimit-Remaining",
-        HeaderNames.RESET: "RateLimit-Reset",
-    },
-)
+@cache
+def _script() -> Script:
+    return redis_connection().register_script(_HIT)
 
 
-def limit_messages(view: Callable[..., Any]) -> Callable[..., Any]:
-    """RATE_LIMIT_MESSAGES for one author: posts and edits together."""
-    limit = limiter.shared_limit(
-        settings.rate_limit_messages, scope="messages", exempt_when=lambda: g.get("user") is None
-    )
-    limited: Callable[..., Any] = limit(view)
-    return limited
+def limit_messages(view: View) -> View:
+    """RATE_LIMIT_MESSAGES for one author: posts and edits together. Everything else has RATE_LIMIT_DEFAULT."""
+    view.limited_as = "messages"  # type: ignore[attr-defined]
+    return view
 
 
 def register(app: Flask) -> None:
     """Count every request of somebody who is known. After `authenticate`, before the views."""
-    limiter.init_app(app)
+    app.before_request(_count)
+    app.after_request(_tell)
+
+
+def _count() -> None:
+    """Raises 429 where there were too many; what is told of it is in `g.limit`."""
+    if g.user is None or request.endpoint is None:
+        return
+    scope = getattr(current_app.view_functions[request.endpoint], "limited_as", "other")
+    for limit in _LIMITS[scope]:
+        try:
+            may, left, milliseconds = _hit(limit, scope)
+        except RedisError as error:
+            log.warning("Redis is out of reach, nobody is counted: %s", error)
+            return
+        seconds = math.ceil(milliseconds / 1000)
+        if "limit" not in g or not may:
+            g.limit = limit.amount, left, seconds
+        if not may:
+            detail = f"Too many requests: {limit} for one person."
+            raise HttpProblem(429, detail, {"Retry-After": str(seconds)})
+
+
+def _hit(limit: RateLimitItem, scope: str) -> tuple[int, int, int]:
+    """Whether it may, how many are left, and in how many milliseconds there is one more."""
+    key = limit.key_for("belfry", f"user:{g.user.id}", scope)
+    may, left, milliseconds = _script()([key], [limit.amount, limit.get_expiry()])
+    return may, left, milliseconds
+
+
+def _tell(answer: Response) -> Response:
+    if "limit" in g:
+        most, left, seconds = g.limit
+        answer.headers["RateLimit-Limit"] = str(most)
+        answer.headers["RateLimit-Remaining"] = str(left)
+        answer.headers["RateLimit-Reset"] = str(seconds)
+    return answer

@@ -5,7 +5,6 @@ from http import HTTPStatus
 from typing import Any
 
 from flask import Flask, Response, g, json
-from flask_limiter.errors import RateLimitExceeded
 from peewee import IntegrityError, InterfaceError, OperationalError
 from playhouse.pool import MaxConnectionsExceeded
 from werkzeug.exceptions import HTTPException
@@ -38,7 +37,7 @@ CODES = {
 
 
 class HttpProblem(Exception):
-    """A refusal that only HTTP knows: 400, 401, 403, 404, 415."""
+    """A refusal that only HTTP knows: 400, 401, 403, 404, 415, 429."""
 
     def __init__(self, status: int, detail: str, headers: dict[str, str] | None = None) -> None:
         super().__init__(detail)
@@ -81,10 +80,6 @@ def register(app: Flask) -> None:
     @app.errorhandler(HttpProblem)
     def http_problem(error: HttpProblem) -> Response:
         return problem(error.status, error.detail, headers=error.headers)
-
-    @app.errorhandler(RateLimitExceeded)
-    def rate_limited(error: RateLimitExceeded) -> Response:
-        return problem(429, f"Too many requests: {error.description} for one person.")
 
     @app.errorhandler(HTTPException)
     def http_error(error: HTTPException) -> Response:
