@@ -8,7 +8,7 @@ import logging
 import os
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
@@ -247,12 +247,11 @@ def do_at_once(job: Job) -> bool:
     Whatever goes wrong is written down as ever, and goes up to the caller: RQ is to meet it, by `fail_as_before`.
     """
     global _at_once, _failed
-    function: Callable[..., None] | None = {"jobs.notify": notify, "jobs.notify_slice": notify_slice}.get(job.func_name)
-    if function is None:
+    if job.func_name not in ("jobs.notify", "jobs.notify_slice"):
         return False
     _at_once, _failed = job, None
     try:
-        function(*job.args)
+        job.func(*job.args)
     finally:
         _at_once = None
     return True
