@@ -29,7 +29,8 @@ PARTS = {
     "large": "bench.large",
     "small": "bench.small",
     "growth": "bench.growth",
-    "post": "bench.post",
+    "web": "bench.web",
+    "table": "bench.table",
 }
 """Name: the module, which has `measure(stage, arguments) -> dict`, of what JSON can hold, and `table(that) -> str`: of
 that as JSON has it, with names for keys. It is imported when the environment names the servers."""
@@ -64,7 +65,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--messages", type=int, default=2_000, help="small messages to each worker (%(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="measurements of small messages (%(default)s)")
     parser.add_argument("--lone", type=int, default=45, help="lone messages to each worker, in rounds (%(default)s)")
-    parser.add_argument("--posts", type=int, default=200, help="posts to each audience (%(default)s)")
+    parser.add_argument("--rows", type=int, default=50_000_000, help="notifications in a full table (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     parser.add_argument("--charts", type=Path, metavar="DIR", help="draw charts into that directory")
     parser.add_argument("--draw", type=Path, metavar="FILE", help="measure nothing: take what --json wrote there")

@@ -24,9 +24,9 @@ import psycopg
 from belfry import recipients
 from belfry.sql import execute, row, rows
 from bench import machine
-from bench.large import AS_BELFRY, BARE_STATEMENT, reached
+from bench.large import AS_BELFRY, BARE_STATEMENT
 from bench.peers_at_work import WORKERS, peer
-from bench.stage import PATIENCE, WARM, Stage, give_up_after
+from bench.stage import PATIENCE, WARM, Stage, give_up_after, reached
 from dev import CommandError, say, stack
 
 LOOP, BELFRY, SIMPLE = "the statement in a loop, no queue", "Belfry", "RQ, SimpleWorker"

@@ -154,3 +154,8 @@ class Stage:
 def give_up_after(when: float) -> None:
     if time.monotonic() > when:
         raise CommandError(f"Nothing came for {PATIENCE:.0f} s.")
+
+def reached(value: float, target: float, *, at_most: bool = False) -> str:
+    """A figure, and whether it is what it is to be."""
+    good = value <= target if at_most else value >= target
+    return f"{value:.2f} {'reached' if good else 'MISSED'}"

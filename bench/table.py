@@ -1,0 +1,238 @@
+"""A part of `make bench`: the table of notifications, empty and with 50,000,000 rows in it.
+
+- One message to 100,000 after another, end to end by one worker: each into an empty table; and with all those rows
+  there, as many as fill a partition from its first row to its last.
+- A page of the inbox and the unread count over HTTP, of somebody who has read all but the newest: with a few messages
+  in the table, and with all those rows, of which 1 in 70,000 is theirs.
+- Marking read, one notification after the other of one message, by fillfactor: how many a second, and how many of them
+  found room on their page (HOT), so that the key was left alone; and what the fillfactor costs those who insert.
+
+The rows are made as Belfry would have: partition by partition, PER_PARTITION messages each. It comes last: afterwards
+the table is empty, and the ids are far.
+"""
+
+import argparse
+import random
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import psycopg
+
+from belfry import accounts, partitions, recipients
+from belfry.sql import execute, row
+from bench.large import AS_BELFRY, BARE_STATEMENT
+from bench.stage import Stage, reached
+from dev import ports, say
+from dev.client import Client
+from models import Notification
+
+PER_PARTITION = 15  # messages to 100,000, of whom 70,000 are told: a million rows, as partitions.FULL_AT_LEAST has it
+EMPTY_RUNS = 12
+READS = 250
+UNREAD = 10  # messages
+MARKED = 3_000
+RATE_TARGET, READ_TARGET = 0.85, 1.5
+
+
+def measure(stage: Stage, arguments: argparse.Namespace) -> dict[str, Any]:
+    """{"rows", "partitions", "empty_rows_per_s", "full_rows_per_s", "reads_ms", "marking"}."""
+    members = 100_000 if 100_000 in stage.communities else max(stage.communities)
+    channel_id = stage.communities[members]
+    stage.empty()
+    reader = _reader(stage, channel_id)
+    reads: dict[str, dict[str, dict[str, float]]] = {}
+    with stage.web():
+        with stage.workers(1):
+            say(f"one message to {members:,}, into an empty table")
+            empty = [_told(stage, channel_id, emptied=True) for _ in range(EMPTY_RUNS)]
+            for _ in range(UNREAD):
+                _told(stage, channel_id)
+        reads["few"] = _reads(stage, reader)
+        marking = _marking(stage, channel_id)
+        filled, seconds = _fill(stage, channel_id, members, arguments.rows)
+        with stage.workers(1, large=False):
+            say(f"one message to {members:,}, into a table of {filled:,}")
+            full = [_told(stage, channel_id) for _ in range(PER_PARTITION)]
+        execute(
+            "UPDATE notification SET read_at = now() WHERE user_id = %(user_id)s AND message_id <= %(to)s",
+            {"user_id": reader.user_id, "to": full[PER_PARTITION - UNREAD - 1]["message_id"]},
+        )
+        reads["many"] = _reads(stage, reader)
+    there = len(partitions.partitions())
+    execute("TRUNCATE notification")
+    return {
+        "members": members,
+        "rows": filled,
+        "fill_s": round(seconds),
+        "partitions": there,
+        "empty_rows_per_s": [round(one["rows_per_s"]) for one in empty],
+        "full_rows_per_s": [round(one["rows_per_s"]) for one in full],
+        "reads_ms": reads,
+        "marking": marking,
+    }
+
+
+class _Reader(Client):
+    user_id: int
+
+
+def _reader(stage: Stage, channel_id: int) -> _Reader:
+    """A member with an active subscription who wants to hear everything."""
+    found = row(
+        "SELECT min(m.user_id) AS user_id FROM channel c JOIN member m ON m.server_id = c.server_id"
+        " JOIN subscription s ON s.user_id = m.user_id AND s.status = 'active'"
+        " WHERE c.id = %(id)s AND NOT EXISTS (SELECT FROM preference p WHERE p.user_id = m.user_id)",
+        {"id": channel_id},
+    )
+    assert found is not None
+    reader = _Reader(ports.address_of(stage.listening), accounts.create_token(accounts.find_user(found["user_id"]))[1])
+    reader.user_id = found["user_id"]
+    return reader
+
+
+def _told(stage: Stage, channel_id: int, *, emptied: bool = False) -> dict[str, Any]:
+    """One message end to end."""
+    if emptied:
+        stage.empty()
+    began = time.perf_counter()
+    message_id = stage.post(channel_id)
+    run = stage.wait(message_id)
+    return {"message_id": message_id, "rows_per_s": run["added"] / (time.perf_counter() - began)}
+
+
+def _reads(stage: Stage, reader: _Reader) -> dict[str, dict[str, float]]:
+    def timed(ask: Callable[[], Any]) -> dict[str, float]:
+        took = []
+        for number in range(READS + 50):
+            began = time.perf_counter()
+            ask()
+            if number >= 50:
+                took.append((time.perf_counter() - began) * 1000)
+        took.sort()
+        return {"p50": round(took[READS // 2], 2), "p95": round(took[int(READS * 0.95)], 2)}
+
+    unread = reader.get("/api/notifications/unread-count")["unread"]
+    assert unread == UNREAD, unread
+    return {
+        "page of the inbox": timed(lambda: reader.get("/api/notifications?limit=10")),
+        "unread count": timed(lambda: reader.get("/api/notifications/unread-count")),
+    }
+
+
+def _fill(stage: Stage, channel_id: int, members: int, rows: int) -> tuple[int, float]:
+    """Make so many rows, all read, in partitions; how many there are, and the seconds it took."""
+    execute("TRUNCATE notification")
+    partitions.care()
+    first = partitions.partitions()[-1].below  # beyond what is there
+    told = members * 7 // 10
+    number = max(1, round(rows / (told * PER_PARTITION)))
+    say(f"making {number * told * PER_PARTITION:,} notifications in {number} partitions …")
+    began = time.perf_counter()
+    with ThreadPoolExecutor(2) as pool:
+        bounds = [first + one * partitions.WIDTH for one in range(number)]
+        list(pool.map(lambda lower: _fill_partition(stage, channel_id, told, lower), bounds))
+    execute(f"ALTER SEQUENCE message_id_seq RESTART WITH {first + number * partitions.WIDTH}")
+    partitions.care()
+    execute("VACUUM (ANALYZE)")
+    execute("CHECKPOINT")
+    return stage.count(), time.perf_counter() - began
+
+
+def _fill_partition(stage: Stage, channel_id: int, told: int, lower: int) -> None:
+    name, upper = partitions.Partition(lower, lower + partitions.WIDTH).name, lower + partitions.WIDTH
+    with psycopg.connect(stage.env["DATABASE_URL"], autocommit=True) as connection:
+        connection.execute(
+            "INSERT INTO message (id, channel_id, author_id, content)"
+            " SELECT %s + n, %s, %s, 'gold' FROM generate_series(0, %s) AS n",
+            (lower, channel_id, stage.admin.id, PER_PARTITION - 1),
+        )
+        connection.execute(f"CREATE TABLE {name} (LIKE notification INCLUDING DEFAULTS)")
+        connection.execute(
+            f"INSERT INTO {name} (user_id, message_id, reason, read_at)"
+            " SELECT user_id, message_id, 'message', now() FROM ("
+            "  SELECT m.user_id FROM member m JOIN channel c ON c.server_id = m.server_id WHERE c.id = %s"
+            "  ORDER BY m.user_id LIMIT %s) people,"
+            " generate_series(%s::bigint, %s::bigint) AS message_id ORDER BY message_id, user_id",
+            (channel_id, told, lower, lower + PER_PARTITION - 1),
+        )
+        connection.execute(f"ALTER TABLE {name} ADD PRIMARY KEY (user_id, message_id)")
+        connection.execute(f"ALTER TABLE notification ATTACH PARTITION {name} FOR VALUES FROM ({lower}) TO ({upper})")
+
+
+def _marking(stage: Stage, channel_id: int) -> dict[int, dict[str, float]]:
+    """By fillfactor: the rate of the bare statement, and of marking read one by one, in an order of chance."""
+    found: dict[int, dict[str, float]] = {}
+    with psycopg.connect(stage.env["DATABASE_URL"], autocommit=True) as connection:
+        connection.execute(AS_BELFRY)
+        for fillfactor in (100, 90):
+            say(f"marking read with fillfactor {fillfactor}")
+            rates = []
+            for _ in range(3):
+                stage.empty()
+                for one in partitions.partitions():
+                    connection.execute(f"ALTER TABLE {one.name} SET (fillfactor = {fillfactor})")
+                (message_id,) = stage.new_messages([channel_id])
+                subject = recipients.subject_of(message_id)
+                assert subject is not None
+                began = time.perf_counter()
+                rows = connection.execute(BARE_STATEMENT, subject.parameters()).rowcount
+                rates.append(rows / (time.perf_counter() - began))
+            people = [
+                one[0]
+                for one in connection.execute("SELECT user_id FROM notification WHERE message_id = %s", (message_id,))
+            ]
+            before = _updates(connection)
+            began = time.perf_counter()
+            for user_id in random.Random(1).sample(people, min(MARKED, len(people))):
+                connection.execute(
+                    "UPDATE notification SET read_at = now() WHERE user_id = %s AND message_id = %s",
+                    (user_id, message_id),
+                )
+            took = time.perf_counter() - began
+            updates, hot = (after - was for after, was in zip(_updates(connection), before, strict=True))
+            found[fillfactor] = {
+                "insert_rows_per_s": round(statistics.median(rates)),
+                "marked_per_s": round(min(MARKED, len(people)) / took),
+                "hot_share": round(hot / max(1, updates), 3),
+            }
+        for one in partitions.partitions():
+            connection.execute(f"ALTER TABLE {one.name} RESET (fillfactor)")
+    Notification.truncate_table()
+    return found
+
+
+def _updates(connection: Any) -> tuple[int, int]:
+    connection.execute("SELECT pg_stat_force_next_flush()")
+    found = connection.execute(
+        "SELECT sum(n_tup_upd)::bigint, sum(n_tup_hot_upd)::bigint FROM pg_stat_user_tables"
+        " WHERE relname ~ '^notification_to_'"
+    ).fetchone()
+    return found[0], found[1]
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results for people."""
+    empty, full = (statistics.median(results[name]) for name in ("empty_rows_per_s", "full_rows_per_s"))
+    lines = [
+        f"The table with {results['rows']:,} rows in {results['partitions']} partitions; medians, by one worker",
+        f"  one message to {results['members']:,}, empty table   {empty:9,.0f} rows/s",
+        f"  {PER_PARTITION} more, which fill a partition     {full:9,.0f} rows/s"
+        f"   (target: >= {RATE_TARGET}) {reached(full / empty, RATE_TARGET)}",
+        f"  {'over HTTP':28} {'few: p50':>9} {'p95':>8}   {'many: p50':>10} {'p95':>8}"
+        f"   p95 (target: <= {READ_TARGET})",
+    ]
+    for name, few in results["reads_ms"]["few"].items():
+        many = results["reads_ms"]["many"][name]
+        lines.append(
+            f"  {name:28} {few['p50']:6.2f} ms {few['p95']:5.2f} ms   {many['p50']:7.2f} ms {many['p95']:5.2f} ms"
+            f"   {reached(many['p95'] / few['p95'], READ_TARGET, at_most=True)}"
+        )
+    for fillfactor, one in results["marking"].items():
+        lines.append(
+            f"  fillfactor {fillfactor:>3}: {one['insert_rows_per_s']:9,} rows/s inserted,"
+            f" {one['marked_per_s']:6,} marked/s one by one, {one['hot_share']:.0%} of them HOT"
+        )
+    return "\n".join(lines)
