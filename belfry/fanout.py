@@ -18,6 +18,7 @@ from belfry.recipients import (
     DECISIONS,
     TELLING,
     Subject,
+    member_range,
     mentioned_members,
     slice_end,
     subject_of,
@@ -311,6 +312,8 @@ def _tell_slice(part: Part, attempt: int, held: Row, subject: Subject) -> None:
 def _told(
     held: Row, subject: Subject, after: int, up_to: int, *, among: str | None = None, but: str = "{}"
 ) -> list[Row]:
+    if among is None:
+        after, up_to = member_range(subject, after, up_to)
     parameters = subject.parameters(after, up_to, among=among, but=but)
     if held["kind"] == "edit":
         return rows(TELL_OF_EDIT, {**parameters, **held["mention_changes"]})

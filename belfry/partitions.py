@@ -22,8 +22,8 @@ log = logging.getLogger(__name__)
 WIDTH = 1_000_000  # message ids
 AHEAD = 2
 ROW_BYTES = 60  # of a notification in its table, as measured; without its key
-FULL_AT_LEAST = 1_000_000  # rows, before a partition is left for being full
-FULL_MESSAGES = 8  # messages to every account there is, before that: then its key has grown enough to be felt
+FULL_AT_LEAST = 2_000_000  # rows, before a partition is left for being full
+FULL_MESSAGES = 16  # messages to every account there is, before that: then its key has grown enough to be felt
 OF_RETENTION = 10  # a partition is left after this part of RETENTION_DAYS, so that not much is kept longer
 PARTITION_LOCK = 0x62656C70  # the advisory lock's key: "belp"
 

@@ -218,6 +218,20 @@ def slice_end(subject: Subject, after: int, members: int) -> Row:
     return found
 
 
+def member_range(subject: Subject, after: int, up_to: int) -> tuple[int, int]:
+    """The part of a range of ids in which the server has members: (after, up_to); empty where it has none.
+
+    The first and the last slice are open, and whoever is beside them in other servers would be read: a slice of 20,000
+    beside a server of 1,000,000 took four times as long.
+    """
+    found = row(
+        "SELECT min(user_id) - 1 AS after, max(user_id) AS up_to FROM member"
+        " WHERE server_id = %(server_id)s AND user_id > %(after)s AND user_id <= %(up_to)s",
+        {"server_id": subject.server_id, "after": after, "up_to": up_to},
+    )
+    return (found["after"], found["up_to"]) if found and found["up_to"] is not None else (after, after)
+
+
 def mentioned_members(subject: Subject, limit: int) -> Row:
     """Members who are mentioned by name or by a role: {"user_ids", "after", "up_to"}.
 
