@@ -148,12 +148,12 @@ def _is_full(name: str) -> bool:
     if queue(name).count >= WAITING_AT_MOST:
         _full_until[name] = time.monotonic() + 1
         return True
-    del _full_until[name]
+    _full_until.pop(name, None)  # two threads may come to this at once
     return False
 
 
-def _job_id(run_id: int) -> str:
-    return f"run-{run_id}"
+def _job_id(part: Part) -> str:
+    return f"run-{part.run_id}" if part.after is None else f"slice-{part.run_id}-{part.after}"
 
 
 def run_of(job_id: bytes) -> int | None:
@@ -173,7 +173,7 @@ def _waiting_runs() -> list[int]:
 
 def _withdraw(run_ids: Sequence[int]) -> None:
     """Take the jobs of these runs out of the queue: somebody is at them. One that is left finds nothing to do."""
-    key, job_ids = queue().key, [_job_id(run_id) for run_id in run_ids]
+    key, job_ids = queue().key, [_job_id(Part(run_id)) for run_id in run_ids]
     try:
         with redis_connection().pipeline(transaction=False) as pipeline:
             for job_id in job_ids:
@@ -193,7 +193,7 @@ def _wish(part: Part, at_front: bool) -> Any:
         failure_ttl=7 * 86_400,
         description=str(part),
         at_front=at_front,
-        job_id=_job_id(part.run_id) if part.after is None else None,
+        job_id=_job_id(part),  # enqueued again it is written over: nothing is left of a job whose process died
         retry=Retry(max=RETRIES, interval=retry_intervals()),
     )
 
@@ -388,6 +388,8 @@ def _look_after_partitions() -> None:
         partitions.care()
     except (OperationalError, InterfaceError) as error:
         log.warning("the partitions have to wait for the next look: %s", error)
+    except Exception:
+        log.exception("the partitions cannot be looked after")
 
 
 @cache

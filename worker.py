@@ -77,16 +77,20 @@ class BelfryWorker(SimpleWorker):  # type: ignore[misc]
             reach("worker.taken")
             if self.deadline:
                 self.deadline.set(job.timeout or settings.job_timeout)
-            if not self._do_at_once(job):
+            if not self._do_at_once(job, queue):
                 super().execute_job(job, queue)
         finally:
             self._in_hand = False
             if self.deadline:
                 self.deadline.clear()
 
-    def _do_at_once(self, job: Job) -> bool:
-        """All that RQ hears of a job that goes well is that it is no more; what goes wrong it meets itself."""
+    def _do_at_once(self, job: Job, queue: Queue) -> bool:
+        """All that RQ hears of a job that goes well is that it is no more: meanwhile /rq shows it as queued, and its
+        worker as idle. What goes wrong RQ meets itself.
+        """
         try:
+            if queue.name != jobs.NOTIFICATIONS:  # a slice may take long, and says nothing meanwhile
+                self.heartbeat((job.timeout or settings.job_timeout) + 60)
             with self.death_penalty_class(job.timeout or settings.job_timeout, JobTimeoutException, job_id=job.id):
                 done = jobs.do_at_once(job)
         except Exception as error:

@@ -7,10 +7,13 @@
   changed nothing, and one that is done is gone: nobody can do it twice.
 """
 
+from dataclasses import replace
+
 from psycopg.types.json import Jsonb
 
 from belfry import leases
 from belfry.leases import Part
+from belfry.partitions import kept_from
 from belfry.points import reach
 from belfry.recipients import (
     DECIDED,
@@ -247,6 +250,8 @@ def tell(part: Part, attempt: int) -> list[Part] | None:
         reach("run.held" if part.after is None else "slice.held", part.run_id, part.after)
         subject = subject_of(held["message_id"])
         assert subject is not None  # run.message_id is a foreign key
+        if held["kind"] == "replay" and subject.message_id < kept_from():
+            subject = replace(subject, deleted=True)  # who was told is no longer known: nobody is told twice
         if part.after is not None:
             _tell_slice(part, attempt, held, subject)
             return []
@@ -280,8 +285,9 @@ def _tell_run(part: Part, held: Row, subject: Subject) -> list[Part]:
     if subject.deleted:
         _count(part, [])
         return []
-    if slice_end(subject, 0, settings.slice_members + 1)["members"] <= settings.slice_members:
-        _count(part, _told(held, subject, 0, LARGEST_ID))
+    all_ = slice_end(subject, 0, settings.slice_members + 1)
+    if all_["members"] <= settings.slice_members:
+        _count(part, _told(held, subject, all_["after"], all_["up_to"]) if all_["members"] else [])
         return []
     first = mentioned_members(subject, settings.slice_members)
     shared = row(
@@ -304,7 +310,10 @@ def _tell_run(part: Part, held: Row, subject: Subject) -> list[Part]:
 
 def _tell_slice(part: Part, attempt: int, held: Row, subject: Subject) -> None:
     assert part.after is not None
-    counted = [] if subject.deleted else _told(held, subject, part.after, held["up_to"], but=held["told_first"])
+    counted: list[Row] = []
+    if not subject.deleted:
+        after, up_to = member_range(subject, part.after, held["up_to"])
+        counted = _told(held, subject, after, up_to, but=held["told_first"])
     execute("DELETE FROM slice WHERE run_id = %(run_id)s AND after = %(after)s", vars(part))
     _count(part, counted, slices=-1, retries=attempt - 1)
 
@@ -312,8 +321,6 @@ def _tell_slice(part: Part, attempt: int, held: Row, subject: Subject) -> None:
 def _told(
     held: Row, subject: Subject, after: int, up_to: int, *, among: str | None = None, but: str = "{}"
 ) -> list[Row]:
-    if among is None:
-        after, up_to = member_range(subject, after, up_to)
     parameters = subject.parameters(after, up_to, among=among, but=but)
     if held["kind"] == "edit":
         return rows(TELL_OF_EDIT, {**parameters, **held["mention_changes"]})

@@ -69,7 +69,7 @@ _TAKE_TOGETHER = f"""
         SELECT id, message_id
         FROM run
         WHERE id = ANY(%(run_ids)s::bigint[])
-        AND kind <> 'edit'
+        AND kind NOT IN ('edit', 'replay')
         AND state IN ('pending', 'queued')
         AND attempts = 0
         FOR NO KEY UPDATE SKIP LOCKED
@@ -117,9 +117,9 @@ def take_together(first: int, others: Sequence[int], members: int) -> list[int]:
     """Count the first attempt at a run, and at others that nobody has begun, with no more than so many members in all;
     those taken, [] when there is none to take.
 
-    Of edits, of what was tried before, and of large audiences there are none: those are parts of their own, so that
-    what kills or delays whoever touches it costs no other its tries. Nobody waits for the disk: were it lost, the
-    attempt was none.
+    Of edits and replays, of what was tried before, and of large audiences there are none: those are parts of their own,
+    so that what kills or delays whoever touches it costs no other its tries. Nobody waits for the disk: were it lost,
+    the attempt was none.
     """
     asked = {"first": first, "run_ids": [first, *others], "members": members}
     return sorted(taken["run_id"] for taken in rows(_TAKE_TOGETHER, asked))
@@ -200,7 +200,7 @@ def hold_together(run_ids: Sequence[int], parameters: dict[str, str]) -> list[Ro
             AND state = 'running'
             AND attempts = 1
             ORDER BY id
-            FOR NO KEY UPDATE
+            FOR NO KEY UPDATE SKIP LOCKED
         ),
         put AS MATERIALIZED (SELECT {set_locally(NOT_FOR_LONG | parameters)})
         SELECT run_id, message_id,

@@ -24,6 +24,7 @@ AHEAD = 2
 ROW_BYTES = 60  # of a notification in its table, as measured; without its key
 FULL_AT_LEAST = 2_000_000  # rows, before a partition is left for being full
 FULL_MESSAGES = 16  # messages to every account there is, before that: then its key has grown enough to be felt
+MANY = 50  # partitions; beyond that each holds so much of all there is: who counts over all pays for each of them
 OF_RETENTION = 10  # a partition is left after this part of RETENTION_DAYS, so that not much is kept longer
 PARTITION_LOCK = 0x62656C70  # the advisory lock's key: "belp"
 
@@ -48,6 +49,7 @@ def partitions() -> list[Partition]:
         " FROM pg_inherits i"
         " JOIN pg_class c ON c.oid = i.inhrelid"
         " WHERE i.inhparent = 'notification'::regclass"
+        " AND c.relname ~ '^notification_to_[0-9]+$'"
         " ORDER BY 1"
     )
     bounds = [one["below"] for one in found]
@@ -63,21 +65,33 @@ def care() -> None:
     """Make what is missing, leave the one in use where it is full or old, and drop what is older than RETENTION_DAYS.
 
     Does nothing while another worker does it. Raises peewee's OperationalError where it would have to wait for a lock
-    for more than half a second, since others would wait behind it; nothing has changed then.
+    for long, since others would wait behind it; what is made and left stays so where only the drop has to wait.
     """
     with transaction(lock_timeout="500ms", statement_timeout="20s"):
-        held = row("SELECT pg_try_advisory_xact_lock(%(key)s) AS held", {"key": PARTITION_LOCK})
-        if not held or not held["held"]:
+        if not _nobody_else_does():
             return
         there = partitions()
-        newest = _newest_message()
-        used = next((one for one in there if one.below > newest), there[-1])
+        used = _in_use(there)
         for below in range(there[-1].below, used.below + AHEAD * WIDTH, WIDTH):
             _make(Partition(below, below + WIDTH))
         if _is_full(used) or _is_old(used):
             _leave(used)
-        if settings.retention_days:
-            _drop([one for one in there if one.below <= used.below and one != used and _is_over(one)])
+    if settings.retention_days:
+        with transaction(lock_timeout="100ms", statement_timeout="20s"):
+            if _nobody_else_does():
+                there = partitions()
+                used = _in_use(there)
+                _drop([one for one in there if one.below < used.below and _is_over(one)])
+
+
+def _nobody_else_does() -> bool:
+    held = row("SELECT pg_try_advisory_xact_lock(%(key)s) AS held", {"key": PARTITION_LOCK})
+    return bool(held and held["held"])
+
+
+def _in_use(there: list[Partition]) -> Partition:
+    newest = _newest_message()
+    return next((one for one in there if one.below > newest), there[-1])
 
 
 def _newest_message() -> int:
@@ -97,10 +111,18 @@ def _make(new: Partition) -> None:
 def _is_full(used: Partition) -> bool:
     found = row(
         "SELECT pg_relation_size(%(name)s::regclass) / %(row_bytes)s"
-        " >= GREATEST(%(rows)s, %(messages)s * reltuples) AS full"
+        " >= GREATEST(%(rows)s, %(messages)s * reltuples, ("
+        "  SELECT sum(pg_relation_size(inhrelid)) / %(row_bytes)s / %(number)s"
+        "  FROM pg_inherits WHERE inhparent = 'notification'::regclass)) AS full"
         " FROM pg_class"
         " WHERE oid = 'user_account'::regclass",
-        {"name": used.name, "row_bytes": ROW_BYTES, "rows": FULL_AT_LEAST, "messages": FULL_MESSAGES},
+        {
+            "name": used.name,
+            "row_bytes": ROW_BYTES,
+            "rows": FULL_AT_LEAST,
+            "messages": FULL_MESSAGES,
+            "number": MANY,
+        },
     )
     return bool(found and found["full"])
 

@@ -203,9 +203,10 @@ def decide(subject: Subject, user_id: int) -> str | None:
 
 
 def slice_end(subject: Subject, after: int, members: int) -> Row:
-    """How far so many members reach: {"up_to": last user id or None, "members": how many}."""
+    """How far so many members reach: {"after": below the first user id, "up_to": the last, both None where there is
+    none, "members": how many}."""
     found = row(
-        "SELECT max(user_id) AS up_to, count(*) AS members FROM ("
+        "SELECT min(user_id) - 1 AS after, max(user_id) AS up_to, count(*) AS members FROM ("
         " SELECT m.user_id FROM member m"
         " WHERE m.server_id = %(server_id)s"
         " AND m.user_id > %(after)s"

@@ -6,7 +6,7 @@ import pytest
 from peewee import OperationalError
 
 import jobs
-from belfry import inbox, messages, partitions, schema
+from belfry import inbox, leases, messages, partitions, schema
 from belfry.partitions import Partition
 from belfry.sql import execute, row, rows
 from belfry.verification import verify
@@ -218,6 +218,47 @@ def test_of_what_is_not_kept_it_is_said_so(api, cast, keeping, full_at):
     assert stats(run_id)["notified"] == 3, "its run still says how many they were"
 
 
+def test_a_replay_that_comes_after_the_drop_tells_nobody_a_second_time(api, cast, keeping, full_at):
+    old = post(cast, days_ago=40)
+    crowd(cast.server_id, 1)
+    begin_partition(full_at)
+    post(cast)
+    run_id = row("SELECT id FROM run WHERE message_id = %(id)s", {"id": old})["id"]
+    replayed = api(cast.admin).post(f"/api/runs/{run_id}/replay", json={"dry_run": False}).get_json()
+    assert replayed["added"] == 1
+    keeping(30)
+    partitions.care()
+    assert leases.take_together(replayed["run"]["id"], [], 20_000) == [], "it is done by itself"
+    assert run_to_end(replayed["run"]["id"]) == "succeeded"
+    assert told_of(old) == []
+    assert verify() == []
+
+
+def test_what_is_no_partition_of_ours_is_passed_over_and_what_goes_wrong_stops_no_sweep(cast, monkeypatch, caplog):
+    execute("CREATE TABLE notification_of_others PARTITION OF notification DEFAULT")
+    execute("ALTER SEQUENCE message_id_seq RESTART WITH 1000000")
+    execute("CREATE TABLE notification_to_4000000 ()")
+    try:
+        assert len(partitions.partitions()) == 4
+        monkeypatch.setattr(jobs, "_partitions_looked_at", float("-inf"))
+        jobs.sweep()
+        assert "the partitions cannot be looked after" in caplog.text
+    finally:
+        execute("DROP TABLE notification_of_others, notification_to_4000000")
+
+
+def test_the_more_there_is_the_more_a_partition_holds(cast, full_at, monkeypatch):
+    crowd(cast.server_id, 200)
+    post(cast)
+    full_at(100)
+    monkeypatch.setattr(partitions, "MANY", 0.5)
+    partitions.care()
+    assert post(cast) == 2, "twice of all there is is more than it holds"
+    monkeypatch.setattr(partitions, "MANY", 2)
+    partitions.care()
+    assert post(cast) == 1_000_000
+
+
 def test_an_old_message_can_still_be_edited_and_whom_it_newly_mentions_is_told(api, cast, keeping, full_at):
     old = post(cast, days_ago=40)
     begin_partition(full_at)
@@ -241,10 +282,14 @@ def test_somebody_who_reads_for_long_delays_a_drop_and_nothing_else(cast, keepin
     begin_partition(full_at)
     post(cast)
     keeping(30)
+    full_at(0)
     with in_another_session("SELECT count(*) FROM notification"):
         with pytest.raises(OperationalError):
             partitions.care()
         assert len(told_of(1)) == 3
+        assert bounds()[-1] == 4_000_000
+        assert post(cast) == 2_000_000, "the next one is begun"
+    full_at(1_000_000)
     partitions.care()
     assert told_of(1) == []
 

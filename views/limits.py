@@ -37,6 +37,7 @@ local time = redis.call('TIME')
 local now = time[1] + time[2] / 1000000
 local found = redis.call('HMGET', KEYS[1], 'began', 'count', 'before')
 local began, count, before = tonumber(found[1] or now), tonumber(found[2] or 0), tonumber(found[3] or 0)
+began = math.min(began, now)  -- of a Redis whose clock went back
 if now >= began + 2 * period then
     began, count, before = now, 0, 0
 elseif now >= began + period then
@@ -87,7 +88,7 @@ def _count() -> None:
             log.warning("Redis is out of reach, nobody is counted: %s", error)
             return
         seconds = math.ceil(milliseconds / 1000)
-        if "limit" not in g or not may:
+        if "limit" not in g or not may or left < g.limit[1]:
             g.limit = limit.amount, left, seconds
         if not may:
             detail = f"Too many requests: {limit} for one person."
