@@ -129,7 +129,7 @@ def test_a_million_messages_fill_one_too(cast):
 def test_who_is_just_posting_is_not_waited_for_for_long(cast, full_at, in_another_session, monkeypatch, caplog):
     full_at(0)
     with in_another_session("SELECT nextval('message_id_seq')"):
-        with pytest.raises(OperationalError):
+        with pytest.raises(OperationalError, match="lock timeout"):
             partitions.care()
         monkeypatch.setattr(jobs, "_partitions_looked_at", float("-inf"))
         jobs.sweep()
@@ -284,7 +284,7 @@ def test_somebody_who_reads_for_long_delays_a_drop_and_nothing_else(cast, keepin
     keeping(30)
     full_at(0)
     with in_another_session("SELECT count(*) FROM notification"):
-        with pytest.raises(OperationalError):
+        with pytest.raises(OperationalError, match="lock timeout"):
             partitions.care()
         assert len(told_of(1)) == 3
         assert bounds()[-1] == 4_000_000

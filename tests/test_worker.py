@@ -42,7 +42,7 @@ def told_of(message_id: int) -> set[int]:
     return {told.user_id for told in Notification.select().where(Notification.message_id == message_id)}
 
 
-def test_a_message_reaches_the_inbox_through_web_queue_and_worker(cast):
+def test_a_message_reaches_the_inbox_through_web_queue_and_worker(cast, redis):
     with a_web_process() as address, a_worker() as process:
         status, message = post(address, cast.subscriber.token, cast.general, "gold breaks out, @vera")
         assert status == 201
@@ -52,6 +52,7 @@ def test_a_message_reaches_the_inbox_through_web_queue_and_worker(cast):
         done = next(line for line in process.lines() if line["message"] == f"run {message['run']['id']}: done")
         assert done["run_id"] == message["run"]["id"]
         assert done["job_id"]
+        wait_until(lambda: not redis.keys("rq:job:*"), "Redis to keep nothing of what is done")
 
 
 def test_an_error_is_recorded_on_the_run_and_retried_until_it_passes(cast):
