@@ -27,7 +27,7 @@ from rq.timeouts import JobTimeoutException
 from belfry import fanout, idempotency, leases, logs, partitions
 from belfry.leases import Part
 from belfry.points import reach
-from belfry.sql import row, transaction
+from belfry.sql import lock_for_this_transaction, transaction
 from config import settings
 from models import LARGEST_ID, TRIES, db
 
@@ -156,7 +156,7 @@ def _job_id(part: Part) -> str:
     return f"run-{part.run_id}" if part.after is None else f"slice-{part.run_id}-{part.after}"
 
 
-def run_of(job_id: bytes) -> int | None:
+def _run_of(job_id: bytes) -> int | None:
     """Whose job it is, as far as the id alone says so: of a run as a whole."""
     kind, _, number = job_id.partition(b"-")
     return int(number) if kind == b"run" and number.isdigit() and int(number) <= LARGEST_ID else None
@@ -168,7 +168,7 @@ def _waiting_runs() -> list[int]:
         ids: list[Any] = redis_connection().lrange(queue().key, 0, TOGETHER_AT_MOST - 1)
     except RedisError:
         return []
-    return [run_id for job_id in ids if (run_id := run_of(job_id)) is not None]
+    return [run_id for job_id in ids if (run_id := _run_of(job_id)) is not None]
 
 
 def _withdraw(run_ids: Sequence[int]) -> None:
@@ -358,8 +358,7 @@ def sweep() -> int:
     with _connection():
         _look_after_partitions()
         with transaction(statement_timeout="20s"):
-            held = row("SELECT pg_try_advisory_xact_lock(%(key)s) AS held", {"key": SWEEP_LOCK})
-            if not held or not held["held"]:
+            if not lock_for_this_transaction(SWEEP_LOCK):
                 return 0
             reach("sweep.locked")
             idempotency.forget_old_keys()

@@ -14,7 +14,7 @@ touches a page for each recipient, in the end. So a partition is left when it is
 import logging
 from dataclasses import dataclass
 
-from belfry.sql import execute, row, rows, transaction
+from belfry.sql import execute, lock_for_this_transaction, row, rows, transaction
 from config import settings
 
 log = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def care() -> None:
     for long, since others would wait behind it; what is made and left stays so where only the drop has to wait.
     """
     with transaction(lock_timeout="500ms", statement_timeout="20s"):
-        if not _nobody_else_does():
+        if not lock_for_this_transaction(PARTITION_LOCK):
             return
         there = partitions()
         used = _in_use(there)
@@ -78,15 +78,10 @@ def care() -> None:
             _leave(used)
     if settings.retention_days:
         with transaction(lock_timeout="100ms", statement_timeout="20s"):
-            if _nobody_else_does():
+            if lock_for_this_transaction(PARTITION_LOCK):
                 there = partitions()
                 used = _in_use(there)
                 _drop([one for one in there if one.below < used.below and _is_over(one)])
-
-
-def _nobody_else_does() -> bool:
-    held = row("SELECT pg_try_advisory_xact_lock(%(key)s) AS held", {"key": PARTITION_LOCK})
-    return bool(held and held["held"])
 
 
 def _in_use(there: list[Partition]) -> Partition:

@@ -41,6 +41,12 @@ def execute(statement: str, parameters: Mapping[str, Any] | None = None) -> int:
     return int(db.execute_sql(statement, parameters).rowcount)
 
 
+def lock_for_this_transaction(key: int) -> bool:
+    """Take an advisory lock until the transaction ends; False, and nobody waits, where another one has it."""
+    held = row("SELECT pg_try_advisory_xact_lock(%(key)s) AS held", {"key": key})
+    return bool(held and held["held"])
+
+
 def set_locally(parameters: Mapping[str, str]) -> str:
     """What sets these parameters of PostgreSQL for one transaction, as expressions for a SELECT that is said anyway."""
     return ", ".join(f"set_config('{name}', '{value}', true)" for name, value in parameters.items())

@@ -51,13 +51,8 @@ AS_BELFRY = "SET jit = off; SET plan_cache_mode = force_custom_plan"  # what its
 
 _FOUR_INDEXES = """
     CREATE TABLE bench_notification (
-        id            bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
-        user_id       bigint NOT NULL,
-        message_id    bigint NOT NULL,
-        created_at    timestamptz NOT NULL DEFAULT now(),
-        read_at       timestamptz,
-        dismissed_at  timestamptz,
-        reason        reason NOT NULL,
+        LIKE notification INCLUDING DEFAULTS,
+        id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
         UNIQUE (user_id, message_id)
     );
     CREATE INDEX bench_notification_inbox ON bench_notification (user_id, created_at DESC);

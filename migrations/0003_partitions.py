@@ -6,15 +6,7 @@ UP = """
 ALTER TABLE notification RENAME TO notification_before;
 ALTER INDEX notification_pkey RENAME TO notification_before_pkey;
 
-CREATE TABLE notification (
-    user_id       bigint NOT NULL,
-    message_id    bigint NOT NULL,
-    created_at    timestamptz NOT NULL DEFAULT now(),
-    read_at       timestamptz,
-    dismissed_at  timestamptz,
-    reason        reason NOT NULL,
-    PRIMARY KEY (user_id, message_id)
-) PARTITION BY RANGE (message_id);
+CREATE TABLE notification (LIKE notification_before INCLUDING ALL) PARTITION BY RANGE (message_id);
 
 CREATE TABLE notification_to_1 PARTITION OF notification FOR VALUES FROM (MINVALUE) TO (1);
 
@@ -37,15 +29,7 @@ $$;
 DOWN = """
 ALTER TABLE notification RENAME TO notification_after;
 ALTER INDEX notification_pkey RENAME TO notification_after_pkey;
-CREATE TABLE notification (
-    user_id       bigint NOT NULL,
-    message_id    bigint NOT NULL,
-    created_at    timestamptz NOT NULL DEFAULT now(),
-    read_at       timestamptz,
-    dismissed_at  timestamptz,
-    reason        reason NOT NULL,
-    PRIMARY KEY (user_id, message_id)
-);
+CREATE TABLE notification (LIKE notification_after INCLUDING ALL);
 INSERT INTO notification SELECT * FROM notification_after;
 DROP TABLE notification_after;
 """

@@ -105,15 +105,22 @@ def test_one_that_is_not_full_is_not_left(cast, full_at):
     assert post(cast) == 2
 
 
-def test_where_there_are_many_accounts_a_partition_holds_a_few_messages_to_all(cast, full_at, monkeypatch):
-    crowd(cast.server_id, 100)
+@pytest.mark.parametrize(
+    ("constant", "too_much", "enough"),
+    [
+        ("FULL_MESSAGES", 2, 1),  # where there are many accounts, a few messages to all: to 206, on two pages of 136
+        ("MANY", 0.5, 2),  # where there is much, so much of it: twice of all, and half
+    ],
+)
+def test_the_more_there_is_the_more_a_partition_holds(cast, full_at, monkeypatch, constant, too_much, enough):
+    crowd(cast.server_id, 200)
     execute("ANALYZE user_account")
     post(cast)
     full_at(100)
-    monkeypatch.setattr(partitions, "FULL_MESSAGES", 2)
+    monkeypatch.setattr(partitions, constant, too_much)
     partitions.care()
-    assert post(cast) == 2, "136 rows are less than two messages to 106 accounts"
-    monkeypatch.setattr(partitions, "FULL_MESSAGES", 1)
+    assert post(cast) == 2, "that is more than there is in it"
+    monkeypatch.setattr(partitions, constant, enough)
     partitions.care()
     assert post(cast) == 1_000_000
 
@@ -245,18 +252,6 @@ def test_what_is_no_partition_of_ours_is_passed_over_and_what_goes_wrong_stops_n
         assert "the partitions cannot be looked after" in caplog.text
     finally:
         execute("DROP TABLE notification_of_others, notification_to_4000000")
-
-
-def test_the_more_there_is_the_more_a_partition_holds(cast, full_at, monkeypatch):
-    crowd(cast.server_id, 200)
-    post(cast)
-    full_at(100)
-    monkeypatch.setattr(partitions, "MANY", 0.5)
-    partitions.care()
-    assert post(cast) == 2, "twice of all there is is more than it holds"
-    monkeypatch.setattr(partitions, "MANY", 2)
-    partitions.care()
-    assert post(cast) == 1_000_000
 
 
 def test_an_old_message_can_still_be_edited_and_whom_it_newly_mentions_is_told(api, cast, keeping, full_at):
