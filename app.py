@@ -28,8 +28,9 @@ import commands
 from belfry import accounts, logs
 from config import secret_key, settings
 from models import LARGEST_ID, db
-from views import dashboard, health, inbox, limits, messages, openapi, people, problems, runs, servers
-from views.endpoint import BODY_BYTES, api, bearer_token
+from views import dashboard, health, inbox, limits, messages, openapi, people, problems, runs, servers, sign_in
+from views.endpoint import BODY_BYTES, READS, api, bearer_token
+from views.problems import HttpProblem
 
 log = logging.getLogger(__name__)
 
@@ -38,10 +39,11 @@ API_SUBJECTS = (messages, runs, inbox, people, servers)  # importing them puts t
 
 
 class _Sessions(SecureCookieSessionInterface):
-    """Signed cookies for /rq and /login. The API knows tokens alone, and does not pay for looking."""
+    """Signed cookies for what browsers ask. Who sends a token under /api does not pay for looking."""
 
     def open_session(self, app: Flask, request: Request) -> SecureCookieSession | None:
-        return None if request.path.startswith("/api/") else super().open_session(app, request)
+        by_token = request.path.startswith("/api/") and "Authorization" in request.headers
+        return None if by_token else super().open_session(app, request)
 
 
 class _Id(IntegerConverter):
@@ -90,10 +92,21 @@ def _identify() -> None:
 
 
 def _authenticate() -> None:
-    """Find out who asks under /api, before anything is counted. Nobody is fine here; endpoints ask for more."""
+    """Find out who asks under /api, before anything is counted. Nobody is fine here; endpoints ask for more.
+
+    With an Authorization header its token counts and nothing else; without one the session of the page, which may
+    write only with its CSRF token: 403 otherwise.
+    """
     g.user = None
-    if request.path.startswith("/api/") and (token := bearer_token()):
-        g.user = accounts.authenticate(token)
+    if not request.path.startswith("/api/"):
+        return
+    if "Authorization" in request.headers:
+        if token := bearer_token():
+            g.user = accounts.authenticate(token)
+        return
+    g.user = sign_in.signed_in()
+    if g.user and request.method not in READS and not sign_in.csrf_matches(request.headers.get("X-CSRF-Token", "")):
+        raise HttpProblem(403, "Send the page's CSRF token as X-CSRF-Token, or a token as Authorization.")
 
 
 def _sign(answer: Response) -> Response:

@@ -34,11 +34,10 @@ from werkzeug.wrappers import Response as AnyResponse
 import jobs
 from belfry import accounts
 from views import queue_pages, sign_in
-from views.endpoint import bearer_token
+from views.endpoint import READS, bearer_token
 from views.problems import HttpProblem, problem
 
 LIBRARY = queue_pages.LIBRARY
-READS = ("GET", "HEAD", "OPTIONS")
 ADDRESS_PARTS = {
     "instance_number": "0",
     "queue_name": r"[A-Za-z0-9_.:-]{1,100}",

@@ -19,6 +19,7 @@ from views.problems import HttpProblem
 
 T = TypeVar("T")
 BODY_BYTES = 64 * 1024
+READS = ("GET", "HEAD", "OPTIONS")
 api = Blueprint("api", __name__, url_prefix="/api")
 
 

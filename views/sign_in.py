@@ -46,8 +46,19 @@ def logout() -> AnyResponse:
 
 def _csrf_holds() -> bool:
     """Whether the form was given out in this session."""
-    ours, theirs = session.get("csrf", ""), request.form.get("csrf", "")
-    return bool(ours) and hmac.compare_digest(ours.encode(), theirs.encode())
+    return csrf_matches(request.form.get("csrf", ""))
+
+
+def csrf_token() -> str:
+    """What proves that a page of this session asked; made where there is none yet."""
+    token: str = session.setdefault("csrf", secrets.token_urlsafe(32))
+    return token
+
+
+def csrf_matches(given: str) -> bool:
+    """Whether this is the session's CSRF token. False where none was given out."""
+    ours: str = session.get("csrf", "")
+    return bool(ours) and hmac.compare_digest(ours.encode(), given.encode("utf-8", "surrogatepass"))
 
 
 def _local(path: str) -> str:
@@ -63,7 +74,7 @@ def page(status: int, title: str, detail: str = "", *, form: bool = False) -> Re
         detail=detail,
         form=form,
         user=signed_in(),
-        csrf=session.setdefault("csrf", secrets.token_urlsafe(32)),
+        csrf=csrf_token(),
         target=_local(request.values.get("next", "")),
     )
     return make_response(text, status, {"Content-Security-Policy": POLICY})
