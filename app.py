@@ -5,6 +5,7 @@
 | `/api/messages`, `/api/channels/N/messages` | views/messages.py |
 | `/api/runs`, `/api/test-notifications` | views/runs.py |
 | `/api/notifications`, `/api/channels/N/preference` | views/inbox.py |
+| `/api/notifications/stream` | views/stream.py, views/hub.py |
 | `/api/me`, `/api/users`, `/api/channels` | views/people.py |
 | `/api/servers`, `/api/channels/N` | views/servers.py |
 | `/rq` | views/dashboard.py, views/queue_pages.py |
@@ -28,14 +29,14 @@ import commands
 from belfry import accounts, logs
 from config import secret_key, settings
 from models import LARGEST_ID, db
-from views import dashboard, health, inbox, limits, messages, openapi, people, problems, runs, servers, sign_in
+from views import dashboard, health, inbox, limits, messages, openapi, people, problems, runs, servers, sign_in, stream
 from views.endpoint import BODY_BYTES, READS, api, bearer_token
 from views.problems import HttpProblem
 
 log = logging.getLogger(__name__)
 
 RETRY_AFTER_SECONDS = 5  # of a 503: a restart of PostgreSQL takes about that
-API_SUBJECTS = (messages, runs, inbox, people, servers)  # importing them puts their endpoints on `api`
+API_SUBJECTS = (messages, runs, inbox, people, servers, stream)  # importing them puts their endpoints on `api`
 
 
 class _Sessions(SecureCookieSessionInterface):
@@ -74,6 +75,7 @@ def create_app() -> Flask:
     app.before_request(_authenticate)
     app.after_request(_sign)
     limits.register(app)
+    stream.register(app)
     app.teardown_request(_leave)
     app.register_blueprint(api)
     app.register_blueprint(health.blueprint)

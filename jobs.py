@@ -4,6 +4,7 @@ A job takes ids, reloads everything, and may run twice. Arguments are JSON, so t
 Redis cannot run code here. Plain RQ runs them as well: `rq worker -S json notifications bulk deliveries`.
 """
 
+import json
 import logging
 import os
 import random
@@ -24,7 +25,7 @@ from rq.job import Job
 from rq.scheduler import RQScheduler
 from rq.timeouts import JobTimeoutException
 
-from belfry import fanout, idempotency, leases, logs, partitions
+from belfry import fanout, idempotency, leases, live, logs, partitions
 from belfry.leases import Part
 from belfry.points import reach
 from belfry.sql import lock_for_this_transaction, transaction
@@ -73,6 +74,23 @@ def redis_connection() -> Redis:
         retry=RedisRetry(NoBackoff(), 1),  # a connection that a restart of Redis left dead is made again once
         health_check_interval=30,
     )
+
+
+def live_channel() -> str:
+    """Where `announce` publishes. Redis has one set of channels for all of its databases."""
+    return f"belfry:{redis_connection().connection_pool.connection_kwargs.get('db', 0)}:live"
+
+
+def announce(**what: Any) -> None:
+    """Tell the web processes that something has changed that they may have to show at once: after the commit.
+
+    `told=True`, `user_id`, `message_id`, `access=True` or `signed_out`: views/hub.py says what it does with each.
+    One that is lost does no harm: they look by themselves as well, every few seconds.
+    """
+    try:
+        redis_connection().publish(live_channel(), json.dumps(what))
+    except RedisError as error:
+        log.warning("Redis is out of reach, %s is not announced: %s", what, error)
 
 
 def queue(name: str = NOTIFICATIONS, connection: Redis | None = None) -> Queue:
@@ -297,6 +315,7 @@ def _tell_together(taken: list[int], first: int) -> list[int]:
     for run_id in done:
         reach("run.committed", run_id)
     if done:
+        announce(told=True)
         log.info("%s: done%s", Part(done[0]), f", with {len(done) - 1} others" if len(done) > 1 else "")
     left = sorted(set(taken) - set(done))
     for run_id in left:
@@ -334,6 +353,7 @@ def _tell(part: Part, attempt: int) -> None:
         log.info("%s: attempt %s was overtaken by a later one, and wrote nothing", part, attempt)
         return
     reach("run.committed" if part.after is None else "slice.committed", part.run_id, part.after)
+    announce(told=True)
     if slices:
         enqueue(slices)
     log.info("%s: done%s", part, f", {len(slices)} slices to go" if slices else "")
@@ -362,6 +382,7 @@ def sweep() -> int:
                 return 0
             reach("sweep.locked")
             idempotency.forget_old_keys()
+            live.forget_old_tellings()
             if given_up := leases.give_up():
                 log.error("%s run(s) or slice(s) gave up: each attempt ended without a word", given_up)
             lost = leases.lost_runs(oldest[NOTIFICATIONS]) + leases.lost_slices(oldest[BULK])

@@ -102,6 +102,12 @@ class ReasonField(Field):
     field_type = "reason"
 
 
+class TransactionField(Field):
+    """A transaction's number, of those that never come round again."""
+
+    field_type = "XID8"
+
+
 def _now() -> list[SQL]:
     return [SQL("DEFAULT now()")]
 
@@ -323,6 +329,20 @@ class Notification(Table):
         primary_key = CompositeKey("user_id", "message_id")
 
 
+class Telling(Table):
+    """A transaction that told somebody: the log from which the live stream goes on. Kept for a day.
+
+    Which of them a reader knows already is said by PostgreSQL's own snapshot, of which `xid` is part or not: exactly,
+    whatever order they are committed in. Their notifications are those with the same `created_at` as `told_at`.
+    `recount`: some had theirs withdrawn, or made unread again, as well.
+    """
+
+    xid = TransactionField(primary_key=True, constraints=[SQL("DEFAULT pg_current_xact_id()")])
+    message_ids = ArrayField(BigIntegerField, index=False)
+    recount = BooleanField(constraints=[SQL("DEFAULT false")])
+    told_at = TimeField(constraints=_now())
+
+
 class IdempotencyKey(Table):
     user = ForeignKeyField(User, on_delete="CASCADE", index=False)
     key = TextField()
@@ -337,5 +357,5 @@ class IdempotencyKey(Table):
 
 TABLES = (
     User, ApiToken, Subscription, Server, Role, Member, MemberRole, Channel, ChannelRole, Preference,
-    Message, Run, Slice, Notification, IdempotencyKey,
+    Message, Run, Slice, Notification, Telling, IdempotencyKey,
 )  # fmt: skip

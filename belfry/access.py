@@ -15,7 +15,7 @@ from config import settings
 from models import User
 
 
-def _seen(user_id: str, is_admin: str) -> str:
+def may_see(user_id: str, is_admin: str) -> str:
     """Whether channel `c` may be seen by the user whom two SQL expressions name."""
     return f"""(
     {is_admin}
@@ -28,12 +28,12 @@ def _seen(user_id: str, is_admin: str) -> str:
 )"""
 
 
-_SEEN = _seen("%(user_id)s", "%(is_admin)s")
+_SEEN = may_see("%(user_id)s", "%(is_admin)s")
 
 AUTHOR_MAY_POST = f"""(
     g.only_for_id IS NOT NULL
     OR a.is_admin
-    OR (c.posting = 'members' AND {_seen("g.author_id", "a.is_admin")})
+    OR (c.posting = 'members' AND {may_see("g.author_id", "a.is_admin")})
 )"""
 """Of message `g` in channel `c` by author `a`: whether they still see the channel and may post in it.
 

@@ -42,6 +42,11 @@ TELL = f"""
         ORDER BY user_id
         ON CONFLICT (user_id, message_id) DO NOTHING
         RETURNING 1
+    ),
+    logged AS (
+        INSERT INTO telling (message_ids)
+        SELECT ARRAY[%(message_id)s::bigint]
+        WHERE EXISTS (SELECT FROM told)
     )
     SELECT decision, count(*) AS members, (SELECT count(*) FROM told) AS added, 0 AS withdrawn
     FROM decided
@@ -63,6 +68,11 @@ TELL_OF_MANY = f"""
         RETURNING message_id
     ),
     added AS (SELECT message_id, count(*) AS added FROM told GROUP BY message_id),
+    logged AS (
+        INSERT INTO telling (message_ids)
+        SELECT array_agg(message_id) FROM added
+        HAVING count(*) > 0
+    ),
     counted AS (
         SELECT message_id, sum(members) AS members, jsonb_object_agg(decision, members) AS decisions
         FROM (SELECT message_id, decision, count(*) AS members FROM decided GROUP BY message_id, decision) groups
@@ -153,6 +163,13 @@ TELL_OF_EDIT = f"""
         ORDER BY user_id
         ON CONFLICT (user_id, message_id) DO NOTHING
         RETURNING 1
+    ),
+    logged AS (
+        INSERT INTO telling (message_ids, recount)
+        SELECT ARRAY[%(message_id)s::bigint], true
+        WHERE EXISTS (SELECT FROM told)
+        OR EXISTS (SELECT FROM withdrawn)
+        OR EXISTS (SELECT FROM changed)
     )
     SELECT decision, count(*) AS members,
         (SELECT count(*) FROM told) AS added,

@@ -7,10 +7,10 @@
 - Everything is asked for one person: another person's notifications are simply not there.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
-from belfry.access import AUTHOR_MAY_POST, channel_for, visible_channels
+from belfry.access import AUTHOR_MAY_POST, channel_for, may_see, visible_channels
 from belfry.errors import Invalid, NotFound
 from belfry.points import reach
 from belfry.sql import Row, execute, row, rows, transaction
@@ -93,6 +93,52 @@ def list_notifications(
         },
     )
     return [_describe(user.id, notification, channels[notification["channel_id"]]) for notification in found]
+
+
+def told_together(tellings: Collection[Row], user_ids: Collection[int]) -> list[Row]:
+    """What these people were told by transactions, each {"message_id", "told_at"}, as far as their inbox shows it.
+
+    As `list_notifications`, with the "user_id"; by message id.
+    """
+    found = rows(
+        f"""
+        SELECT n.user_id, n.message_id, n.created_at, n.read_at, n.reason::text AS reason,
+            c.id AS channel_id, c.name AS channel_name, v.id AS server_id, v.name AS server_name,
+            a.name AS author_name, left(g.content, {BODY_CHARACTERS + 1}) AS beginning
+        FROM unnest(%(message_ids)s::bigint[], %(told_at)s::timestamptz[]) AS t (message_id, told_at)
+        JOIN ({_ABOUT}) ON g.id = t.message_id
+        JOIN server v ON v.id = c.server_id
+        CROSS JOIN unnest(%(user_ids)s::bigint[]) AS connected (user_id)
+        JOIN notification n ON n.user_id = connected.user_id AND n.message_id = t.message_id
+        JOIN user_account reader ON reader.id = n.user_id
+        WHERE n.created_at = t.told_at  -- not by another transaction: they know of that
+        AND n.dismissed_at IS NULL
+        AND g.deleted_at IS NULL
+        AND {AUTHOR_MAY_POST}
+        AND {may_see("reader.id", "reader.is_admin")}
+        ORDER BY n.message_id
+        """,
+        {
+            "message_ids": [telling["message_id"] for telling in tellings],
+            "told_at": [telling["told_at"] for telling in tellings],
+            "user_ids": list(user_ids),
+        },
+    )
+    return [
+        {
+            "user_id": one["user_id"],
+            **_describe(
+                one["user_id"],
+                one,
+                {
+                    "id": one["channel_id"],
+                    "name": one["channel_name"],
+                    "server": {"id": one["server_id"], "name": one["server_name"]},
+                },
+            ),
+        }
+        for one in found
+    ]
 
 
 def _describe(user_id: int, notification: Row, channel: Row) -> Row:

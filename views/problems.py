@@ -32,6 +32,7 @@ CODES = {
     422: "invalid",
     429: "rate_limited",
     500: "internal",
+    501: "not_implemented",
     503: "unavailable",
 }
 

@@ -1,5 +1,6 @@
 """Signing in with a browser, for the dashboard: /login and /logout, and pages that say why not."""
 
+import hashlib
 import hmac
 import re
 import secrets
@@ -8,6 +9,7 @@ from flask import Blueprint, Response, make_response, redirect, render_template,
 from werkzeug.wrappers import Response as AnyResponse
 
 from belfry import accounts
+from jobs import announce
 from models import User
 
 BASE_POLICY = "default-src 'none'; base-uri 'none'; frame-ancestors 'none'; style-src 'self'; img-src 'self' data:"
@@ -40,6 +42,7 @@ def logout() -> AnyResponse:
     """End the session: 303 to /login."""
     if not _csrf_holds():
         return page(403, "Sign out", "This form was too old. Please try again.")
+    announce(signed_out=session_key())
     session.clear()
     return redirect(url_for("sign_in.login"), 303)
 
@@ -80,7 +83,17 @@ def page(status: int, title: str, detail: str = "", *, form: bool = False) -> Re
     return make_response(text, status, {"Content-Security-Policy": POLICY})
 
 
+def session_key() -> str | None:
+    """What tells this session from others, and is no secret; None before it has a CSRF token."""
+    return hashlib.sha256(session["csrf"].encode()).hexdigest() if "csrf" in session else None
+
+
+def token_hash() -> bytes | None:
+    """Of the token that this session stands on; None for nobody's."""
+    return bytes.fromhex(session["token"]) if "token" in session else None
+
+
 def signed_in() -> User | None:
     """Whose session this is; None for nobody's, and once its token is revoked or has expired."""
-    token_hash = session.get("token")
-    return accounts.authenticate_hash(bytes.fromhex(token_hash)) if token_hash else None
+    hashed = token_hash()
+    return accounts.authenticate_hash(hashed) if hashed else None

@@ -1,0 +1,343 @@
+"""The live streams of this process: one thread, one subscription to Redis, one query for all who are connected.
+
+- gunicorn's threads answer requests, and a stream is none: its socket is handed over (views/stream.py) to the hub,
+  which waits for all of them at once. A thread for each would be a thousand threads.
+- Redis only says that it is time to look; what is new is asked of PostgreSQL. While Redis is away the hub looks each
+  second by itself, and every few seconds in any case: an announcement may be lost.
+- What people have unread is counted when they come and when something of theirs changes. What they are told after that
+  is added, as of the same moment. Everybody's is counted again every few minutes, whatever happens.
+- Who does not read what is sent is cut off, and goes on where they were: memory stays bounded.
+- Who may listen no longer (their token, subscription or a membership is gone) is cut off within CHECK_SECONDS.
+"""
+
+import logging
+import os
+import resource
+import selectors
+import socket
+import threading
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from functools import cache
+from itertools import islice
+from queue import Empty, SimpleQueue
+from typing import Any, TypeVar
+
+from flask import json
+from marshmallow import Schema
+from peewee import InterfaceError, OperationalError
+from playhouse.pool import MaxConnectionsExceeded
+from redis.exceptions import RedisError
+
+import schemas
+from belfry import inbox, live
+from belfry.live import News, Position
+from jobs import live_channel, redis_connection
+from models import User
+from views.reader import Reader, Unread, event
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+PING_SECONDS = 15
+CHECK_SECONDS = 15  # between two looks at who may still listen
+LOOK_SECONDS = 5  # at least so often, whatever Redis says; each second while it says nothing
+GAP_SECONDS = 0.05  # between two looks: what is told meanwhile is one look's
+RECOUNT_SECONDS = 300
+COUNTED_AT_ONCE = 25  # people in one look: it takes a millisecond or two each, and all others wait meanwhile
+OPEN_FILES = 16_384  # at most, for this process: a stream is one
+RESERVED_FILES = 200  # for everything else
+READERS_OF_ONE = 20  # of one person, in one process; the oldest ends
+
+_notification, _unread = schemas.Notification(), schemas.UnreadCount()
+
+
+class Hub:
+    """See the module. `add` and `announced` are for every thread, the rest is the hub's own."""
+
+    def __init__(self) -> None:
+        self._selector = selectors.DefaultSelector()
+        self._woken, self._bell = socket.socketpair()
+        self._woken.setblocking(False)
+        self._bell.setblocking(False)
+        self._selector.register(self._woken, selectors.EVENT_READ)
+        self._new: SimpleQueue[Reader] = SimpleQueue()  # handed over, and not met by the thread
+        self._announced: SimpleQueue[dict[str, Any]] = SimpleQueue()
+        self._readers: dict[int, list[Reader]] = {}  # by user id, the oldest first
+        self._unread: dict[int, Unread] = {}
+        self._stale: dict[int, None] = {}  # user ids, in the order in which they are to be counted
+        self._position: Position | None = None  # of all readers
+        self._due = self._looked_at = self._checked_at = self._pinged_at = 0.0
+        self._redis_answers = False
+        self._most = _raise_open_files() - RESERVED_FILES
+        for work in (self._run, self._listen):
+            threading.Thread(target=work, name=f"hub{work.__name__}", daemon=True).start()
+
+    def add(self, reader: Reader) -> None:
+        """Take over a reader, who has had the head of the answer."""
+        self._new.put(reader)
+        self._ring()
+
+    def is_full(self) -> bool:
+        """Whether there is no room for one more: connections are open files, of which requests need some."""
+        return sum(map(len, list(self._readers.values()))) >= self._most
+
+    def announced(self, what: dict[str, Any]) -> None:
+        """Something has changed, as `jobs.announce` says it."""
+        self._announced.put(what)
+        self._ring()
+
+    def _ring(self) -> None:
+        with suppress(BlockingIOError):  # it has rung often enough
+            self._bell.send(b"!")
+
+    def _listen(self) -> None:
+        """The subscription to Redis. Made again whenever it breaks: anything may have changed meanwhile."""
+        while True:
+            try:
+                with redis_connection().pubsub(ignore_subscribe_messages=True) as subscription:  # type: ignore[no-untyped-call]
+                    subscription.subscribe(live_channel())
+                    self._redis_answers = True
+                    self.announced({"access": True})
+                    while True:
+                        if message := subscription.get_message(timeout=LOOK_SECONDS):
+                            self.announced(json.loads(message["data"]))
+            except (RedisError, OSError) as error:
+                if self._redis_answers:
+                    log.warning("live: Redis is out of reach, the database is asked each second: %s", error)
+                self._redis_answers = False
+                time.sleep(1)
+            except Exception:
+                log.exception("live: an announcement went wrong")
+
+    # --- the thread
+
+    def _run(self) -> None:
+        while True:
+            try:
+                self._wait()
+                if time.monotonic() >= self._pinged_at + 1:
+                    self._ping()
+                if time.monotonic() >= self._due:
+                    self._look()
+            except (OperationalError, InterfaceError, MaxConnectionsExceeded) as error:
+                log.warning("live: the database is out of reach, all go on when it is back: %s", error)
+                self._due = time.monotonic() + 1
+            except Exception:
+                log.exception("live: a look went wrong, and the next one begins where it did")
+                self._due = time.monotonic() + 1
+
+    def _wait(self) -> None:
+        """Until something happens, or is due."""
+        for key, mask in self._selector.select(min(max(0.0, self._due - time.monotonic()), 1.0)):
+            if key.data is None:
+                self._woken.recv(4096)
+                self._due = min(self._due, max(time.monotonic(), self._looked_at + GAP_SECONDS))
+            elif mask & selectors.EVENT_WRITE:
+                self._send(key.data)
+            elif key.data.has_left():
+                self._cut(key.data)
+
+    def _ping(self) -> None:
+        self._pinged_at = time.monotonic()
+        for reader in self._everybody():
+            if self._position and self._pinged_at >= reader.pinged_at + PING_SECONDS:
+                reader.pinged_at = self._pinged_at
+                self._send(reader, event("ping", "{}", self._position))
+
+    def _everybody(self) -> list[Reader]:
+        return [reader for readers in self._readers.values() for reader in readers]
+
+    def _look(self) -> None:
+        """Send everybody what is new."""
+        self._looked_at = time.monotonic()
+        new, announced = _drain(self._new, COUNTED_AT_ONCE), _drain(self._announced)
+        try:
+            if new or self._readers:
+                self._look_at(new, announced)
+        except BaseException:
+            for reader in new:
+                self._new.put(reader)
+            for what in announced:
+                self._announced.put(what)
+            raise
+        more = self._stale or not self._new.empty()
+        self._due = self._looked_at + (GAP_SECONDS if more else LOOK_SECONDS if self._redis_answers else 1)
+
+    def _look_at(self, new: list[Reader], announced: list[dict[str, Any]]) -> None:
+        check = self._looked_at >= self._checked_at + CHECK_SECONDS or any("access" in what for what in announced)
+        with live.look() as here:
+            asked = {reader.token_hash for reader in [*new, *(self._everybody() if check else [])]}
+            listeners = live.listeners(asked) if asked else {}
+            if check:
+                self._check(listeners)
+            new = [reader for reader in new if self._admit(reader, listeners)]
+            self._mark_stale(announced)
+            found = live.news(self._position or here, here, self._readers)
+            missed = {
+                since: live.news(since, here, {reader.user.id for reader in new if reader.since == since})
+                for since in {reader.since or here for reader in new}
+            }
+            if found.recount or found.too_much:
+                self._stale |= dict.fromkeys(self._readers)
+            counted = self._count(new)
+        # Everything is known: what goes wrong from here on is a reader's own affair.
+        self._position = here
+        self._tell(found, here)
+        for reader in new:
+            self._join(reader, missed[reader.since or here], here)
+        self._tell_counts(found, counted, {reader.user.id for reader in new}, here)
+
+    # --- who listens
+
+    def _check(self, listeners: dict[bytes, tuple[User, frozenset[int]]]) -> None:
+        """Cut off who may listen no longer: they come back, and go on or are told why not."""
+        for reader in self._everybody():
+            user, servers = listeners.get(reader.token_hash, (None, frozenset()))
+            if user is None or not servers >= reader.servers:
+                self._cut(reader)
+            else:
+                reader.user = user
+        self._checked_at = self._looked_at
+
+    def _admit(self, reader: Reader, listeners: dict[bytes, tuple[User, frozenset[int]]]) -> bool:
+        if reader.token_hash not in listeners:
+            reader.close()
+            return False
+        reader.user, reader.servers = listeners[reader.token_hash]
+        return True
+
+    def _join(self, reader: Reader, missed: News, here: Position) -> None:
+        """From now on the reader is one of all, who are here."""
+        readers = self._readers.setdefault(reader.user.id, [])
+        if len(readers) >= READERS_OF_ONE:
+            self._cut(readers[0])
+            readers = self._readers.setdefault(reader.user.id, [])
+        readers.append(reader)
+        self._selector.register(reader.socket, selectors.EVENT_READ, reader)
+        self._send(reader, *_events(missed, here, [reader.user.id]).get(reader.user.id, []))
+
+    def _cut(self, reader: Reader) -> None:
+        readers = self._readers[reader.user.id]
+        readers.remove(reader)
+        if not readers:
+            del self._readers[reader.user.id]
+            self._unread.pop(reader.user.id, None)
+            self._stale.pop(reader.user.id, None)
+        self._selector.unregister(reader.socket)
+        reader.close()
+
+    def _send(self, reader: Reader, *events: bytes) -> None:
+        """Send; what does not go out at once goes when there is room. Who takes nothing is cut off."""
+        if not reader.send(*events):
+            self._cut(reader)
+            return
+        waits = selectors.EVENT_WRITE if reader.unsent else 0
+        self._selector.modify(reader.socket, selectors.EVENT_READ | waits, reader)
+
+    # --- what they have unread
+
+    def _mark_stale(self, announced: Iterable[dict[str, Any]]) -> None:
+        """Whose count is to be made anew. Of most announcements nobody's: they only say that it is time to look."""
+        for what in announced:
+            if "access" in what:
+                self._stale |= dict.fromkeys(self._readers)
+            if "message_id" in what:
+                self._stale |= dict.fromkeys(live.told_of(what["message_id"], self._readers))
+            if what.get("user_id") in self._readers:
+                self._stale = {what["user_id"]: None} | self._stale  # first: they look at it
+            if "signed_out" in what:
+                for reader in self._everybody():
+                    if reader.session == what["signed_out"]:
+                        self._cut(reader)
+        long_ago = self._looked_at - RECOUNT_SECONDS
+        self._stale |= {user_id: None for user_id, unread in self._unread.items() if unread.counted_at < long_ago}
+
+    def _count(self, new: list[Reader]) -> dict[int, Unread]:
+        """Of who comes, and of some who are stale."""
+        users = {reader.user.id: reader.user for reader in new if reader.user.id not in self._unread}
+        users |= {id_: self._readers[id_][0].user for id_ in islice(self._stale, COUNTED_AT_ONCE)}
+        return {id_: Unread.of(inbox.unread_count(user), self._looked_at) for id_, user in users.items()}
+
+    # --- what they are sent
+
+    def _tell(self, found: News, here: Position) -> None:
+        for user_id, events in _events(found, here, self._readers).items():
+            for reader in list(self._readers.get(user_id, [])):
+                self._send(reader, *events)
+
+    def _tell_counts(self, found: News, counted: dict[int, Unread], new: set[int], here: Position) -> None:
+        """Send what people have unread to those of whom it has changed, and to who has come."""
+        changed = new | set(found.notifications)
+        for user_id in self._readers.keys() & (changed | counted.keys()):
+            before = self._unread.get(user_id)
+            if user_id in counted:
+                self._stale.pop(user_id, None)
+                self._unread[user_id] = counted[user_id]
+                if before is None or before.channels != counted[user_id].channels:
+                    changed.add(user_id)
+            elif before is None:
+                self._stale[user_id] = None  # came as the last of theirs left
+                changed.discard(user_id)
+            else:
+                for _, notification in found.notifications.get(user_id, []):
+                    before.add(notification)
+        for user_id in self._readers.keys() & changed:
+            count = event("unread", _dump(_unread, self._unread[user_id].count()), here)
+            for reader in list(self._readers[user_id]):
+                self._send(reader, count)
+
+
+def _dump(schema: Schema, value: Any) -> str:
+    return json.dumps(schema.dump(value), ensure_ascii=False)
+
+
+def _events(found: News, here: Position, user_ids: Iterable[int]) -> dict[int, list[bytes]]:
+    """What to send to whom. What many are told of alike is put into words once."""
+    if found.too_much:
+        return {user_id: [event("reset", "{}", here)] for user_id in user_ids}
+    dumped: dict[tuple[Any, ...], dict[str, Any]] = {}
+    events: dict[int, list[bytes]] = {}
+    for user_id, sent in found.notifications.items():
+        for position, notification in sent:
+            alike = tuple(notification[name] for name in ("message_id", "reason", "created_at", "read_at"))
+            if alike not in dumped:
+                dumped[alike] = _notification.dump(notification)
+            text = json.dumps({**dumped[alike], "id": notification["id"]}, ensure_ascii=False)
+            events.setdefault(user_id, []).append(event("notification", text, position))
+    return events
+
+
+def _drain(waiting: "SimpleQueue[T]", most: int | None = None) -> list[T]:
+    """What waits, at most so many."""
+    taken: list[T] = []
+    while most is None or len(taken) < most:
+        try:
+            taken.append(waiting.get_nowait())
+        except Empty:
+            break
+    return taken
+
+
+@cache
+def _hub(process: int) -> Hub:
+    return Hub()
+
+
+def _raise_open_files() -> int:
+    """Let this process have as many open files as it may; how many. Many systems begin with 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+    if soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    return max(soft, most)
+
+
+_making = threading.Lock()
+
+
+def hub() -> Hub:
+    """This process's own: made when the first stream comes, for threads do not live through a fork."""
+    with _making:
+        return _hub(os.getpid())

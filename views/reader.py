@@ -1,0 +1,97 @@
+"""One reader of the live stream, and what one person has unread."""
+
+import socket
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from belfry.live import Position
+from models import User
+
+UNSENT_BYTES = 256 * 1024  # that wait for a reader, before it is cut off
+STALLED_SECONDS = 60  # that something waits, and the reader takes nothing
+
+
+def event(kind: str, text: str, position: Position) -> bytes:
+    """A server-sent event. The position is what `Last-Event-ID` will say."""
+    return f"event: {kind}\nid: {position}\ndata: {text}\n\n".encode()
+
+
+@dataclass(eq=False)
+class Reader:
+    """A connection, by the token that opened it. `since` None: from now on. `session`: whose end is its end."""
+
+    socket: socket.socket
+    user: User
+    token_hash: bytes
+    session: str | None
+    since: Position | None
+    chunked: bool
+    servers: frozenset[int] = frozenset()
+    unsent: bytearray = field(default_factory=bytearray)
+    moved_at: float = field(default_factory=time.monotonic)
+    pinged_at: float = field(default_factory=time.monotonic)
+
+    def send(self, *events: bytes) -> bool:
+        """Send what waits and these, as far as there is room. False where the reader is gone, or too slow."""
+        body = b"".join(events)
+        if not self.unsent:
+            self.moved_at = time.monotonic()
+        if body:  # a chunk of nothing would be the end
+            self.unsent += b"%x\r\n%b\r\n" % (len(body), body) if self.chunked else body
+        if not self.unsent:
+            return True
+        try:
+            sent = self.socket.send(self.unsent)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            return False
+        if sent:
+            self.moved_at = time.monotonic()
+            del self.unsent[:sent]
+        return len(self.unsent) <= UNSENT_BYTES and time.monotonic() - self.moved_at < STALLED_SECONDS
+
+    def has_left(self) -> bool:
+        """Whether the other side has closed. What it sends is read and not looked at."""
+        try:
+            return not self.socket.recv(4096)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
+    def close(self) -> None:
+        """End the connection. The browser comes back by itself."""
+        self.socket.close()
+
+
+@dataclass
+class Unread:
+    """What one person has unread, {channel id: [unread, mentions]}, and when (`time.monotonic()`) it was counted."""
+
+    channels: dict[int, list[int]]
+    counted_at: float
+
+    @classmethod
+    def of(cls, count: dict[str, Any], counted_at: float) -> "Unread":
+        """As `inbox.unread_count` has it."""
+        return cls({one["channel_id"]: [one["unread"], one["mentions"]] for one in count["channels"]}, counted_at)
+
+    def add(self, notification: dict[str, Any]) -> None:
+        """One that they were told of since."""
+        if notification["read_at"] is None:
+            channel = self.channels.setdefault(notification["channel"]["id"], [0, 0])
+            channel[0] += 1
+            channel[1] += notification["type"] == "mention"
+
+    def count(self) -> dict[str, Any]:
+        """As `inbox.unread_count` has it."""
+        return {
+            "unread": sum(unread for unread, _ in self.channels.values()),
+            "mentions": sum(mentions for _, mentions in self.channels.values()),
+            "channels": [
+                {"channel_id": id_, "unread": unread, "mentions": mentions}
+                for id_, (unread, mentions) in sorted(self.channels.items())
+            ],
+        }

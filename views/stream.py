@@ -1,0 +1,102 @@
+"""The live stream: who may listen, from where on, and how a connection leaves gunicorn's threads for the hub."""
+
+import errno
+import random
+import socket
+from collections.abc import Iterator
+
+from flask import Flask, Response, g, request
+
+from belfry import accounts, communities, live
+from belfry.errors import Forbidden, Invalid, SubscriptionRequired
+from belfry.live import Position
+from jobs import announce
+from views import sign_in
+from views.endpoint import READS, api, bearer_token, current_user, endpoint
+from views.hub import hub
+from views.problems import HttpProblem
+from views.reader import Reader
+
+RETRY_MILLISECONDS = (1_000, 3_000)  # before a reader that was cut off comes back: not all of them at once
+HEADERS = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-store, no-transform",
+    "X-Accel-Buffering": "no",  # a proxy's buffer would hold an event back until it is full
+}
+OF_MESSAGES = ("api.post_message", "api.edit_message", "api.test_notification", "api.replay")
+"""What these change is told by a job, which announces it."""
+OF_ONESELF = ("api.mark_read", "api.dismiss")
+
+
+def register(app: Flask) -> None:
+    """Announce what requests change, when they are through. Before `problems`, so that none is missed."""
+    app.after_request(_announce)
+
+
+@api.get("/notifications/stream")
+@endpoint()
+def stream() -> Response:
+    """Server-sent events: `notification` and `unread` as they happen, `ping` every 15 s. `Last-Event-ID` resumes.
+
+    `reset` stands in for what is too much to be sent one by one: read the inbox. Raises 403 for who cannot be told of
+    anything: who has no subscription, or is in no server; 503 where there are too many streams.
+    """
+    user = current_user()
+    token = bearer_token()
+    token_hash = accounts.hash_token(token) if token else sign_in.token_hash()
+    if not token_hash or token_hash not in live.listeners([token_hash]):
+        if not communities.servers_of(user.id):
+            raise Forbidden("Who is in no server is told of nothing.")
+        raise SubscriptionRequired("Live updates need an active subscription.")
+    since = _since()
+    answer = Response(headers=HEADERS)
+    if request.method == "HEAD":
+        return answer
+    connection = request.environ.get("gunicorn.socket")
+    if type(connection) is not socket.socket:  # of TLS there is more to a connection than its socket
+        raise HttpProblem(501, "The stream needs gunicorn, with TLS ended in front of it: the Procfile's `web`.")
+    if hub().is_full():
+        raise HttpProblem(503, "This process has as many streams as it can. Try again soon.")
+    reader = Reader(
+        connection,
+        user,
+        token_hash,
+        None if token else sign_in.session_key(),
+        since,
+        chunked=request.environ["SERVER_PROTOCOL"] != "HTTP/1.0",
+    )
+    answer.response = _hand_over(reader)
+    return answer
+
+
+def _since() -> Position | None:
+    """Where the reader was. An empty header is none. Raises Invalid for what was never given out."""
+    text = request.headers.get("Last-Event-ID", "")
+    try:
+        return Position.parse(text) if text else None
+    except ValueError:
+        raise Invalid({"Last-Event-ID": ["Is not one that was given out."]}) from None
+
+
+def _hand_over(reader: Reader) -> Iterator[bytes]:
+    """The beginning of the stream, which gunicorn sends with its head; then the connection is the hub's.
+
+    gunicorn is left a socket without a connection, and an error that it takes for a reader who went away: it lets go,
+    and neither ends the answer nor closes what it does not have. A test holds the pinned version to that.
+    """
+    yield f"retry: {random.randint(*RETRY_MILLISECONDS)}\n\n".encode()  # noqa: S311
+    reader.socket = socket.socket(fileno=reader.socket.detach())
+    hub().add(reader)
+    raise ConnectionResetError(errno.ECONNRESET, "handed over")
+
+
+def _announce(answer: Response) -> Response:
+    if request.method in READS or answer.status_code >= 400 or request.blueprint != "api":
+        return answer
+    if request.endpoint in OF_ONESELF:
+        announce(user_id=g.user.id)
+    elif request.endpoint == "api.delete_message":
+        announce(message_id=(request.view_args or {})["message_id"])
+    elif request.endpoint not in (*OF_MESSAGES, "api.put_preference"):
+        announce(access=True)
+    return answer
