@@ -114,6 +114,7 @@ class Settings:
     port: int = _variable(_number(1, 65535), 8000, "where the web process listens")
     web_concurrency: int = _variable(_number(1, 256), 2, "web processes")
     web_threads: int = _variable(_number(1, 256), 8, "threads in each web process, and its database connections")
+    streams: int = _variable(_number(1, 100_000), 10_000, "live streams at most, in each web process")
     public_url: str = _variable(_web_address, "http://localhost:8000", "the address that people see")
     secure_cookies: bool = _variable(_flag, True, "session cookies over HTTPS only; 0 for development on http://")
     log_level: str = _variable(_one_of("DEBUG", "INFO", "WARNING", "ERROR"), "INFO", "what is logged")

@@ -76,7 +76,7 @@ def make_database() -> Pool:
     parameters = _connect_parameters()
     return Pool(
         parameters.pop("dbname"),
-        max_connections=settings.web_threads + 2,  # the sweeper's, and one for the commands
+        max_connections=settings.web_threads + 3,  # the sweeper's, the live streams', and one for the commands
         stale_timeout=300,
         timeout=5,
         prefer_psycopg3=True,

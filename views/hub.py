@@ -33,6 +33,7 @@ from redis.exceptions import RedisError
 import schemas
 from belfry import inbox, live
 from belfry.live import News, Position
+from config import settings
 from jobs import live_channel, redis_connection
 from models import User
 from views.reader import Reader, Unread, event
@@ -46,8 +47,9 @@ LOOK_SECONDS = 5  # at least so often, whatever Redis says; each second while it
 GAP_SECONDS = 0.05  # between two looks: what is told meanwhile is one look's
 RECOUNT_SECONDS = 300
 COUNTED_AT_ONCE = 25  # people in one look: it takes a millisecond or two each, and all others wait meanwhile
-OPEN_FILES = 16_384  # at most, for this process: a stream is one
-RESERVED_FILES = 200  # for everything else
+SENT_AT_ONCE = 1_000  # notifications of one person; who has missed more reads the inbox
+KERNEL_BYTES = 64 * 1024  # of what was sent and not taken; the kernel would keep megabytes for each
+OTHER_FILES = 200  # that a process has open beside its streams
 READERS_OF_ONE = 20  # of one person, in one process; the oldest ends
 
 _notification, _unread = schemas.Notification(), schemas.UnreadCount()
@@ -70,7 +72,7 @@ class Hub:
         self._position: Position | None = None  # of all readers
         self._due = self._looked_at = self._checked_at = self._pinged_at = 0.0
         self._redis_answers = False
-        self._most = _raise_open_files() - RESERVED_FILES
+        self._most = min(settings.streams, _open_files(settings.streams + OTHER_FILES) - OTHER_FILES)
         for work in (self._run, self._listen):
             threading.Thread(target=work, name=f"hub{work.__name__}", daemon=True).start()
 
@@ -107,6 +109,7 @@ class Hub:
                 if self._redis_answers:
                     log.warning("live: Redis is out of reach, the database is asked each second: %s", error)
                 self._redis_answers = False
+                self._ring()  # somebody may have been told since
                 time.sleep(1)
             except Exception:
                 log.exception("live: an announcement went wrong")
@@ -215,6 +218,8 @@ class Hub:
             self._cut(readers[0])
             readers = self._readers.setdefault(reader.user.id, [])
         readers.append(reader)
+        reader.socket.setblocking(False)
+        reader.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, KERNEL_BYTES)
         self._selector.register(reader.socket, selectors.EVENT_READ, reader)
         self._send(reader, *_events(missed, here, [reader.user.id]).get(reader.user.id, []))
 
@@ -300,6 +305,9 @@ def _events(found: News, here: Position, user_ids: Iterable[int]) -> dict[int, l
     dumped: dict[tuple[Any, ...], dict[str, Any]] = {}
     events: dict[int, list[bytes]] = {}
     for user_id, sent in found.notifications.items():
+        if len(sent) > SENT_AT_ONCE:
+            events[user_id] = [event("reset", "{}", here)]
+            continue
         for position, notification in sent:
             alike = tuple(notification[name] for name in ("message_id", "reason", "created_at", "read_at"))
             if alike not in dumped:
@@ -325,10 +333,10 @@ def _hub(process: int) -> Hub:
     return Hub()
 
 
-def _raise_open_files() -> int:
-    """Let this process have as many open files as it may; how many. Many systems begin with 1,024."""
+def _open_files(wanted: int) -> int:
+    """Let this process have so many files open, as far as it may; how many. Most systems begin with 1,024."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     if soft < most:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
     return max(soft, most)

@@ -8,7 +8,7 @@ from typing import Any
 from belfry.live import Position
 from models import User
 
-UNSENT_BYTES = 256 * 1024  # that wait for a reader, before it is cut off
+UNSENT_BYTES = 256 * 1024  # that wait for a reader: before they are taken there is nothing more for it
 STALLED_SECONDS = 60  # that something waits, and the reader takes nothing
 
 
@@ -35,6 +35,8 @@ class Reader:
     def send(self, *events: bytes) -> bool:
         """Send what waits and these, as far as there is room. False where the reader is gone, or too slow."""
         body = b"".join(events)
+        if len(self.unsent) > UNSENT_BYTES:
+            return False
         if not self.unsent:
             self.moved_at = time.monotonic()
         if body:  # a chunk of nothing would be the end
@@ -50,7 +52,7 @@ class Reader:
         if sent:
             self.moved_at = time.monotonic()
             del self.unsent[:sent]
-        return len(self.unsent) <= UNSENT_BYTES and time.monotonic() - self.moved_at < STALLED_SECONDS
+        return not self.unsent or time.monotonic() - self.moved_at < STALLED_SECONDS
 
     def has_left(self) -> bool:
         """Whether the other side has closed. What it sends is read and not looked at."""

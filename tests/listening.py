@@ -1,0 +1,89 @@
+"""A reader of the live stream, as a browser's EventSource is one; but it comes back only when told to."""
+
+import http.client
+import json
+import socket
+import threading
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from tests.processes import wait_until
+
+
+@dataclass
+class Event:
+    kind: str
+    id: str
+    data: Any
+
+
+class Listener:
+    """Reads from when it is made until it is closed; `events` is what came. Use as a context."""
+
+    def __init__(self, address: str, token: str | None = None, *, since: str = "", **headers: str) -> None:
+        place = urlsplit(address)
+        self._connection = http.client.HTTPConnection(place.hostname or "", place.port, timeout=60)
+        if token:
+            headers["Authorization"] = f"Bearer {token}"
+        if since:
+            headers["Last-Event-ID"] = since
+        self._connection.request("GET", "/api/notifications/stream", headers=headers)
+        self._socket: socket.socket = self._connection.sock
+        self.answer = self._connection.getresponse()
+        self.events: list[Event] = []
+        self.ended = threading.Event()
+        self.problem = json.load(self.answer) if self.answer.status != 200 else None
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        if self.problem is None:
+            self._thread.start()
+        else:
+            self.close()
+
+    def __enter__(self) -> "Listener":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._thread.is_alive():
+            self._socket.shutdown(socket.SHUT_RDWR)
+            self._thread.join()
+        self.answer.close()
+        self._connection.close()
+
+    def _read(self) -> None:
+        fields: dict[str, str] = {}
+        try:
+            for line in self.answer:
+                name, _, value = line.decode().rstrip("\n").partition(": ")
+                if name:
+                    fields[name] = value
+                elif "event" in fields:
+                    self.events.append(Event(fields["event"], fields["id"], json.loads(fields["data"])))
+                    fields = {}
+        except (OSError, http.client.HTTPException, ValueError):
+            pass
+        self.ended.set()
+
+    def last_id(self) -> str:
+        return self.events[-1].id
+
+    def kinds(self) -> list[str]:
+        return [event.kind for event in self.events]
+
+    def messages(self) -> list[int]:
+        """Of which messages it was sent notifications, in order."""
+        return [event.data["message_id"] for event in self.events if event.kind == "notification"]
+
+    def unread(self) -> int | None:
+        """What it was last sent as unread."""
+        counts = [event.data["unread"] for event in self.events if event.kind == "unread"]
+        return counts[-1] if counts else None
+
+    def wait_for_unread(self, number: int) -> None:
+        wait_until(lambda: self.unread() == number, f"{number} unread; it is {self.unread()}")
+
+    def wait_for_end(self) -> None:
+        wait_until(self.ended.is_set, "the stream to be ended")

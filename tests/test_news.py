@@ -1,0 +1,242 @@
+"""What is new for a reader: all of it, once, in whatever order it is committed and wherever the reader broke off."""
+
+from dataclasses import replace
+
+import psycopg
+import pytest
+from hypothesis import given, settings, strategies
+
+from belfry import communities, live, runs
+from belfry.inbox import dismiss, list_notifications
+from belfry.live import Position, news
+from belfry.messages import delete_message
+from belfry.preferences import set_preference
+from config import settings as belfry
+from models import db
+from tests.people import make_cast
+from tests.telling import crowd, edit, post, posted_and_told, run_to_end, statements
+
+HERE = "1795611700-772:781:774,779"
+MIDST = f"{HERE}-41-770:772:771"
+
+
+@pytest.mark.parametrize("text", [HERE, MIDST, "0-1:1:", "1-5:5:"])
+def test_a_position_is_read_as_it_was_written(text):
+    assert str(Position.parse(text)) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "7", "x", "1-2", "1-2:1:", "1-0:5:", "1-3:5:9", "1-3:5:2", "1-3:7:5,4", "1-3:5:5", "1-3:5:3,", HERE + "\n",
+     "1-1:2:-", "1-1:2:-4", "1-1:2:-4-", "1-1:2:-4-2:1:", "-1:1:", "1-" + "9" * 30 + ":1:", "1-١:٢:", "1-1:2:'",
+     HERE * 2],
+)  # fmt: skip
+def test_what_was_never_given_out_is_no_position(text):
+    with pytest.raises(ValueError, match="is no position"):
+        Position.parse(text)
+
+
+@given(strategies.from_regex(r"[0-9]{1,3}-[0-9]{1,2}:[0-9]{1,2}:([0-9]{1,2}(,[0-9]{1,2}){0,3})?", fullmatch=True))
+@settings(max_examples=300)
+def test_postgresql_takes_for_a_snapshot_what_we_take_for_one(text):
+    snapshot = text.partition("-")[2]
+    try:
+        Position.parse(text)
+    except ValueError:
+        with pytest.raises(psycopg.DataError), psycopg.connect(belfry.database_url) as session:
+            session.execute("SELECT %s::pg_snapshot", [snapshot])
+    else:
+        db.execute_sql("SELECT %s::pg_snapshot", [snapshot])
+
+
+def _look(since: Position | None, *user_ids: int) -> tuple[Position, live.News]:
+    with live.look() as here:
+        return here, news(since or here, here, user_ids)
+
+
+def _messages(found: live.News, user_id: int) -> list[int]:
+    return [notification["message_id"] for _, notification in found.notifications.get(user_id, [])]
+
+
+def test_what_is_new_is_as_the_inbox_shows_it(cast):
+    here, _ = _look(None)
+    message_id = posted_and_told(cast.subscriber, cast.general, "gold, @vera")
+    _, found = _look(here, cast.vip.id, cast.admin.id, cast.lapsed.id, cast.subscriber.id)
+    assert {user_id: _messages(found, user_id) for user_id in found.notifications} == {
+        cast.vip.id: [message_id],
+        cast.admin.id: [message_id],
+    }
+    for person in (cast.vip, cast.admin):
+        assert [one for _, one in found.notifications[person.id]] == list_notifications(
+            person.user, before=None, limit=9
+        )
+
+
+@pytest.mark.parametrize("gone", ["deleted", "dismissed", "left", "role", "author"])
+def test_what_the_inbox_does_not_show_is_not_sent(cast, gone):
+    here, _ = _look(None)
+    author, channel_id, reader = (
+        (cast.admin, cast.vault, cast.vip) if gone == "role" else (cast.vip, cast.general, cast.subscriber)
+    )
+    message_id = posted_and_told(author, channel_id, "gold")
+    assert _messages(_look(here, reader.id)[1], reader.id)
+    if gone == "deleted":
+        delete_message(cast.vip.user, message_id)
+    elif gone == "dismissed":
+        dismiss(reader.user, reader.id, message_id)
+    elif gone == "left":
+        communities.remove_member(cast.server_id, reader.id)
+    elif gone == "role":
+        communities.put_member(cast.server_id, reader.id, [])
+    else:
+        communities.update_channel(cast.general, {"posting": "admins"})
+    assert not _look(here, reader.id)[1].notifications
+
+
+def test_who_was_sent_everything_is_sent_nothing_more(cast):
+    here, _ = _look(None)
+    posted_and_told(cast.subscriber, cast.general, "gold")
+    there, found = _look(here, cast.vip.id)
+    assert _messages(found, cast.vip.id)
+    assert not _look(there, cast.vip.id)[1].notifications
+
+
+def test_a_replay_is_no_news_for_those_who_were_told(cast):
+    set_preference(cast.vip.user, cast.general, "none", None)
+    _, run_id = post(cast.subscriber, cast.general)
+    run_to_end(run_id)
+    set_preference(cast.vip.user, cast.general, "all", None)
+    here, _ = _look(None)
+    run_to_end(runs.replay(run_id, dry_run=False)["run_id"])
+    assert list(_look(here, cast.vip.id, cast.admin.id)[1].notifications) == [cast.vip.id]
+
+
+def test_an_edit_says_that_counts_have_changed(cast):
+    message_id = posted_and_told(cast.subscriber, cast.general, "gold")
+    here, _ = _look(None)
+    edit(cast.subscriber, message_id, "gold, @vera")
+    there, found = _look(here, cast.vip.id)
+    assert found.recount
+    assert not found.notifications  # vera has hers already: it is a mention now
+    assert not _look(there, cast.vip.id)[1].recount
+
+
+def test_a_message_to_thousands_is_one_row_of_the_log_and_one_query_for_all(cast):
+    people = crowd(cast.server_id, 3_000)
+    here, _ = _look(None)
+    with statements() as few:
+        _look(here, *people[:2])
+    for _ in range(3):
+        posted_and_told(cast.subscriber, cast.general, "gold")
+    assert db.execute_sql("SELECT count(*) FROM telling").fetchone() == (3,)
+    with statements() as many:
+        found = _look(here, *people)[1]
+    assert all(len(_messages(found, user_id)) == 3 for user_id in people)
+    assert len(many) == len(few) + 1  # of the notifications
+
+
+def test_who_was_away_for_too_long_reads_the_inbox(cast):
+    here, _ = _look(None)
+    posted_and_told(cast.subscriber, cast.general, "gold")
+    long_ago = replace(here, taken=here.taken - live.KEPT_HOURS * 3600)
+    of_another_database = replace(here, snapshot="999999999:999999999:")
+    for since in (long_ago, of_another_database):
+        found = _look(since, cast.vip.id)[1]
+        assert found.too_much
+        assert not found.notifications
+
+
+def test_what_is_too_much_is_not_looked_up(cast, monkeypatch):
+    here, _ = _look(None)
+    for _ in range(3):
+        posted_and_told(cast.subscriber, cast.general, "gold")
+    monkeypatch.setattr(live, "LOOKUPS_AT_MOST", 5)
+    assert not _look(here, cast.vip.id)[1].too_much
+    assert _look(here, cast.vip.id, cast.admin.id)[1].too_much
+
+
+def test_the_log_is_kept_for_as_long_as_somebody_may_go_on_from_it(cast):
+    for _ in range(3):
+        posted_and_told(cast.subscriber, cast.general, "gold")
+    db.execute_sql("UPDATE telling SET told_at = now() - interval '24 hours 1 second' WHERE message_ids = '{1}'")
+    db.execute_sql("UPDATE telling SET told_at = now() - interval '23 hours 59 minutes' WHERE message_ids = '{2}'")
+    assert live.forget_old_tellings() == 1
+    assert db.execute_sql("SELECT array_agg(message_ids[1] ORDER BY xid) FROM telling").fetchone() == ([2, 3],)
+
+
+def test_an_old_position_within_the_day_costs_no_more_than_what_was_told_since(cast):
+    posted_and_told(cast.subscriber, cast.general, "gold")
+    db.execute_sql(
+        "INSERT INTO telling (xid, message_ids) SELECT n::text::xid8, '{1}' FROM generate_series(3, 600) n"
+        " ON CONFLICT DO NOTHING"
+    )
+    db.execute_sql("ANALYZE telling")
+    here, _ = _look(None)
+    plan = db.execute_sql(
+        "EXPLAIN SELECT FROM telling WHERE xid >= pg_snapshot_xmin(%(since)s::pg_snapshot)"
+        " AND NOT pg_visible_in_snapshot(xid, %(since)s::pg_snapshot)",
+        {"since": here.snapshot},
+    ).fetchall()
+    assert "Index Cond: (xid >=" in " ".join(line for (line,) in plan)
+
+
+STEPS = strategies.lists(
+    strategies.tuples(
+        strategies.sampled_from(["tell", "tell", "commit", "roll back", "look"]), strategies.integers(0, 3)
+    ),
+    max_size=40,
+)
+
+
+@given(STEPS, strategies.data())
+@settings(max_examples=60, deadline=None)
+def test_everything_is_sent_once_whatever_the_order_of_commits_and_wherever_a_stream_breaks(steps, data):
+    """Four transactions tell of messages; a reader looks, is cut off in the midst of what it is sent, and goes on."""
+    db.execute_sql("TRUNCATE user_account, server, message, telling, notification RESTART IDENTITY CASCADE")
+    cast = make_cast()
+    reader = cast.vip.id
+    sessions = [psycopg.connect(belfry.database_url) for _ in range(4)]
+    begun: list[list[int]] = [[], [], [], []]
+    committed: list[int] = []
+    sent: list[int] = []
+    position, _ = _look(None)
+
+    def look(position: Position) -> Position:
+        here, found = _look(position, reader)
+        events = found.notifications.get(reader, [])
+        arrived = data.draw(strategies.integers(0, len(events)))
+        sent.extend(notification["message_id"] for _, notification in events[:arrived])
+        if arrived == len(events):
+            return here
+        return Position.parse(str(events[arrived - 1][0])) if arrived else position
+
+    try:
+        for step, number in steps:
+            session = sessions[number]
+            if step == "look":
+                position = look(position)
+            elif step == "commit":
+                session.commit()
+                committed += begun[number]
+                begun[number] = []
+            elif step == "roll back":
+                session.rollback()
+                begun[number] = []
+            elif step == "tell" and not begun[number]:
+                message_ids = [post(cast.subscriber, cast.general)[0] for _ in range(2)]
+                session.execute(
+                    "INSERT INTO notification (user_id, message_id, reason)"
+                    " SELECT %s, unnest(%s::bigint[]), 'message'",
+                    [reader, message_ids],
+                )
+                session.execute("INSERT INTO telling (message_ids) VALUES (%s)", [message_ids])
+                begun[number] = message_ids
+        for number, session in enumerate(sessions):
+            session.commit()
+            committed += begun[number]
+    finally:
+        for session in sessions:
+            session.close()
+    here, found = _look(position, reader)
+    assert sorted(sent + _messages(found, reader)) == sorted(committed)
+    assert not _look(here, reader)[1].notifications
