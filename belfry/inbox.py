@@ -95,33 +95,49 @@ def list_notifications(
     return [_describe(user.id, notification, channels[notification["channel_id"]]) for notification in found]
 
 
-def told_together(tellings: Collection[Row], user_ids: Collection[int]) -> list[Row]:
-    """What these people were told by transactions, each {"message_id", "told_at"}, as far as their inbox shows it.
+def told_together(tellings: Collection[Row], members: Collection[Row]) -> list[Row]:
+    """What people were told by transactions, as far as their inbox shows it; by message id.
 
-    As `list_notifications`, with the "user_id"; by message id.
+    Each telling is {"message_id", "told_at"}, each member {"user_id", "server_id"}; what comes back is as of
+    `list_notifications`, with the "user_id".
     """
     found = rows(
         f"""
-        SELECT n.user_id, n.message_id, n.created_at, n.read_at, n.reason::text AS reason,
-            c.id AS channel_id, c.name AS channel_name, v.id AS server_id, v.name AS server_name,
-            a.name AS author_name, left(g.content, {BODY_CHARACTERS + 1}) AS beginning
-        FROM unnest(%(message_ids)s::bigint[], %(told_at)s::timestamptz[]) AS t (message_id, told_at)
-        JOIN ({_ABOUT}) ON g.id = t.message_id
-        JOIN server v ON v.id = c.server_id
-        CROSS JOIN unnest(%(user_ids)s::bigint[]) AS connected (user_id)
-        JOIN notification n ON n.user_id = connected.user_id AND n.message_id = t.message_id
-        JOIN user_account reader ON reader.id = n.user_id
-        WHERE n.created_at = t.told_at  -- not by another transaction: they know of that
-        AND n.dismissed_at IS NULL
-        AND g.deleted_at IS NULL
-        AND {AUTHOR_MAY_POST}
-        AND {may_see("reader.id", "reader.is_admin")}
-        ORDER BY n.message_id
+        WITH c AS MATERIALIZED (
+            SELECT t.told_at, g.id AS message_id, left(g.content, {BODY_CHARACTERS + 1}) AS beginning,
+                a.name AS author_name, c.id, c.name, c.private, c.server_id, v.name AS server_name
+            FROM unnest(%(message_ids)s::bigint[], %(told_at)s::timestamptz[]) AS t (message_id, told_at)
+            JOIN ({_ABOUT}) ON g.id = t.message_id
+            JOIN server v ON v.id = c.server_id
+            WHERE g.deleted_at IS NULL
+            AND {AUTHOR_MAY_POST}
+        ),
+        reader AS MATERIALIZED (
+            SELECT u.id, u.is_admin, m.server_id
+            FROM unnest(%(user_ids)s::bigint[], %(server_ids)s::bigint[]) AS m (user_id, server_id)
+            JOIN user_account u ON u.id = m.user_id
+        )
+        SELECT reader.id AS user_id, c.message_id, n.created_at, n.read_at, n.reason::text AS reason,
+            c.id AS channel_id, c.name AS channel_name, c.server_id, c.server_name, c.author_name, c.beginning
+        FROM c
+        JOIN reader ON reader.server_id = c.server_id
+        CROSS JOIN LATERAL (
+            SELECT n.created_at, n.read_at, n.reason
+            FROM notification n
+            WHERE n.user_id = reader.id
+            AND n.message_id = c.message_id
+            AND n.created_at = c.told_at  -- not by another transaction: they know of that
+            AND n.dismissed_at IS NULL
+            OFFSET 0  -- each is looked up by its key
+        ) n
+        WHERE {may_see("reader.id", "reader.is_admin")}
+        ORDER BY c.message_id
         """,
         {
             "message_ids": [telling["message_id"] for telling in tellings],
             "told_at": [telling["told_at"] for telling in tellings],
-            "user_ids": list(user_ids),
+            "user_ids": [member["user_id"] for member in members],
+            "server_ids": [member["server_id"] for member in members],
         },
     )
     return [

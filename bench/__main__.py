@@ -30,6 +30,7 @@ PARTS = {
     "small": "bench.small",
     "growth": "bench.growth",
     "web": "bench.web",
+    "live": "bench.live",
     "table": "bench.table",
 }
 """Name: the module, which has `measure(stage, arguments) -> dict`, of what JSON can hold, and `table(that) -> str`: of

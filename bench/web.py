@@ -96,7 +96,7 @@ def load(address: tuple[str, int], request: bytes, connections: int, seconds: fl
         return Load(times, len(times) / (last - begin), answered)
 
 
-def _request(token: str, body: dict[str, Any]) -> bytes:
+def request_of(token: str, body: dict[str, Any]) -> bytes:
     content = json.dumps(body)
     lines = (
         "POST /api/messages HTTP/1.1", "Host: 127.0.0.1", f"Authorization: Bearer {token}",
@@ -126,7 +126,7 @@ class Bench:
     def bare(self, address: tuple[str, int], connections: int, seconds: float) -> Load:
         from bench.peers.bare_flask import QUEUE
 
-        asked = _request(
+        asked = request_of(
             self.token, {"channel_id": self.bare_channel, "author_id": self.author.id, "content": TEXT}
         )
         before = Message.select().where(Message.channel == self.bare_channel).count()
@@ -144,7 +144,7 @@ class Bench:
             " LEFT JOIN run r ON r.message_id = g.id AND r.kind = 'message' WHERE g.channel_id = %(id)s"
         )
         before = row(question, {"id": channel_id})
-        done = load(address, _request(self.token, {"channel_id": channel_id, "content": TEXT}), connections, seconds)
+        done = load(address, request_of(self.token, {"channel_id": channel_id, "content": TEXT}), connections, seconds)
         after = row(question, {"id": channel_id})
         assert before is not None
         assert after is not None

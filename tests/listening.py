@@ -4,6 +4,7 @@ import http.client
 import json
 import socket
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -33,7 +34,7 @@ class Listener:
         self.answer = self._connection.getresponse()
         self.events: list[Event] = []
         self.ended = threading.Event()
-        self.problem = json.load(self.answer) if self.answer.status != 200 else None
+        self.problem = json.loads(self.answer.read()) if self.answer.status != 200 else None
         self._thread = threading.Thread(target=self._read, daemon=True)
         if self.problem is None:
             self._thread.start()
@@ -48,7 +49,8 @@ class Listener:
 
     def close(self) -> None:
         if self._thread.is_alive():
-            self._socket.shutdown(socket.SHUT_RDWR)
+            with suppress(OSError):  # ended meanwhile
+                self._socket.shutdown(socket.SHUT_RDWR)
             self._thread.join()
         self.answer.close()
         self._connection.close()

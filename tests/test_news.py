@@ -132,7 +132,7 @@ def test_a_message_to_thousands_is_one_row_of_the_log_and_one_query_for_all(cast
     with statements() as many:
         found = _look(here, *people)[1]
     assert all(len(_messages(found, user_id)) == 3 for user_id in people)
-    assert len(many) == len(few) + 1  # of the notifications
+    assert len(many) == len(few) + 2  # whose servers these are, and the notifications
 
 
 def test_who_was_away_for_too_long_reads_the_inbox(cast):
@@ -144,6 +144,23 @@ def test_who_was_away_for_too_long_reads_the_inbox(cast):
         found = _look(since, cast.vip.id)[1]
         assert found.too_much
         assert not found.notifications
+
+
+def test_what_is_told_in_other_servers_costs_nothing(cast, monkeypatch):
+    here, _ = _look(None)
+    for _ in range(3):
+        posted_and_told(cast.subscriber, cast.general, "gold")
+    monkeypatch.setattr(live, "LOOKUPS_AT_MOST", 0)
+    found = _look(here, cast.stranger.id)[1]
+    assert not found.too_much
+    assert not found.notifications
+
+
+def test_an_admin_who_left_the_server_is_sent_what_they_were_told(cast):
+    here, _ = _look(None)
+    message_id = posted_and_told(cast.subscriber, cast.general, "gold")
+    communities.remove_member(cast.server_id, cast.admin.id)
+    assert _messages(_look(here, cast.admin.id)[1], cast.admin.id) == [message_id]
 
 
 def test_what_is_too_much_is_not_looked_up(cast, monkeypatch):

@@ -10,6 +10,7 @@
 - Who may listen no longer (their token, subscription or a membership is gone) is cut off within CHECK_SECONDS.
 """
 
+import json
 import logging
 import os
 import resource
@@ -24,8 +25,6 @@ from itertools import islice
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
-from flask import json
-from marshmallow import Schema
 from peewee import InterfaceError, OperationalError
 from playhouse.pool import MaxConnectionsExceeded
 from redis.exceptions import RedisError
@@ -52,7 +51,7 @@ KERNEL_BYTES = 64 * 1024  # of what was sent and not taken; the kernel would kee
 OTHER_FILES = 200  # that a process has open beside its streams
 READERS_OF_ONE = 20  # of one person, in one process; the oldest ends
 
-_notification, _unread = schemas.Notification(), schemas.UnreadCount()
+_notification = schemas.Notification()
 
 
 class Hub:
@@ -147,7 +146,8 @@ class Hub:
         for reader in self._everybody():
             if self._position and self._pinged_at >= reader.pinged_at + PING_SECONDS:
                 reader.pinged_at = self._pinged_at
-                self._send(reader, event("ping", "{}", self._position))
+                reader.say(event("ping", "{}", self._position))
+                self._send(reader)
 
     def _everybody(self) -> list[Reader]:
         return [reader for readers in self._readers.values() for reader in readers]
@@ -191,6 +191,9 @@ class Hub:
         for reader in new:
             self._join(reader, missed[reader.since or here], here)
         self._tell_counts(found, counted, {reader.user.id for reader in new}, here)
+        for reader in self._everybody():
+            if reader.said:
+                self._send(reader)
 
     # --- who listens
 
@@ -221,7 +224,7 @@ class Hub:
         reader.socket.setblocking(False)
         reader.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, KERNEL_BYTES)
         self._selector.register(reader.socket, selectors.EVENT_READ, reader)
-        self._send(reader, *_events(missed, here, [reader.user.id]).get(reader.user.id, []))
+        reader.say(*_events(missed, here, [reader.user.id]).get(reader.user.id, []))
 
     def _cut(self, reader: Reader) -> None:
         readers = self._readers[reader.user.id]
@@ -233,9 +236,9 @@ class Hub:
         self._selector.unregister(reader.socket)
         reader.close()
 
-    def _send(self, reader: Reader, *events: bytes) -> None:
-        """Send; what does not go out at once goes when there is room. Who takes nothing is cut off."""
-        if not reader.send(*events):
+    def _send(self, reader: Reader) -> None:
+        """Send what was said; what does not go out at once goes when there is room. Who takes nothing is cut off."""
+        if not reader.send():
             self._cut(reader)
             return
         waits = selectors.EVENT_WRITE if reader.unsent else 0
@@ -269,8 +272,8 @@ class Hub:
 
     def _tell(self, found: News, here: Position) -> None:
         for user_id, events in _events(found, here, self._readers).items():
-            for reader in list(self._readers.get(user_id, [])):
-                self._send(reader, *events)
+            for reader in self._readers.get(user_id, []):
+                reader.say(*events)
 
     def _tell_counts(self, found: News, counted: dict[int, Unread], new: set[int], here: Position) -> None:
         """Send what people have unread to those of whom it has changed, and to who has come."""
@@ -289,20 +292,16 @@ class Hub:
                 for _, notification in found.notifications.get(user_id, []):
                     before.add(notification)
         for user_id in self._readers.keys() & changed:
-            count = event("unread", _dump(_unread, self._unread[user_id].count()), here)
-            for reader in list(self._readers[user_id]):
-                self._send(reader, count)
-
-
-def _dump(schema: Schema, value: Any) -> str:
-    return json.dumps(schema.dump(value), ensure_ascii=False)
+            count = event("unread", json.dumps(self._unread[user_id].count()), here)
+            for reader in self._readers[user_id]:
+                reader.say(count)
 
 
 def _events(found: News, here: Position, user_ids: Iterable[int]) -> dict[int, list[bytes]]:
-    """What to send to whom. What many are told of alike is put into words once."""
+    """What to send to whom. What many are told of alike is put into words once, but for its id."""
     if found.too_much:
         return {user_id: [event("reset", "{}", here)] for user_id in user_ids}
-    dumped: dict[tuple[Any, ...], dict[str, Any]] = {}
+    dumped: dict[tuple[Any, ...], str] = {}
     events: dict[int, list[bytes]] = {}
     for user_id, sent in found.notifications.items():
         if len(sent) > SENT_AT_ONCE:
@@ -311,8 +310,10 @@ def _events(found: News, here: Position, user_ids: Iterable[int]) -> dict[int, l
         for position, notification in sent:
             alike = tuple(notification[name] for name in ("message_id", "reason", "created_at", "read_at"))
             if alike not in dumped:
-                dumped[alike] = _notification.dump(notification)
-            text = json.dumps({**dumped[alike], "id": notification["id"]}, ensure_ascii=False)
+                shape = _notification.dump(notification)
+                del shape["id"]
+                dumped[alike] = json.dumps(shape, ensure_ascii=False)[1:]
+            text = f'{{"id": "{notification["id"]}", {dumped[alike]}'
             events.setdefault(user_id, []).append(event("notification", text, position))
     return events
 

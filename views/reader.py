@@ -28,14 +28,20 @@ class Reader:
     since: Position | None
     chunked: bool
     servers: frozenset[int] = frozenset()
+    said: list[bytes] = field(default_factory=list)
     unsent: bytearray = field(default_factory=bytearray)
     moved_at: float = field(default_factory=time.monotonic)
     pinged_at: float = field(default_factory=time.monotonic)
 
-    def send(self, *events: bytes) -> bool:
-        """Send what waits and these, as far as there is room. False where the reader is gone, or too slow."""
-        body = b"".join(events)
-        if len(self.unsent) > UNSENT_BYTES:
+    def say(self, *events: bytes) -> None:
+        """What is sent at the next `send`, all at once."""
+        self.said += events
+
+    def send(self) -> bool:
+        """Send what waits and what was said, as far as there is room. False where the reader is gone, or too slow."""
+        body = b"".join(self.said)
+        self.said.clear()
+        if body and len(self.unsent) > UNSENT_BYTES:
             return False
         if not self.unsent:
             self.moved_at = time.monotonic()
