@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from markdown_it import MarkdownIt
-from markdown_it.rules_block import StateBlock
 from markdown_it.token import Token
+
+from belfry import markdown
 
 EVERYONE = "everyone"
 
@@ -30,21 +30,6 @@ NAME_RULE = (
 UNKNOWN = "unknown_mention"
 WITHOUT_ACCESS = "mention_without_access"
 NOT_ALLOWED = "mention_not_allowed"
-
-# The parser's work grows with length times depth, so depth has a maximum. A list may be twenty deep (each
-# level counts twice): the library's own maximum of 20 is too little for `- - - - - - - - - - cut here`, which
-# is a list ten deep. What lies deeper is not parsed, nor is what follows a list as deep as that, up to the
-# end of the text, and so it names nobody.
-_MAX_NESTING = 40
-
-# The parser looks for each block quote's end anew, down to the next empty line: `>#\n;\n` 2,000 times over
-# took it fifteen seconds. So the lines that it looks at are counted. Honest text of 10,000 characters takes a
-# few thousand steps; a text that takes more than these names nobody.
-_MAX_STEPS = 100_000
-
-# HTML is off because messages are displayed so: what looks like a tag is text. `text_join` is off because it
-# would make an escaped `\@` and a `&#64;` the same as a plain `@`.
-_MARKDOWN = MarkdownIt("commonmark", {"html": False, "maxNesting": _MAX_NESTING}).disable("text_join")
 
 # `re.IGNORECASE` would let in the Kelvin sign and the long s: the classes are spelled out instead.
 _MENTION = re.compile(r"(?:\A|(?<=[\s'\"(\[{/<>*_~|]))@(?P<run>[A-Za-z0-9][A-Za-z0-9_.-]*)")
@@ -65,25 +50,6 @@ _MARKUP = {
     "link_open": "[",
     "link_close": ")",
 }
-
-
-class _TooEntangled(Exception):
-    """The text has taken more than `_MAX_STEPS` steps."""
-
-
-def _count_step(state: StateBlock, start_line: int, end_line: int, silent: bool) -> bool:
-    """A block rule that matches nothing, and is asked first about each line whenever it is looked at."""
-    state.env["steps"] = state.env.get("steps", 0) + 1
-    if state.env["steps"] > _MAX_STEPS:
-        raise _TooEntangled
-    return False
-
-
-_MARKDOWN.block.ruler.before(
-    "code", "count_step", _count_step, {"alt": ["paragraph", "reference", "blockquote", "list"]}
-)
-# The rule lists are put together on first use; two threads at once could see them half full.
-_MARKDOWN.parse("x")
 
 
 @dataclass(frozen=True)
@@ -137,6 +103,12 @@ class Mentions:
     everyone: bool
     warnings: tuple[MentionWarning, ...]
 
+    @property
+    def names(self) -> frozenset[str]:
+        """What stands behind the `@` of those who are mentioned, in lower case."""
+        people, roles = (person.username for person in self.users), (role.name for role in self.roles)
+        return frozenset((*people, *roles, *([EVERYONE] if self.everyone else [])))
+
 
 NOBODY = Mentions(users=(), roles=(), everyone=False, warnings=())
 
@@ -160,15 +132,25 @@ def find_mentions(content: str) -> tuple[Candidate, ...]:
     """
     if "@" not in content:  # as in most messages: the parser would take longer than the rest of a post
         return ()
+    try:
+        tokens = markdown.parse(content)
+    except markdown.TooEntangled:
+        return ()
     found: dict[str, Candidate] = {}
-    for text in _texts(content):
-        for match in _MENTION.finditer(text):
-            if _goes_on(text, match.end()):
-                continue
-            run = match["run"].rstrip(_PUNCTUATION)
-            if names := _names(run.lower()):
-                found.setdefault(run.lower(), Candidate(f"@{run}", names))
+    for text in markdown.outside_quotes(tokens):
+        for _, candidate in candidates_in("".join(piece for _, piece in pieces(text))):
+            found.setdefault(candidate.text.lower(), candidate)
     return tuple(found.values())
+
+
+def candidates_in(text: str) -> Iterator[tuple[int, Candidate]]:
+    """The candidates in the text of one block, as the `pieces` of it joined, and where the `@` of each is."""
+    for match in _MENTION.finditer(text):
+        if _goes_on(text, match.end()):
+            continue
+        run = match["run"].rstrip(_PUNCTUATION)
+        if names := _names(run.lower()):
+            yield match.start(), Candidate(f"@{run}", names)
 
 
 def possible_names(candidates: Iterable[Candidate]) -> set[str]:
@@ -226,41 +208,27 @@ def resolve(
     )
 
 
-def _texts(content: str) -> Iterable[str]:
-    """The text of each block outside block quotes, as `_flatten` gives it; nothing of one too entangled
-    to be parsed in time."""
-    try:
-        tokens = _MARKDOWN.parse(content)
-    except _TooEntangled:
-        return
-    quotes = 0
-    for token in tokens:
-        if token.type == "blockquote_open":
-            quotes += 1
-        elif token.type == "blockquote_close":
-            quotes -= 1
-        elif token.type == "inline" and not quotes:
-            yield _flatten(token.children or ())
+def pieces(tokens: Sequence[Token]) -> Iterator[tuple[Token, str]]:
+    """The text of one block as displayed, with a character for each piece of markup, and every `@` that does not
+    count gone: token by token, to be joined, so that a name which the parser took apart is whole again.
 
-
-def _flatten(tokens: Sequence[Token]) -> str:
-    """The text as displayed, with a character for each piece of markup, and every `@` that does not count
-    gone. In one string, so that a name which the parser took apart is whole again."""
-    parts: list[str] = []
+    A token of text gives as many characters as it has, and those within a link of its own address are left out.
+    """
     in_autolink = False
     for token in tokens:
         if in_autolink and token.type != "link_close":
             continue
         in_autolink = token.type == "link_open" and token.info == "auto"
         if token.type == "text":
-            parts.append(token.content)
+            yield token, token.content
         elif token.type == "text_special":
-            parts.append(token.content.replace("@", _WALL))
+            yield token, token.content.replace("@", _WALL)
         elif token.type == "image":
-            parts.append(f"[{_flatten(token.children or ())})")
+            yield token, "["
+            yield from pieces(token.children or ())
+            yield token, ")"
         else:
-            parts.append(_MARKUP.get(token.type, _WALL))
-    return "".join(parts)
+            yield token, _MARKUP.get(token.type, _WALL)
 
 
 def _goes_on(text: str, end: int) -> bool:
