@@ -9,8 +9,8 @@ from markupsafe import Markup, escape
 from belfry import markdown, mentions
 from belfry.mentions import NOBODY, Mentions
 
-# Reading takes 50 ms at most then, and writing what was read 30 more: a page has fifty messages.
-_MAX_STEPS = 150_000
+# Reading takes 60 ms at most then, and writing what was read 20 more: a page has fifty messages.
+_MAX_STEPS = 120_000
 
 _SCHEMES = ("http://", "https://", "mailto:")
 _REL = "nofollow noopener noreferrer ugc"
