@@ -1,0 +1,109 @@
+"""Tests in a browser: Chromium at a web process of its own, with a worker where a test asks for one.
+
+Without Chromium they are left out, and the summary says so. A test takes `visit`, and is refused what no page may
+do: see `Faults`.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from dev import CommandError, chromium
+from tests.browser.browsing import Faults, sign_in
+from tests.people import Person
+from tests.processes import PATIENCE, Process, a_web_process, a_worker
+
+HERE = Path(__file__).parent
+PICTURES = HERE.parent.parent / ".belfry" / "failed-in-browser"
+LEFT_OUT = pytest.StashKey[int]()
+FAILED = pytest.StashKey[bool]()
+
+Visit = Callable[..., Page]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves these tests out where there is no Chromium. Raises UsageError where CHROMIUM names none."""
+    try:
+        if chromium.find() is not None:
+            return
+    except CommandError as error:
+        raise pytest.UsageError(str(error)) from None
+    ours = [item for item in items if HERE in item.path.parents]
+    items[:] = [item for item in items if item not in ours]
+    config.stash[LEFT_OUT] = len(ours)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if count := config.stash.get(LEFT_OUT, 0):
+        terminalreporter.write_line(f"{count} browser tests were left out: no Chromium. {chromium.HOW_TO}", yellow=True)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    report = yield
+    if call.when == "call":
+        item.stash[FAILED] = report.failed
+    return report
+
+
+@pytest.fixture(scope="package")
+def browser() -> Iterator[Browser]:
+    """No longer than these tests: Playwright's event loop would be in the way of others."""
+    executable = chromium.find()
+    assert executable
+    with sync_playwright() as playwright, chromium.launch(playwright, executable) as started:
+        yield started
+
+
+@pytest.fixture
+def site() -> Iterator[str]:
+    """The address of a web process of this test's own."""
+    with a_web_process() as address:
+        yield address
+
+
+@pytest.fixture
+def worker() -> Iterator[Process]:
+    """A worker, for tests in which somebody is told."""
+    with a_worker() as process:
+        yield process
+
+
+@pytest.fixture
+def faults(site: str) -> Iterator[Faults]:
+    """What the browser found fault with, for tests that expect it to."""
+    faults = Faults(site)
+    yield faults
+    faults.check()
+
+
+@pytest.fixture
+def visit(browser: Browser, site: str, faults: Faults, request: pytest.FixtureRequest) -> Iterator[Visit]:
+    """`visit("/login")`: a page in a browser of its own; `visit("/", cast.admin)`: after signing in as that person.
+
+    `color_scheme="dark"`, `viewport={"width": 390, "height": 844}` and whatever else a browser's context takes come
+    after. Of a test that fails there are pictures in .belfry/failed-in-browser/.
+    """
+    pages: list[Page] = []
+
+    def open_page(path: str, person: Person | None = None, **options: object) -> Page:
+        context = browser.new_context(base_url=site, reduced_motion="reduce", **options)
+        context.set_default_timeout(PATIENCE * 1000)
+        faults.watch(context)
+        page = context.new_page()
+        pages.append(page)
+        if person:
+            sign_in(page, person.token)
+        page.goto(path)
+        return page
+
+    yield open_page
+    name = re.sub(r"\W+", "-", request.node.name).strip("-")
+    for number, page in enumerate(pages, start=1):
+        if request.node.stash.get(FAILED, False):
+            page.screenshot(path=PICTURES / f"{name}-{number}.png", full_page=True)
+        page.context.close()
+

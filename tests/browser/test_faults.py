@@ -1,0 +1,43 @@
+"""What no page may do is seen when one does it."""
+
+import pytest
+
+from tests.browser.browsing import Faults, accessibility_faults
+from tests.processes import wait_until
+
+
+@pytest.mark.parametrize(
+    ("fault", "script"),
+    [
+        ("policy violated: script-src", "document.body.setAttribute('onclick', 'alert(1)')"),
+        ("policy violated: img-src", "new Image().src = 'https://elsewhere.example/x.png'"),
+        ("exception: .*oh no", "setTimeout(() => { throw new Error('oh no') })"),
+        ("console: oh no", "console.error('oh no')"),
+        ("dialog: oh no", "setTimeout(() => alert('oh no'))"),
+        ("request elsewhere: http://elsewhere.example/", "setTimeout(() => location = 'http://elsewhere.example/')"),
+    ],
+    ids=["script", "image", "exception", "console", "dialog", "request"],
+)
+def test_what_no_page_may_do(visit, faults, fault, script) -> None:
+    page = visit("/login")
+    page.evaluate(f"() => {{ {script} }}")
+    # Asking anything lets Playwright hand over what has happened.
+    wait_until(lambda: page.context.cookies() is not None and faults.seen(fault), fault)
+    with pytest.raises(AssertionError, match="found fault"):
+        faults.check()
+    faults.expect(".")
+
+
+def test_what_was_expected_must_come() -> None:
+    faults = Faults("http://127.0.0.1:1")
+    faults.check()
+    faults.expect("401")
+    with pytest.raises(AssertionError, match="not seen"):
+        faults.check()
+
+
+def test_axe_finds_what_is_wrong(visit) -> None:
+    page = visit("/login")
+    assert accessibility_faults(page) == []
+    page.evaluate("() => document.querySelector('label').remove()")
+    assert "label" in [fault.split()[0] for fault in accessibility_faults(page)]
