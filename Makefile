@@ -7,7 +7,7 @@ PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 PIP    := --disable-pip-version-check install --no-cache-dir --quiet -r requirements-dev.txt
 
-.PHONY: help setup demo run web worker test bench chaos drill lint clean
+.PHONY: help setup demo run web worker test bench chaos drill lint screenshots clean
 
 help:
 	@echo 'make demo     the whole way once: 10,000 members, a real message, who was told; leaves nothing behind'
@@ -19,6 +19,7 @@ help:
 	@echo 'make chaos    kill everything, again and again, and then an audit   (ARGS="--kills 1000 --seed 7")'
 	@echo 'make drill    fan-outs to 1,000,000, SIGTERM, Redis down, a backlog    (ARGS="mention stop outage backlog")'
 	@echo 'make lint     ruff and mypy'
+	@echo 'make screenshots   docs/screenshots/ made anew, by Chromium'
 	@echo 'make setup    .venv only; the others do it when it is missing or out of date'
 	@echo 'make clean    remove .venv, .belfry (the data of `make run`) and caches'
 	@echo
@@ -27,7 +28,7 @@ help:
 
 setup: $(STAMP)
 
-demo run web worker: $(STAMP)
+demo run web worker screenshots: $(STAMP)
 	@$(PY) -m dev $@
 
 test: $(STAMP)

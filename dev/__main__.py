@@ -4,6 +4,7 @@
     run                   a web process and a worker, until Ctrl-C
     web, worker           each alone, for two terminals
     test [PYTEST OPTION]  the test suite on a PostgreSQL and a Redis of its own
+    screenshots           docs/screenshots/ made anew
     flask COMMAND         one of Belfry's commands, on the data of `run`
     clean                 remove the data of `run`
 """
@@ -17,7 +18,7 @@ from dev import DATA_DIR, CommandError, say, stop
 
 def main(arguments: Sequence[str]) -> int:
     """Run one command; returns the exit status."""
-    if not arguments or arguments[0] not in ("demo", "run", "web", "worker", "test", "flask", "clean"):
+    if not arguments or arguments[0] not in ("demo", "run", "web", "worker", "test", "screenshots", "flask", "clean"):
         say(str(__doc__))
         return 2
     command, rest = arguments[0], arguments[1:]
@@ -45,6 +46,10 @@ def _run(command: str, rest: Sequence[str]) -> int:
         from dev.testing import test
 
         return test(rest)
+    if command == "screenshots":
+        from dev.screenshots import screenshots
+
+        return screenshots()
     if command == "clean":
         return _clean()
     from dev import serve

@@ -1,4 +1,4 @@
-"""The browser of the tests: the machine's own Chromium, for Playwright downloads none here."""
+"""The browser of the tests and of the screenshots: the machine's own Chromium, for Playwright downloads none here."""
 
 import os
 import shutil
