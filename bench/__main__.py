@@ -31,6 +31,7 @@ PARTS = {
     "growth": "bench.growth",
     "web": "bench.web",
     "live": "bench.live",
+    "inbox": "bench.inbox",
     "table": "bench.table",
 }
 """Name: the module, which has `measure(stage, arguments) -> dict`, of what JSON can hold, and `table(that) -> str`: of
@@ -67,6 +68,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3, help="measurements of small messages (%(default)s)")
     parser.add_argument("--lone", type=int, default=45, help="lone messages to each worker, in rounds (%(default)s)")
     parser.add_argument("--rows", type=int, default=50_000_000, help="notifications in a full table (%(default)s)")
+    parser.add_argument(
+        "--inbox-rows", type=int, default=10_000_000, help="notifications beside a large inbox (%(default)s)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     parser.add_argument("--charts", type=Path, metavar="DIR", help="draw charts into that directory")
     parser.add_argument("--draw", type=Path, metavar="FILE", help="measure nothing: take what --json wrote there")

@@ -87,6 +87,16 @@ class Stage:
         self.reader.execute("TRUNCATE notification")
         self.reader.execute("CHECKPOINT")
 
+    def without_messages(self) -> None:
+        """As it was before the first message, in the partitions that there were then."""
+        from belfry import schema
+        from belfry.sql import execute
+
+        execute("TRUNCATE message, notification RESTART IDENTITY CASCADE")
+        runner = schema._runner()
+        runner.down("0003_partitions")
+        runner.up()
+
     def new_messages(self, channel_ids: Iterable[int], each: int = 1) -> list[int]:
         """Messages that nobody has been told of, and that have no run."""
         from belfry.sql import rows

@@ -15,14 +15,15 @@ import argparse
 import random
 import statistics
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import psycopg
 
 from belfry import accounts, partitions, recipients
 from belfry.sql import execute, row
+from bench.filling import fill_partition, timed
 from bench.large import AS_BELFRY, BARE_STATEMENT
 from bench.stage import Stage, reached
 from dev import ports, say
@@ -111,23 +112,14 @@ def _read_but_the_newest(reader: _Reader, told: list[dict[str, Any]]) -> None:
 
 
 def _reads(stage: Stage, reader: _Reader) -> dict[str, dict[str, float]]:
-    def timed(ask: Callable[[], Any]) -> dict[str, float]:
-        took = []
-        for number in range(READS + WARM_READS):
-            began = time.perf_counter()
-            ask()
-            if number >= WARM_READS:
-                took.append((time.perf_counter() - began) * 1000)
-        took.sort()
-        return {"p50": round(took[READS // 2], 2), "p95": round(took[int(READS * 0.95)], 2)}
-
     unread = reader.get("/api/notifications/unread-count")["unread"]
     assert unread == UNREAD, unread
-    return {
-        "who one is": timed(lambda: reader.get("/api/me")),  # the same without a notification: a yardstick
-        "page of the inbox": timed(lambda: reader.get("/api/notifications?limit=10")),
-        "unread count": timed(lambda: reader.get("/api/notifications/unread-count")),
+    asked = {
+        "who one is": "/api/me",  # the same without a notification: a yardstick
+        "page of the inbox": "/api/notifications?limit=10",
+        "unread count": "/api/notifications/unread-count",
     }
+    return {name: timed(partial(reader.get, path), READS, warm=WARM_READS) for name, path in asked.items()}
 
 
 def _fill(stage: Stage, channel_id: int, members: int, rows: int) -> tuple[int, float]:
@@ -150,24 +142,23 @@ def _fill(stage: Stage, channel_id: int, members: int, rows: int) -> tuple[int, 
 
 
 def _fill_partition(stage: Stage, channel_id: int, told: int, lower: int) -> None:
-    name, upper = partitions.Partition(lower, lower + partitions.WIDTH).name, lower + partitions.WIDTH
+    here = {"channel_id": channel_id, "told": told, "lower": lower, "upper": lower + PER_PARTITION - 1}
     with psycopg.connect(stage.env["DATABASE_URL"], autocommit=True) as connection:
         connection.execute(
             "INSERT INTO message (id, channel_id, author_id, content)"
-            " SELECT %s + n, %s, %s, 'gold' FROM generate_series(0, %s) AS n",
-            (lower, channel_id, stage.admin.id, PER_PARTITION - 1),
+            " SELECT n, %(channel_id)s, %(author_id)s, 'gold'"
+            " FROM generate_series(%(lower)s::bigint, %(upper)s::bigint) AS n",
+            {**here, "author_id": stage.admin.id},
         )
-        connection.execute(f"CREATE TABLE {name} (LIKE notification INCLUDING DEFAULTS)")
-        connection.execute(
-            f"INSERT INTO {name} (user_id, message_id, reason, read_at)"
-            " SELECT user_id, message_id, 'message', now() FROM ("
-            "  SELECT m.user_id FROM member m JOIN channel c ON c.server_id = m.server_id WHERE c.id = %s"
-            "  ORDER BY m.user_id LIMIT %s) people,"
-            " generate_series(%s::bigint, %s::bigint) AS message_id ORDER BY message_id, user_id",
-            (channel_id, told, lower, lower + PER_PARTITION - 1),
-        )
-        connection.execute(f"ALTER TABLE {name} ADD PRIMARY KEY (user_id, message_id)")
-        connection.execute(f"ALTER TABLE notification ATTACH PARTITION {name} FOR VALUES FROM ({lower}) TO ({upper})")
+    fill_partition(
+        stage.env["DATABASE_URL"],
+        lower,
+        "SELECT user_id, message_id, now() AS read_at FROM ("
+        "  SELECT m.user_id FROM member m JOIN channel c ON c.server_id = m.server_id WHERE c.id = %(channel_id)s"
+        "  ORDER BY m.user_id LIMIT %(told)s) people,"
+        " generate_series(%(lower)s::bigint, %(upper)s::bigint) AS message_id",
+        here,
+    )
 
 
 def _marking(stage: Stage, channel_id: int) -> dict[int, dict[str, float]]:
