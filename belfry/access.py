@@ -16,15 +16,20 @@ from models import User
 
 
 def may_see(user_id: str, is_admin: str) -> str:
-    """Whether channel `c` may be seen by the user whom two SQL expressions name."""
+    """Whether channel `c` may be seen by the user whom two SQL expressions name.
+
+    Each is looked up by the key, for the OFFSET: else PostgreSQL reads all members there are into a hash, as soon as it
+    takes the channels or authors in question for many.
+    """
     return f"""(
     {is_admin}
-    OR (EXISTS (SELECT FROM member m WHERE m.server_id = c.server_id AND m.user_id = {user_id})
+    OR (EXISTS (SELECT FROM member m WHERE m.server_id = c.server_id AND m.user_id = {user_id} OFFSET 0)
         AND (NOT c.private OR EXISTS (
             SELECT FROM channel_role o
             JOIN member_role r ON r.role_id = o.role_id
             WHERE o.channel_id = c.id
-            AND r.user_id = {user_id})))
+            AND r.user_id = {user_id}
+            OFFSET 0)))
 )"""
 
 

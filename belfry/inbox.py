@@ -14,23 +14,25 @@ from belfry.access import AUTHOR_MAY_POST, channel_for, may_see, visible_channel
 from belfry.errors import Invalid, NotFound
 from belfry.points import reach
 from belfry.sql import Row, execute, row, rows, transaction
-from models import User
+from models import LARGEST_ID, User
 
 BODY_CHARACTERS = 100
 
-_ABOUT = """message g
-    JOIN channel c ON c.id = g.channel_id
-    JOIN user_account a ON a.id = g.author_id"""
-_TOLD = f"notification n JOIN ({_ABOUT}) ON g.id = n.message_id"
-_IS_SHOWN = f"""g.deleted_at IS NULL
-    AND g.channel_id = ANY(%(channel_ids)s::bigint[])
+_PERMITTED = f"""
+    SELECT c.id
+    FROM channel c
+    JOIN user_account a ON a.id = g.author_id
+    WHERE c.id = g.channel_id
     AND {AUTHOR_MAY_POST}
+    OFFSET 0  -- by their keys, whatever the estimates are: there are millions of accounts
 """
-_SHOWN = f"""
-    n.user_id = %(user_id)s
-    AND n.dismissed_at IS NULL
-    AND {_IS_SHOWN}
-"""
+"""One row, where the author of `g` still may post there. Of a message, or of all of an author's in a channel."""
+
+_IN_SIGHT = """g.deleted_at IS NULL
+    AND g.channel_id = ANY(%(channel_ids)s::bigint[])"""
+_OWN = "n.user_id = %(user_id)s AND n.dismissed_at IS NULL"
+_UNREAD = "n.read_at IS NULL"
+"""Said as a constant where it is meant, and never as a parameter: so the index of the unread ones is used."""
 
 
 def notification_id(user_id: int, message_id: int) -> str:
@@ -72,23 +74,23 @@ def list_notifications(
         FROM notification n
         CROSS JOIN LATERAL (
             SELECT g.channel_id, a.name AS author_name, left(g.content, {BODY_CHARACTERS + 1}) AS beginning
-            FROM {_ABOUT}
+            FROM message g
+            JOIN user_account a ON a.id = g.author_id
             WHERE g.id = n.message_id
-            AND {_IS_SHOWN}
+            AND {_IN_SIGHT}
+            AND EXISTS ({_PERMITTED})
             OFFSET 0  -- each message is looked up by its key: so only the partitions of this page are read
         ) g
-        WHERE n.user_id = %(user_id)s
-        AND n.dismissed_at IS NULL
-        AND (%(before)s::bigint IS NULL OR n.message_id < %(before)s)
-        AND (NOT %(unread)s OR n.read_at IS NULL)
+        WHERE {_OWN}
+        {f"AND {_UNREAD}" if unread else ""}
+        AND n.message_id < %(before)s  -- a bound and no more, so that no plan reads what is newer
         ORDER BY n.message_id DESC
         LIMIT %(limit)s
         """,
         {
             "user_id": user.id,
             "channel_ids": list(channels),
-            "before": before,
-            "unread": unread,
+            "before": LARGEST_ID if before is None else before,
             "limit": limit,
         },
     )
@@ -107,7 +109,9 @@ def told_together(tellings: Collection[Row], members: Collection[Row]) -> list[R
             SELECT t.told_at, g.id AS message_id, left(g.content, {BODY_CHARACTERS + 1}) AS beginning,
                 a.name AS author_name, c.id, c.name, c.private, c.server_id, v.name AS server_name
             FROM unnest(%(message_ids)s::bigint[], %(told_at)s::timestamptz[]) AS t (message_id, told_at)
-            JOIN ({_ABOUT}) ON g.id = t.message_id
+            JOIN message g ON g.id = t.message_id
+            JOIN channel c ON c.id = g.channel_id
+            JOIN user_account a ON a.id = g.author_id
             JOIN server v ON v.id = c.server_id
             WHERE g.deleted_at IS NULL
             AND {AUTHOR_MAY_POST}
@@ -181,10 +185,18 @@ def unread_count(user: User) -> dict[str, Any]:
     """{"unread", "mentions", "channels": [{"channel_id", "unread", "mentions"}]}: counted, not kept."""
     per_channel = rows(
         f"""
-        SELECT g.channel_id, count(*) AS unread, count(*) FILTER (WHERE n.reason <> 'message') AS mentions
-        FROM {_TOLD}
-        WHERE {_SHOWN}
-        AND n.read_at IS NULL
+        SELECT g.channel_id, sum(g.unread)::bigint AS unread, sum(g.mentions)::bigint AS mentions
+        FROM (
+            SELECT g.channel_id, g.author_id, g.only_for_id,
+                count(*) AS unread, count(*) FILTER (WHERE n.reason <> 'message') AS mentions
+            FROM notification n
+            JOIN message g ON g.id = n.message_id
+            WHERE {_OWN}
+            AND {_UNREAD}
+            AND {_IN_SIGHT}
+            GROUP BY g.channel_id, g.author_id, g.only_for_id
+        ) g  -- whether its author may post is asked once for all of theirs in a channel
+        WHERE EXISTS ({_PERMITTED})
         GROUP BY g.channel_id
         ORDER BY g.channel_id
         """,
@@ -213,17 +225,21 @@ def mark_read(
         raise Invalid({"up_to": ["There is no such notification."]})
     if channel_id is not None:
         channel_for(user, channel_id)
-    own = [message_id for user_id, message_id in ids if user_id == user.id] if ids is not None else None
+    which = "AND n.message_id = ANY(%(message_ids)s::bigint[])" if ids is not None else ""
+    own = [message_id for user_id, message_id in ids or () if user_id == user.id]
     with transaction():
         found = row(
             f"""
             WITH shown AS (
                 SELECT n.message_id
-                FROM {_TOLD}
-                WHERE {_SHOWN}
-                AND n.read_at IS NULL
-                AND (%(message_ids)s::bigint[] IS NULL OR n.message_id = ANY(%(message_ids)s::bigint[]))
-                AND (%(up_to)s::bigint IS NULL OR n.message_id <= %(up_to)s)
+                FROM notification n
+                JOIN message g ON g.id = n.message_id
+                WHERE {_OWN}
+                AND {_UNREAD}
+                AND n.message_id <= %(up_to)s
+                {which}
+                AND {_IN_SIGHT}
+                AND EXISTS ({_PERMITTED})
                 ORDER BY n.message_id  -- two devices at once lock in one order
                 FOR NO KEY UPDATE OF n
             ),
@@ -241,7 +257,7 @@ def mark_read(
                 "user_id": user.id,
                 "channel_ids": list(_channels_of(user, channel_id)),
                 "message_ids": own,
-                "up_to": up_to[1] if up_to else None,
+                "up_to": up_to[1] if up_to else LARGEST_ID,
             },
         )
         assert found is not None
@@ -253,9 +269,9 @@ def dismiss(user: User, user_id: int, message_id: int) -> None:
     """Take one notification out of the inbox, for good. Raises NotFound where it is not the user's, or not shown."""
     touched = user.id == user_id and execute(
         "UPDATE notification n SET dismissed_at = now()"
-        f" FROM {_ABOUT}"
+        " FROM message g"
         " WHERE g.id = n.message_id"
-        f" AND n.message_id = %(message_id)s AND {_SHOWN}",
+        f" AND n.message_id = %(message_id)s AND {_OWN} AND {_IN_SIGHT} AND EXISTS ({_PERMITTED})",
         {"user_id": user_id, "message_id": message_id, "channel_ids": list(_channels_of(user, None))},
     )
     if not touched:

@@ -10,7 +10,7 @@ from belfry import inbox, leases, messages, partitions, schema
 from belfry.partitions import Partition
 from belfry.sql import execute, row, rows
 from belfry.verification import verify
-from models import User
+from models import User, db
 from tests.telling import crowd, run_to_end, stats
 
 
@@ -344,4 +344,13 @@ def test_a_page_reads_its_own_partitions_only(cast, full_at, monkeypatch):
     assert newest in first
     older = read_partitions(monkeypatch, lambda: inbox.list_notifications(vip, before=1_000_020, limit=30))
     assert older == {"notification_to_2000000", "notification_to_1000000"}
+    execute("SELECT pg_stat_force_next_flush()")  # what was read before is not to be counted
+    with db.atomic():
+        execute("SET LOCAL plan_cache_mode = force_generic_plan")  # as a connection has it that was asked often
+        inbox.list_notifications(vip, before=1_000_020, limit=30)
+        read = rows(
+            "SELECT relname AS name FROM pg_stat_xact_user_tables WHERE relname ~ '^notification_to_'"
+            " AND seq_tup_read + idx_tup_fetch > 0"
+        )
+    assert {one["name"] for one in read} == older
     assert inbox.unread_count(vip)["unread"] == 160
