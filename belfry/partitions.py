@@ -7,12 +7,17 @@ touches a page for each recipient, in the end. So a partition is left when it is
   below it. AHEAD of them are always there beyond the one in use.
 - The one in use is left early, when it is full or old: the next message's id is the next whole million. So ids grow
   with time, and have gaps.
+- One that was left gets an index of what is unread in it: who has read nearly all of 100,000 is not counted row by row.
+  Nobody is told there any more, so nobody waits for it; the one in use has none.
 - RETENTION_DAYS after its newest message a partition is dropped whole: no row is deleted one by one. The lowest one has
   no lower bound, and takes what is still written about messages that old, until the next one goes.
 """
 
 import logging
 from dataclasses import dataclass
+
+import psycopg
+from peewee import OperationalError
 
 from belfry.sql import execute, lock_for_this_transaction, row, rows, transaction
 from config import settings
@@ -25,6 +30,8 @@ ROW_BYTES = 60  # of a notification in its table, as measured; without its key
 FULL_AT_LEAST = 2_000_000  # rows, before a partition is left for being full
 FULL_MESSAGES = 16  # messages to every account there is, before that: then its key has grown enough to be felt
 MANY = 50  # partitions; beyond that each holds so much of all there is: who counts over all pays for each of them
+INDEX_PATIENCE = "-c lock_timeout=5s -c statement_timeout=60s"
+"""A million rows take about a quarter of a second, but whoever has a snapshot from before is waited for."""
 OF_RETENTION = 10  # a partition is left after this part of RETENTION_DAYS, so that not much is kept longer
 PARTITION_LOCK = 0x62656C70  # the advisory lock's key: "belp"
 
@@ -62,10 +69,11 @@ def kept_from() -> int:
 
 
 def care() -> None:
-    """Make what is missing, leave the one in use where it is full or old, and drop what is older than RETENTION_DAYS.
+    """Make what is missing, leave the one in use where it is full or old, drop what is older than RETENTION_DAYS, and
+    make the indexes of those that were left.
 
     Does nothing while another worker does it. Raises peewee's OperationalError where it would have to wait for a lock
-    for long, since others would wait behind it; what is made and left stays so where only the drop has to wait.
+    for long, since others would wait behind it; what is made and left stays so where only the rest has to wait.
     """
     with transaction(lock_timeout="500ms", statement_timeout="20s"):
         if not lock_for_this_transaction(PARTITION_LOCK):
@@ -82,6 +90,7 @@ def care() -> None:
                 there = partitions()
                 used = _in_use(there)
                 _drop([one for one in there if one.below < used.below and _is_over(one)])
+    _index_the_left()
 
 
 def _in_use(there: list[Partition]) -> Partition:
@@ -145,6 +154,55 @@ def _leave(used: Partition) -> None:
     if _newest_message() < used.below:
         execute(f"ALTER SEQUENCE message_id_seq RESTART WITH {used.below}")
         log.info("%s is full or old: the next message has the id %s", used.name, used.below)
+
+
+def _index_the_left() -> None:
+    """Make the index of what is unread where a partition below the one in use has none, and nobody waits meanwhile.
+
+    So it is made CONCURRENTLY: out of a transaction, by a connection of its own, for its patience must not stay on one
+    that others get after us. Whoever makes it holds the partition's lock; where that ended half-way, what is left is
+    dropped, under that same lock, and made again.
+    """
+    used = _in_use(partitions())
+    left = [
+        one
+        for one in rows(
+            "SELECT c.relname AS name, x.relname AS index, substring(c.relname FROM '[0-9]+$')::bigint AS below"
+            " FROM pg_inherits h"
+            " JOIN pg_class c ON c.oid = h.inhrelid"
+            " LEFT JOIN pg_class x ON x.relname = c.relname || '_unread' AND x.relnamespace = c.relnamespace"
+            " LEFT JOIN pg_index i ON i.indexrelid = x.oid"
+            " WHERE h.inhparent = 'notification'::regclass"
+            " AND c.relname ~ '^notification_to_[0-9]+$'"
+            " AND i.indisvalid IS NOT TRUE"
+            " ORDER BY 3"
+        )
+        if one["below"] < used.below
+    ]
+    for one in left:
+        if one["index"]:
+            _drop_unfinished(one["name"])
+        with psycopg.connect(settings.database_url, autocommit=True, options=INDEX_PATIENCE) as own:
+            try:
+                own.execute(
+                    f"CREATE INDEX CONCURRENTLY IF NOT EXISTS {one['name']}_unread ON {one['name']}"
+                    " (user_id, message_id) INCLUDE (reason)"
+                    " WHERE read_at IS NULL AND dismissed_at IS NULL"
+                )
+            except psycopg.OperationalError as error:
+                raise OperationalError(str(error)) from error
+        log.info("made the index of what is unread in %s", one["name"])
+
+
+def _drop_unfinished(name: str) -> None:
+    with transaction(lock_timeout="2s"):
+        execute(f"LOCK TABLE {name} IN SHARE UPDATE EXCLUSIVE MODE")
+        if row(
+            "SELECT 1 AS yes FROM pg_index WHERE indexrelid = to_regclass(%(index)s) AND NOT indisvalid",
+            {"index": f"{name}_unread"},
+        ):
+            execute("SET LOCAL lock_timeout = '100ms'")  # whoever reads or writes waits behind us
+            execute(f"DROP INDEX {name}_unread")
 
 
 def _is_over(one: Partition) -> bool:

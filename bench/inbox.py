@@ -100,6 +100,7 @@ class _Inbox:
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(lambda one: self._fill_one(first, one), range(number)))
         execute(f"ALTER SEQUENCE message_id_seq RESTART WITH {first + (number - 1) * partitions.WIDTH + PER_PARTITION}")
+        partitions.care()
         execute("VACUUM (ANALYZE)")
         execute("CHECKPOINT")
 

@@ -306,23 +306,37 @@ def test_what_was_there_before_partitions_stays(cast):
     runner.up()
 
 
-def read_partitions(monkeypatch, ask):
-    """The partitions that the statements about notifications in `ask` look into."""
+def nodes_of(monkeypatch, ask):
+    """The nodes of the plans of the statements about notifications in `ask`, as they ran."""
     said = []
-    monkeypatch.setattr(inbox, "rows", lambda sql, parameters: said.append((sql, parameters)) or rows(sql, parameters))
+    for name, real in (("rows", rows), ("row", row)):
+        heard = lambda sql, parameters, real=real: said.append((sql, parameters)) or real(sql, parameters)  # noqa: E731
+        monkeypatch.setattr(inbox, name, heard)
     ask()
-    found = set()
+    found = []
 
     def walk(node):
-        if node.get("Relation Name", "").startswith("notification_to_") and node["Actual Loops"]:
-            found.add(node["Relation Name"])
+        if node["Actual Loops"]:
+            found.append(node)
         for child in node.get("Plans", []):
             walk(child)
 
     for sql, parameters in said:
         if "notification" in sql:
-            walk(rows(f"EXPLAIN (ANALYZE, FORMAT JSON) {sql}", parameters)[0]["QUERY PLAN"][0]["Plan"])
+            with db.atomic() as explained:
+                walk(rows(f"EXPLAIN (ANALYZE, FORMAT JSON) {sql}", parameters)[0]["QUERY PLAN"][0]["Plan"])
+                explained.rollback()
     return found
+
+
+def read_partitions(monkeypatch, ask):
+    """The partitions that they look into."""
+    found = {node.get("Relation Name", "") for node in nodes_of(monkeypatch, ask)}
+    return {name for name in found if name.startswith("notification_to_")}
+
+
+def indexes_read(monkeypatch, ask):
+    return {node.get("Index Name", "") for node in nodes_of(monkeypatch, ask)}
 
 
 def test_a_page_reads_its_own_partitions_only(cast, full_at, monkeypatch):
@@ -354,3 +368,93 @@ def test_a_page_reads_its_own_partitions_only(cast, full_at, monkeypatch):
         )
     assert {one["name"] for one in read} == older
     assert inbox.unread_count(vip)["unread"] == 160
+
+
+# The index of what is unread ------------------------------------------------------------------------------
+
+
+def indexes():
+    """The partitions that have it, and whether it is of use."""
+    found = rows(
+        "SELECT i.indrelid::regclass::text AS name, i.indisvalid AS valid FROM pg_index i"
+        " JOIN pg_class x ON x.oid = i.indexrelid AND x.relname ~ '_unread$' ORDER BY length(x.relname), x.relname"
+    )
+    return {one["name"]: one["valid"] for one in found}
+
+
+def test_only_what_was_left_has_an_index_of_the_unread(cast, full_at):
+    post(cast)
+    partitions.care()
+    assert indexes() == {"notification_to_1": True}
+    begin_partition(full_at)
+    post(cast)
+    partitions.care()
+    assert indexes() == {"notification_to_1": True, "notification_to_1000000": True}
+    partitions.care()
+    assert len(indexes()) == 2
+    assert verify() == []
+
+
+def test_it_is_what_the_unread_are_counted_shown_and_marked_by(cast, full_at, monkeypatch):
+    execute(
+        "WITH made AS (INSERT INTO message (channel_id, author_id, content)"
+        " SELECT %(channel)s, %(author)s, 'gold' FROM generate_series(1, 500) RETURNING id)"
+        " INSERT INTO notification (user_id, message_id, reason, read_at)"
+        " SELECT user_id, id, 'message', CASE WHEN id > 3 THEN now() END FROM made, generate_series(1, 20) AS user_id",
+        {"channel": cast.general, "author": cast.subscriber.id},
+    )
+    begin_partition(full_at)
+    post(cast)
+    partitions.care()
+    execute("VACUUM (ANALYZE) notification, message")
+    vip = User.get_by_id(cast.vip.id)
+    for ask in (
+        lambda: inbox.unread_count(vip),
+        lambda: inbox.list_notifications(vip, before=None, limit=10, unread=True),
+        lambda: inbox.mark_read(vip, up_to=(vip.id, 2)),
+    ):
+        assert "notification_to_1000000_unread" in indexes_read(monkeypatch, ask)
+    assert [one["message_id"] for one in inbox.list_notifications(vip, before=None, limit=10, unread=True)] == [
+        1_000_000,
+        3,
+    ]
+
+
+def test_one_that_was_begun_and_not_finished_is_made_anew(cast, full_at, in_another_session):
+    post(cast)
+    begin_partition(full_at)
+    post(cast)
+    execute("UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'notification_to_1000000_unread'::regclass")
+    with (
+        in_another_session("LOCK TABLE notification_to_1000000 IN SHARE UPDATE EXCLUSIVE MODE"),
+        pytest.raises(OperationalError, match="lock timeout"),  # as somebody who is just making it has it
+    ):
+        partitions.care()
+    assert indexes()["notification_to_1000000"] is False
+    partitions.care()
+    assert indexes() == {"notification_to_1": True, "notification_to_1000000": True}
+
+
+def test_nobody_waits_for_it_longer_than_it_may_take(cast, full_at, in_another_session, monkeypatch):
+    monkeypatch.setattr(partitions, "INDEX_PATIENCE", "-c lock_timeout=200ms")
+    post(cast)
+    full_at(0)
+    with in_another_session("UPDATE notification SET read_at = now()"):
+        with pytest.raises(OperationalError, match="lock timeout"):
+            partitions.care()
+        assert post(cast) == 1_000_000, "the next one is begun"
+        inbox.mark_read(User.get_by_id(cast.moderator.id), up_to=(cast.moderator.id, 0))
+    full_at(1_000_000)
+    partitions.care()
+    assert indexes()["notification_to_1000000"] is True
+
+
+def test_a_partition_that_is_dropped_takes_it_along(cast, keeping, full_at):
+    post(cast, days_ago=40)
+    begin_partition(full_at)
+    post(cast)
+    partitions.care()
+    keeping(30)
+    partitions.care()
+    assert indexes() == {"notification_to_1000000": True}
+    assert partitions.kept_from() == 1_000_000
