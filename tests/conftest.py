@@ -28,8 +28,9 @@ import jobs
 from app import create_app
 from belfry import fanout, runs, schema
 from config import settings
-from models import TABLES, db
+from models import db
 from tests.people import Api, Cast, make_cast
+from tests.telling import empty
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -42,9 +43,7 @@ def _schema() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _clean(_schema: None) -> Iterator[None]:
     db.connect(reuse_if_open=True)
-    tables = ", ".join(f'"{table._meta.table_name}"' for table in TABLES)
-    db.execute_sql(f"TRUNCATE {tables} RESTART IDENTITY")
-    jobs.redis_connection().flushdb()
+    empty()
     yield
     if not db.is_closed():
         db.close()

@@ -1,0 +1,225 @@
+"""What is unread, in plain Python: a community, what was posted in it, and what each person should find.
+
+Written from the contract's sections on messages, decisions and the inbox. Nothing here may be taken from, or shared
+with, the code under test.
+"""
+
+from dataclasses import dataclass, field
+
+from tests import oracle
+
+FOREVER = 2**63 - 1
+
+
+@dataclass
+class Person:
+    username: str
+    admin: bool = False
+    subscription: oracle.Subscription | None = None
+    member: bool = True
+    roles: set[int] = field(default_factory=set)
+    wishes: dict[int, oracle.Preference] = field(default_factory=dict)  # by channel; kept by who leaves
+
+
+@dataclass
+class Channel:
+    private: bool = False
+    posting: str = "members"
+    roles: set[int] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
+class Mentions:
+    people: frozenset[int] = frozenset()
+    roles: frozenset[int] = frozenset()
+    everyone: bool = False
+
+    def without(self, other: "Mentions") -> "Mentions":
+        everyone = self.everyone and not other.everyone
+        return Mentions(self.people - other.people, self.roles - other.roles, everyone)
+
+    def name(self, number: int, roles: set[int]) -> bool:
+        return number in self.people or bool(self.roles & roles) or self.everyone
+
+
+@dataclass
+class Message:
+    channel: int
+    author: int
+    mentions: Mentions
+    deleted: bool = False
+
+
+@dataclass
+class Run:
+    """`slices` is None before its own part is done; of each that is left (after, up to, those told first)."""
+
+    message: int
+    kind: str
+    added: Mentions = Mentions()
+    removed: Mentions = Mentions()
+    slices: dict[int, tuple[int, set[int]]] | None = None
+
+
+@dataclass
+class Notification:
+    reason: str
+    read: bool = False
+    dismissed: bool = False
+
+
+@dataclass
+class World:
+    people: dict[int, Person]
+    channels: dict[int, Channel]
+    moderators: int  # the role that moderates
+    slice_members: int
+    messages: dict[int, Message] = field(default_factory=dict)
+    runs: dict[int, Run] = field(default_factory=dict)  # unfinished
+    told: dict[tuple[int, int], Notification] = field(default_factory=dict)  # by person and message
+
+    # Who may what ------------------------------------------------------------------------------------------
+
+    def sees(self, number: int, channel_id: int) -> bool:
+        person, channel = self.people[number], self.channels[channel_id]
+        return person.admin or (person.member and (not channel.private or bool(person.roles & channel.roles)))
+
+    def refusal_to_post(self, number: int, channel_id: int) -> int | None:
+        """The status of the answer to who may not post; None for who may."""
+        person = self.people[number]
+        if not self.sees(number, channel_id):
+            return 404
+        if person.admin:
+            return None
+        pays = person.subscription is not None and person.subscription.status in ("active", "trialing")
+        return None if pays and self.channels[channel_id].posting == "members" else 403
+
+    def resolve(self, author: int, channel_id: int, wanted: Mentions) -> Mentions:
+        """Whom it mentions in the end, of those whom its author writes down."""
+        channel, person = self.channels[channel_id], self.people[author]
+        reached = {
+            number
+            for number in wanted.people
+            if self.people[number].member and (not channel.private or self.people[number].roles & channel.roles)
+        }
+        pings = person.admin or self.moderators in person.roles
+        return Mentions(frozenset(reached), wanted.roles if pings else frozenset(), pings and wanted.everyone)
+
+    # Telling -----------------------------------------------------------------------------------------------
+
+    def decision(self, number: int, message: Message, now: object) -> str:
+        channel = self.channels[message.channel]
+        community = oracle.Community(
+            members={
+                one: oracle.Member(
+                    person.admin, person.subscription, frozenset(person.roles), person.wishes.get(message.channel)
+                )
+                for one, person in self.people.items()
+                if person.member
+            },
+            author=message.author,
+            private=channel.private,
+            opening_roles=frozenset(channel.roles),
+            named=message.mentions.people,
+            named_roles=message.mentions.roles,
+            everyone=message.mentions.everyone,
+        )
+        return oracle.decision(community, number, now)  # type: ignore[arg-type]
+
+    def members(self) -> list[int]:
+        return sorted(number for number, person in self.people.items() if person.member)
+
+    def do_part(self, run_id: int, after: int | None, now: object) -> None:
+        """The run's own part (None), or the slice that begins after a number."""
+        run = self.runs[run_id]
+        message, members = self.messages[run.message], self.members()
+        if after is not None:
+            assert run.slices is not None
+            up_to, first = run.slices.pop(after)
+            self._tell(run, [one for one in members if after < one <= up_to and one not in first], now)
+        elif message.deleted or len(members) <= self.slice_members:
+            run.slices = {}
+            self._tell(run, members, now)
+        else:
+            named = [one for one in members if one in message.mentions.people]
+            by_role = [one for one in members if self.people[one].roles & message.mentions.roles]
+            first = (named + [one for one in by_role if one not in named])[: self.slice_members]
+            begin = [0, *(one - 1 for one in members[self.slice_members :: self.slice_members])]
+            run.slices = {
+                begins: (ends, {one for one in first if begins < one <= ends})
+                for begins, ends in zip(begin, [*begin[1:], FOREVER], strict=True)
+            }
+            self._tell(run, first, now)
+        if not run.slices:
+            del self.runs[run_id]
+
+    def do_whole(self, run_id: int, now: object) -> None:
+        """All members at once, however many."""
+        run = self.runs.pop(run_id)
+        self._tell(run, self.members(), now)
+
+    def _tell(self, run: Run, numbers: list[int], now: object) -> None:
+        message = self.messages[run.message]
+        for number in () if message.deleted else numbers:
+            decision = self.decision(number, message, now)
+            there = self.told.get((number, run.message))
+            if run.kind == "edit":
+                self._tell_of_edit(run, number, decision, there)
+            elif decision in oracle.TELLING and there is None:
+                self.told[number, run.message] = Notification(decision)
+
+    def _tell_of_edit(self, run: Run, number: int, decision: str, there: Notification | None) -> None:
+        """An edit tells the newly mentioned only, and takes back what is unread of those mentioned no more."""
+        telling, roles = decision in oracle.TELLING, self.people[number].roles
+        newly, no_more = run.added.name(number, roles), run.removed.name(number, roles)
+        if there and there.reason == "mention_role" and run.removed.roles and decision != "mention_role":
+            no_more = True  # they may have lost the role since
+        if not newly and not no_more:
+            return
+        if there is None:
+            if newly and telling and decision != "message":
+                self.told[number, run.message] = Notification(decision)
+        elif telling:
+            if there.reason == "message" != decision:
+                there.read = False
+            there.reason = decision
+        elif no_more and not there.read and not there.dismissed:
+            del self.told[number, run.message]
+
+    def replay_adds(self, message_id: int, now: object) -> int:
+        """How many a replay would tell."""
+        message = self.messages[message_id]
+        return sum(
+            self.decision(number, message, now) in oracle.TELLING and (number, message_id) not in self.told
+            for number in self.members()
+        )
+
+    # What they find ----------------------------------------------------------------------------------------
+
+    def shown(self, number: int, *, unread: bool = False, channel_id: int | None = None) -> dict[int, Notification]:
+        """Their notifications by message, newest first."""
+        found = {}
+        for message_id in sorted(self.messages, reverse=True):
+            message, one = self.messages[message_id], self.told.get((number, message_id))
+            if one is None or one.dismissed or (unread and one.read) or message.deleted:
+                continue
+            if channel_id not in (None, message.channel) or not self.sees(number, message.channel):
+                continue
+            posting, author = self.channels[message.channel].posting, self.people[message.author]
+            if author.admin or (posting == "members" and self.sees(message.author, message.channel)):
+                found[message_id] = one
+        return found
+
+    def unread(self, number: int) -> dict[str, object]:
+        """What unread-count is to answer."""
+        found = self.shown(number, unread=True)
+        channels = []
+        for channel_id in sorted({self.messages[message_id].channel for message_id in found}):
+            here = [one for message_id, one in found.items() if self.messages[message_id].channel == channel_id]
+            mentions = sum(one.reason != "message" for one in here)
+            channels.append({"channel_id": channel_id, "unread": len(here), "mentions": mentions})
+        return {
+            "unread": len(found),
+            "mentions": sum(one.reason != "message" for one in found.values()),
+            "channels": channels,
+        }
