@@ -185,6 +185,24 @@ TELL_OF_EDIT = f"""
 - who is told for another reason now keeps theirs, with that reason.
 """
 
+_TAKE_BACK_FROM_WHO_LEFT = """
+    DELETE FROM notification n
+    WHERE n.message_id = %(message_id)s
+    AND n.user_id > %(after)s
+    AND n.user_id <= %(up_to)s
+    AND (%(of_groups)s OR n.user_id = ANY(%(removed_users)s::bigint[]))
+    AND n.read_at IS NULL
+    AND n.dismissed_at IS NULL
+    AND CASE n.reason
+        WHEN 'mention' THEN n.user_id <> ALL(%(mentioned_users)s::bigint[])
+        WHEN 'mention_role' THEN %(mentioned_roles)s::bigint[] = '{}'
+        WHEN 'mention_everyone' THEN NOT %(mentions_everyone)s
+        ELSE false END
+    AND NOT EXISTS (SELECT FROM member m WHERE m.server_id = %(server_id)s AND m.user_id = n.user_id)
+"""
+"""Of an edit that takes mentions out: who was told for one and has left the server since is among nobody's members, and
+would find it unread on coming back."""
+
 _SHARE_OUT = f"""
     WITH numbered AS (
         SELECT user_id, row_number() OVER (ORDER BY user_id) AS number
@@ -304,7 +322,9 @@ def _tell_run(part: Part, held: Row, subject: Subject) -> list[Part]:
         return []
     all_ = slice_end(subject, 0, settings.slice_members + 1)
     if all_["members"] <= settings.slice_members:
-        _count(part, _told(held, subject, all_["after"], all_["up_to"]) if all_["members"] else [])
+        taken_back = _take_back_from_who_left(held, subject, 0, LARGEST_ID)
+        counted = _told(held, subject, all_["after"], all_["up_to"]) if all_["members"] else []
+        _count(part, counted, withdrawn=taken_back)
         return []
     first = mentioned_members(subject, settings.slice_members)
     shared = row(
@@ -328,11 +348,13 @@ def _tell_run(part: Part, held: Row, subject: Subject) -> list[Part]:
 def _tell_slice(part: Part, attempt: int, held: Row, subject: Subject) -> None:
     assert part.after is not None
     counted: list[Row] = []
+    taken_back = 0
     if not subject.deleted:
+        taken_back = _take_back_from_who_left(held, subject, part.after, held["up_to"])
         after, up_to = member_range(subject, part.after, held["up_to"])
         counted = _told(held, subject, after, up_to, but=held["told_first"])
     execute("DELETE FROM slice WHERE run_id = %(run_id)s AND after = %(after)s", vars(part))
-    _count(part, counted, slices=-1, retries=attempt - 1)
+    _count(part, counted, slices=-1, retries=attempt - 1, withdrawn=taken_back)
 
 
 def _told(
@@ -344,7 +366,25 @@ def _told(
     return rows(TELL, parameters)
 
 
-def _count(part: Part, counted: list[Row], *, slices: int = 0, total: int | None = None, retries: int = 0) -> None:
+def _take_back_from_who_left(held: Row, subject: Subject, after: int, up_to: int) -> int:
+    """How many notifications that took. None of what is no edit, or takes no mention out."""
+    changes = held["mention_changes"] or {}
+    of_groups = bool(changes.get("removed_roles") or changes.get("removed_everyone"))
+    if not of_groups and not changes.get("removed_users"):
+        return 0
+    parameters = {**vars(subject), "removed_users": changes["removed_users"], "of_groups": of_groups}
+    return execute(_TAKE_BACK_FROM_WHO_LEFT, {**parameters, "after": after, "up_to": up_to})
+
+
+def _count(
+    part: Part,
+    counted: list[Row],
+    *,
+    slices: int = 0,
+    total: int | None = None,
+    retries: int = 0,
+    withdrawn: int = 0,
+) -> None:
     reach("run.told" if part.after is None else "slice.told", part.run_id, part.after)
     members = {group["decision"]: group["members"] for group in counted}
     execute(
@@ -353,7 +393,7 @@ def _count(part: Part, counted: list[Row], *, slices: int = 0, total: int | None
             "run_id": part.run_id,
             "members": sum(members.values()),
             "added": counted[0]["added"] if counted else 0,
-            "withdrawn": counted[0]["withdrawn"] if counted else 0,
+            "withdrawn": withdrawn + (counted[0]["withdrawn"] if counted else 0),
             "decisions": Jsonb({decision: members.get(decision, 0) for decision in DECISIONS}),
             "slices": slices,
             "total": total,

@@ -136,9 +136,11 @@ class World:
         if after is not None:
             assert run.slices is not None
             up_to, first = run.slices.pop(after)
+            self._take_back_from_who_left(run, after, up_to)
             self._tell(run, [one for one in members if after < one <= up_to and one not in first], now)
         elif message.deleted or len(members) <= self.slice_members:
             run.slices = {}
+            self._take_back_from_who_left(run, 0, FOREVER)
             self._tell(run, members, now)
         else:
             named = [one for one in members if one in message.mentions.people]
@@ -185,6 +187,22 @@ class World:
             there.reason = decision
         elif no_more and not there.read and not there.dismissed:
             del self.told[number, run.message]
+
+    def _take_back_from_who_left(self, run: Run, after: int, up_to: int) -> None:
+        """An edit withdraws what is unread of a mention that is gone, wherever the mentioned are by now."""
+        message, removed = self.messages[run.message], run.removed
+        for number, person in self.people.items():
+            there = self.told.get((number, run.message))
+            if message.deleted or person.member or there is None or not after < number <= up_to:
+                continue
+            concerned = number in removed.people or bool(removed.roles) or removed.everyone
+            gone = {
+                "mention": number not in message.mentions.people,
+                "mention_role": not message.mentions.roles,
+                "mention_everyone": not message.mentions.everyone,
+            }
+            if concerned and gone.get(there.reason) and not there.read and not there.dismissed:
+                del self.told[number, run.message]
 
     def replay_adds(self, message_id: int, now: object) -> int:
         """How many a replay would tell."""
