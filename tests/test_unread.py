@@ -92,6 +92,9 @@ class Unread(RuleBasedStateMachine):
         self.world.people[cast.moderator.id].roles = {cast.moderators_role}
         for person in (cast.vip, *persons[-2:]):
             self.world.people[person.id].roles = {cast.vip_role}
+        for person in (cast.vip, cast.moderator, persons[-2]):  # whom an edit tells, and takes it back from
+            for channel_id in self.world.channels:
+                self._prefer(person.id, channel_id, "mentions", None)
         self.turns = cycle(self.persons)
         for author in (cast.moderator, cast.vip, cast.admin):
             for channel_id in self.world.channels:
@@ -291,8 +294,10 @@ class Unread(RuleBasedStateMachine):
 
     @rule(data=st.data(), level=st.sampled_from(["all", "mentions", "none"]), hours=st.sampled_from([None, -1, 1]))
     def prefer(self, data: Any, level: str, hours: int | None) -> None:
-        number, channel_id = self.somebody(data), self.somewhere(data)
         until = self.now + timedelta(hours=hours) if hours else None
+        self._prefer(self.somebody(data), self.somewhere(data), level, until)
+
+    def _prefer(self, number: int, channel_id: int, level: str, until: datetime | None) -> None:
         wish = {"level": level, "muted_until": until.isoformat() if until else None}
         answer = self.ask(number).put(f"/api/channels/{channel_id}/preference", json=wish)
         sees = self.world.sees(number, channel_id)
