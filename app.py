@@ -8,6 +8,7 @@
 | `/api/notifications/stream` | views/stream.py, views/hub.py |
 | `/api/me`, `/api/users`, `/api/channels` | views/people.py |
 | `/api/servers`, `/api/channels/N` | views/servers.py |
+| `/`, `/servers/N/channels/N`, `/inbox` | views/pages.py |
 | `/rq` | views/dashboard.py, views/queue_pages.py |
 | `/login`, `/logout` | views/sign_in.py |
 | `/healthz`, `/readyz`, `/metrics` | views/health.py |
@@ -29,7 +30,21 @@ import commands
 from belfry import accounts, logs
 from config import secret_key, settings
 from models import LARGEST_ID, db
-from views import dashboard, health, inbox, limits, messages, openapi, people, problems, runs, servers, sign_in, stream
+from views import (
+    dashboard,
+    health,
+    inbox,
+    limits,
+    messages,
+    openapi,
+    pages,
+    people,
+    problems,
+    runs,
+    servers,
+    sign_in,
+    stream,
+)
 from views.endpoint import BODY_BYTES, READS, api, bearer_token
 from views.problems import HttpProblem
 
@@ -80,6 +95,7 @@ def create_app() -> Flask:
     app.register_blueprint(api)
     app.register_blueprint(health.blueprint)
     app.register_blueprint(openapi.blueprint)
+    app.register_blueprint(pages.blueprint)
     dashboard.register(app)
     commands.register(app)
     return app
@@ -94,12 +110,14 @@ def _identify() -> None:
 
 
 def _authenticate() -> None:
-    """Find out who asks under /api, before anything is counted. Nobody is fine here; endpoints ask for more.
+    """Find out who asks under /api, or for a page, before anything is counted. Nobody is fine here; they ask for more.
 
     With an Authorization header its token counts and nothing else; without one the session of the page, which may
     write only with its CSRF token: 403 otherwise.
     """
     g.user = None
+    if request.blueprint == pages.blueprint.name:
+        g.user = sign_in.signed_in()
     if not request.path.startswith("/api/"):
         return
     if "Authorization" in request.headers:

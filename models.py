@@ -125,7 +125,7 @@ class Table(Model):
 
 class User(Table):
     id = BigAutoField()
-    username = TextField(unique=True)
+    username = TextField(unique=True, collation="C")  # in the order of bytes: its index finds beginnings as well
     name = TextField()
     email = TextField(null=True)
     is_admin = BooleanField(constraints=[SQL("DEFAULT false")])

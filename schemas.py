@@ -304,6 +304,27 @@ class ChannelRoles(Shape):
     role_ids = fields.List(Id(), required=True, validate=Length(max=100))
 
 
+class MentionableQuery(Shape):
+    prefix = Text(load_default="", validate=Length(max=32))
+    limit = QueryNumber(load_default=8, validate=Range(1, 50))
+
+
+class Mentionable(Shape):
+    """`id` is the user's or the role's; null for `everyone`."""
+
+    kind = fields.String(validate=OneOf(("user", "role", "everyone")))
+    id = fields.Integer(allow_none=True)
+    username = fields.String()
+    name = fields.String()
+
+
+class MentionableList(Shape):
+    """The first of them: there is never a next page."""
+
+    items = fields.List(fields.Nested(Mentionable))
+    next = fields.String(allow_none=True)
+
+
 class PreferenceIn(Shape):
     level = fields.String(load_default="all", validate=OneOf(LEVELS))
     muted_until = Time(load_default=None, allow_none=True)

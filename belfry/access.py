@@ -110,6 +110,16 @@ def require_posting(user: User, channel: SeenChannel) -> None:
         raise SubscriptionRequired("Posting needs an active subscription.")
 
 
+def is_told_in(user: User, channel_id: int) -> bool:
+    """Whether the user is told of a channel as far as that is its server's to say: admins see more than that."""
+    return bool(
+        row(
+            f"SELECT 1 AS yes FROM channel c WHERE c.id = %(channel_id)s AND {may_see('%(user_id)s', 'false')}",
+            {"channel_id": channel_id, "user_id": user.id},
+        )
+    )
+
+
 def visible_channels(user: User, *, after: int = 0, limit: int | None = None) -> list[Row]:
     """Channels that the user may see, by id, above id `after`: {"id", "name", "private", "posting", "server"}."""
     return [

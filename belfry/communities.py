@@ -200,3 +200,13 @@ def servers_of(user_id: int) -> list[Row]:
         " WHERE m.user_id = %(user_id)s ORDER BY v.id",
         {"user_id": user_id},
     )
+
+
+def roles_of(user_id: int, server_id: int) -> list[str]:
+    """The names of the roles that somebody has in a server."""
+    found = rows(
+        "SELECT r.name FROM role r JOIN member_role m ON m.role_id = r.id"
+        " WHERE m.server_id = %(server_id)s AND m.user_id = %(user_id)s ORDER BY r.name",
+        {"server_id": server_id, "user_id": user_id},
+    )
+    return [role["name"] for role in found]

@@ -199,17 +199,25 @@ def find_message(user: User, message_id: int) -> tuple[Row, SeenChannel]:
 def list_messages(user: User, channel_id: int, *, before: int | None, limit: int) -> list[Row]:
     """A channel's messages, newest first, with an id below `before`. Raises NotFound for the channel."""
     channel_for(user, channel_id)
-    return describe(
-        user,
-        rows(
-            f"SELECT {_COLUMNS} FROM message g JOIN user_account u ON u.id = g.author_id"
-            " WHERE g.channel_id = %(channel_id)s"
-            " AND (%(before)s::bigint IS NULL OR g.id < %(before)s)"
-            f" AND {_VISIBLE}"
-            " ORDER BY g.id DESC"
-            " LIMIT %(limit)s",
-            {"channel_id": channel_id, "before": before, "limit": limit, "user_id": user.id},
-        ),
+    return describe(user, stored_messages(user, channel_id, before=before, limit=limit))
+
+
+def stored_messages(
+    user: User, channel_id: int, *, before: int | None = None, after: int | None = None, limit: int
+) -> list[Row]:
+    """As stored, of a channel that the user may see: the newest below `before` or, given `after`, the oldest above it.
+
+    In that order: newest first or, given `after`, oldest first.
+    """
+    return rows(
+        f"SELECT {_COLUMNS} FROM message g JOIN user_account u ON u.id = g.author_id"
+        " WHERE g.channel_id = %(channel_id)s"
+        " AND (%(before)s::bigint IS NULL OR g.id < %(before)s)"
+        " AND (%(after)s::bigint IS NULL OR g.id > %(after)s)"
+        f" AND {_VISIBLE}"
+        f" ORDER BY g.id {'DESC' if after is None else 'ASC'}"
+        " LIMIT %(limit)s",
+        {"channel_id": channel_id, "before": before, "after": after, "limit": limit, "user_id": user.id},
     )
 
 

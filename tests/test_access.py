@@ -19,6 +19,8 @@ TABLE = [
     ("GET /api/channels/{general}", None,                 "200 200 200 200 200 404 401"),
     ("GET /api/channels/{announcements}", None,           "200 200 200 200 200 404 401"),
     ("GET /api/channels/{vault}", None,                   "200 404 404 200 404 404 401"),
+    ("GET /api/channels/{general}/members", None,         "200 200 200 200 200 404 401"),
+    ("GET /api/channels/{vault}/members", None,           "200 404 404 200 404 404 401"),
     ("GET /api/channels/{general}/messages", None,        "200 200 200 200 200 404 401"),
     ("GET /api/channels/{vault}/messages", None,          "200 404 404 200 404 404 401"),
     ("GET /api/channels/{general}/preference", None,      "200 200 200 200 200 404 401"),

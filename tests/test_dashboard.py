@@ -268,8 +268,8 @@ def test_after_signing_in_it_goes_on_to_where_one_wanted(client, cast, path):
     ],
 )
 def test_it_never_goes_on_to_another_site(client, cast, path):
-    assert sign_in(client, cast.admin.token, path).location == "/rq/"
-    assert 'name="next" value="/rq/"' in client.get("/login", query_string={"next": path}).text
+    assert sign_in(client, cast.admin.token, path).location == "/"
+    assert 'name="next" value="/"' in client.get("/login", query_string={"next": path}).text
 
 
 # --- requests that another site makes a browser send

@@ -4,7 +4,8 @@ from typing import Any
 
 import schemas
 from belfry import accounts, communities
-from belfry.access import visible_channels
+from belfry.access import channel_for, visible_channels
+from belfry.mentionable import mentionable
 from views.endpoint import Answer, api, current_user, endpoint, paginate
 
 
@@ -29,6 +30,14 @@ def list_own_channels(query: dict[str, Any]) -> Any:
         lambda after, limit: visible_channels(current_user(), after=after or 0, limit=limit),
         lambda channel: channel["id"],
     )
+
+
+@api.get("/channels/<id:channel_id>/members")
+@endpoint(query=schemas.MentionableQuery, gives=schemas.MentionableList)
+def list_mentionable(channel_id: int, query: dict[str, Any]) -> Any:
+    """Whom one may mention in a channel, by the beginning of a username; for moderators, groups as well."""
+    channel = channel_for(current_user(), channel_id)
+    return {"items": mentionable(channel, query["prefix"], query["limit"]), "next": None}
 
 
 @api.get("/users")

@@ -1,4 +1,4 @@
-"""Signing in with a browser, for the dashboard: /login and /logout, and pages that say why not."""
+"""Signing in with a browser: /login and /logout, and pages that say why not."""
 
 import hashlib
 import hmac
@@ -65,8 +65,8 @@ def csrf_matches(given: str) -> bool:
 
 
 def _local(path: str) -> str:
-    """The path, if no browser can take it for another site's, else the dashboard's."""
-    return path if re.fullmatch(r"/[^\\\s\x00-\x1f\x7f]*", path) and "//" not in path else "/rq/"
+    """The path, if no browser can take it for another site's, else the page's."""
+    return path if re.fullmatch(r"/[^\\\s\x00-\x1f\x7f]*", path) and "//" not in path else "/"
 
 
 def page(status: int, title: str, detail: str = "", *, form: bool = False) -> Response:

@@ -1,0 +1,51 @@
+// A channel's page: what its parts have to do with each other.
+
+import * as compose from './compose.js';
+import { live, start as startLive } from './live.js';
+import * as reading from './reading.js';
+import { openRun, watch } from './run.js';
+import * as setting from './setting.js';
+import * as timeline from './timeline.js';
+import { tellOfNew } from './toast.js';
+import './unread.js';
+import * as why from './why.js';
+
+const me = document.body.dataset.user;
+const list = document.getElementById('messages');
+
+timeline.start();
+timeline.jump();
+reading.start();
+compose.start();
+setting.start();
+why.start();
+
+window.addEventListener('hashchange', timeline.jump);
+list.addEventListener('click', ({ target }) => {
+  const button = target.closest('button');
+  const item = target.closest('li.message');
+  if (button?.classList.contains('why')) why.why(item);
+  else if (button?.classList.contains('run')) openRun(item, button);
+});
+for (const dialog of document.querySelectorAll('dialog')) {
+  dialog.addEventListener('click', ({ target }) => target === dialog && dialog.close()); // beside it
+}
+
+const watchRuns = (items) => {
+  for (const item of items) {
+    const button = item.querySelector('button.run');
+    if (button && item.dataset.author === me) watch(button);
+  }
+};
+watchRuns(list.children);
+timeline.timeline.addEventListener('added', ({ detail }) => watchRuns(detail));
+
+const visible = () => document.visibilityState === 'visible';
+const quietly = (promise) => promise?.catch?.(() => {}); // the connection's state says what is wrong
+live.addEventListener('notification', ({ detail }) => {
+  if (detail.channel.id === timeline.channelId) quietly(timeline.lookForNew());
+});
+live.addEventListener('tick', () => visible() && quietly(timeline.lookForNew()));
+live.addEventListener('reset', () => quietly(timeline.lookAnew()));
+tellOfNew((notification) => notification.channel.id === timeline.channelId && timeline.reachesNewest());
+startLive();

@@ -1,0 +1,80 @@
+// Writing a message.
+
+import { call } from './api.js';
+import { complete } from './completion.js';
+import { channelId, lookForNew, scrollToEnd, reachesNewest } from './timeline.js';
+
+const form = document.getElementById('compose');
+const field = document.getElementById('content');
+const status = document.getElementById('compose-status');
+const BEFORE_CARET = /(?:^|[\s'"([{/<>*_~|])@([a-z0-9_.-]{0,32})$/i;
+const touch = matchMedia('(pointer: coarse)');
+let once = null; // the key of what is being sent: sent twice, it is posted once
+
+const typed = () => field.value.slice(0, field.selectionStart).match(BEFORE_CARET);
+
+function newKey() {
+  return [...crypto.getRandomValues(new Uint8Array(16))].map((byte) => byte.toString(16).padStart(2, '0')).join('');
+}
+
+function fit() {
+  field.rows = Math.min(8, Math.max(1, field.value.split('\n').length));
+}
+
+function say(text, wrong = false) {
+  status.textContent = text;
+  status.classList.toggle('wrong', wrong);
+}
+
+async function send() {
+  const content = field.value.trim();
+  if (!content || form.ariaBusy === 'true') return;
+  form.ariaBusy = 'true';
+  once ??= newKey();
+  try {
+    const message = await call('POST', '/api/messages', { channel_id: channelId, content }, { 'Idempotency-Key': once });
+    once = null;
+    if (field.value.trim() === content) field.value = '';
+    fit();
+    say(message.warnings.map((warning) => warning.detail).join(' '));
+    if (!reachesNewest()) return location.assign(message_address(message.id));
+    await lookForNew();
+    scrollToEnd();
+  } catch (problem) {
+    if (problem.status) once = null; // it was refused, and another try is another message
+    say(problem.message, true);
+  } finally {
+    form.ariaBusy = 'false';
+  }
+}
+
+const message_address = (id) => `${document.getElementById('log').dataset.address}#message-${id}`;
+
+export function start() {
+  if (!form) return;
+  complete({
+    field,
+    list: document.getElementById('suggestions'),
+    wanted: () => typed()?.[1].toLowerCase() ?? null,
+    find: async (prefix) =>
+      (await call('GET', `/api/channels/${channelId}/members?limit=8&prefix=${encodeURIComponent(prefix)}`)).items,
+    choose({ username }) {
+      const caret = field.selectionStart;
+      field.setRangeText(`${username} `, caret - typed()[1].length, caret, 'end');
+      fit();
+    },
+  });
+  form.addEventListener('submit', (event) => {
+    event.preventDefault();
+    send();
+  });
+  field.addEventListener('input', () => {
+    fit();
+    say('');
+  });
+  field.addEventListener('keydown', (event) => {
+    if (event.key !== 'Enter' || event.shiftKey || event.isComposing || touch.matches) return;
+    event.preventDefault();
+    send();
+  });
+}

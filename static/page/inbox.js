@@ -1,0 +1,57 @@
+// The inbox: kept up to date, and marked read without leaving it.
+
+import { call, part } from './api.js';
+import { live, recount, start as startLive } from './live.js';
+import { tellOfNew } from './toast.js';
+import './unread.js';
+import { localise } from './words.js';
+
+const inbox = document.getElementById('inbox');
+const first = !new URLSearchParams(location.search).has('before');
+let looking = Promise.resolve();
+
+// The list as it is now, in its order. What has the focus keeps it.
+async function look() {
+  const given = (await part(`/inbox/notifications${location.search}`)).getElementById('notifications');
+  const list = document.getElementById('notifications');
+  const focused = document.activeElement?.closest('#notifications li');
+  const near = focused && [focused, focused.nextElementSibling, focused.previousElementSibling].map((item) => item?.id);
+  localise(given);
+  list.replaceChildren(...[...given.children].map((item) => document.adoptNode(item)));
+  document.getElementById('nothing').hidden = list.children.length > 0;
+  if (near && !focused.isConnected) {
+    const item = near.map((id) => id && document.getElementById(id)).find(Boolean);
+    (item?.querySelector('a.jump') ?? inbox).focus();
+  }
+}
+
+function lookSoon() {
+  looking = looking.then(look).catch(() => {});
+  return looking;
+}
+
+async function markRead(event) {
+  event.preventDefault();
+  const id = event.submitter?.value;
+  try {
+    await call('POST', '/api/notifications/read', id ? { ids: [id] } : { all: true });
+    await recount();
+    await lookSoon();
+  } catch {
+    event.target.submit(); // the form itself says what is wrong
+  }
+}
+
+if (inbox) {
+  localise(document);
+  inbox.tabIndex = -1;
+  inbox.addEventListener('submit', markRead);
+  const all = document.querySelector('#mark-all button');
+  live.addEventListener('unread', ({ detail }) => {
+    all.disabled = !detail.unread;
+    if (first) lookSoon();
+  });
+  live.addEventListener('reset', () => first && lookSoon());
+}
+tellOfNew(() => Boolean(inbox) && first);
+startLive();

@@ -1,0 +1,114 @@
+// The stream of what happens, as events: `notification`, `unread`, `tick` (look for what is new), `reset` (look anew),
+// and `state`: connecting, live, reconnecting, offline, unsubscribed, signed-out.
+
+import { call } from './api.js';
+
+const ADDRESS = '/api/notifications/stream';
+const SILENCE = 45_000; // three pings that did not come: the connection is dead, and nobody has said so
+const POLL = 30_000;
+const AGAIN = 5_000;
+const HIDDEN = 10_000; // A page in the background lets go: browsers open six connections to a site, for all of its tabs.
+
+export const live = new EventTarget();
+let source = null;
+let silence, later, hiding;
+let state = 'connecting';
+let started = false;
+
+const emit = (name, detail) => live.dispatchEvent(new CustomEvent(name, { detail }));
+
+function say(now) {
+  if (now === state) return;
+  state = now;
+  emit('state', now);
+}
+
+export function start() {
+  document.addEventListener('visibilitychange', watch);
+  window.addEventListener('online', open);
+  window.addEventListener('offline', () => say('offline'));
+  window.addEventListener('pagehide', close); // an open stream would keep the page out of the back/forward cache
+  window.addEventListener('pageshow', (event) => event.persisted && open());
+  emit('state', state);
+  watch();
+}
+
+function watch() {
+  clearTimeout(hiding);
+  if (document.visibilityState === 'hidden') hiding = setTimeout(rest, source ? HIDDEN : 0);
+  else if (!source || source.readyState === EventSource.CLOSED) open();
+}
+
+// In the background: only what the title shows.
+function rest() {
+  close();
+  later = setTimeout(poll, POLL);
+}
+
+function close() {
+  clearTimeout(silence);
+  clearTimeout(later);
+  source?.close();
+  source = null;
+}
+
+function open() {
+  close();
+  source = new EventSource(ADDRESS);
+  const mine = source;
+  let resumes = false;
+  const hear = (name, act) => source.addEventListener(name, (event) => { listen(); act(event); });
+  hear('open', () => {
+    say('live');
+    if (started) emit(resumes ? 'tick' : 'reset'); // the first time the page itself is new
+    started = resumes = true;
+  });
+  hear('notification', (event) => emit('notification', JSON.parse(event.data)));
+  hear('unread', (event) => emit('unread', JSON.parse(event.data)));
+  hear('reset', () => emit('reset'));
+  hear('ping', () => emit('tick'));
+  source.addEventListener('error', () => {
+    if (source !== mine) return;
+    if (mine.readyState === EventSource.CLOSED) refused();
+    else say(navigator.onLine ? 'reconnecting' : 'offline');
+  });
+  listen();
+}
+
+function listen() {
+  clearTimeout(silence);
+  silence = setTimeout(open, SILENCE);
+}
+
+// The stream was refused, and the browser does not try again by itself: find out what that means.
+async function refused() {
+  close();
+  let status = 0;
+  try {
+    status = (await fetch(ADDRESS, { method: 'HEAD', cache: 'no-store' })).status;
+  } catch { /* nobody answered */ }
+  if (status === 401) say('signed-out');
+  else if (status === 403) {
+    say('unsubscribed');
+    later = setTimeout(poll, POLL);
+  } else {
+    say(status || navigator.onLine ? 'reconnecting' : 'offline');
+    later = setTimeout(open, AGAIN * (1 + Math.random()));
+  }
+}
+
+async function poll() {
+  try {
+    emit('unread', await call('GET', '/api/notifications/unread-count'));
+    emit('tick');
+  } catch (problem) {
+    if (problem.status === 401) return say('signed-out');
+  }
+  if (document.visibilityState === 'hidden') later = setTimeout(poll, POLL);
+  else refused(); // a subscription may be there by now
+}
+
+// Ask for the count where no stream brings it.
+export async function recount() {
+  if (state !== 'live') emit('unread', await call('GET', '/api/notifications/unread-count'));
+}

@@ -1,0 +1,112 @@
+// How the telling of a message goes, and of how many for which reason: for its author and for admins.
+
+import { call } from './api.js';
+import { count, NOT_TOLD, TOLD } from './words.js';
+
+const PAUSE = 500;
+const SVG = 'http://www.w3.org/2000/svg';
+const STATES = {
+  pending: 'Waiting for its turn …', queued: 'Waiting for its turn …', running: 'Telling …',
+  succeeded: 'Done.', failed: 'Failed.',
+};
+const dialog = document.getElementById('run');
+const state = document.getElementById('run-state');
+const bar = document.getElementById('run-progress');
+const table = document.getElementById('run-decisions');
+let shown = 0; // counts the openings, so that an old one's answers show nothing
+
+const isOver = (run) => run.state === 'succeeded' || run.state === 'failed';
+const pause = () => new Promise((resolve) => { setTimeout(resolve, PAUSE); });
+
+// Ask until the run is over, or `wanted` is no more.
+async function follow(id, show, wanted) {
+  while (wanted()) {
+    const run = await call('GET', `/api/runs/${id}`);
+    if (!wanted()) return;
+    show(run);
+    if (isOver(run)) return;
+    await pause();
+  }
+}
+
+function progress(element, { progress: { done, total } }) {
+  if (total === null) element.removeAttribute('value');
+  else [element.max, element.value] = [total || 1, total ? done : 1];
+}
+
+function make(name, attributes, ...children) {
+  const element = document.createElement(name);
+  Object.assign(element, attributes);
+  element.append(...children);
+  return element;
+}
+
+function drawn(name, attributes) {
+  const element = document.createElementNS(SVG, name);
+  for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
+  return element;
+}
+
+function row(words, members, most, kind) {
+  const chart = drawn('svg', { viewBox: '0 0 100 8', preserveAspectRatio: 'none', 'aria-hidden': 'true' });
+  chart.append(drawn('rect', { class: kind, height: 8, width: Math.max(0.5, (100 * members) / most) }));
+  return make('tr', {},
+    make('th', { scope: 'row' }, words), make('td', {}, chart), make('td', {}, count(members)));
+}
+
+// One group of decisions, those under which there is anybody; null where there is nobody.
+function group(title, kind, decisions, counted, most) {
+  const found = Object.entries(decisions).filter(([name]) => counted[name]);
+  return found.length ? make('tbody', {},
+    make('tr', {}, make('th', { scope: 'rowgroup', colSpan: 3 }, title)),
+    ...found.map(([name, words]) => row(words, counted[name], most, kind))) : null;
+}
+
+function show(run) {
+  const { audience, notified, decisions } = run.stats;
+  const told = `${count(notified)} of ${count(audience)} members were told.`;
+  const words = isOver(run) ? `${run.state === 'failed' ? `Failed: ${run.error} ` : ''}${told}` : STATES[run.state];
+  if (state.textContent !== words) state.textContent = words; // said once, however often it is asked
+  progress(bar, run);
+  bar.hidden = run.state === 'succeeded';
+  const most = Math.max(1, ...Object.values(decisions));
+  clear();
+  table.append(...[
+    group('Told, because they', 'told', TOLD, decisions, most),
+    group('Not told, because they', 'untold', NOT_TOLD, decisions, most),
+  ].filter(Boolean));
+}
+
+function clear() {
+  for (const body of [...table.tBodies]) body.remove();
+}
+
+export async function openRun(item, button) {
+  const mine = ++shown;
+  dialog.querySelector('.excerpt').textContent = item.querySelector('.content').textContent.trim().slice(0, 200);
+  state.textContent = '…';
+  clear();
+  bar.removeAttribute('value');
+  dialog.showModal();
+  try {
+    await follow(button.dataset.run, show, () => mine === shown && dialog.open);
+  } catch (problem) {
+    state.textContent = problem.message;
+  }
+}
+
+// Under a message that has just been posted: how it goes, until all are told.
+export async function watch(button) {
+  if (['succeeded', 'failed'].includes(button.dataset.state)) return;
+  const small = document.createElement('progress');
+  small.ariaLabel = 'Members told so far';
+  button.after(small);
+  try {
+    await follow(button.dataset.run, (run) => {
+      progress(small, run);
+      button.dataset.state = run.state;
+      if (isOver(run)) button.firstChild.data = `${count(run.stats.notified)} told`;
+    }, () => button.isConnected);
+  } catch { /* the button still shows all of it */ }
+  small.remove();
+}

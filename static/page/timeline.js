@@ -1,0 +1,151 @@
+// The messages in view: older ones as one scrolls up, new ones as they come.
+
+import { part } from './api.js';
+import { localise } from './words.js';
+
+const log = document.getElementById('log');
+const list = document.getElementById('messages');
+const nothing = document.getElementById('nothing');
+const toNewest = document.getElementById('to-newest');
+const address = log.dataset.address;
+
+export const timeline = new EventTarget(); // `added`: its detail are the new elements
+export const channelId = Number(log.dataset.channel);
+
+// Whether the list goes on to the newest message, and whether that is in view. `#log` is a reversed column, so that it
+// begins at its end even without a script: there `scrollTop` is 0, and above it less.
+export const reachesNewest = () => !('newer' in list.dataset);
+export const isAtEnd = () => reachesNewest() && Math.abs(log.scrollTop) < 48;
+
+const idOf = (item) => Number(item?.dataset.id ?? 0);
+
+async function fetchMessages(query) {
+  const given = (await part(`${address}/messages?${query}`)).getElementById('messages');
+  const items = [...given.children].map((item) => document.adoptNode(item));
+  for (const item of items) localise(item);
+  return { items, more: 'older' in given.dataset, newer: 'newer' in given.dataset };
+}
+
+// Change the list without moving what the reader looks at.
+function inPlace(change) {
+  const anchor = [...list.children].find((item) => item.getBoundingClientRect().bottom > log.getBoundingClientRect().top);
+  const before = anchor?.getBoundingClientRect().top;
+  change();
+  if (anchor?.isConnected) log.scrollTop += anchor.getBoundingClientRect().top - before;
+}
+
+let looking = null;
+let again = false;
+
+// Append what is newer than the last message. Once at a time; asked meanwhile, it looks once more.
+export function lookForNew() {
+  again = true;
+  looking ??= (async () => {
+    try {
+      while (again && reachesNewest()) {
+        again = false;
+        const { items, newer } = await fetchMessages(`after=${idOf(list.lastElementChild)}`);
+        append(items);
+        again ||= newer;
+      }
+    } finally {
+      looking = null;
+      again = false;
+    }
+  })();
+  if (!reachesNewest()) toNewest.hidden = false;
+  return looking;
+}
+
+function append(items) {
+  const fresh = items.filter((item) => !document.getElementById(item.id));
+  if (!fresh.length) return;
+  const follow = isAtEnd();
+  if (follow) list.append(...fresh);
+  else inPlace(() => list.append(...fresh));
+  if (follow) scrollToEnd();
+  else toNewest.hidden = false;
+  nothing.hidden = true;
+  timeline.dispatchEvent(new CustomEvent('added', { detail: fresh }));
+}
+
+// Bring what is shown up to date: some of it may have been edited or deleted meanwhile.
+export async function lookAnew() {
+  if (!reachesNewest() || list.children.length < 1) return lookForNew();
+  const { items, more } = await fetchMessages('');
+  const shown = new Map([...list.children].map((item) => [item.id, item]));
+  const first = more ? idOf(items[0]) : 0;
+  const given = new Set(items.map((item) => item.id));
+  inPlace(() => {
+    for (const item of items) {
+      const old = shown.get(item.id);
+      if (old && !old.querySelector('.content').isEqualNode(item.querySelector('.content'))) {
+        old.querySelector('.by').replaceWith(item.querySelector('.by'));
+        old.querySelector('.content').replaceWith(item.querySelector('.content'));
+      }
+    }
+    for (const [id, old] of shown) if (idOf(old) >= first && !given.has(id)) old.remove();
+  });
+  if (items.length && first > idOf(list.lastElementChild)) return location.reload(); // too much has happened
+  append(items);
+}
+
+async function loadOlder() {
+  const older = document.getElementById('older');
+  if (!older || log.ariaBusy === 'true') return;
+  log.ariaBusy = 'true';
+  log.ariaLive = 'off'; // what is old is no news
+  try {
+    const { items, more } = await fetchMessages(`before=${idOf(list.firstElementChild)}`);
+    inPlace(() => list.prepend(...items));
+    older.href = `${address}?before=${idOf(list.firstElementChild)}`;
+    if (!more) older.parentElement.remove();
+    timeline.dispatchEvent(new CustomEvent('added', { detail: items }));
+  } finally {
+    log.ariaBusy = 'false';
+    setTimeout(() => { log.ariaLive = null; }, 1_000);
+  }
+}
+
+export function scrollToEnd() {
+  log.scrollTop = 0;
+  toNewest.hidden = true;
+}
+
+export function start() {
+  localise(document);
+  toNewest.addEventListener('click', () => {
+    if (!reachesNewest()) return location.assign(address);
+    scrollToEnd();
+    log.focus();
+  });
+  log.addEventListener('scroll', () => { if (isAtEnd()) toNewest.hidden = true; }, { passive: true });
+  const older = document.getElementById('older');
+  if (!older) return;
+  older.addEventListener('click', (event) => {
+    event.preventDefault();
+    loadOlder().catch(() => location.assign(older.href));
+  });
+  const near = new IntersectionObserver(
+    ([{ isIntersecting }]) => { if (isIntersecting) loadOlder().catch(() => {}); },
+    { root: log, rootMargin: '300px 0px 0px' },
+  );
+  near.observe(older);
+}
+
+// To the message that the address names; where it is not in view, to the page on which it is.
+export function jump() {
+  const [, id] = location.hash.match(/^#message-(\d+)$/) ?? [];
+  if (!id) return;
+  const item = document.getElementById(`message-${id}`);
+  const asked = new URLSearchParams(location.search).get('around') === id;
+  if (item) item.scrollIntoView({ block: 'center' });
+  else if (!asked) location.replace(`${address}?around=${id}#message-${id}`);
+  else gone();
+}
+
+function gone() {
+  const notice = document.getElementById('notice');
+  notice.textContent = 'This message is not there any more.';
+  notice.hidden = false;
+}

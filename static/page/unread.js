@@ -1,0 +1,60 @@
+// The bell, the channels' counts and the title: how much is unread. And whether all this is live.
+
+import { live } from './live.js';
+import { count } from './words.js';
+
+const TEXTS = {
+  connecting: '', live: 'Live', reconnecting: 'Reconnecting …', offline: 'Offline',
+  unsubscribed: 'Not live', 'signed-out': 'Signed out',
+};
+const bell = document.getElementById('bell');
+const connection = document.getElementById('connection');
+const notice = document.getElementById('notice');
+const title = document.title.replace(/^\(\d+\) /, '');
+let channels = new Map();
+
+// How many notifications of a channel are unread.
+export const unreadIn = (channelId) => channels.get(channelId)?.unread ?? 0;
+
+function show({ unread, mentions, channels: list }) {
+  channels = new Map(list.map((one) => [one.channel_id, one]));
+  document.title = unread ? `(${unread}) ${title}` : title;
+  fill(bell.querySelector('.number'), unread);
+  bell.classList.toggle('mentions', mentions > 0);
+  const named = mentions ? `, ${count(mentions)} of them mentions` : '';
+  bell.querySelector('.label').textContent = unread ? ` unread${named}` : 'nothing unread';
+  for (const link of document.querySelectorAll('#channels a[data-channel]')) {
+    const here = channels.get(Number(link.dataset.channel));
+    const badge = link.querySelector('.count');
+    badge.hidden = !here;
+    badge.classList.toggle('mentions', Boolean(here?.mentions));
+    badge.querySelector('.number').textContent = here ? count(here.unread) : '';
+    badge.querySelector('.unseen').textContent = here?.mentions ? ` unread, ${count(here.mentions)} mentions` : ' unread';
+  }
+}
+
+function fill(element, number) {
+  element.hidden = !number;
+  element.textContent = count(number);
+}
+
+live.addEventListener('unread', ({ detail }) => show(detail));
+
+// A connection that is back within a moment is not worth a word.
+let waiting;
+live.addEventListener('state', ({ detail: state }) => {
+  clearTimeout(waiting);
+  waiting = setTimeout(() => {
+    connection.dataset.state = state;
+    connection.querySelector('.text').textContent = TEXTS[state];
+    notice.hidden = state !== 'unsubscribed' && state !== 'signed-out';
+    if (state === 'unsubscribed') {
+      notice.textContent = 'Live updates need an active subscription: without one this page looks every half minute.';
+    } else if (state === 'signed-out') {
+      const link = document.createElement('a');
+      link.href = `/login?next=${encodeURIComponent(location.pathname + location.search)}`;
+      link.textContent = 'Sign in again';
+      notice.replaceChildren('You are signed out. ', link);
+    }
+  }, state === 'reconnecting' ? 2_000 : 0);
+});

@@ -1,0 +1,92 @@
+"""Whom one may mention in a channel, as one types."""
+
+import pytest
+
+from belfry import communities
+from belfry.access import channel_for
+from belfry.mentionable import mentionable
+from belfry.sql import execute, rows
+from tests.people import make_person
+from tests.telling import statements
+from tests.test_refusals import assert_problem
+
+
+@pytest.fixture
+def names(api, cast):
+    """`names(person, "prefix", channel_id)`: the usernames that they are offered."""
+
+    def ask(person, prefix="", channel_id=None, **query):
+        path = f"/api/channels/{channel_id or cast.general}/members"
+        answer = api(person).get(path, query_string={"prefix": prefix, **query})
+        assert answer.status_code == 200
+        assert answer.json["next"] is None
+        return [item["username"] for item in answer.json["items"]]
+
+    return ask
+
+
+def test_members_are_found_by_the_beginning_of_their_username(cast, names):
+    assert names(cast.subscriber, "") == ["ada", "lars", "moira", "sam", "vera"]
+    assert names(cast.subscriber, "v") == names(cast.subscriber, "VE") == ["vera"]
+    for nobody in ("x", "era", "%", "v_ra", "vera~", "ü", "\\", "'"):
+        assert names(cast.subscriber, nobody) == []
+
+
+def test_punctuation_is_part_of_a_beginning(cast, names):
+    for username in ("a-b", "a.b", "a_b", "ab0", "a0b", "abz"):
+        communities.put_member(cast.server_id, make_person(username).id)
+    assert names(cast.subscriber, "a") == ["a-b", "a.b", "a0b", "a_b", "ab0", "abz", "ada"]
+    assert names(cast.subscriber, "a-") == ["a-b"]
+    assert names(cast.subscriber, "ab") == ["ab0", "abz"]
+
+
+def test_an_item_says_who_it_is(api, cast):
+    answer = api(cast.subscriber).get(f"/api/channels/{cast.general}/members?prefix=vera")
+    assert answer.json["items"] == [{"kind": "user", "id": cast.vip.id, "username": "vera", "name": "Vera"}]
+
+
+def test_strangers_are_not_offered_nor_who_cannot_see_the_channel(cast, names):
+    assert names(cast.vip, "s") == ["sam"]
+    assert names(cast.vip, "", cast.vault) == ["vera"]
+    assert names(cast.admin, "s", cast.vault) == []
+
+
+def test_groups_are_offered_to_those_who_may_ping_them(api, cast, names):
+    assert names(cast.subscriber, "e") == []
+    for person in (cast.moderator, cast.admin):
+        assert names(person, "e") == ["everyone"]
+        assert names(person, "V") == ["vip", "vera"]
+        assert names(person) == ["everyone", "moderators", "vip", "ada", "lars", "moira", "sam", "vera"]
+    items = api(cast.admin).get(f"/api/channels/{cast.general}/members?prefix=v").json["items"]
+    assert [(item["kind"], item["id"]) for item in items] == [("role", cast.vip_role), ("user", cast.vip.id)]
+
+
+def test_so_many_and_no_more(api, cast, names):
+    assert names(cast.admin, limit=2) == ["everyone", "moderators"]
+    assert len(names(cast.admin)) == 8
+    for query in ("limit=0", "limit=51", "limit=x", "prefix=" + "a" * 33, "prefix=%00", "name=a"):
+        assert_problem(api(cast.admin).get(f"/api/channels/{cast.general}/members?{query}"), 422, "invalid")
+
+
+def test_it_takes_as_many_statements_however_many_there_are(api, cast):
+    for person, most in ((cast.subscriber, 3), (cast.admin, 4)):
+        with statements() as said:
+            api(person).get(f"/api/channels/{cast.general}/members?prefix=s")
+        assert len(said) == most
+
+
+def test_a_beginning_is_a_range_of_the_usernames_index(cast):
+    execute(
+        "INSERT INTO user_account (username, name) SELECT 'member-' || n, 'Member' FROM generate_series(1, 5000) AS n"
+    )
+    execute(
+        "INSERT INTO member (server_id, user_id) SELECT %(id)s, id FROM user_account ON CONFLICT DO NOTHING",
+        {"id": cast.server_id},
+    )
+    execute("ANALYZE user_account, member")
+    with statements() as said:
+        mentionable(channel_for(cast.subscriber.user, cast.general), "member-12", 8)
+    parameters = {"prefix": "member-12", "beyond": "member-12~", "server_id": cast.server_id, "limit": 8}
+    plan = " ".join(line["QUERY PLAN"] for line in rows("EXPLAIN " + said[-1], parameters))
+    assert "Index Cond: ((username >= 'member-12'::text) AND (username < 'member-12~'::text))" in plan
+    assert "Seq Scan" not in plan

@@ -1,0 +1,221 @@
+"""The page, for people with a browser: the channels, their messages, and the inbox.
+
+What is here is read without JavaScript. static/page/ adds to the same HTML what is live and what writes, over the API.
+"""
+
+from collections.abc import Set
+from datetime import UTC, datetime
+from typing import Any
+
+from flask import Blueprint, Response, g, redirect, render_template, request, url_for
+from markupsafe import Markup
+from werkzeug.wrappers import Response as AnyResponse
+
+from belfry import communities, inbox, preferences
+from belfry.access import SeenChannel, channel_for, is_told_in, require_posting, visible_channels
+from belfry.errors import Forbidden, NotFound
+from belfry.inbox import parse_notification_id
+from belfry.mentions import EVERYONE
+from belfry.rendering import render
+from belfry.sql import Row
+from belfry.timeline import STRETCH, stretch
+from jobs import announce
+from models import LARGEST_ID, User
+from views import sign_in
+from views.endpoint import READS
+from views.problems import HttpProblem
+
+PARTS = ("pages.messages", "pages.notifications")  # of a page, which its scripts ask for
+POLICY = sign_in.POLICY + (
+    "; script-src 'self'; connect-src 'self'; require-trusted-types-for 'script'; trusted-types 'none'"
+)
+
+blueprint = Blueprint("pages", __name__)
+
+
+@blueprint.before_request
+def _admit() -> AnyResponse | None:
+    """Nobody is sent to sign in; a script is told so, and what writes has come from a form of this session."""
+    if g.user is None:
+        if request.endpoint in PARTS or request.method not in READS:
+            raise HttpProblem(401, "You are signed out.")
+        return redirect(url_for("sign_in.login", next=request.full_path.rstrip("?")), 303)
+    if request.method not in READS and not sign_in.csrf_matches(request.form.get("csrf", "")):
+        raise HttpProblem(403, "This form was too old. Please go back and try again.")
+    return None
+
+
+@blueprint.after_request
+def _protect(answer: Response) -> Response:
+    """Nothing runs but what is served here; and what went wrong is a page as well."""
+    if answer.mimetype == "application/problem+json":
+        problem = answer.get_json()
+        answer.set_data(render_template("refused.html", problem=problem))
+        answer.mimetype = "text/html"
+    answer.headers["Content-Security-Policy"] = POLICY
+    answer.headers["Cache-Control"] = "no-store"
+    answer.headers["Referrer-Policy"] = "same-origin"
+    return answer
+
+
+@blueprint.get("/")
+def home() -> AnyResponse | str:
+    """303 to the first channel that one may see."""
+    channels = visible_channels(g.user, limit=1)
+    return redirect(_address(channels[0]), 303) if channels else _page("nowhere.html")
+
+
+@blueprint.get("/servers/<id:server_id>/channels/<id:channel_id>")
+def channel(server_id: int, channel_id: int) -> str:
+    """A channel: its newest messages, or those `before`, `after` or `around` one."""
+    seen = _channel(server_id, channel_id)
+    preference, effects = preferences.preference_of(g.user, channel_id), _effects(g.user, seen)
+    return _page(
+        "channel.html",
+        channel=seen,
+        **_stretch(seen),
+        may_not_post=_why_not_post(g.user, seen),
+        preference=preference,
+        effects=effects,
+        effect=_effect(preference, effects),
+    )
+
+
+@blueprint.get("/servers/<id:server_id>/channels/<id:channel_id>/messages")
+def messages(server_id: int, channel_id: int) -> str:
+    """The messages alone, as the channel's page has them."""
+    seen = _channel(server_id, channel_id)
+    return render_template("messages.html", channel=seen, **_stretch(seen))
+
+
+@blueprint.get("/inbox")
+def inbox_page() -> str:
+    """What one was told, newest first: all or what is `unread`, from the top or `before` one."""
+    return _page("inbox.html", **_notifications())
+
+
+@blueprint.get("/inbox/notifications")
+def notifications() -> str:
+    """The notifications alone, as the inbox has them."""
+    return render_template("notifications.html", csrf=sign_in.csrf_token(), **_notifications())
+
+
+@blueprint.post("/inbox/read")
+def mark_read() -> AnyResponse:
+    """Mark one notification read, or all: 303 to the inbox."""
+    name = request.form.get("id")
+    try:
+        ids = [parse_notification_id(name)] if name is not None else None
+    except ValueError:
+        raise NotFound("There is no such notification.") from None
+    inbox.mark_read(g.user, ids=ids)
+    announce(user_id=g.user.id)
+    return redirect(url_for("pages.inbox_page"), 303)
+
+
+def _page(template: str, **context: Any) -> str:
+    """A whole page: with the channels, and what is unread in them."""
+    count = inbox.unread_count(g.user)
+    by_channel = {channel["channel_id"]: channel for channel in count["channels"]}
+    servers: dict[int, Row] = {}
+    for one in visible_channels(g.user):
+        server = servers.setdefault(one["server"]["id"], {**one["server"], "channels": []})
+        server["channels"].append({**one, "address": _address(one), "count": by_channel.get(one["id"])})
+    return render_template(
+        template,
+        user=g.user,
+        csrf=sign_in.csrf_token(),
+        servers=list(servers.values()),
+        count=count,
+        **context,
+    )
+
+
+def _address(channel: Row) -> str:
+    return url_for("pages.channel", server_id=channel["server"]["id"], channel_id=channel["id"])
+
+
+def _channel(server_id: int, channel_id: int) -> SeenChannel:
+    seen = channel_for(g.user, channel_id)
+    if seen.server_id != server_id:
+        raise NotFound(f"There is no channel {channel_id}.")
+    return seen
+
+
+def _position(name: str) -> int | None:
+    """A message's id in the address. None where there is none, or nothing that could be one."""
+    text = request.args.get(name, "")
+    return min(int(text), LARGEST_ID - 1) if text.isascii() and text.isdigit() and len(text) < 20 else None
+
+
+def _stretch(seen: SeenChannel) -> Row:
+    """The messages that the address asks for, and by which names they may call the reader."""
+    roles = communities.roles_of(g.user.id, seen.server_id)
+    return {
+        "stretch": stretch(
+            g.user, seen, before=_position("before"), after=_position("after"), around=_position("around")
+        ),
+        "mine": frozenset((g.user.username, EVERYONE, *roles)),
+    }
+
+
+def _notifications() -> Row:
+    unread = request.args.get("unread") == "1"
+    found = inbox.list_notifications(g.user, before=_position("before"), limit=STRETCH + 1, unread=unread)
+    return {"notifications": found[:STRETCH], "more": len(found) > STRETCH, "unread_only": unread}
+
+
+def _why_not_post(user: User, seen: SeenChannel) -> str | None:
+    try:
+        require_posting(user, seen)
+    except Forbidden as error:
+        return error.detail
+    return None
+
+
+def _effects(user: User, seen: SeenChannel) -> dict[str, str]:
+    """What each setting of a channel does, in a sentence: by its level, with ` muted` while it is, until `TIME`.
+
+    Where nothing is told whatever is set, all of them say so.
+    """
+    if not seen.subscribed:
+        nothing = "You are told of nothing, whatever you choose here: that needs an active subscription."
+    elif not is_told_in(user, seen.id):
+        nothing = "You are told of nothing here, whatever you choose: no role of yours opens this channel."
+    else:
+        return EFFECTS
+    return dict.fromkeys(EFFECTS, nothing)
+
+
+def _effect(preference: Row, effects: dict[str, str]) -> str:
+    """What the setting does now, for who reads without JavaScript."""
+    until = preference["muted_until"]
+    if until is None or until <= datetime.now(UTC):
+        return effects[preference["level"]]
+    return effects[f"{preference['level']} muted"].replace("TIME", _utc(until))
+
+
+EFFECTS = {
+    "all": "You are told of every message here.",
+    "mentions": "You are told only of messages that mention you, a role of yours, or everyone.",
+    "none": "You are told of nothing here; a mention does not get through either.",
+    "all muted": "Until TIME only a mention of your name gets through; after that, every message again.",
+    "mentions muted": "Until TIME only a mention of your name gets through; after that, all that mention you again.",
+    "none muted": "You are told of nothing here; a mention does not get through either.",
+}
+
+
+@blueprint.app_template_filter("utc")
+def _utc(time: datetime) -> str:
+    """For reading without JavaScript; with it, each reader's own time takes its place."""
+    return f"{time.astimezone(UTC):%d %b %Y, %H:%M} UTC"
+
+
+@blueprint.app_template_filter("rfc3339")
+def _rfc3339(time: datetime) -> str:
+    return time.astimezone(UTC).isoformat().replace("+00:00", "Z")
+
+
+@blueprint.app_template_filter("rendered")
+def _rendered(message: Row, mine: Set[str]) -> Markup:
+    return render(message["content"], message["mentions"], mine)
