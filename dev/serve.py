@@ -84,14 +84,21 @@ def _until_stopped(*children: Child) -> None:
 def _guide(env: dict[str, str], address: str) -> None:
     """Print where Belfry is, and commands to paste. They work as they stand on what `prepared` made."""
     admin, member = stack.new_token(env, "admin"), stack.new_token(env, "member-1")
-    say(f"\nBelfry serves  {address}  (documentation: {address}/docs)")
+    say(f"\nBelfry serves  {address}")
     if admin is None or member is None:
-        say("This database has people of its own. A token for one of them:")
+        say("This database has people of its own. To sign in there, a token for one of them:")
         say("    .venv/bin/python -m dev flask create-token NAME\n")
         return
-    say(f"Queues         {address}/rq  (sign in at {address}/login with the admin's token)")
     say(f"Admin's token  {admin}")
     say(f"Member's       {member}")
+    say(f"""
+To see it at work, in the browser:
+    1. Open {address} and sign in with the admin's token; then once more in a private window, with the
+       member's (who is member-1), and put the two side by side.
+    2. As the admin write something in #general. The member's window shows it, and the bell counts it.
+    3. As the member mute #general: "All messages", left of the bell. As the admin write again: the bell is silent.
+    4. "Why?" at that message tells the member why they were not told, and "Who was told" the admin, of everybody.
+The queues are at {address}/rq (for the admin), the API's documentation at {address}/docs.""")
     channels = Client(address, admin).get("/api/channels")["items"]
     person = Client(address, member).get("/api/me")["id"]
     if not channels:
@@ -99,7 +106,7 @@ def _guide(env: dict[str, str], address: str) -> None:
     message_id, run_id = _next_ids(env["DATABASE_URL"])
     body = f'{{"channel_id": {channels[0]["id"]}, "content": "gold breaks out, @member-1"}}'
     say(f"""
-To paste into another terminal, first:
+Or without a browser; to paste into another terminal, first:
 
     BELFRY={address}
     ADMIN="Authorization: Bearer {admin}"

@@ -3,7 +3,7 @@
 import * as compose from './compose.js';
 import { live, start as startLive } from './live.js';
 import * as reading from './reading.js';
-import { openRun, watch } from './run.js';
+import { isOver, openRun, watch } from './run.js';
 import * as setting from './setting.js';
 import * as timeline from './timeline.js';
 import { tellOfNew } from './toast.js';
@@ -31,14 +31,15 @@ for (const dialog of document.querySelectorAll('dialog')) {
   dialog.addEventListener('click', ({ target }) => target === dialog && dialog.close()); // beside it
 }
 
-const watchRuns = (items) => {
+// How the telling of one's own messages goes: of those that come now, and of those that are not through yet.
+function watchRuns(items, isNew) {
   for (const item of items) {
     const button = item.querySelector('button.run');
-    if (button && item.dataset.author === me) watch(button);
+    if (button && item.dataset.author === me && (isNew || !isOver(button.dataset))) watch(button);
   }
-};
-watchRuns(list.children);
-timeline.timeline.addEventListener('added', ({ detail }) => watchRuns(detail));
+}
+watchRuns(list.children, false);
+timeline.timeline.addEventListener('added', ({ detail }) => watchRuns(detail.items, detail.isNew));
 
 const visible = () => document.visibilityState === 'visible';
 const quietly = (promise) => promise?.catch?.(() => {}); // the connection's state says what is wrong

@@ -41,7 +41,7 @@ const observer = new IntersectionObserver((entries) => {
 
 export function start() {
   for (const item of document.querySelectorAll('#messages > li')) observer.observe(item);
-  timeline.addEventListener('added', ({ detail }) => detail.forEach((item) => observer.observe(item)));
+  timeline.addEventListener('added', ({ detail }) => detail.items.forEach((item) => observer.observe(item)));
   live.addEventListener('unread', soon);
   window.addEventListener('focus', soon);
   document.addEventListener('visibilitychange', soon);

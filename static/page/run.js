@@ -15,7 +15,7 @@ const bar = document.getElementById('run-progress');
 const table = document.getElementById('run-decisions');
 let shown = 0; // counts the openings, so that an old one's answers show nothing
 
-const isOver = (run) => run.state === 'succeeded' || run.state === 'failed';
+export const isOver = ({ state: now }) => now === 'succeeded' || now === 'failed';
 const pause = () => new Promise((resolve) => { setTimeout(resolve, PAUSE); });
 
 // Ask until the run is over, or `wanted` is no more.
@@ -95,18 +95,16 @@ export async function openRun(item, button) {
   }
 }
 
-// Under a message that has just been posted: how it goes, until all are told.
+// Beside a message that has just been posted: how it goes, and in the end how many were told.
 export async function watch(button) {
-  if (['succeeded', 'failed'].includes(button.dataset.state)) return;
-  const small = document.createElement('progress');
-  small.ariaLabel = 'Members told so far';
-  button.after(small);
+  const small = make('progress', { ariaLabel: 'Members decided on so far' });
+  button.parentElement.prepend(small);
   try {
     await follow(button.dataset.run, (run) => {
       progress(small, run);
-      button.dataset.state = run.state;
-      if (isOver(run)) button.firstChild.data = `${count(run.stats.notified)} told`;
+      if (isOver(run)) small.replaceWith(make('span', {}, `${count(run.stats.notified)} told`));
     }, () => button.isConnected);
-  } catch { /* the button still shows all of it */ }
-  small.remove();
+  } catch {
+    small.remove(); // the button still shows all of it
+  }
 }

@@ -9,7 +9,7 @@ const nothing = document.getElementById('nothing');
 const toNewest = document.getElementById('to-newest');
 const address = log.dataset.address;
 
-export const timeline = new EventTarget(); // `added`: its detail are the new elements
+export const timeline = new EventTarget(); // `added`: the elements `items`, which `isNew` are, or old ones
 export const channelId = Number(log.dataset.channel);
 
 // Whether the list goes on to the newest message, and whether that is in view. `#log` is a reversed column, so that it
@@ -66,7 +66,7 @@ function append(items) {
   if (follow) scrollToEnd();
   else toNewest.hidden = false;
   nothing.hidden = true;
-  timeline.dispatchEvent(new CustomEvent('added', { detail: fresh }));
+  timeline.dispatchEvent(new CustomEvent('added', { detail: { items: fresh, isNew: true } }));
 }
 
 // Bring what is shown up to date: some of it may have been edited or deleted meanwhile.
@@ -100,7 +100,7 @@ async function loadOlder() {
     inPlace(() => list.prepend(...items));
     older.href = `${address}?before=${idOf(list.firstElementChild)}`;
     if (!more) older.parentElement.remove();
-    timeline.dispatchEvent(new CustomEvent('added', { detail: items }));
+    timeline.dispatchEvent(new CustomEvent('added', { detail: { items, isNew: false } }));
   } finally {
     log.ariaBusy = 'false';
     setTimeout(() => { log.ariaLive = null; }, 1_000);

@@ -21,17 +21,18 @@ function show({ unread, mentions, channels: list }) {
   document.title = unread ? `(${unread}) ${title}` : title;
   fill(bell.querySelector('.number'), unread);
   bell.classList.toggle('mentions', mentions > 0);
-  const named = mentions ? `, ${count(mentions)} of them mentions` : '';
-  bell.querySelector('.label').textContent = unread ? ` unread${named}` : 'nothing unread';
+  bell.querySelector('.label').textContent = unread ? ` unread${named(mentions)}` : 'nothing unread';
   for (const link of document.querySelectorAll('#channels a[data-channel]')) {
     const here = channels.get(Number(link.dataset.channel));
     const badge = link.querySelector('.count');
     badge.hidden = !here;
     badge.classList.toggle('mentions', Boolean(here?.mentions));
     badge.querySelector('.number').textContent = here ? count(here.unread) : '';
-    badge.querySelector('.unseen').textContent = here?.mentions ? ` unread, ${count(here.mentions)} mentions` : ' unread';
+    badge.querySelector('.unseen').textContent = ` unread${named(here?.mentions)}`;
   }
 }
+
+const named = (mentions) => (mentions ? `, ${count(mentions)} of you` : '');
 
 function fill(element, number) {
   element.hidden = !number;
