@@ -2,13 +2,19 @@
 
 import pytest
 
-from belfry import communities
+from belfry import communities, mentionable
 from belfry.access import channel_for
-from belfry.mentionable import mentionable
 from belfry.sql import execute, rows
 from tests.people import make_person
 from tests.telling import statements
 from tests.test_refusals import assert_problem
+
+
+@pytest.fixture(autouse=True, params=["few", "many"])
+def _how_many(request, monkeypatch):
+    """Each test as in a small community, and as in one that is walked by name."""
+    if request.param == "many":
+        monkeypatch.setattr(mentionable, "FEW", 0)
 
 
 @pytest.fixture
@@ -75,7 +81,15 @@ def test_it_takes_as_many_statements_however_many_there_are(api, cast):
         assert len(said) == most
 
 
-def test_a_beginning_is_a_range_of_the_usernames_index(cast):
+def test_who_has_two_roles_that_open_a_channel_is_offered_once(api, cast, names):
+    api(cast.admin).put(
+        f"/api/channels/{cast.vault}/roles", json={"role_ids": [cast.vip_role, cast.moderators_role]}
+    )
+    communities.put_member(cast.server_id, cast.vip.id, [cast.vip_role, cast.moderators_role])
+    assert names(cast.vip, "v", cast.vault) == ["vip", "vera"]
+
+
+def test_no_account_is_looked_at_but_by_an_index(cast):
     execute(
         "INSERT INTO user_account (username, name) SELECT 'member-' || n, 'Member' FROM generate_series(1, 5000) AS n"
     )
@@ -84,9 +98,12 @@ def test_a_beginning_is_a_range_of_the_usernames_index(cast):
         {"id": cast.server_id},
     )
     execute("ANALYZE user_account, member")
-    with statements() as said:
-        mentionable(channel_for(cast.subscriber.user, cast.general), "member-12", 8)
-    parameters = {"prefix": "member-12", "beyond": "member-12~", "server_id": cast.server_id, "limit": 8}
-    plan = " ".join(line["QUERY PLAN"] for line in rows("EXPLAIN " + said[-1], parameters))
-    assert "Index Cond: ((username >= 'member-12'::text) AND (username < 'member-12~'::text))" in plan
-    assert "Seq Scan" not in plan
+    for channel_id in (cast.general, cast.vault):
+        with statements() as said:
+            mentionable.mentionable(channel_for(cast.vip.user, channel_id), "member-12", 8)
+        parameters = {"prefix": "member-12", "beyond": "member-12~", "server_id": cast.server_id, "limit": 8}
+        plan = " ".join(
+            line["QUERY PLAN"] for line in rows("EXPLAIN " + said[-1], {**parameters, "channel_id": channel_id})
+        )
+        assert "Index Cond: ((username >= 'member-12'::text) AND (username < 'member-12~'::text))" in plan
+        assert "Seq Scan on user_account" not in plan

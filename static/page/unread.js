@@ -11,7 +11,8 @@ const bell = document.getElementById('bell');
 const connection = document.getElementById('connection');
 const notice = document.getElementById('notice');
 const title = document.title.replace(/^\(\d+\) /, '');
-let channels = new Map();
+let channels = new Map([...document.querySelectorAll('#channels a[data-unread]')].map(({ dataset }) =>
+  [Number(dataset.channel), { unread: Number(dataset.unread) }]));
 
 // How many notifications of a channel are unread.
 export const unreadIn = (channelId) => channels.get(channelId)?.unread ?? 0;
@@ -32,7 +33,7 @@ function show({ unread, mentions, channels: list }) {
   }
 }
 
-const named = (mentions) => (mentions ? `, ${count(mentions)} of you` : '');
+const named = (mentions) => (mentions ? `, ${count(mentions)} mentioning you` : '');
 
 function fill(element, number) {
   element.hidden = !number;
