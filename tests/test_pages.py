@@ -5,10 +5,12 @@ from html.parser import HTMLParser
 
 import pytest
 
-from belfry import accounts, communities
+from belfry import accounts, communities, inbox
+from belfry.sql import execute
 from models import ApiToken, Message, User
 from tests.people import make_person
 from tests.telling import statements
+from views import limits
 
 POLICY = {
     "default-src": "'none'", "base-uri": "'none'", "frame-ancestors": "'none'", "form-action": "'self'",
@@ -358,3 +360,30 @@ def test_a_page_takes_as_many_statements_however_much_is_in_it(browser, cast, po
         run_jobs()
     assert counts[0] == counts[1]
     assert counts[1] <= [13, 6, 5, 3, 14]
+
+
+# When it cannot be -----------------------------------------------------------------------------------------
+
+
+def test_what_went_wrong_is_a_page_too(browser, cast, monkeypatch):
+    sam = browser(cast.subscriber)
+    path = address(cast, cast.general)
+
+    def answers(status, said):
+        answer = sam.get(path)
+        assert (answer.status_code, answer.mimetype) == (status, "text/html")
+        assert said in answer.text
+        assert answer.headers["Content-Security-Policy"]
+        return answer
+
+    with monkeypatch.context() as patch:
+        patch.setattr(limits, "_hit", lambda limit, scope: (0, 0, 7_000))
+        assert answers(429, "Too many requests").headers["Retry-After"] == "7"
+    with monkeypatch.context() as patch:
+        patch.setattr(inbox, "unread_count", lambda user: 1 / 0)
+        answers(500, "It has been logged as request")
+    with monkeypatch.context() as patch:
+        suicide = "SELECT pg_terminate_backend(pg_backend_pid())"
+        patch.setattr(accounts, "authenticate_hash", lambda hashed: execute(suicide))
+        answers(503, "The database is out of reach")
+    answers(200, "#general")

@@ -9,6 +9,7 @@ const field = document.getElementById('content');
 const status = document.getElementById('compose-status');
 const BEFORE_CARET = /(?:^|[\s'"([{/<>*_~|])@([a-z0-9_.-]{0,32})$/i;
 const touch = matchMedia('(pointer: coarse)');
+const DRAFT = `draft ${channelId}`; // what was begun is there again after a look at another channel
 let once = null; // the key of what is being sent: sent twice, it is posted once
 
 const typed = () => field.value.slice(0, field.selectionStart).match(BEFORE_CARET);
@@ -17,14 +18,17 @@ function newKey() {
   return [...crypto.getRandomValues(new Uint8Array(16))].map((byte) => byte.toString(16).padStart(2, '0')).join('');
 }
 
-function fit() {
+function changed() {
   field.rows = Math.min(8, Math.max(1, field.value.split('\n').length));
+  sessionStorage.setItem(DRAFT, field.value);
 }
 
 function say(text, wrong = false) {
   status.textContent = text;
   status.classList.toggle('wrong', wrong);
 }
+
+const addressOf = (id) => `${document.getElementById('log').dataset.address}#message-${id}`;
 
 async function send() {
   const content = field.value.trim();
@@ -35,9 +39,9 @@ async function send() {
     const message = await call('POST', '/api/messages', { channel_id: channelId, content }, { 'Idempotency-Key': once });
     once = null;
     if (field.value.trim() === content) field.value = '';
-    fit();
+    changed();
     say(message.warnings.map((warning) => warning.detail).join(' '));
-    if (!reachesNewest()) return location.assign(message_address(message.id));
+    if (!reachesNewest()) return location.assign(addressOf(message.id));
     await lookForNew();
     scrollToEnd();
   } catch (problem) {
@@ -48,10 +52,10 @@ async function send() {
   }
 }
 
-const message_address = (id) => `${document.getElementById('log').dataset.address}#message-${id}`;
-
 export function start() {
   if (!form) return;
+  field.value = sessionStorage.getItem(DRAFT) ?? '';
+  changed();
   complete({
     field,
     list: document.getElementById('suggestions'),
@@ -61,7 +65,7 @@ export function start() {
     choose({ username }) {
       const caret = field.selectionStart;
       field.setRangeText(`${username} `, caret - typed()[1].length, caret, 'end');
-      fit();
+      changed();
     },
   });
   form.addEventListener('submit', (event) => {
@@ -69,7 +73,7 @@ export function start() {
     send();
   });
   field.addEventListener('input', () => {
-    fit();
+    changed();
     say('');
   });
   field.addEventListener('keydown', (event) => {
