@@ -96,7 +96,8 @@ To see it at work, in the browser:
     1. Open {address} and sign in with the admin's token; then once more in a private window, with the
        member's (who is member-1), and put the two side by side.
     2. As the admin write something in #general. The member's window shows it, and the bell counts it.
-    3. As the member mute #general: "All messages", left of the bell. As the admin write again: the bell is silent.
+    3. As the member mute #general: the button left of the bell, "All messages". As the admin write again: within
+       seconds the message is there, and the bell is silent.
     4. "Why?" at that message tells the member why they were not told, and "Who was told" the admin, of everybody.
 The queues are at {address}/rq (for the admin), the API's documentation at {address}/docs.""")
     channels = Client(address, admin).get("/api/channels")["items"]

@@ -11,7 +11,7 @@ from flask import Blueprint, Response, g, redirect, render_template, request, ur
 from markupsafe import Markup
 from werkzeug.wrappers import Response as AnyResponse
 
-from belfry import communities, inbox, preferences
+from belfry import communities, inbox, live, preferences
 from belfry.access import SeenChannel, channel_for, is_told_in, require_posting, visible_channels
 from belfry.errors import Forbidden, NotFound
 from belfry.inbox import parse_notification_id
@@ -114,8 +114,8 @@ def mark_read() -> AnyResponse:
 
 
 def _page(template: str, **context: Any) -> str:
-    """A whole page: with the channels, and what is unread in them."""
-    count = inbox.unread_count(g.user)
+    """A whole page: with the channels, what is unread in them, and whether the reader may hear the live stream."""
+    count, hashed = inbox.unread_count(g.user), sign_in.token_hash()
     by_channel = {channel["channel_id"]: channel for channel in count["channels"]}
     servers: dict[int, Row] = {}
     for one in visible_channels(g.user):
@@ -127,6 +127,7 @@ def _page(template: str, **context: Any) -> str:
         csrf=sign_in.csrf_token(),
         servers=list(servers.values()),
         count=count,
+        hears=hashed is not None and hashed in live.listeners([hashed]),
         **context,
     )
 

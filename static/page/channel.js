@@ -10,6 +10,7 @@ import { tellOfNew } from './toast.js';
 import './unread.js';
 import * as why from './why.js';
 
+const QUIET = 5_000; // between two looks at a channel of which no notification tells
 const me = document.body.dataset.user;
 const list = document.getElementById('messages');
 
@@ -47,6 +48,7 @@ live.addEventListener('notification', ({ detail }) => {
   if (detail.channel.id === timeline.channelId) quietly(timeline.lookForNew());
 });
 live.addEventListener('tick', () => visible() && quietly(timeline.lookForNew()));
+setInterval(() => visible() && setting.isQuiet() && quietly(timeline.lookForNew()), QUIET);
 live.addEventListener('reset', () => quietly(timeline.lookAnew()));
 tellOfNew((notification) => notification.channel.id === timeline.channelId && timeline.reachesNewest());
 startLive();

@@ -13,9 +13,10 @@ export const live = new EventTarget();
 let source = null;
 let silence, later, hiding;
 let state = 'connecting';
-let started = false;
+let isNew = true; // the page knows all that was before it
 
 const emit = (name, detail) => live.dispatchEvent(new CustomEvent(name, { detail }));
+const isOver = () => state === 'unsubscribed' || state === 'signed-out';
 
 function say(now) {
   if (now === state) return;
@@ -24,23 +25,24 @@ function say(now) {
 }
 
 export function start() {
+  if (!('hears' in document.body.dataset)) return withoutStream();
   document.addEventListener('visibilitychange', watch);
   window.addEventListener('online', open);
-  window.addEventListener('offline', () => say('offline'));
+  window.addEventListener('offline', () => isOver() || say('offline'));
   window.addEventListener('pagehide', close); // an open stream would keep the page out of the back/forward cache
   window.addEventListener('pageshow', (event) => event.persisted && open());
-  emit('state', state);
   watch();
 }
 
 function watch() {
   clearTimeout(hiding);
   if (document.visibilityState === 'hidden') hiding = setTimeout(rest, source ? HIDDEN : 0);
-  else if (!source || source.readyState === EventSource.CLOSED) open();
+  else if (!source) open();
 }
 
 // In the background: only what the title shows.
 function rest() {
+  if (isOver()) return;
   close();
   later = setTimeout(poll, POLL);
 }
@@ -53,21 +55,23 @@ function close() {
 }
 
 function open() {
+  if (isOver()) return;
   close();
-  source = new EventSource(ADDRESS);
-  const mine = source;
+  const mine = new EventSource(ADDRESS);
+  source = mine;
   let resumes = false;
-  const hear = (name, act) => source.addEventListener(name, (event) => { listen(); act(event); });
+  const hear = (name, act) => mine.addEventListener(name, (event) => { listen(); act(event); });
   hear('open', () => {
     say('live');
-    if (started) emit(resumes ? 'tick' : 'reset'); // the first time the page itself is new
-    started = resumes = true;
+    if (!isNew) emit(resumes ? 'tick' : 'reset'); // the browser resumes where it was; another stream begins now
+    isNew = false;
+    resumes = true;
   });
   hear('notification', (event) => emit('notification', JSON.parse(event.data)));
   hear('unread', (event) => emit('unread', JSON.parse(event.data)));
   hear('reset', () => emit('reset'));
   hear('ping', () => emit('tick'));
-  source.addEventListener('error', () => {
+  mine.addEventListener('error', () => {
     if (source !== mine) return;
     if (mine.readyState === EventSource.CLOSED) refused();
     else say(navigator.onLine ? 'reconnecting' : 'offline');
@@ -88,13 +92,17 @@ async function refused() {
     status = (await fetch(ADDRESS, { method: 'HEAD', cache: 'no-store' })).status;
   } catch { /* nobody answered */ }
   if (status === 401) say('signed-out');
-  else if (status === 403) {
-    say('unsubscribed');
-    later = setTimeout(poll, POLL);
-  } else {
+  else if (status === 403) withoutStream();
+  else {
     say(status || navigator.onLine ? 'reconnecting' : 'offline');
     later = setTimeout(open, AGAIN * (1 + Math.random()));
   }
+}
+
+// Until the page is loaded again, with a subscription perhaps.
+function withoutStream() {
+  say('unsubscribed');
+  later = setTimeout(poll, POLL);
 }
 
 async function poll() {
@@ -104,8 +112,7 @@ async function poll() {
   } catch (problem) {
     if (problem.status === 401) return say('signed-out');
   }
-  if (document.visibilityState === 'hidden') later = setTimeout(poll, POLL);
-  else refused(); // a subscription may be there by now
+  later = setTimeout(poll, POLL);
 }
 
 // Ask for the count where no stream brings it.

@@ -28,6 +28,9 @@ function mutedUntil() {
   return time > new Date() ? time : null;
 }
 
+// Whether a message may come of which no notification tells.
+export const isQuiet = () => dialog.dataset.level !== 'all' || Boolean(mutedUntil());
+
 function show() {
   const { level } = dialog.dataset;
   const until = mutedUntil();
