@@ -222,6 +222,12 @@ def test_the_run_is_offered_to_the_author_and_to_admins(browser, cast, post):
         assert ("data-run=" in page) == offered
 
 
+def test_a_page_knows_whether_its_reader_may_hear_the_stream(browser, cast):
+    for name, person in cast.everybody.items():
+        for path in ("/inbox",) if name == "stranger" else ("/inbox", address(cast, cast.general)):
+            assert ("data-hears" in browser(person).get(path).text) == (name not in ("lapsed", "stranger")), name
+
+
 def test_what_the_setting_does_is_said(browser, api, cast):
     def effect(person, channel_id):
         page = browser(person).get(address(cast, channel_id)).text

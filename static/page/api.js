@@ -26,6 +26,7 @@ export async function call(method, address, body, headers = {}) {
   }
   if (answer.status === 204) return null;
   const given = await answer.json().catch(() => ({}));
+  if (answer.status === 403 && given.detail?.includes('CSRF')) given.detail = 'You have signed in anew: reload this page.';
   if (!answer.ok) throw new Problem(answer.status, { detail: `The answer was ${answer.status}.`, ...given });
   return given;
 }

@@ -5,6 +5,7 @@ const PAUSE = 120;
 // `wanted()`: what is to be completed, or null. `find(prefix)`: the options, each {username, name}.
 // `choose(option)`: one was taken. The list is an ARIA listbox; the field keeps the focus.
 export function complete({ field, list, wanted, find, choose }) {
+  const status = document.getElementById(`${list.id}-status`);
   let options = [];
   let active = -1;
   let asked = null;
@@ -16,6 +17,7 @@ export function complete({ field, list, wanted, find, choose }) {
     options = [];
     list.hidden = true;
     list.replaceChildren();
+    status.textContent = '';
     field.removeAttribute('aria-activedescendant');
     if (field.getAttribute('role') === 'combobox') field.ariaExpanded = 'false';
   }
@@ -45,6 +47,7 @@ export function complete({ field, list, wanted, find, choose }) {
     }));
     list.hidden = false;
     if (field.getAttribute('role') === 'combobox') field.ariaExpanded = 'true';
+    status.textContent = options.length === 1 ? 'One suggestion.' : `${options.length} suggestions: choose by arrow keys.`;
     activate(0);
   }
 

@@ -53,7 +53,6 @@ export function lookForNew() {
       again = false;
     }
   })();
-  if (!reachesNewest()) toNewest.hidden = false;
   return looking;
 }
 
@@ -88,6 +87,7 @@ export async function lookAnew() {
   });
   if (items.length && first > idOf(list.lastElementChild)) return location.reload(); // too much has happened
   append(items);
+  nothing.hidden = list.children.length > 0;
 }
 
 async function loadOlder() {
@@ -114,6 +114,10 @@ export function scrollToEnd() {
 
 export function start() {
   localise(document);
+  if (!reachesNewest()) {
+    toNewest.textContent = 'To the newest';
+    toNewest.hidden = false;
+  }
   toNewest.addEventListener('click', () => {
     if (!reachesNewest()) return location.assign(address);
     scrollToEnd();

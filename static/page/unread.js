@@ -49,10 +49,11 @@ live.addEventListener('state', ({ detail: state }) => {
   waiting = setTimeout(() => {
     connection.dataset.state = state;
     connection.querySelector('.text').textContent = TEXTS[state];
-    notice.hidden = state !== 'unsubscribed' && state !== 'signed-out';
     if (state === 'unsubscribed') {
+      notice.hidden = false;
       notice.textContent = 'Live updates need an active subscription: without one this page looks every half minute.';
     } else if (state === 'signed-out') {
+      notice.hidden = false;
       const link = document.createElement('a');
       link.href = `/login?next=${encodeURIComponent(location.pathname + location.search)}`;
       link.textContent = 'Sign in again';
