@@ -193,10 +193,11 @@ def unread_count(user: User) -> dict[str, Any]:
             JOIN message g ON g.id = n.message_id
             WHERE {_OWN}
             AND {_UNREAD}
-            AND {_IN_SIGHT}
+            AND g.deleted_at IS NULL
             GROUP BY g.channel_id, g.author_id, g.only_for_id
-        ) g  -- whether its author may post is asked once for all of theirs in a channel
-        WHERE EXISTS ({_PERMITTED})
+        ) g  -- who sees the channel, and whether its author may post, is asked once for all of theirs in it
+        WHERE g.channel_id = ANY(%(channel_ids)s::bigint[])
+        AND EXISTS ({_PERMITTED})
         GROUP BY g.channel_id
         ORDER BY g.channel_id
         """,
