@@ -201,7 +201,7 @@ def test_what_is_counted_is_what_is_shown_with_everything_at_once(app, cast, sli
     assert crowd.broken == []
     for unfinished in rows("SELECT id FROM run WHERE state <> 'succeeded' ORDER BY id"):
         assert run_to_end(unfinished["id"]) == "succeeded"
-    assert crowd.counted > 8 * ROUNDS, "there was something to count"
+    assert crowd.counted > 2 * ROUNDS, "there was something to count"
     for person in crowd.persons:
         with one_snapshot(app, person) as get:
             check(get, cast, person)
