@@ -41,7 +41,7 @@ class Listeners:
         self._selector = selectors.DefaultSelector()
         self._open: list[socket.socket] = []
         self.arrived: dict[int, list[float]] = {}
-        self.begun = 0
+        self._begun: set[int] = set()
         self._stop = False
         for token in tokens:
             one = socket.create_connection(address, PATIENCE)
@@ -61,11 +61,16 @@ class Listeners:
                 assert received, "a stream was ended"
                 key.data.extend(received)
                 whole, end, rest = key.data.rpartition(b"\n\n")
-                self.begun += whole.count(b"event: unread")
+                if b"event: unread" in whole:
+                    self._begun.add(key.fd)
                 for part in whole.split(b'"message_id": ')[1:]:
                     self.arrived.setdefault(int(part.partition(b",")[0]), []).append(now)
                 if end:
                     key.data[:] = rest
+
+    def all_have_begun(self) -> bool:
+        """Whether each has had the count that a stream begins with."""
+        return len(self._begun) == len(self._open)
 
     def close(self) -> None:
         self._stop = True
@@ -79,7 +84,7 @@ def listening(address: tuple[str, int], tokens: list[str]) -> Iterator[Listeners
     """While the block runs, each token's person listens."""
     listeners = Listeners(address, tokens)
     give_up = time.monotonic() + PATIENCE
-    while listeners.begun < len(tokens):
+    while not listeners.all_have_begun():
         give_up_after(give_up)
         time.sleep(0.05)
     try:
