@@ -34,7 +34,6 @@ from belfry import inbox, live
 from belfry.live import News, Position
 from config import settings
 from jobs import live_channel, redis_connection
-from models import User
 from views.reader import Reader, Unread, event
 
 log = logging.getLogger(__name__)
@@ -47,9 +46,10 @@ GAP_SECONDS = 0.05  # between two looks: what is told meanwhile is one look's
 RECOUNT_SECONDS = 300
 COUNTED_AT_ONCE = 25  # people in one look: it takes a millisecond or two each, and all others wait meanwhile
 SENT_AT_ONCE = 1_000  # notifications of one person; who has missed more reads the inbox
-KERNEL_BYTES = 64 * 1024  # of what was sent and not taken; the kernel would keep megabytes for each
 OTHER_FILES = 200  # that a process has open beside its streams
 READERS_OF_ONE = 20  # of one person, in one process; the oldest ends
+
+OUT_OF_REACH = (OperationalError, InterfaceError, MaxConnectionsExceeded)
 
 _notification = schemas.Notification()
 
@@ -123,7 +123,7 @@ class Hub:
                     self._ping()
                 if time.monotonic() >= self._due:
                     self._look()
-            except (OperationalError, InterfaceError, MaxConnectionsExceeded) as error:
+            except OUT_OF_REACH as error:
                 log.warning("live: the database is out of reach, all go on when it is back: %s", error)
                 self._due = time.monotonic() + 1
             except Exception:
@@ -156,15 +156,17 @@ class Hub:
         """Send everybody what is new."""
         self._looked_at = time.monotonic()
         new, announced = _drain(self._new, COUNTED_AT_ONCE), _drain(self._announced)
-        try:
-            if new or self._readers:
+        if new or self._readers:
+            try:
                 self._look_at(new, announced)
-        except BaseException:
-            for reader in new:
-                self._new.put(reader)
-            for what in announced:
-                self._announced.put(what)
-            raise
+            except BaseException as error:
+                for reader in new:
+                    if isinstance(error, OUT_OF_REACH):
+                        self._new.put(reader)
+                    elif not reader.joined:
+                        reader.close()  # it may be the fault of what this one asked for: nobody else shall bear it
+                self._announced.put({"access": True})
+                raise
         more = self._stale or not self._new.empty()
         self._due = self._looked_at + (GAP_SECONDS if more else LOOK_SECONDS if self._redis_answers else 1)
 
@@ -173,10 +175,7 @@ class Hub:
         with live.look() as here:
             asked = {reader.token_hash for reader in [*new, *(self._everybody() if check else [])]}
             listeners = live.listeners(asked) if asked else {}
-            if check:
-                self._check(listeners)
-            new = [reader for reader in new if self._admit(reader, listeners)]
-            self._mark_stale(announced)
+            told_of = [live.told_of(what["message_id"], self._readers) for what in announced if "message_id" in what]
             found = live.news(self._position or here, here, self._readers)
             missed = {
                 since: live.news(since, here, {reader.user.id for reader in new if reader.since == since})
@@ -184,35 +183,27 @@ class Hub:
             }
             if found.recount or found.too_much:
                 self._stale |= dict.fromkeys(self._readers)
+            self._mark_stale(announced, told_of)
             counted = self._count(new)
-        # Everything is known: what goes wrong from here on is a reader's own affair.
+        # All is known. What goes wrong from here on is one reader's own affair.
         self._position = here
+        gone = {what.get("signed_out") for what in announced} - {None}
+        for reader in self._everybody() if check or gone else []:
+            if reader.session in gone or (check and not reader.may_go_on(listeners)):
+                self._cut(reader)  # they come back, and go on or are told why not
+        self._checked_at = self._looked_at if check else self._checked_at
         self._tell(found, here)
         for reader in new:
-            self._join(reader, missed[reader.since or here], here)
-        self._tell_counts(found, counted, {reader.user.id for reader in new}, here)
+            if reader.session in gone or not reader.may_go_on(listeners):
+                reader.close()
+            else:
+                self._join(reader, missed[reader.since or here], here)
+        self._tell_counts(found, counted, {reader.user.id for reader in new if reader.joined}, here)
         for reader in self._everybody():
             if reader.said:
                 self._send(reader)
 
     # --- who listens
-
-    def _check(self, listeners: dict[bytes, tuple[User, frozenset[int]]]) -> None:
-        """Cut off who may listen no longer: they come back, and go on or are told why not."""
-        for reader in self._everybody():
-            user, servers = listeners.get(reader.token_hash, (None, frozenset()))
-            if user is None or not servers >= reader.servers:
-                self._cut(reader)
-            else:
-                reader.user = user
-        self._checked_at = self._looked_at
-
-    def _admit(self, reader: Reader, listeners: dict[bytes, tuple[User, frozenset[int]]]) -> bool:
-        if reader.token_hash not in listeners:
-            reader.close()
-            return False
-        reader.user, reader.servers = listeners[reader.token_hash]
-        return True
 
     def _join(self, reader: Reader, missed: News, here: Position) -> None:
         """From now on the reader is one of all, who are here."""
@@ -221,8 +212,7 @@ class Hub:
             self._cut(readers[0])
             readers = self._readers.setdefault(reader.user.id, [])
         readers.append(reader)
-        reader.socket.setblocking(False)
-        reader.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, KERNEL_BYTES)
+        reader.joined = True
         self._selector.register(reader.socket, selectors.EVENT_READ, reader)
         reader.say(*_events(missed, here, [reader.user.id]).get(reader.user.id, []))
 
@@ -246,19 +236,15 @@ class Hub:
 
     # --- what they have unread
 
-    def _mark_stale(self, announced: Iterable[dict[str, Any]]) -> None:
+    def _mark_stale(self, announced: Iterable[dict[str, Any]], told_of: Iterable[set[int]]) -> None:
         """Whose count is to be made anew. Of most announcements nobody's: they only say that it is time to look."""
+        for user_ids in told_of:
+            self._stale |= dict.fromkeys(user_ids)
         for what in announced:
             if "access" in what:
                 self._stale |= dict.fromkeys(self._readers)
-            if "message_id" in what:
-                self._stale |= dict.fromkeys(live.told_of(what["message_id"], self._readers))
             if what.get("user_id") in self._readers:
                 self._stale = {what["user_id"]: None} | self._stale  # first: they look at it
-            if "signed_out" in what:
-                for reader in self._everybody():
-                    if reader.session == what["signed_out"]:
-                        self._cut(reader)
         long_ago = self._looked_at - RECOUNT_SECONDS
         self._stale |= {user_id: None for user_id, unread in self._unread.items() if unread.counted_at < long_ago}
 

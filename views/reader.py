@@ -2,6 +2,7 @@
 
 import socket
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +10,7 @@ from belfry.live import Position
 from models import User
 
 UNSENT_BYTES = 256 * 1024  # that wait for a reader: before they are taken there is nothing more for it
+KERNEL_BYTES = 64 * 1024  # of what was sent and not taken; the kernel would keep megabytes for each
 STALLED_SECONDS = 60  # that something waits, and the reader takes nothing
 
 
@@ -27,11 +29,28 @@ class Reader:
     session: str | None
     since: Position | None
     chunked: bool
-    servers: frozenset[int] = frozenset()
+    servers: frozenset[int] | None = None
+    joined: bool = False
     said: list[bytes] = field(default_factory=list)
     unsent: bytearray = field(default_factory=bytearray)
     moved_at: float = field(default_factory=time.monotonic)
     pinged_at: float = field(default_factory=time.monotonic)
+
+    def take_over(self) -> None:
+        """Take the connection from whoever has it, who is left a socket without one. It blocks nobody from now on."""
+        self.socket = socket.socket(fileno=self.socket.detach())
+        self.socket.setblocking(False)
+        with suppress(OSError):
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, KERNEL_BYTES)
+
+    def may_go_on(self, listeners: dict[bytes, tuple[User, frozenset[int]]]) -> bool:
+        """Whether this one is among those who may listen, and in all servers in which they were at first."""
+        if self.token_hash not in listeners:
+            return False
+        self.user, servers = listeners[self.token_hash]
+        if self.servers is None:
+            self.servers = servers
+        return servers >= self.servers
 
     def say(self, *events: bytes) -> None:
         """What is sent at the next `send`, all at once."""

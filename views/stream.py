@@ -85,7 +85,7 @@ def _hand_over(reader: Reader) -> Iterator[bytes]:
     and neither ends the answer nor closes what it does not have. A test holds the pinned version to that.
     """
     yield f"retry: {random.randint(*RETRY_MILLISECONDS)}\n\n".encode()  # noqa: S311
-    reader.socket = socket.socket(fileno=reader.socket.detach())
+    reader.take_over()
     hub().add(reader)
     raise ConnectionResetError(errno.ECONNRESET, "handed over")
 
