@@ -32,6 +32,18 @@ from models import LARGEST_ID, db
 
 _TELLING = ", ".join(f"'{reason}'" for reason in TELLING)
 
+
+def _logged(told: str) -> str:
+    """What writes down that this transaction tells, for the live stream: the messages, and whether to recount."""
+    return f"""
+        INSERT INTO telling (message_ids, recount)
+        {told}
+        ON CONFLICT (xid) DO UPDATE
+        SET message_ids = telling.message_ids || EXCLUDED.message_ids,
+            recount = telling.recount OR EXCLUDED.recount
+    """
+
+
 TELL = f"""
     WITH decided AS MATERIALIZED ({DECIDED}),
     told AS (
@@ -43,11 +55,7 @@ TELL = f"""
         ON CONFLICT (user_id, message_id) DO NOTHING
         RETURNING 1
     ),
-    logged AS (
-        INSERT INTO telling (message_ids)
-        SELECT ARRAY[%(message_id)s::bigint]
-        WHERE EXISTS (SELECT FROM told)
-    )
+    logged AS ({_logged("SELECT ARRAY[%(message_id)s::bigint], false WHERE EXISTS (SELECT FROM told)")})
     SELECT decision, count(*) AS members, (SELECT count(*) FROM told) AS added, 0 AS withdrawn
     FROM decided
     GROUP BY decision
@@ -68,11 +76,7 @@ TELL_OF_MANY = f"""
         RETURNING message_id
     ),
     added AS (SELECT message_id, count(*) AS added FROM told GROUP BY message_id),
-    logged AS (
-        INSERT INTO telling (message_ids)
-        SELECT array_agg(message_id) FROM added
-        HAVING count(*) > 0
-    ),
+    logged AS ({_logged("SELECT array_agg(message_id), false FROM added HAVING count(*) > 0")}),
     counted AS (
         SELECT message_id, sum(members) AS members, jsonb_object_agg(decision, members) AS decisions
         FROM (SELECT message_id, decision, count(*) AS members FROM decided GROUP BY message_id, decision) groups
@@ -119,6 +123,13 @@ _WAS_TOLD_FOR_A_ROLE = """(
 """Who was told as the bearer of a role that the edit removed from the mentions, and may have lost it since."""
 
 
+_EDITED = """
+        SELECT ARRAY[%(message_id)s::bigint], true
+        WHERE EXISTS (SELECT FROM told)
+        OR EXISTS (SELECT FROM withdrawn)
+        OR EXISTS (SELECT FROM changed)
+"""
+
 TELL_OF_EDIT = f"""
     WITH decided AS MATERIALIZED ({DECIDED}),
     concerned AS MATERIALIZED (
@@ -164,13 +175,7 @@ TELL_OF_EDIT = f"""
         ON CONFLICT (user_id, message_id) DO NOTHING
         RETURNING 1
     ),
-    logged AS (
-        INSERT INTO telling (message_ids, recount)
-        SELECT ARRAY[%(message_id)s::bigint], true
-        WHERE EXISTS (SELECT FROM told)
-        OR EXISTS (SELECT FROM withdrawn)
-        OR EXISTS (SELECT FROM changed)
-    )
+    logged AS ({_logged(_EDITED)})
     SELECT decision, count(*) AS members,
         (SELECT count(*) FROM told) AS added,
         (SELECT count(*) FROM withdrawn) AS withdrawn
