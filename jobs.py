@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import random
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -50,6 +51,7 @@ _process = os.getpid()
 _full_until: dict[str, float] = {}  # by queue, in `time.monotonic()`: asking each time would be a round trip more
 PARTITIONS_SECONDS = 60  # between two looks of a worker at the partitions
 _partitions_looked_at = 0.0  # `time.monotonic()`
+_indexing: threading.Thread | None = None  # at the index of a partition that was left
 SWEEP_LOCK = 0x62656C66  # the advisory lock's key: "belf"
 
 
@@ -84,8 +86,8 @@ def live_channel() -> str:
 def announce(**what: Any) -> None:
     """Tell the web processes that something has changed that they may have to show at once: after the commit.
 
-    `told=True`, `user_id`, `message_id`, `access=True` or `signed_out`: views/hub.py says what it does with each.
-    One that is lost does no harm: they look by themselves as well, every few seconds.
+    `told=True`, `user_id`, `message_id`, `access` (a user id, or True for all) or `signed_out`: views/hub.py says what
+    it does with each. One that is lost does no harm: they look by themselves as well, every few seconds.
     """
     try:
         redis_connection().publish(live_channel(), json.dumps(what))
@@ -400,12 +402,16 @@ def sweep() -> int:
 
 def _look_after_partitions() -> None:
     """Once in PARTITIONS_SECONDS. What stands in its way, as somebody who reads for long, stops no sweep."""
-    global _partitions_looked_at
+    global _partitions_looked_at, _indexing
     if time.monotonic() - _partitions_looked_at < PARTITIONS_SECONDS:
         return
     _partitions_looked_at = time.monotonic()
     try:
         partitions.care()
+        if _indexing is None or not _indexing.is_alive():
+            for name in partitions.without_index()[:1]:
+                _indexing = threading.Thread(target=partitions.make_index, args=(name,), daemon=True)
+                _indexing.start()  # it may take minutes, in which others wait for the next sweep
     except (OperationalError, InterfaceError) as error:
         log.warning("the partitions have to wait for the next look: %s", error)
     except Exception:

@@ -310,7 +310,7 @@ class Slice(Table):
 
 
 class Notification(Table):
-    """One row per person and message, and no other index: each is paid for by every recipient.
+    """One row per person and message, and where people are told no other index: each is paid for by every recipient.
 
     Partitioned by ranges of `message_id` (belfry/partitions.py): the key of the partition in use stays small.
     No foreign keys, for the same reason (they halve the rate): people and messages are never removed from

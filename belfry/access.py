@@ -130,6 +130,8 @@ def visible_channels(user: User, *, after: int = 0, limit: int | None = None) ->
             FROM channel c
             JOIN server v ON v.id = c.server_id
             WHERE c.id > %(after)s
+            AND (%(is_admin)s OR c.server_id = ANY(ARRAY(  -- else each channel of all servers is asked
+                SELECT m.server_id FROM member m WHERE m.user_id = %(user_id)s)))
             AND {_SEEN}
             ORDER BY c.id
             LIMIT %(limit)s

@@ -108,7 +108,11 @@ def told_together(tellings: Collection[Row], members: Collection[Row]) -> list[R
         WITH c AS MATERIALIZED (
             SELECT t.told_at, g.id AS message_id, left(g.content, {BODY_CHARACTERS + 1}) AS beginning,
                 a.name AS author_name, c.id, c.name, c.private, c.server_id, v.name AS server_name
-            FROM unnest(%(message_ids)s::bigint[], %(told_at)s::timestamptz[]) AS t (message_id, told_at)
+            FROM (
+                SELECT message_id, array_agg(told_at) AS told_at  -- each slice told at its own time
+                FROM unnest(%(message_ids)s::bigint[], %(told_at)s::timestamptz[]) AS telling (message_id, told_at)
+                GROUP BY message_id
+            ) t
             JOIN message g ON g.id = t.message_id
             JOIN channel c ON c.id = g.channel_id
             JOIN user_account a ON a.id = g.author_id
@@ -130,7 +134,7 @@ def told_together(tellings: Collection[Row], members: Collection[Row]) -> list[R
             FROM notification n
             WHERE n.user_id = reader.id
             AND n.message_id = c.message_id
-            AND n.created_at = c.told_at  -- not by another transaction: they know of that
+            AND n.created_at = ANY(c.told_at)  -- not by another transaction: they know of that
             AND n.dismissed_at IS NULL
             OFFSET 0  -- each is looked up by its key
         ) n

@@ -14,16 +14,23 @@ from dataclasses import dataclass, field, replace
 
 from belfry import inbox
 from belfry.recipients import ACTIVE_SUBSCRIPTION
-from belfry.sql import NOT_FOR_LONG, Row, execute, row, rows, set_locally
+from belfry.sql import Row, execute, row, rows, set_locally
 from config import settings
 from models import User, db
 
 KEPT_HOURS = 24  # of what was told: for so long somebody may be away, and go on where they were
-LOOKUPS_AT_MOST = 500_000  # messages times members in one look, at 3 to 4 µs each
+LOOKUPS_AT_MOST = 100_000  # messages times members in one look: some 20 µs for each that was told
+TELLINGS_AT_MOST = 20_000  # read in one look, before anybody is looked up
 _NUMBER = "[0-9]{1,18}"
 _SNAPSHOT = f"{_NUMBER}:{_NUMBER}:(?:{_NUMBER}(?:,{_NUMBER})*)?"
 _POSITION = re.compile(f"([0-9]{{1,11}})-({_SNAPSHOT})(?:-({_NUMBER})-({_SNAPSHOT}))?")
-_LOOKS_UP = {"jit": "off", "enable_hashjoin": "off", "enable_mergejoin": "off", "statement_timeout": "20s"}
+_LOOKS_UP = {
+    "jit": "off",
+    "enable_hashjoin": "off",
+    "enable_mergejoin": "off",
+    "statement_timeout": "20s",
+    "idle_in_transaction_session_timeout": "60s",  # it locks nothing, and puts into words what it reads
+}
 
 
 @dataclass(frozen=True)
@@ -69,12 +76,12 @@ def _is_snapshot(text: str) -> bool:
 class News:
     """What somebody has not been sent: by user id, each notification with the position that it brings them to.
 
-    `recount`: some were withdrawn or made unread again, too, and nobody knows whose. `too_much`: it is more than can
+    `recount`: of whom some may have been withdrawn or made unread again, too. `too_much`: it is more than can
     be sent one by one, or not known any longer; the inbox has it.
     """
 
     notifications: dict[int, list[tuple[Position, Row]]] = field(default_factory=dict)
-    recount: bool = False
+    recount: set[int] = field(default_factory=set)
     too_much: bool = False
 
 
@@ -83,7 +90,7 @@ def look() -> Iterator[Position]:
     """While the block runs, everything in it sees the same moment. Yields the position of who was sent all of it."""
     with db.connection_context(), db.atomic():
         execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
-        found = row(f"SELECT pg_current_snapshot()::text AS snapshot, {set_locally(NOT_FOR_LONG | _LOOKS_UP)}")
+        found = row(f"SELECT pg_current_snapshot()::text AS snapshot, {set_locally(_LOOKS_UP)}")
         assert found is not None
         yield Position(int(time.time()), found["snapshot"])
 
@@ -102,6 +109,8 @@ def news(since: Position, here: Position, user_ids: Collection[int]) -> News:
 
 
 def _collect(found: News, since: Position, here: Position, user_ids: Collection[int], above: int = 0) -> None:
+    if not user_ids:
+        return
     tellings = rows(
         """
         SELECT t.message_id, t.told_at, t.recount, c.server_id
@@ -111,19 +120,22 @@ def _collect(found: News, since: Position, here: Position, user_ids: Collection[
             WHERE xid >= pg_snapshot_xmin(%(since)s::pg_snapshot)  -- any before that it shows
             AND NOT pg_visible_in_snapshot(xid, %(since)s::pg_snapshot)
             AND pg_visible_in_snapshot(xid, %(here)s::pg_snapshot)
+            LIMIT %(limit)s
         ) t
         JOIN message g ON g.id = t.message_id
         JOIN channel c ON c.id = g.channel_id
         WHERE t.message_id > %(above)s
         """,
-        {"since": since.snapshot, "here": here.snapshot, "above": above},
+        {"since": since.snapshot, "here": here.snapshot, "above": above, "limit": TELLINGS_AT_MOST + 1},
     )
-    if not tellings or not user_ids:
+    if not tellings:
         return
-    found.recount |= any(telling["recount"] for telling in tellings)
-    messages = Counter(telling["server_id"] for telling in tellings)
+    messages = Counter(server_id for _, server_id in {(one["message_id"], one["server_id"]) for one in tellings})
     members = _members(user_ids, list(messages))
-    if sum(messages[member["server_id"]] for member in members) > LOOKUPS_AT_MOST:
+    recounted = {telling["server_id"] for telling in tellings if telling["recount"]}
+    found.recount |= {member["user_id"] for member in members if member["server_id"] in recounted}
+    lookups = sum(messages[member["server_id"]] for member in members)
+    if lookups > LOOKUPS_AT_MOST or len(tellings) > TELLINGS_AT_MOST:
         found.too_much = True
         return
     new: dict[int, list[Row]] = {}
@@ -199,8 +211,10 @@ def told_of(message_id: int, user_ids: Collection[int]) -> set[int]:
 
 
 def forget_old_tellings() -> int:
-    """Drop what is older than anybody can have been away; how many transactions that were."""
-    return execute(
+    """Drop what is older than anybody can have been away, and what came with a copy of another database, whose numbers
+    are ahead of ours; how many transactions that were."""
+    copied = execute("DELETE FROM telling WHERE xid >= pg_snapshot_xmax(pg_current_snapshot())")
+    return copied + execute(
         """
         DELETE FROM telling WHERE xid IN (
             SELECT xid

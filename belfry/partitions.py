@@ -17,7 +17,6 @@ import logging
 from dataclasses import dataclass
 
 import psycopg
-from peewee import OperationalError
 
 from belfry.sql import execute, lock_for_this_transaction, row, rows, transaction
 from config import settings
@@ -30,8 +29,8 @@ ROW_BYTES = 60  # of a notification in its table, as measured; without its key
 FULL_AT_LEAST = 2_000_000  # rows, before a partition is left for being full
 FULL_MESSAGES = 16  # messages to every account there is, before that: then its key has grown enough to be felt
 MANY = 50  # partitions; beyond that each holds so much of all there is: who counts over all pays for each of them
-INDEX_PATIENCE = "-c lock_timeout=5s -c statement_timeout=60s"
-"""A million rows take about a quarter of a second, but whoever has a snapshot from before is waited for."""
+INDEX_WAITS = "5s"  # for a lock
+INDEX_SECONDS = 600  # at most for an index: a million rows take a quarter of one, but old snapshots are waited for
 OF_RETENTION = 10  # a partition is left after this part of RETENTION_DAYS, so that not much is kept longer
 PARTITION_LOCK = 0x62656C70  # the advisory lock's key: "belp"
 
@@ -69,11 +68,10 @@ def kept_from() -> int:
 
 
 def care() -> None:
-    """Make what is missing, leave the one in use where it is full or old, drop what is older than RETENTION_DAYS, and
-    make the indexes of those that were left.
+    """Make what is missing, leave the one in use where it is full or old, and drop what is older than RETENTION_DAYS.
 
     Does nothing while another worker does it. Raises peewee's OperationalError where it would have to wait for a lock
-    for long, since others would wait behind it; what is made and left stays so where only the rest has to wait.
+    for long, since others would wait behind it; what is made and left stays so where only the drop has to wait.
     """
     with transaction(lock_timeout="500ms", statement_timeout="20s"):
         if not lock_for_this_transaction(PARTITION_LOCK):
@@ -90,7 +88,6 @@ def care() -> None:
                 there = partitions()
                 used = _in_use(there)
                 _drop([one for one in there if one.below < used.below and _is_over(one)])
-    _index_the_left()
 
 
 def _in_use(there: list[Partition]) -> Partition:
@@ -156,18 +153,13 @@ def _leave(used: Partition) -> None:
         log.info("%s is full or old: the next message has the id %s", used.name, used.below)
 
 
-def _index_the_left() -> None:
-    """Make the index of what is unread where a partition below the one in use has none, and nobody waits meanwhile.
-
-    So it is made CONCURRENTLY: out of a transaction, by a connection of its own, for its patience must not stay on one
-    that others get after us. Whoever makes it holds the partition's lock; where that ended half-way, what is left is
-    dropped, under that same lock, and made again.
-    """
+def without_index() -> list[str]:
+    """The partitions that were left and have no index of what is unread in them, or one that is not finished."""
     used = _in_use(partitions())
-    left = [
-        one
+    return [
+        one["name"]
         for one in rows(
-            "SELECT c.relname AS name, x.relname AS index, substring(c.relname FROM '[0-9]+$')::bigint AS below"
+            "SELECT c.relname AS name, substring(c.relname FROM '[0-9]+$')::bigint AS below"
             " FROM pg_inherits h"
             " JOIN pg_class c ON c.oid = h.inhrelid"
             " LEFT JOIN pg_class x ON x.relname = c.relname || '_unread' AND x.relnamespace = c.relnamespace"
@@ -175,34 +167,40 @@ def _index_the_left() -> None:
             " WHERE h.inhparent = 'notification'::regclass"
             " AND c.relname ~ '^notification_to_[0-9]+$'"
             " AND i.indisvalid IS NOT TRUE"
-            " ORDER BY 3"
+            " ORDER BY below"
         )
         if one["below"] < used.below
     ]
-    for one in left:
-        if one["index"]:
-            _drop_unfinished(one["name"])
-        with psycopg.connect(settings.database_url, autocommit=True, options=INDEX_PATIENCE) as own:
-            try:
-                own.execute(
-                    f"CREATE INDEX CONCURRENTLY IF NOT EXISTS {one['name']}_unread ON {one['name']}"
-                    " (user_id, message_id) INCLUDE (reason)"
-                    " WHERE read_at IS NULL AND dismissed_at IS NULL"
-                )
-            except psycopg.OperationalError as error:
-                raise OperationalError(str(error)) from error
-        log.info("made the index of what is unread in %s", one["name"])
 
 
-def _drop_unfinished(name: str) -> None:
-    with transaction(lock_timeout="2s"):
-        execute(f"LOCK TABLE {name} IN SHARE UPDATE EXCLUSIVE MODE")
-        if row(
-            "SELECT 1 AS yes FROM pg_index WHERE indexrelid = to_regclass(%(index)s) AND NOT indisvalid",
-            {"index": f"{name}_unread"},
-        ):
-            execute("SET LOCAL lock_timeout = '100ms'")  # whoever reads or writes waits behind us
-            execute(f"DROP INDEX {name}_unread")
+def make_index(name: str) -> bool:
+    """Make the index of what is unread in a partition that was left. Nobody who reads or writes waits meanwhile.
+
+    So it is made CONCURRENTLY: out of a transaction, by a connection of its own, for its patience must not stay on one
+    that others get after us. Whoever makes it holds the partition's lock; where that ended half-way, what is left is
+    dropped, under that same lock, and made again. False, and logged, where something stands in its way.
+    """
+    index = f"{name}_unread"
+    try:
+        with psycopg.connect(settings.database_url, autocommit=True) as own:
+            own.execute(f"SET lock_timeout = '{INDEX_WAITS}'")
+            own.execute(f"SET statement_timeout = '{INDEX_SECONDS}s'")
+            with own.transaction():
+                own.execute(f"LOCK TABLE {name} IN SHARE UPDATE EXCLUSIVE MODE")
+                if own.execute(
+                    "SELECT FROM pg_index WHERE indexrelid = to_regclass(%s) AND NOT indisvalid", (index,)
+                ).rowcount:
+                    own.execute("SET LOCAL lock_timeout = '100ms'")  # whoever reads or writes waits behind us
+                    own.execute(f"DROP INDEX {index}")
+            own.execute(
+                f"CREATE INDEX CONCURRENTLY IF NOT EXISTS {index} ON {name} (user_id, message_id) INCLUDE (reason)"
+                " WHERE read_at IS NULL AND dismissed_at IS NULL"
+            )
+    except psycopg.Error as error:
+        log.warning("the index of what is unread in %s has to wait: %s", name, error)
+        return False
+    log.info("made the index of what is unread in %s", name)
+    return True
 
 
 def _is_over(one: Partition) -> bool:

@@ -16,7 +16,7 @@ import psycopg
 
 from belfry import accounts, partitions, seeding
 from belfry.sql import execute, rows
-from bench.filling import fill_partition, timed
+from bench.filling import fill_partition, leave_partitions, timed
 from bench.stage import Stage
 from dev import ports, say
 from dev.client import Client
@@ -100,7 +100,7 @@ class _Inbox:
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(lambda one: self._fill_one(first, one), range(number)))
         execute(f"ALTER SEQUENCE message_id_seq RESTART WITH {first + (number - 1) * partitions.WIDTH + PER_PARTITION}")
-        partitions.care()
+        leave_partitions()
         execute("VACUUM (ANALYZE)")
         execute("CHECKPOINT")
 

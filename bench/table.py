@@ -23,7 +23,7 @@ import psycopg
 
 from belfry import accounts, partitions, recipients
 from belfry.sql import execute, row
-from bench.filling import fill_partition, timed
+from bench.filling import fill_partition, leave_partitions, timed
 from bench.large import AS_BELFRY, BARE_STATEMENT
 from bench.stage import Stage, reached
 from dev import ports, say
@@ -135,7 +135,7 @@ def _fill(stage: Stage, channel_id: int, members: int, rows: int) -> tuple[int, 
         bounds = [first + one * partitions.WIDTH for one in range(number)]
         list(pool.map(lambda lower: _fill_partition(stage, channel_id, told, lower), bounds))
     execute(f"ALTER SEQUENCE message_id_seq RESTART WITH {first + number * partitions.WIDTH}")
-    partitions.care()
+    leave_partitions()
     execute("VACUUM (ANALYZE)")
     execute("CHECKPOINT")
     return stage.count(), time.perf_counter() - began

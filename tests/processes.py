@@ -97,14 +97,14 @@ def strike(directory: Path, point: str, action: str = KILL) -> Callable[[], bool
 
 
 @contextmanager
-def a_web_process(**environment: str) -> Iterator[str]:
+def a_web_process(*, through: tuple[str, ...] = (), **environment: str) -> Iterator[str]:
     """gunicorn as in the Procfile; the address where it answers."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
     with running(
-        ["gunicorn", "--bind", f"127.0.0.1:{port}", "app:create_app()"],
+        [*through, "gunicorn", "--bind", f"127.0.0.1:{port}", "app:create_app()"],
         **{"WEB_CONCURRENCY": "1", **environment},
     ):
         wait_until(lambda: not_ready(address) is None, "the web process to be ready")

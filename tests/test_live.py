@@ -363,6 +363,29 @@ def test_an_announcement_that_is_lost_does_no_harm(web, cast):
         listener.wait_for_unread(1)
 
 
+@pytest.mark.parametrize("announced", ["5", '{"message_id": "x"}', '{"user_id": []}', "no JSON", "null", '{"new": 1}'])
+def test_an_announcement_that_nobody_understands_stops_nothing(web, cast, redis, announced):
+    """As of a later version, while both are at work."""
+    with listening(web, cast.vip) as listener:
+        redis.publish(jobs.live_channel(), announced)
+        tell(cast.subscriber, cast.general)
+        listener.wait_for_unread(1)
+        with listening(web, cast.subscriber) as other:
+            assert other.unread() == 0
+
+
+def test_a_reader_who_cannot_be_looked_up_stops_nobody(cast):
+    """A fault of Belfry's own that one reader meets: they are let go, each time, and all others go on."""
+    with a_web_process(through=("tests.poisoned",)) as web, listening(web, cast.vip) as listener:
+        with Listener(web, cast.admin.token, since="1-7777:7777:") as poisoned:
+            poisoned.wait_for_end()
+        tell(cast.subscriber, cast.general)
+        listener.wait_for_unread(1)
+        assert not listener.ended.is_set()
+        with listening(web, cast.subscriber):
+            pass
+
+
 def test_while_the_database_is_away_streams_wait(web, cast):
     with listening(web, cast.vip) as listener, psycopg.connect(settings.database_url, autocommit=True) as outside:
         for _ in range(5):

@@ -172,6 +172,46 @@ def test_what_is_too_much_is_not_looked_up(cast, monkeypatch):
     assert _look(here, cast.vip.id, cast.admin.id)[1].too_much
 
 
+def test_what_came_with_a_copy_of_another_database_stands_in_nobodys_way(cast):
+    db.execute_sql(
+        "INSERT INTO telling (xid, message_ids)"
+        " SELECT (pg_current_xact_id()::text::bigint + n)::text::xid8, '{1}' FROM generate_series(2, 3000) n"
+    )
+    assert live.forget_old_tellings() == 2_999
+    posted_and_told(cast.subscriber, cast.general, "gold")
+    assert live.forget_old_tellings() == 0
+    assert db.execute_sql("SELECT count(*) FROM telling").fetchone() == (1,)
+
+
+def test_a_message_told_in_many_slices_is_looked_up_once(cast, slices_of, monkeypatch):
+    people = crowd(cast.server_id, 30)
+    slices_of(3)
+    here, _ = _look(None)
+    message_id = posted_and_told(cast.subscriber, cast.general, "gold")
+    assert db.execute_sql("SELECT count(*) > 10 FROM telling").fetchone() == (True,)
+    monkeypatch.setattr(live, "LOOKUPS_AT_MOST", 30)
+    found = _look(here, *people)[1]
+    assert all(_messages(found, user_id) == [message_id] for user_id in people)
+
+
+def test_a_position_of_long_ago_is_not_read_to_the_end(cast, monkeypatch):
+    monkeypatch.setattr(live, "TELLINGS_AT_MOST", 2)
+    here, _ = _look(None)
+    for _ in range(2):
+        posted_and_told(cast.subscriber, cast.general, "gold")
+    assert not _look(here, cast.vip.id)[1].too_much
+    posted_and_told(cast.subscriber, cast.general, "gold")
+    assert _look(here, cast.vip.id)[1].too_much
+    assert not _look(here)[1].too_much  # nobody to look for
+
+
+def test_an_edit_recounts_the_members_of_its_server_alone(cast):
+    message_id = posted_and_told(cast.subscriber, cast.general, "gold")
+    here, _ = _look(None)
+    edit(cast.subscriber, message_id, "gold, @vera")
+    assert _look(here, cast.vip.id, cast.moderator.id, cast.stranger.id)[1].recount == {cast.vip.id, cast.moderator.id}
+
+
 def test_the_log_is_kept_for_as_long_as_somebody_may_go_on_from_it(cast):
     for _ in range(3):
         posted_and_told(cast.subscriber, cast.general, "gold")

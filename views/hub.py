@@ -18,7 +18,6 @@ import selectors
 import socket
 import threading
 import time
-from collections.abc import Iterable
 from contextlib import suppress
 from functools import cache
 from itertools import islice
@@ -29,29 +28,28 @@ from peewee import InterfaceError, OperationalError
 from playhouse.pool import MaxConnectionsExceeded
 from redis.exceptions import RedisError
 
-import schemas
 from belfry import inbox, live
 from belfry.live import News, Position
 from config import settings
 from jobs import live_channel, redis_connection
-from views.reader import Reader, Unread, event
+from views.events import event, events_of
+from views.reader import Reader, Unread
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 PING_SECONDS = 15
 CHECK_SECONDS = 15  # between two looks at who may still listen
+CHECK_AGAIN_SECONDS = 1  # however often an admin changes something
 LOOK_SECONDS = 5  # at least so often, whatever Redis says; each second while it says nothing
 GAP_SECONDS = 0.05  # between two looks: what is told meanwhile is one look's
 RECOUNT_SECONDS = 300
 COUNTED_AT_ONCE = 25  # people in one look: it takes a millisecond or two each, and all others wait meanwhile
-SENT_AT_ONCE = 1_000  # notifications of one person; who has missed more reads the inbox
 OTHER_FILES = 200  # that a process has open beside its streams
 READERS_OF_ONE = 20  # of one person, in one process; the oldest ends
 
 OUT_OF_REACH = (OperationalError, InterfaceError, MaxConnectionsExceeded)
 
-_notification = schemas.Notification()
 
 
 class Hub:
@@ -68,7 +66,10 @@ class Hub:
         self._readers: dict[int, list[Reader]] = {}  # by user id, the oldest first
         self._unread: dict[int, Unread] = {}
         self._stale: dict[int, None] = {}  # user ids, in the order in which they are to be counted
-        self._position: Position | None = None  # of all readers
+        self._deleted: set[int] = set()  # messages: who was told of them is stale
+        self._unchecked: set[int] = set()  # user ids: whether they may still listen
+        self._check_wanted = False  # of everybody
+        self._position: Position | None = None  # of all readers; None while there is none
         self._due = self._looked_at = self._checked_at = self._pinged_at = 0.0
         self._redis_answers = False
         self._most = min(settings.streams, _open_files(settings.streams + OTHER_FILES) - OTHER_FILES)
@@ -82,7 +83,7 @@ class Hub:
 
     def is_full(self) -> bool:
         """Whether there is no room for one more: connections are open files, of which requests need some."""
-        return sum(map(len, list(self._readers.values()))) >= self._most
+        return sum(map(len, list(self._readers.values()))) + self._new.qsize() >= self._most
 
     def announced(self, what: dict[str, Any]) -> None:
         """Something has changed, as `jobs.announce` says it."""
@@ -158,46 +159,81 @@ class Hub:
         new, announced = _drain(self._new, COUNTED_AT_ONCE), _drain(self._announced)
         if new or self._readers:
             try:
-                self._look_at(new, announced)
-            except BaseException as error:
+                gone = self._heed(announced)
+                self._look_at(new, gone)
+            except OUT_OF_REACH:
                 for reader in new:
-                    if isinstance(error, OUT_OF_REACH):
-                        self._new.put(reader)
-                    elif not reader.joined:
-                        reader.close()  # it may be the fault of what this one asked for: nobody else shall bear it
-                self._announced.put({"access": True})
+                    self._new.put(reader)
                 raise
-        more = self._stale or not self._new.empty()
+            except Exception:
+                for reader in new:  # what they asked for may be the reason: nobody else shall bear it
+                    if not reader.joined:
+                        reader.close()
+                raise
+        more = self._stale or self._deleted or not self._new.empty()
         self._due = self._looked_at + (GAP_SECONDS if more else LOOK_SECONDS if self._redis_answers else 1)
+        if self._check_wanted:
+            self._due = min(self._due, self._checked_at + CHECK_AGAIN_SECONDS)
 
-    def _look_at(self, new: list[Reader], announced: list[dict[str, Any]]) -> None:
-        check = self._looked_at >= self._checked_at + CHECK_SECONDS or any("access" in what for what in announced)
+    def _heed(self, announced: list[dict[str, Any]]) -> set[str]:
+        """Make a note of what is announced; the sessions that have ended. Most only says that it is time to look."""
+        theirs: dict[int, None] = {}
+        gone: set[str] = set()
+        for what in announced:
+            match what:
+                case {"user_id": int(user_id)} | {"access": int(user_id)} if user_id is not True:
+                    theirs[user_id] = None
+                    self._unchecked |= {user_id} if "access" in what else set()
+                case {"access": _}:
+                    self._check_wanted = True
+                    self._stale |= dict.fromkeys(self._readers)
+                case {"message_id": int(message_id)}:
+                    self._deleted.add(message_id)
+                case {"signed_out": str(session)}:
+                    gone.add(session)
+        theirs = {user_id: None for user_id in theirs if user_id in self._readers}
+        self._stale = theirs | self._stale  # those first: they look at it
+        long_ago = self._looked_at - RECOUNT_SECONDS
+        self._stale |= {user_id: None for user_id, unread in self._unread.items() if unread.counted_at < long_ago}
+        for reader in self._everybody() if gone else []:
+            if reader.session in gone:
+                self._cut(reader)
+        return gone
+
+    def _look_at(self, new: list[Reader], gone: set[str]) -> None:
+        pause = CHECK_AGAIN_SECONDS if self._check_wanted else CHECK_SECONDS
+        checked = [
+            reader
+            for reader in self._everybody()
+            if self._looked_at >= self._checked_at + pause or reader.user.id in self._unchecked
+        ]
         with live.look() as here:
-            asked = {reader.token_hash for reader in [*new, *(self._everybody() if check else [])]}
+            asked = {reader.token_hash for reader in [*new, *checked]}
             listeners = live.listeners(asked) if asked else {}
-            told_of = [live.told_of(what["message_id"], self._readers) for what in announced if "message_id" in what]
             found = live.news(self._position or here, here, self._readers)
             missed = {
                 since: live.news(since, here, {reader.user.id for reader in new if reader.since == since})
                 for since in {reader.since or here for reader in new}
             }
-            if found.recount or found.too_much:
-                self._stale |= dict.fromkeys(self._readers)
-            self._mark_stale(announced, told_of)
+            for message_id in self._deleted:
+                self._stale |= dict.fromkeys(live.told_of(message_id, self._readers))
+            self._stale |= dict.fromkeys(self._readers if found.too_much else found.recount)
             counted = self._count(new)
-        # All is known. What goes wrong from here on is one reader's own affair.
+        # All is known; what is wrong from here on is one reader's own affair.
         self._position = here
-        gone = {what.get("signed_out") for what in announced} - {None}
-        for reader in self._everybody() if check or gone else []:
-            if reader.session in gone or (check and not reader.may_go_on(listeners)):
+        self._deleted.clear()
+        self._unchecked.clear()
+        if self._looked_at >= self._checked_at + pause:
+            self._checked_at, self._check_wanted = self._looked_at, False
+        for reader in checked:
+            if not reader.may_go_on(listeners):
                 self._cut(reader)  # they come back, and go on or are told why not
-        self._checked_at = self._looked_at if check else self._checked_at
         self._tell(found, here)
         for reader in new:
-            if reader.session in gone or not reader.may_go_on(listeners):
-                reader.close()
-            else:
+            if reader.may_go_on(listeners) and reader.session not in gone:
                 self._join(reader, missed[reader.since or here], here)
+            else:
+                reader.close()
         self._tell_counts(found, counted, {reader.user.id for reader in new if reader.joined}, here)
         for reader in self._everybody():
             if reader.said:
@@ -214,7 +250,7 @@ class Hub:
         readers.append(reader)
         reader.joined = True
         self._selector.register(reader.socket, selectors.EVENT_READ, reader)
-        reader.say(*_events(missed, here, [reader.user.id]).get(reader.user.id, []))
+        reader.say(*events_of(missed, here, [reader.user.id]).get(reader.user.id, []))
 
     def _cut(self, reader: Reader) -> None:
         readers = self._readers[reader.user.id]
@@ -236,18 +272,6 @@ class Hub:
 
     # --- what they have unread
 
-    def _mark_stale(self, announced: Iterable[dict[str, Any]], told_of: Iterable[set[int]]) -> None:
-        """Whose count is to be made anew. Of most announcements nobody's: they only say that it is time to look."""
-        for user_ids in told_of:
-            self._stale |= dict.fromkeys(user_ids)
-        for what in announced:
-            if "access" in what:
-                self._stale |= dict.fromkeys(self._readers)
-            if what.get("user_id") in self._readers:
-                self._stale = {what["user_id"]: None} | self._stale  # first: they look at it
-        long_ago = self._looked_at - RECOUNT_SECONDS
-        self._stale |= {user_id: None for user_id, unread in self._unread.items() if unread.counted_at < long_ago}
-
     def _count(self, new: list[Reader]) -> dict[int, Unread]:
         """Of who comes, and of some who are stale."""
         users = {reader.user.id: reader.user for reader in new if reader.user.id not in self._unread}
@@ -257,7 +281,7 @@ class Hub:
     # --- what they are sent
 
     def _tell(self, found: News, here: Position) -> None:
-        for user_id, events in _events(found, here, self._readers).items():
+        for user_id, events in events_of(found, here, self._readers).items():
             for reader in self._readers.get(user_id, []):
                 reader.say(*events)
 
@@ -281,27 +305,6 @@ class Hub:
             count = event("unread", json.dumps(self._unread[user_id].count()), here)
             for reader in self._readers[user_id]:
                 reader.say(count)
-
-
-def _events(found: News, here: Position, user_ids: Iterable[int]) -> dict[int, list[bytes]]:
-    """What to send to whom. What many are told of alike is put into words once, but for its id."""
-    if found.too_much:
-        return {user_id: [event("reset", "{}", here)] for user_id in user_ids}
-    dumped: dict[tuple[Any, ...], str] = {}
-    events: dict[int, list[bytes]] = {}
-    for user_id, sent in found.notifications.items():
-        if len(sent) > SENT_AT_ONCE:
-            events[user_id] = [event("reset", "{}", here)]
-            continue
-        for position, notification in sent:
-            alike = tuple(notification[name] for name in ("message_id", "reason", "created_at", "read_at"))
-            if alike not in dumped:
-                shape = _notification.dump(notification)
-                del shape["id"]
-                dumped[alike] = json.dumps(shape, ensure_ascii=False)[1:]
-            text = f'{{"id": "{notification["id"]}", {dumped[alike]}'
-            events.setdefault(user_id, []).append(event("notification", text, position))
-    return events
 
 
 def _drain(waiting: "SimpleQueue[T]", most: int | None = None) -> list[T]:

@@ -14,11 +14,6 @@ KERNEL_BYTES = 64 * 1024  # of what was sent and not taken; the kernel would kee
 STALLED_SECONDS = 60  # that something waits, and the reader takes nothing
 
 
-def event(kind: str, text: str, position: Position) -> bytes:
-    """A server-sent event. The position is what `Last-Event-ID` will say."""
-    return f"event: {kind}\nid: {position}\ndata: {text}\n\n".encode()
-
-
 @dataclass(eq=False)
 class Reader:
     """A connection, by the token that opened it. `since` None: from now on. `session`: whose end is its end."""

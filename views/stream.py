@@ -98,5 +98,5 @@ def _announce(answer: Response) -> Response:
     elif request.endpoint == "api.delete_message":
         announce(message_id=(request.view_args or {})["message_id"])
     elif request.endpoint not in (*OF_MESSAGES, "api.put_preference"):
-        announce(access=True)
+        announce(access=(request.view_args or {}).get("user_id", True))  # of one person, or of who knows whom
     return answer

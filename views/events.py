@@ -1,0 +1,38 @@
+"""Server-sent events: how the live stream puts into words what is new."""
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import schemas
+from belfry.live import News, Position
+
+SENT_AT_ONCE = 1_000  # notifications of one person; who has missed more reads the inbox
+
+_notification = schemas.Notification()
+
+
+def event(kind: str, text: str, position: Position) -> bytes:
+    """A server-sent event. The position is what `Last-Event-ID` will say."""
+    return f"event: {kind}\nid: {position}\ndata: {text}\n\n".encode()
+
+
+def events_of(found: News, here: Position, user_ids: Iterable[int]) -> dict[int, list[bytes]]:
+    """What to send to whom. What many are told of alike is put into words once, but for its id."""
+    if found.too_much:
+        return {user_id: [event("reset", "{}", here)] for user_id in user_ids}
+    dumped: dict[tuple[Any, ...], str] = {}
+    events: dict[int, list[bytes]] = {}
+    for user_id, sent in found.notifications.items():
+        if len(sent) > SENT_AT_ONCE:
+            events[user_id] = [event("reset", "{}", here)]
+            continue
+        for position, notification in sent:
+            alike = tuple(notification[name] for name in ("message_id", "reason", "created_at", "read_at"))
+            if alike not in dumped:
+                shape = _notification.dump(notification)
+                del shape["id"]
+                dumped[alike] = json.dumps(shape, ensure_ascii=False)[1:]
+            text = f'{{"id": "{notification["id"]}", {dumped[alike]}'
+            events.setdefault(user_id, []).append(event("notification", text, position))
+    return events
