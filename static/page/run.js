@@ -4,6 +4,8 @@ import { call } from './api.js';
 import { count, NOT_TOLD, TOLD } from './words.js';
 
 const PAUSE = 500;
+const LONGEST = 10_000; // of what does not get on
+const WATCHED = 5; // runs at once: who has written many must not use up all the requests that one person has
 const SVG = 'http://www.w3.org/2000/svg';
 const STATES = {
   pending: 'Waiting for its turn …', queued: 'Waiting for its turn …', running: 'Telling …',
@@ -16,16 +18,21 @@ const table = document.getElementById('run-decisions');
 let shown = 0; // counts the openings, so that an old one's answers show nothing
 
 export const isOver = ({ state: now }) => now === 'succeeded' || now === 'failed';
-const pause = () => new Promise((resolve) => { setTimeout(resolve, PAUSE); });
+const pause = (milliseconds) => new Promise((resolve) => { setTimeout(resolve, milliseconds); });
 
-// Ask until the run is over, or `wanted` is no more.
+// Ask until the run is over, or `wanted` is no more; less and less often while nothing happens.
 async function follow(id, show, wanted) {
+  let before;
+  let wait = PAUSE;
   while (wanted()) {
     const run = await call('GET', `/api/runs/${id}`);
     if (!wanted()) return;
     show(run);
     if (isOver(run)) return;
-    await pause();
+    const now = `${run.state} ${run.progress.done}`;
+    wait = now === before ? Math.min(wait * 1.5, LONGEST) : PAUSE;
+    before = now;
+    await pause(wait);
   }
 }
 
@@ -96,15 +103,20 @@ export async function openRun(item, button) {
 }
 
 // Beside a message that has just been posted: how it goes, and in the end how many were told.
+const watched = [];
+
 export async function watch(button) {
   const small = make('progress', { ariaLabel: 'Members decided on so far' });
   button.parentElement.prepend(small);
+  watched.push(button);
+  if (watched.length > WATCHED) watched.shift();
+  await null; // of many that come at once, only the last ones are asked for
   try {
     await follow(button.dataset.run, (run) => {
       progress(small, run);
       if (isOver(run)) small.replaceWith(make('span', {}, `${count(run.stats.notified)} told`));
-    }, () => button.isConnected);
-  } catch {
-    small.remove(); // the button still shows all of it
-  }
+    }, () => button.isConnected && watched.includes(button));
+  } catch { /* the button still shows all of it */ }
+  small.remove();
+  if (watched.includes(button)) watched.splice(watched.indexOf(button), 1);
 }

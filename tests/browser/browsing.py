@@ -5,8 +5,9 @@ from collections.abc import Callable
 from typing import Any
 
 from axe_playwright_python.base import AXE_SCRIPT
-from playwright.sync_api import BrowserContext, ConsoleMessage, Dialog, Page, Request, Response, expect
+from playwright.sync_api import BrowserContext, ConsoleMessage, Dialog, Locator, Page, Request, Response, expect
 
+from tests.people import Cast
 from tests.processes import PATIENCE
 
 expect.set_options(timeout=PATIENCE * 1000)
@@ -32,6 +33,7 @@ class Faults:
         self._site = site
         self._found: list[str] = []
         self._expected: list[str] = []
+        self._allowed: list[str] = []
 
     def watch(self, context: BrowserContext) -> None:
         """From here on, all pages of it."""
@@ -46,12 +48,17 @@ class Faults:
         """One like this (a pattern, found anywhere in it) is what the test is about: it must be there at the end."""
         self._expected.append(pattern)
 
+    def allow(self, pattern: str) -> None:
+        """One like this may be there, or not: it is a matter of moments."""
+        self._allowed.append(pattern)
+
     def seen(self, pattern: str) -> bool:
         return any(re.search(pattern, fault) for fault in self._found)
 
     def check(self) -> None:
         """Fails with all that was found and not expected, and with what was expected and not found."""
-        unexpected = [fault for fault in self._found if not any(re.search(p, fault) for p in self._expected)]
+        known = [*self._expected, *self._allowed]
+        unexpected = [fault for fault in self._found if not any(re.search(pattern, fault) for pattern in known)]
         missing = [pattern for pattern in self._expected if not self.seen(pattern)]
         assert not unexpected, "the browser found fault:\n" + "\n".join(unexpected)
         assert not missing, f"expected of the browser, and not seen: {missing}"
@@ -82,6 +89,33 @@ def sign_in(page: Page, token: str, following: str = "/docs") -> None:
     page.get_by_label("Token").fill(token)
     page.get_by_role("button", name="Sign in").click()
     page.wait_for_url(f"**{following}")
+
+
+def address(cast: Cast, channel_id: int, rest: str = "") -> str:
+    return f"/servers/{cast.server_id}/channels/{channel_id}{rest}"
+
+
+def wait_until_live(page: Page) -> None:
+    """Returns when the page hears the stream: what is told from now on, it must show."""
+    expect(page.locator("#connection")).to_have_attribute("data-state", "live")
+
+
+def composer(page: Page) -> Locator:
+    return page.get_by_role("textbox", name="Message to #")
+
+
+def bell(page: Page) -> Locator:
+    """By its number, which is hidden while nothing is unread."""
+    return page.locator("#bell .number")
+
+
+def message(page: Page, message_id: int) -> Locator:
+    return page.locator(f"#message-{message_id}")
+
+
+def shown(page: Page) -> list[int]:
+    """The ids of the messages, or of the messages of the notifications, in the order in which they stand there."""
+    return [int(id_) for id_ in page.locator("main li[data-id]").evaluate_all("all => all.map(one => one.dataset.id)")]
 
 
 def accessibility_faults(page: Page, within: str | None = None) -> list[str]:

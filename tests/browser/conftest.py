@@ -13,12 +13,13 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 from dev import CommandError, chromium
 from tests.browser.browsing import Faults, sign_in
-from tests.people import Person
+from tests.people import Api, Cast, Person
 from tests.processes import PATIENCE, Process, a_web_process, a_worker
 
 HERE = Path(__file__).parent
 PICTURES = HERE.parent.parent / ".belfry" / "failed-in-browser"
 LEFT_OUT = pytest.StashKey[int]()
+MEASURED = pytest.StashKey[list[str]]()
 FAILED = pytest.StashKey[bool]()
 
 Visit = Callable[..., Page]
@@ -39,6 +40,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     if count := config.stash.get(LEFT_OUT, 0):
         terminalreporter.write_line(f"{count} browser tests were left out: no Chromium. {chromium.HOW_TO}", yellow=True)
+    for line in config.stash.get(MEASURED, []):
+        terminalreporter.write_line(line)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -59,9 +62,15 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture
-def site() -> Iterator[str]:
-    """The address of a web process of this test's own."""
-    with a_web_process() as address:
+def measured(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """`measured("it took 3 ms")`: a line of the summary. A figure is for who reads it; no test fails by it."""
+    return request.config.stash.setdefault(MEASURED, []).append
+
+
+@pytest.fixture
+def site(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The address of a web process of this test's own; its environment where the test names one."""
+    with a_web_process(**getattr(request, "param", {})) as address:
         yield address
 
 
@@ -70,6 +79,19 @@ def worker() -> Iterator[Process]:
     """A worker, for tests in which somebody is told."""
     with a_worker() as process:
         yield process
+
+
+@pytest.fixture
+def post(api: Callable[..., Api], cast: Cast) -> Callable[..., int]:
+    """`post("text")` in #general by sam, or elsewhere, or by somebody else; the message's id. Not by a browser."""
+
+    def write(content: str, channel_id: int | None = None, author: Person | None = None) -> int:
+        body = {"channel_id": channel_id or cast.general, "content": content}
+        answer = api(author or cast.subscriber).post("/api/messages", json=body)
+        assert answer.status_code == 201, answer.json
+        return int(answer.json["id"])
+
+    return write
 
 
 @pytest.fixture

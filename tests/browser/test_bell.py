@@ -1,0 +1,122 @@
+"""Two people, two windows: what is written in one is told in the other, by the bell, the counts and a toast."""
+
+import re
+from statistics import median
+
+from playwright.sync_api import Page, expect
+
+from tests.browser.browsing import address, bell, composer, message, wait_until_live
+
+POSTS = 7
+SHOWS_WHEN = """(number) => {
+    const bell = document.querySelector("#bell .number");
+    new MutationObserver(() => { window.rang = { number: bell.textContent, at: Date.now() }; })
+        .observe(bell, { characterData: true, childList: true, subtree: true });
+}"""
+SENDS_WHEN = """() => document.getElementById("send").addEventListener(
+    "click", () => { window.clicked = Date.now(); }, { capture: true })"""
+WITHOUT_FOCUS = "document.hasFocus = () => false;"  # a browser that is driven gives it to every page at once
+
+
+def test_posting_in_one_window_rings_in_the_other(visit, worker, cast, measured) -> None:
+    writer = visit(address(cast, cast.general), cast.subscriber)
+    reader = visit(address(cast, cast.announcements), cast.vip)
+    wait_until_live(reader)
+    expect(bell(reader)).to_be_hidden()
+    reader.evaluate(SHOWS_WHEN)
+    writer.evaluate(SENDS_WHEN)
+    took = []
+    for number in range(1, POSTS + 1):
+        composer(writer).fill(f"gold breaks out {number}")
+        writer.get_by_role("button", name="Send").click()
+        expect(bell(reader)).to_have_text(str(number))
+        rang = reader.evaluate("window.rang")
+        assert rang["number"] == str(number)
+        took.append(rang["at"] - writer.evaluate("window.clicked"))
+        expect(reader.locator("#toast")).to_contain_text(f"Sam: gold breaks out {number}")
+    measured(f"from the click in one window to the bell in the other: {median(took):.0f} ms, at most {max(took)} ms")
+
+    expect(reader).to_have_title(f"({POSTS}) #announcements – Belfry")
+    expect(reader.get_by_role("link", name=f"Inbox, {POSTS} unread")).to_be_visible()
+    expect(reader.get_by_role("link", name=f"#general {POSTS} unread")).to_be_visible()
+    expect(bell(writer)).to_be_hidden()
+
+
+def test_a_mention_is_counted_as_one(visit, worker, cast, post) -> None:
+    reader = visit(address(cast, cast.announcements), cast.vip)
+    wait_until_live(reader)
+    post("look, @vera")
+    post("nobody in particular")
+    expect(reader.get_by_role("link", name="Inbox, 2 unread, 1 mentioning you")).to_be_visible()
+    expect(reader.get_by_role("link", name="#general 2 unread, 1 mentioning you")).to_be_visible()
+    expect(reader.locator("#bell")).to_have_class("mentions")
+
+
+def test_what_is_seen_is_read_and_rings_in_no_window(visit, worker, cast, post) -> None:
+    elsewhere = visit(address(cast, cast.announcements), cast.vip)
+    wait_until_live(elsewhere)
+    first = post("one")
+    expect(bell(elsewhere)).to_have_text("1")
+    there = visit(address(cast, cast.general), cast.vip)
+    expect(message(there, first)).to_be_visible()
+    for page in (there, elsewhere):
+        expect(bell(page)).to_be_hidden()
+    wait_until_live(there)
+    second = post("two")
+    expect(message(there, second)).to_be_visible()
+    expect(there.locator("#toast")).to_be_empty()
+    for page in (there, elsewhere):
+        expect(bell(page)).to_be_hidden()
+
+
+def test_a_window_that_nobody_looks_at_reads_nothing(visit, worker, cast, post) -> None:
+    page = visit("/login", cast.vip)
+    page.add_init_script(WITHOUT_FOCUS)
+    page.goto(address(cast, cast.general))
+    wait_until_live(page)
+    number = post("look")
+    expect(message(page, number)).to_be_visible()
+    expect(bell(page)).to_have_text("1")
+    page.wait_for_timeout(800)  # longer than the page waits before it marks what was seen
+    expect(bell(page)).to_have_text("1")
+    page.evaluate("() => { document.hasFocus = () => true; window.dispatchEvent(new Event('focus')); }")
+    expect(bell(page)).to_be_hidden()
+
+
+def test_a_toast_leads_to_the_message_and_goes_when_told_to(visit, worker, cast, post) -> None:
+    page = visit("/inbox", cast.vip)
+    page.get_by_role("link", name="#announcements").click()
+    wait_until_live(page)
+    toast = page.locator("#toast")
+
+    def tell(text: str) -> int:
+        number = post(text)
+        expect(toast).to_contain_text(text)
+        return number
+
+    tell("away by the button")
+    toast.get_by_role("button", name="Dismiss").click()
+    expect(toast).to_be_empty()
+    tell("away by the keyboard")
+    page.keyboard.press("Escape")
+    expect(toast).to_be_empty()
+    number = tell("go there, @vera")
+    expect(toast).to_contain_text("You were mentioned in Golden Signals #general")
+    toast.get_by_role("link").click()
+    page.wait_for_url(f"**/channels/{cast.general}#message-{number}")
+    expect(message(page, number)).to_be_in_viewport()
+    expect(toast).to_be_empty()
+
+
+def test_signing_out_ends_it(visit, faults, cast) -> None:
+    faults.expect("status of 401")
+    faults.allow("ERR_INCOMPLETE_CHUNKED_ENCODING")  # the stream is cut off
+    page = visit(address(cast, cast.general), cast.subscriber)
+    wait_until_live(page)
+    other: Page = page.context.new_page()
+    other.goto(address(cast, cast.general))
+    other.get_by_role("button", name="Sign out").click()
+    expect(other.get_by_role("button", name="Sign in")).to_be_visible()
+    expect(page.locator("#connection")).to_contain_text("Signed out")
+    page.get_by_role("link", name="Sign in again").click()
+    expect(page).to_have_url(re.compile(r"/login\?next="))

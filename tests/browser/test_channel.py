@@ -1,0 +1,160 @@
+"""A channel's page: the list of channels, older and newer messages, and links to a message."""
+
+import re
+
+import pytest
+from playwright.sync_api import Page, expect
+
+from belfry.timeline import STRETCH
+from models import Message
+from tests.browser.browsing import address, composer, message, shown, wait_until_live, watch_requests
+from tests.processes import wait_until
+
+HALF = STRETCH // 2
+
+
+def scroll_to(page: Page, where: str) -> None:
+    page.locator("#log").evaluate(f"log => log.scrollTo(0, {where})")
+
+
+@pytest.fixture
+def written(post) -> list[int]:
+    """More messages than a page has; their ids, oldest first."""
+    return [post(f"number {number}") for number in range(2 * STRETCH + 20)]
+
+
+def test_the_channels_are_a_list_of_links(visit, worker, cast, post) -> None:
+    page = visit("/", cast.vip)
+    channels = page.get_by_role("navigation", name="Channels")
+    names = channels.get_by_role("list", name="Golden Signals").get_by_role("link")
+    expect(names).to_have_text([re.compile("#general"), re.compile("#announcements"), re.compile("#vault private")])
+    expect(channels.get_by_role("link", name="#general")).to_have_attribute("aria-current", "page")
+    wait_until_live(page)
+    post("look", cast.announcements, cast.admin)
+    expect(channels.get_by_role("link", name="#announcements 1 unread")).to_be_visible()
+    channels.get_by_role("link", name="#announcements").click()
+    expect(page.get_by_role("heading", level=1)).to_have_text("#announcements Golden Signals")
+    expect(channels.get_by_role("link", name="#announcements")).to_have_attribute("aria-current", "page")
+    expect(channels.locator(".count:visible")).to_have_count(0)
+    expect(channels.get_by_role("link", name="API")).to_have_attribute("href", "/docs")
+    expect(channels.get_by_role("link", name="Queues")).to_have_count(0)
+    expect(page.get_by_text("Nothing has been written")).to_be_hidden()
+    channels.get_by_role("link", name="#vault").click()
+    expect(page.get_by_text("Nothing has been written here yet.")).to_be_visible()
+
+
+def test_an_admin_finds_the_queues(visit, cast) -> None:
+    page = visit("/", cast.admin)
+    page.get_by_role("link", name="Queues").click()
+    expect(page).to_have_url(re.compile("/rq/"))
+
+
+def test_older_messages_come_as_one_scrolls_up(visit, cast, written) -> None:
+    page = visit(address(cast, cast.general), cast.subscriber)
+    expect(message(page, written[-1])).to_be_in_viewport()
+    assert shown(page) == written[-STRETCH:]
+    top = message(page, written[-STRETCH])
+    scroll_to(page, "-log.scrollHeight")
+    wait_until(lambda: shown(page) == written[-2 * STRETCH :], "older messages")
+    expect(top).to_be_in_viewport()  # what one looks at stays in its place
+    page.get_by_role("link", name="Older messages").click()
+    wait_until(lambda: shown(page) == written, "all messages")
+    expect(page.get_by_role("link", name="Older messages")).to_have_count(0)
+
+
+def test_a_link_leads_to_an_old_message_and_on_to_the_newest(visit, cast, written) -> None:
+    page = visit(address(cast, cast.general, f"#message-{written[40]}"), cast.subscriber)
+    page.wait_for_url(f"**?around={written[40]}#message-{written[40]}")
+    expect(message(page, written[40])).to_be_in_viewport()
+    assert shown(page) == written[40 - HALF + 1 : 40 + HALF + 1]
+
+    page.get_by_role("link", name="Newer messages").click()
+    page.wait_for_url(f"**?after={written[40 + HALF]}#messages")
+    assert shown(page) == written[40 + HALF + 1 :][:STRETCH]
+    expect(message(page, written[40 + HALF + 1])).to_be_in_viewport()  # one goes on reading where one was
+    page.get_by_role("link", name="The newest").click()
+    page.wait_for_url(re.compile(r"/channels/\d+$"))
+    expect(message(page, written[-1])).to_be_in_viewport()
+
+    page.go_back()
+    page.go_back()
+    expect(message(page, written[40])).to_be_in_viewport()
+    page.get_by_role("button", name="To the newest").click()
+    page.wait_for_url(re.compile(r"/channels/\d+$"))
+    expect(message(page, written[-1])).to_be_in_viewport()
+
+
+def test_who_has_written_much_that_is_not_told_yet_asks_little(visit, cast, written) -> None:
+    page = visit("/docs", cast.subscriber)
+    asked = watch_requests(page, "fetch")
+    page.goto(address(cast, cast.general))
+    expect(page.locator("#messages progress")).to_have_count(5)
+    page.wait_for_timeout(3_000)
+    runs = {url for url in asked() if "/api/runs/" in url}
+    assert len(runs) == 5
+    assert len(asked()) < 40
+
+
+def test_a_message_links_to_itself(visit, cast, written) -> None:
+    page = visit(address(cast, cast.general), cast.subscriber)
+    message(page, written[-3]).locator("a.when").click()
+    page.wait_for_url(f"**?around={written[-3]}#message-{written[-3]}")
+    expect(message(page, written[-3])).to_be_in_viewport()
+
+
+def test_a_message_that_is_gone_is_said_to_be(visit, cast, post) -> None:
+    gone, _ = post("one"), post("two")
+    Message.update(deleted_at=Message.created_at).where(Message.id == gone).execute()
+    page = visit(address(cast, cast.general, f"#message-{gone}"), cast.subscriber)
+    expect(page.get_by_text("This message is not there any more.")).to_be_visible()
+
+
+def test_new_messages_wait_for_who_reads_old_ones(visit, worker, cast, written, post) -> None:
+    page = visit(address(cast, cast.general), cast.vip)
+    wait_until_live(page)
+    new = page.get_by_role("button", name="New messages")
+    scroll_to(page, "-600")
+    reading = page.locator("#messages li").nth(STRETCH // 2)
+    before = reading.bounding_box()
+    number = post("look")
+    expect(new).to_be_visible()
+    assert reading.bounding_box() == before
+    new.click()
+    expect(message(page, number)).to_be_in_viewport()
+    expect(new).to_be_hidden()
+    following = post("and look")
+    expect(message(page, following)).to_be_in_viewport()  # who is at the end stays there
+    expect(new).to_be_hidden()
+
+
+def test_a_muted_channel_is_live_without_being_told(visit, worker, cast, post, api) -> None:
+    api(cast.vip).put(f"/api/channels/{cast.general}/preference", json={"level": "none"})
+    page = visit(address(cast, cast.general), cast.vip)
+    wait_until_live(page)
+    number = post("look")
+    expect(message(page, number)).to_be_in_viewport()
+
+
+def test_who_is_in_no_server_is_told_so(visit, cast) -> None:
+    page = visit("/", cast.stranger)
+    expect(page.get_by_role("heading", name="No channels yet")).to_be_visible()
+    expect(page.get_by_text("in no server")).to_be_visible()
+    page.get_by_role("button", name="Sign out").click()
+    expect(page.get_by_role("button", name="Sign in")).to_be_visible()
+
+
+@pytest.mark.parametrize("who", ["subscriber", "lapsed"])
+def test_who_may_not_post_reads_why(visit, cast, who) -> None:
+    page = visit(address(cast, cast.announcements), cast.everybody[who])
+    expect(page.locator("#may-not-post")).to_have_text(
+        "Only admins post in #announcements. You may read along."
+        if who == "subscriber"
+        else "Only admins post in #announcements. Being told needs an active subscription; reading does not."
+    )
+    expect(composer(page)).to_have_count(0)
+
+
+def test_who_has_no_subscription_reads_that_nothing_is_live(visit, cast) -> None:
+    page = visit(address(cast, cast.general), cast.lapsed)
+    expect(page.get_by_text("Live updates need an active subscription")).to_be_visible()
+    expect(page.locator("#connection")).to_have_text(re.compile("Not live"))

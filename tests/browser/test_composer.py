@@ -1,0 +1,195 @@
+"""Writing: what is sent, and how; whom one mentions; and what is said when it cannot be."""
+
+import re
+
+import pytest
+from playwright.sync_api import Locator, Page, expect
+
+from models import Message
+from tests.browser.browsing import address, composer, shown
+
+ONE_AN_HOUR = {"RATE_LIMIT_MESSAGES": "1 per hour"}
+
+
+def suggestions(page: Page) -> Locator:
+    return page.get_by_role("listbox", name="Who can be mentioned").get_by_role("option")
+
+
+def status(page: Page) -> Locator:
+    return page.locator("#compose-status")
+
+
+def contents() -> list[str]:
+    """What has been posted, in order."""
+    return [message.content for message in Message.select().order_by(Message.id)]
+
+
+@pytest.fixture
+def page(visit, cast) -> Page:
+    return visit(address(cast, cast.general), cast.subscriber)
+
+
+def test_the_button_and_enter_send_and_shift_enter_does_not(page) -> None:
+    field = composer(page)
+    field.fill("by the button")
+    page.get_by_role("button", name="Send").click()
+    expect(page.locator("#messages li .content").last).to_have_text("by the button")
+    expect(field).to_be_empty()
+    field.press_sequentially("first line")
+    field.press("Shift+Enter")
+    field.press_sequentially("second line")
+    expect(field).to_have_value("first line\nsecond line")
+    expect(field).to_have_attribute("rows", "2")
+    field.press("Enter")
+    expect(page.locator("#messages li .content").last).to_have_text(re.compile("first line\\s*second line"))
+    expect(field).to_be_empty()
+    expect(field).to_be_focused()
+    expect(field).to_have_attribute("rows", "1")
+    assert contents() == ["by the button", "first line\nsecond line"]
+
+
+def test_nothing_is_not_sent(page) -> None:
+    for empty in ("", "  ", "\n\n"):
+        composer(page).fill(empty)
+        composer(page).press("Enter")
+    page.get_by_role("button", name="Send").click()
+    composer(page).fill("something")
+    composer(page).press("Enter")
+    expect(page.locator("#messages li")).to_have_count(1)
+    assert contents() == ["something"]
+
+
+def test_enter_twice_sends_once(page) -> None:
+    composer(page).fill("once")
+    composer(page).press("Enter")
+    composer(page).press("Enter")
+    expect(page.locator("#messages li")).to_have_count(1)
+    expect(composer(page)).to_be_empty()
+    assert contents() == ["once"]
+
+
+def test_a_name_is_completed_by_keyboard(page) -> None:
+    field, options = composer(page), suggestions(page)
+    field.press_sequentially("look, @")
+    expect(options).to_have_count(5)  # who sees the channel
+    field.press_sequentially("v")
+    expect(options).to_have_text(["@vera Vera"])
+    expect(page.locator("#suggestions-status")).to_have_text("One suggestion.")
+    expect(field).to_have_attribute("aria-activedescendant", "suggestions-0")
+    field.press("Enter")
+    expect(field).to_have_value("look, @vera ")
+    expect(options).to_have_count(0)
+
+    field.press_sequentially("and @")
+    expect(options.first).to_have_attribute("aria-selected", "true")
+    field.press("ArrowUp")
+    expect(options.last).to_have_attribute("aria-selected", "true")
+    field.press("ArrowDown")
+    field.press("ArrowDown")
+    expect(options.nth(1)).to_have_attribute("aria-selected", "true")
+    chosen = options.nth(1).locator("strong").inner_text()
+    field.press("Tab")
+    expect(field).to_have_value(f"look, @vera and {chosen} ")
+    expect(field).to_be_focused()
+
+    field.press_sequentially("or @m")
+    expect(options).to_have_count(1)
+    field.press("Escape")
+    expect(options).to_have_count(0)
+    expect(field).to_have_value(f"look, @vera and {chosen} or @m")
+    field.press("Enter")
+    expect(page.locator("#messages .mention")).to_have_text(["@vera", chosen])
+
+
+def test_a_name_is_completed_by_mouse_in_the_midst_of_a_text(page) -> None:
+    field = composer(page)
+    field.press_sequentially("look, : gold")
+    for _ in range(len(": gold")):
+        field.press("ArrowLeft")
+    field.press_sequentially("@mo")
+    suggestions(page).filter(has_text="@moira").click()
+    expect(field).to_have_value("look, @moira : gold")
+    expect(field).to_be_focused()
+    field.press_sequentially("please")
+    expect(field).to_have_value("look, @moira please: gold")
+
+
+def test_an_address_completes_nothing(page) -> None:
+    with page.expect_request("**/members?*") as asked:
+        composer(page).press_sequentially("me@v @v")
+    assert "prefix=v" in asked.value.url or "prefix=" in asked.value.url
+    expect(suggestions(page)).to_have_count(1)
+    composer(page).fill("me@v")
+    expect(suggestions(page)).to_have_count(0)
+
+
+def test_who_moderates_may_mention_groups(visit, cast) -> None:
+    page = visit(address(cast, cast.general), cast.moderator)
+    composer(page).press_sequentially("@")
+    expect(suggestions(page).filter(has_text="@everyone")).to_be_visible()
+    expect(suggestions(page).filter(has_text="@vip")).to_be_visible()
+
+
+def test_a_mention_that_reaches_nobody_is_said(page) -> None:
+    composer(page).fill("hello @bobby")
+    composer(page).press("Enter")
+    expect(status(page)).to_have_text("@bobby is nobody in this server")
+    expect(status(page)).not_to_have_class("wrong")
+    composer(page).press_sequentially("x")
+    expect(status(page)).to_be_empty()
+
+
+@pytest.mark.parametrize("site", [ONE_AN_HOUR], indirect=True)
+def test_too_many_are_refused_and_the_text_stays(page, faults) -> None:
+    faults.expect("status of 429")
+    for text in ("one", "one too many"):
+        composer(page).fill(text)
+        composer(page).press("Enter")
+        expect(page.locator("#messages li")).to_have_count(1)
+    expect(status(page)).to_contain_text("Too many requests: 1 per 1 hour")
+    expect(status(page)).to_have_class("wrong")
+    expect(composer(page)).to_have_value("one too many")
+
+
+def test_what_is_too_long_is_refused_whole(page, faults) -> None:
+    faults.expect("status of 422")
+    composer(page).fill("x" * 10_001)
+    composer(page).press("Enter")
+    expect(status(page)).to_have_text("Must have 1 to 10,000 characters after trimming.")
+    assert len(composer(page).input_value()) == 10_001  # a text that is cut in silence is another text
+    composer(page).fill("🪙" * 10_000)
+    composer(page).press("Enter")
+    expect(page.locator("#messages li")).to_have_count(1)
+    assert [len(content) for content in contents()] == [10_000]
+
+
+def test_a_draft_is_there_again(page, cast) -> None:
+    composer(page).fill("a beginning")
+    page.get_by_role("link", name="Inbox").click()
+    page.get_by_role("link", name="#general").click()
+    expect(composer(page)).to_have_value("a beginning")
+    page.reload()
+    expect(composer(page)).to_have_value("a beginning")
+    composer(page).press("Enter")
+    expect(composer(page)).to_be_empty()
+    page.reload()
+    expect(composer(page)).to_be_empty()
+
+
+def test_who_writes_while_reading_old_messages_sees_what_was_written(visit, cast, post) -> None:
+    ids = [post(f"number {number}") for number in range(60)]
+    page = visit(address(cast, cast.general, f"?around={ids[5]}#message-{ids[5]}"), cast.subscriber)
+    composer(page).fill("new")
+    composer(page).press("Enter")
+    expect(page.locator("#messages li .content").last).to_have_text("new")
+    expect(page.locator("#messages li").last).to_be_in_viewport()
+    assert len(shown(page)) > 1
+
+
+def test_a_channel_that_is_closed_meanwhile_is_said(page, faults, cast, api) -> None:
+    faults.expect("status of 403")
+    assert api(cast.admin).patch(f"/api/channels/{cast.general}", json={"posting": "admins"}).status_code == 200
+    composer(page).fill("hello")
+    composer(page).press("Enter")
+    expect(status(page)).to_contain_text("Only admins post in #general")
+    expect(composer(page)).to_have_value("hello")
