@@ -47,7 +47,9 @@ if (inbox) {
   inbox.tabIndex = -1;
   inbox.addEventListener('submit', markRead);
   const all = document.querySelector('#mark-all button');
+  const current = document.querySelector('.filters [aria-current]');
   live.addEventListener('unread', ({ detail }) => {
+    if (!detail.unread && document.activeElement === all) current.focus(); // what is disabled cannot have it
     all.disabled = !detail.unread;
     if (first) lookSoon();
   });

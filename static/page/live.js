@@ -13,7 +13,7 @@ export const live = new EventTarget();
 let source = null;
 let silence, later, hiding;
 let state = 'connecting';
-let isNew = true; // the page knows all that was before it
+let isNew = true; // the page knows nearly all that was before
 
 const emit = (name, detail) => live.dispatchEvent(new CustomEvent(name, { detail }));
 const isOver = () => state === 'unsubscribed' || state === 'signed-out';
@@ -60,15 +60,22 @@ function open() {
   const mine = new EventSource(ADDRESS);
   source = mine;
   let resumes = false;
+  let hears = false;
   const hear = (name, act) => mine.addEventListener(name, (event) => { listen(); act(event); });
-  hear('open', () => {
-    say('live');
-    if (!isNew) emit(resumes ? 'tick' : 'reset'); // the browser resumes where it was; another stream begins now
-    isNew = false;
-    resumes = true;
-  });
+  hear('open', () => { hears = false; });
   hear('notification', (event) => emit('notification', JSON.parse(event.data)));
-  hear('unread', (event) => emit('unread', JSON.parse(event.data)));
+  // The count is the first thing that everybody is sent who is met. What came between the page, or the stream before,
+  // and this moment has no event: look for it. The browser resumes where it was; with another stream all begins anew.
+  hear('unread', (event) => {
+    if (!hears) {
+      hears = true;
+      say('live');
+      emit(isNew || resumes ? 'tick' : 'reset');
+      isNew = false;
+      resumes = true;
+    }
+    emit('unread', JSON.parse(event.data));
+  });
   hear('reset', () => emit('reset'));
   hear('ping', () => emit('tick'));
   mine.addEventListener('error', () => {

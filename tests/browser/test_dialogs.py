@@ -1,0 +1,236 @@
+"""The three dialogs of a channel: what to be notified of, who was told, and why."""
+
+import re
+
+import pytest
+from playwright.sync_api import Locator, Page, expect
+
+from models import Preference, Run
+from tests.browser.browsing import address, bell, message, wait_until_live
+from tests.processes import a_worker, wait_until
+
+
+def opened(page: Page, title: str) -> Locator:
+    return page.get_by_role("dialog", name=title)
+
+
+def stored(person) -> tuple[str, bool] | None:
+    """The level, and whether it is muted, as the database has it."""
+    found = Preference.get_or_none(Preference.user_id == person.id)
+    return found and (found.level, found.muted_until is not None)
+
+
+# What to be notified of -------------------------------------------------------------------------------------
+
+
+def test_every_setting_says_what_it_does(visit, cast) -> None:
+    page = visit(address(cast, cast.general), cast.vip)
+    button = page.get_by_role("button", name="Notifications from #general:")
+    expect(button).to_contain_text("All messages")
+    button.click()
+    dialog = opened(page, "Notifications from #general")
+    effect = dialog.get_by_role("status")
+    expect(effect).to_have_text("You are told of every message here.")
+    expect(dialog.get_by_label("every message")).to_be_checked()
+    assert stored(cast.vip) is None
+
+    def choose(level: str, says: str, short: str, value: str) -> None:
+        dialog.get_by_label(level, exact=True).check()
+        expect(effect).to_contain_text(says)
+        expect(button).to_contain_text(short)
+        assert stored(cast.vip) == (value, False)
+
+    choose("mentions only", "only of messages that mention you", "Mentions only", "mentions")
+    choose("nothing", "a mention does not get through either", "Nothing", "none")
+    choose("every message", "You are told of every message here.", "All messages", "all")
+
+    unmute = dialog.get_by_role("button", name="Unmute")
+    expect(unmute).to_be_hidden()
+    for name in ("For an hour", "For a day", "Until morning"):
+        dialog.get_by_role("button", name=name).click()
+        expect(effect).to_contain_text(re.compile("Until .+ only a mention of your name gets through"))
+        expect(button).to_contain_text(re.compile("Muted until .*[0-9]:[0-9]{2}"))
+        assert stored(cast.vip) == ("all", True)
+        unmute.click()
+        expect(effect).to_have_text("You are told of every message here.")
+        expect(dialog.get_by_role("button", name="For an hour")).to_be_focused()
+        assert stored(cast.vip) == ("all", False)
+    dialog.get_by_role("button", name="For a day").click()
+    dialog.get_by_label("mentions only").check()
+    expect(effect).to_contain_text("after that, all that mention you again")
+    assert stored(cast.vip) == ("mentions", True)
+
+    dialog.get_by_role("button", name="Close").click()
+    expect(dialog).to_be_hidden()
+    expect(button).to_be_focused()
+    page.reload()
+    expect(button).to_contain_text("Muted until")
+
+
+def test_a_mute_ends_by_itself(visit, cast) -> None:
+    page = visit("/login", cast.vip)
+    page.clock.install()
+    page.goto(address(cast, cast.general))
+    button = page.get_by_role("button", name="Notifications from #general:")
+    button.click()
+    page.get_by_role("button", name="For an hour").click()
+    expect(button).to_contain_text("Muted until")
+    page.clock.run_for(3_602_000)
+    expect(button).to_contain_text("All messages")
+
+
+def test_morning_is_the_next_one(visit, cast) -> None:
+    page = visit("/login", cast.vip, timezone_id="Pacific/Auckland")
+    page.goto(address(cast, cast.general))
+    page.get_by_role("button", name="Notifications from #general:").click()
+    with page.expect_response("**/preference") as answered:
+        page.get_by_role("button", name="Until morning").click()
+    until = answered.value.json()["muted_until"]
+    hour, ahead = page.evaluate(
+        "until => [new Date(until).getHours(), (new Date(until) - Date.now()) / 3_600_000]", until
+    )
+    assert hour == 8
+    assert 0 < ahead <= 25
+
+
+def test_what_is_set_is_what_one_is_told(visit, worker, cast, post) -> None:
+    page = visit(address(cast, cast.general), cast.vip)
+    page.get_by_role("button", name="Notifications from #general:").click()
+    page.get_by_label("mentions only").check()
+    expect(page.locator("#effect")).to_contain_text("only of messages that mention you")
+    page.keyboard.press("Escape")
+    page.get_by_role("link", name="#announcements").click()
+    wait_until_live(page)
+    post("not for vera")
+    post("for @vera")
+    expect(page.locator("#toast")).to_contain_text("for @vera")
+    expect(bell(page)).to_have_text("1")
+
+
+def test_a_setting_that_cannot_be_kept_is_said_and_not_shown(visit, faults, cast) -> None:
+    page = visit(address(cast, cast.general), cast.vip)
+    page.get_by_role("button", name="Notifications from #general:").click()
+    page.context.set_offline(True)
+    faults.allow("ERR_INTERNET_DISCONNECTED")
+    page.get_by_label("nothing", exact=True).click()
+    expect(page.locator("#effect")).to_have_text("Belfry cannot be reached. Are you online?")
+    expect(page.get_by_label("every message")).to_be_checked()
+
+
+@pytest.mark.parametrize(
+    ("who", "channel", "says"),
+    [
+        ("lapsed", "general", "that needs an active subscription"),
+        ("admin", "vault", "no role of yours opens this channel"),
+    ],
+)
+def test_who_is_told_of_nothing_reads_so(visit, cast, who, channel, says) -> None:
+    page = visit(address(cast, getattr(cast, channel)), cast.everybody[who])
+    page.get_by_role("button", name=re.compile("^Notifications from #")).click()
+    expect(page.locator("#effect")).to_contain_text(says)
+
+
+# Who was told -----------------------------------------------------------------------------------------------
+
+
+def test_the_telling_is_seen_under_way_and_then_counted(visit, cast, post) -> None:
+    number = post("gold breaks out, @vera")
+    page = visit(address(cast, cast.general), cast.subscriber)
+    expect(message(page, number).get_by_role("progressbar")).to_be_visible()
+    message(page, number).get_by_role("button", name="Who was told").click()
+    dialog = opened(page, "Who was told")
+    expect(dialog.locator(".excerpt")).to_have_text("gold breaks out, @vera")
+    expect(dialog.get_by_role("status")).to_have_text("Waiting for its turn …")
+    Run.update(state="running", done=2, total=5).execute()
+    expect(dialog.get_by_role("status")).to_have_text("Telling …")
+    expect(dialog.get_by_role("progressbar")).to_have_js_property("value", 2)
+    expect(message(page, number).get_by_role("progressbar")).to_have_js_property("max", 5)
+    Run.update(state="queued", done=0, total=None).execute()
+    with a_worker():
+        expect(dialog.get_by_role("status")).to_have_text("3 of 5 members were told.")
+    expect(dialog.get_by_role("progressbar")).to_be_hidden()
+    rows = dialog.locator("tr:has([scope=row])")
+    expect(rows).to_have_text(
+        [
+            re.compile("want every message *2"),
+            re.compile("were mentioned by name *1"),
+            re.compile("wrote it *1"),
+            re.compile("have no active subscription *1"),
+        ],
+    )
+    page.keyboard.press("Escape")
+    expect(dialog).to_be_hidden()
+    expect(message(page, number)).to_contain_text("3 told")
+
+
+def test_only_the_author_and_admins_are_offered_it(visit, cast, post, run_jobs) -> None:
+    number = post("hello")
+    run_jobs()
+    for name, offered in (("subscriber", 1), ("admin", 1), ("vip", 0), ("moderator", 0)):
+        page = visit(address(cast, cast.general), cast.everybody[name])
+        expect(message(page, number).get_by_role("button", name="Who was told")).to_have_count(offered)
+
+
+def test_a_dialog_closes_by_a_click_beside_it(visit, cast, post, run_jobs) -> None:
+    number = post("hello")
+    run_jobs()
+    page = visit(address(cast, cast.general), cast.subscriber)
+    message(page, number).get_by_role("button", name="Who was told").click()
+    dialog = opened(page, "Who was told")
+    dialog.get_by_role("status").click()
+    expect(dialog).to_be_visible()
+    page.mouse.click(5, 5)
+    expect(dialog).to_be_hidden()
+
+
+# Why --------------------------------------------------------------------------------------------------------
+
+
+def test_why_in_a_sentence_of_the_reader(visit, cast, post, run_jobs) -> None:
+    number = post("gold breaks out, @vera")
+    run_jobs()
+    for name, says in (
+        ("vip", r"^You were told at .*: you were mentioned by name"),
+        ("subscriber", r"^You were not told: you wrote"),
+        ("lapsed", r"^You were not told: you are not an admin, and have no subscription"),
+    ):
+        page = visit(address(cast, cast.general), cast.everybody[name])
+        message(page, number).get_by_role("button", name="Why?").click()
+        dialog = opened(page, "Why?")
+        expect(dialog.locator("#why-answer")).to_have_text(re.compile(says))
+        expect(dialog.locator(".excerpt")).to_have_text("gold breaks out, @vera")
+        expect(dialog.get_by_role("combobox")).to_have_count(0)
+
+
+def test_an_admin_asks_about_anybody(visit, cast, post, run_jobs) -> None:
+    number = post("gold breaks out, @vera")
+    run_jobs()
+    page = visit(address(cast, cast.general), cast.admin)
+    message(page, number).get_by_role("button", name="Why?").click()
+    dialog = opened(page, "Why?")
+    answer, field = dialog.locator("#why-answer"), dialog.get_by_role("combobox", name="And somebody else?")
+    expect(answer).to_have_text(re.compile("^You were told at "))
+    field.press_sequentially("ve")
+    options = dialog.get_by_role("option")
+    expect(options).to_have_text(["@vera Vera"])
+    expect(field).to_have_attribute("aria-expanded", "true")
+    field.press("Enter")
+    expect(answer).to_have_text(re.compile("^@vera was told at .*: they were mentioned by name"))
+    field.fill("lars")
+    expect(options).to_have_count(1)
+    options.click()
+    expect(answer).to_have_text(re.compile("^@lars was not told: "))
+    field.fill("nobody")
+    dialog.get_by_role("button", name="Ask").click()
+    expect(answer).to_have_text("There is nobody called @nobody.")
+
+
+def test_somebody_outside_of_the_server_was_not_told(visit, faults, cast, post) -> None:
+    faults.expect("status of 404")
+    number = post("hello")
+    page = visit(address(cast, cast.general), cast.admin)
+    message(page, number).get_by_role("button", name="Why?").click()
+    page.get_by_role("combobox").fill("@stan")
+    page.get_by_role("button", name="Ask").click()
+    wait_until(lambda: "stan" not in page.locator("#why-answer").inner_text(), "an answer")
+    expect(page.locator("#why-answer")).to_contain_text("is a member of the message's server")

@@ -1,0 +1,106 @@
+"""The inbox in a browser: what is unread, marking it read, and the way to a message."""
+
+import re
+
+import pytest
+from playwright.sync_api import Locator, Page, expect
+
+from tests.browser.browsing import address, bell, message, shown, wait_until_live
+from tests.processes import wait_until
+
+
+def item(page: Page, message_id: int) -> Locator:
+    return page.locator(f"#notifications li[data-id='{message_id}']")
+
+
+@pytest.fixture
+def told(post, cast, run_jobs) -> list[int]:
+    """Three messages of which vera was told, the last one mentioning her; their ids."""
+    ids = [post("gold breaks out"), post("silver follows", cast.announcements, cast.admin), post("look, @vera")]
+    run_jobs()
+    return ids
+
+
+def test_one_is_marked_read_and_then_all(visit, cast, told) -> None:
+    page = visit("/inbox", cast.vip)
+    assert shown(page) == told[::-1]
+    expect(bell(page)).to_have_text("3")
+    expect(item(page, told[2]).locator(".tag")).to_have_text("you")
+    item(page, told[1]).get_by_role("button", name="Mark read").click()
+    expect(bell(page)).to_have_text("2")
+    expect(item(page, told[1]).get_by_role("button")).to_have_count(0)
+    expect(item(page, told[1]).get_by_role("link")).to_be_focused()  # the button is gone, and the place is kept
+
+    page.get_by_role("link", name="Unread", exact=True).click()
+    page.wait_for_url("**/inbox?unread=1")
+    expect(page.get_by_role("link", name="Unread", exact=True)).to_have_attribute("aria-current", "page")
+    assert shown(page) == [told[2], told[0]]
+    item(page, told[2]).get_by_role("button", name="Mark read").click()
+    wait_until(lambda: shown(page) == [told[0]], "one that is unread")
+    expect(item(page, told[0]).get_by_role("link")).to_be_focused()
+    page.get_by_role("button", name="Mark all read").click()
+    expect(page.get_by_text("Nothing unread.")).to_be_visible()
+    expect(page.get_by_role("button", name="Mark all read")).to_be_disabled()
+    expect(bell(page)).to_be_hidden()
+    expect(page).to_have_title("Inbox – Belfry")
+    page.get_by_role("link", name="All", exact=True).click()
+    wait_until(lambda: shown(page) == told[::-1], "all of them")
+    expect(page.get_by_role("button", name=re.compile("Mark read"))).to_have_count(0)
+
+
+def test_what_is_told_meanwhile_comes_in(visit, worker, cast, told, post) -> None:
+    page = visit("/inbox", cast.vip)
+    wait_until_live(page)
+    page.get_by_role("button", name="Mark all read").click()
+    expect(page.get_by_role("button", name="Mark all read")).to_be_disabled()
+    number = post("and now?")
+    expect(item(page, number)).to_contain_text("Sam: and now?")
+    expect(page.get_by_role("button", name="Mark all read")).to_be_enabled()
+    expect(page.locator("#toast")).to_be_empty()  # it is in view
+
+
+def test_the_way_to_a_message_older_than_the_channels_page(visit, cast, told, post, run_jobs) -> None:
+    for number in range(60):
+        post(f"number {number}")
+    run_jobs()
+    page = visit(f"/inbox?before={told[2] + 1}", cast.vip)
+    item(page, told[2]).get_by_role("link").click()
+    page.wait_for_url(f"**?around={told[2]}#message-{told[2]}")
+    expect(message(page, told[2])).to_be_in_viewport()
+    expect(message(page, told[2]).locator(".tag")).to_have_text("mentions you")
+    expect(message(page, told[2]).locator(".mention.me")).to_have_text("@vera")
+
+
+def test_seeing_a_message_reads_it(visit, cast, told) -> None:
+    page = visit("/inbox", cast.vip)
+    item(page, told[1]).get_by_role("link").click()
+    expect(bell(page)).to_have_text("2")
+    page.get_by_role("link", name="#general").click()
+    expect(bell(page)).to_be_hidden()
+
+
+def test_older_ones_are_on_another_page(visit, cast, post, run_jobs) -> None:
+    ids = [post(f"number {number}") for number in range(60)]
+    run_jobs()
+    page = visit("/inbox", cast.vip)
+    assert shown(page) == ids[:-51:-1]
+    page.get_by_role("link", name="Older notifications").click()
+    page.wait_for_url("**/inbox?before=*")
+    assert shown(page) == ids[9::-1]
+
+
+def test_what_is_withdrawn_goes(visit, worker, cast, post, api) -> None:
+    page = visit("/inbox", cast.vip)
+    wait_until_live(page)
+    kept, gone = post("kept"), post("gone")
+    expect(item(page, gone)).to_be_visible()
+    api(cast.subscriber).delete(f"/api/messages/{gone}")
+    expect(item(page, gone)).to_have_count(0)
+    expect(item(page, kept)).to_be_visible()
+    expect(bell(page)).to_have_text("1")
+
+
+def test_an_empty_inbox_says_so(visit, cast) -> None:
+    page = visit("/inbox", cast.vip)
+    expect(page.get_by_text("Nothing yet. What you are told of comes here.")).to_be_visible()
+    expect(page.get_by_role("button", name="Mark all read")).to_be_disabled()
