@@ -84,7 +84,10 @@ class Reader:
             return True
 
     def close(self) -> None:
-        """End the connection. The browser comes back by itself."""
+        """End the answer, and the connection. The browser comes back by itself."""
+        if self.chunked and not self.unsent:  # in the midst of a chunk there is no end to say
+            with suppress(OSError):
+                self.socket.send(b"0\r\n\r\n")
         self.socket.close()
 
 

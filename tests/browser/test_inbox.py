@@ -5,7 +5,7 @@ import re
 import pytest
 from playwright.sync_api import Locator, Page, expect
 
-from tests.browser.browsing import address, bell, message, shown, wait_until_live
+from tests.browser.browsing import bell, message, shown, wait_until_live
 from tests.processes import wait_until
 
 

@@ -3,7 +3,7 @@
 import pytest
 from playwright.sync_api import expect
 
-from tests.browser.browsing import address, bell, composer, message, shown
+from tests.browser.browsing import bell, composer, message, shown
 
 QUIET = {"java_script_enabled": False}
 
