@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from redis.connection import parse_url
 
@@ -111,34 +112,24 @@ def a_web_process(*, through: tuple[str, ...] = (), **environment: str) -> Itera
         yield address
 
 
-class RedisGate:
-    """A door before Redis that tests can shut: connections through it are cut, and new ones are refused."""
+class Gate:
+    """A door before a server that tests can shut: connections through it are cut, and new ones are refused."""
 
-    def __init__(self, target_url: str) -> None:
-        self._target = parse_url(target_url)
-        self._directory = tempfile.TemporaryDirectory(prefix="belfry-gate-")
-        self._path = str(Path(self._directory.name) / "redis.sock")
-        password = self._target.get("password")
-        credentials = f"{self._target.get('username') or ''}:{password}@" if password else ""
-        self.url = f"unix://{credentials}{self._path}?db={self._target.get('db', 0)}"
+    def __init__(self) -> None:
         self._listener: socket.socket | None = None
         self._pairs: list[tuple[socket.socket, socket.socket]] = []
         self._lock = threading.Lock()
         self.open()
 
     def open(self) -> None:
-        listener = socket.socket(socket.AF_UNIX)
-        listener.bind(self._path)
-        listener.listen()
-        self._listener = listener
-        threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
+        self._listener = self._listen()
+        threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
 
     def shut(self) -> None:
         listener, self._listener = self._listener, None
         if listener:
             listener.shutdown(socket.SHUT_RDWR)
             listener.close()
-        Path(self._path).unlink(missing_ok=True)
         with self._lock:
             pairs, self._pairs = self._pairs, []
         for pair in pairs:
@@ -148,7 +139,54 @@ class RedisGate:
 
     def close(self) -> None:
         self.shut()
+
+    def _listen(self) -> socket.socket:
+        raise NotImplementedError
+
+    def _connect(self) -> socket.socket:
+        raise NotImplementedError
+
+    def _accept(self, listener: socket.socket) -> None:
+        while True:
+            try:
+                client, _ = listener.accept()
+            except OSError:
+                return
+            try:
+                pair = (client, self._connect())
+            except OSError:  # nobody is behind it
+                client.close()
+                continue
+            with self._lock:
+                self._pairs.append(pair)
+            threading.Thread(target=_forward, args=pair, daemon=True).start()
+
+
+class RedisGate(Gate):
+    """Before Redis: a Unix socket, whatever Redis itself listens at."""
+
+    def __init__(self, target_url: str) -> None:
+        self._target = parse_url(target_url)
+        self._directory = tempfile.TemporaryDirectory(prefix="belfry-gate-")
+        self._path = str(Path(self._directory.name) / "redis.sock")
+        password = self._target.get("password")
+        credentials = f"{self._target.get('username') or ''}:{password}@" if password else ""
+        self.url = f"unix://{credentials}{self._path}?db={self._target.get('db', 0)}"
+        super().__init__()
+
+    def shut(self) -> None:
+        super().shut()
+        Path(self._path).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        super().close()
         self._directory.cleanup()
+
+    def _listen(self) -> socket.socket:
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(self._path)
+        listener.listen()
+        return listener
 
     def _connect(self) -> socket.socket:
         if "path" in self._target:
@@ -157,16 +195,23 @@ class RedisGate:
             return upstream
         return socket.create_connection((self._target.get("host", "localhost"), self._target.get("port", 6379)))
 
-    def _accept(self, listener: socket.socket) -> None:
-        while True:
-            try:
-                client, _ = listener.accept()
-            except OSError:
-                return
-            pair = (client, self._connect())
-            with self._lock:
-                self._pairs.append(pair)
-            threading.Thread(target=_forward, args=pair, daemon=True).start()
+
+class WebGate(Gate):
+    """Before a web process: it keeps its address while it is shut."""
+
+    def __init__(self, target: str) -> None:
+        self.target = urlsplit(target)
+        self._port = 0
+        super().__init__()
+        self.address = f"http://127.0.0.1:{self._port}"
+
+    def _listen(self) -> socket.socket:
+        listener = socket.create_server(("127.0.0.1", self._port), backlog=64)
+        self._port = listener.getsockname()[1]
+        return listener
+
+    def _connect(self) -> socket.socket:
+        return socket.create_connection((self.target.hostname, self.target.port))
 
 
 def _forward(one: socket.socket, other: socket.socket) -> None:

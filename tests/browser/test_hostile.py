@@ -1,0 +1,139 @@
+"""Every vector of the published lists as a real message, and as a name: it is text, wherever the page shows it.
+
+That no dialog opens, nothing is asked of another host, the policy has nothing to refuse and nothing goes wrong is
+checked at the end of each test, as of all tests in a browser.
+"""
+
+import pytest
+from playwright.sync_api import Page, expect
+
+from models import Message
+from tests.browser.browsing import address, composer, message, shown, wait_until_live
+from tests.test_rendering import ALLOWED, VECTORS
+from views import limits
+
+PAGES = [*ALLOWED, "html", "head", "meta", "title", "link", "script", "body", "main", "nav", "header", "div", "h1", "h2"]
+PAGES += ["small", "svg", "path", "circle", "rect", "button", "form", "input", "label", "textarea", "kbd", "noscript"]
+PAGES += ["time", "dialog", "fieldset", "legend", "progress", "table", "caption", "thead", "tbody", "tr", "th", "td"]
+ATTRIBUTES = {"href", "rel", "class", "start"}
+KINDS = {group: next(vector for vector in vectors if len(vector) <= 90) for group, vectors in VECTORS.items()}
+
+LOOK = """() => {
+    const all = [...document.querySelectorAll("*")];
+    const contents = [...document.querySelectorAll(".content *")];
+    for (const element of document.querySelectorAll("main *, #toast *, dialog *"))
+        for (const kind of ["mouseover", "pointerenter", "error", "load", "toggle", "animationstart", "begin"])
+            element.dispatchEvent(new Event(kind));
+    const unique = (found) => [...new Set(found)];
+    return {
+        tags: unique(all.map((one) => one.localName)),
+        inside: unique(contents.map((one) => one.localName)),
+        attributes: unique(contents.flatMap((one) => one.getAttributeNames())),
+        handlers: unique(all.flatMap((one) => one.getAttributeNames()).filter((name) => /^on|^style$/.test(name))),
+        scripts: unique(all.filter((one) => one.localName === "script").map((one) => one.getAttribute("src"))),
+        leads: unique([...document.links].map((one) => one.protocol)),
+        texts: [...document.querySelectorAll(".notification .body")].map((one) => one.textContent),
+    };
+}"""
+
+
+def look(page: Page) -> list[str]:
+    """Checks all that is on the page now; what the notifications on it say."""
+    found = page.evaluate(LOOK)
+    assert set(found["tags"]) <= set(PAGES)
+    assert set(found["inside"]) <= ALLOWED.keys()
+    assert set(found["attributes"]) <= ATTRIBUTES
+    assert found["handlers"] == []
+    assert all(source.startswith("/static/page/") for source in found["scripts"])
+    assert set(found["leads"]) - {":"} <= {"http:", "https:", "mailto:"}
+    return found["texts"]
+
+
+@pytest.fixture(autouse=True)
+def _as_many_as_there_are(monkeypatch) -> None:
+    """The limit of messages is not what these tests are about."""
+    monkeypatch.setattr(limits, "_hit", lambda limit, scope: (1, 1, 0))
+
+
+def in_the_list(vector: str) -> str:
+    """What the inbox shows of it."""
+    text = vector.strip()
+    return "Sam: " + (text if len(text) <= 100 else text[:100] + "…")
+
+
+def test_every_vector_in_the_channel_and_in_the_inbox(visit, cast, post, run_jobs) -> None:
+    vectors = [vector for vectors in VECTORS.values() for vector in vectors if vector.strip() and "\0" not in vector]
+    ids = [post(vector) for vector in vectors]
+    run_jobs()
+    assert len(ids) > 500
+    page = visit(address(cast, cast.general), cast.vip)
+    seen = shown(page)
+    look(page)
+    while page.locator("#older").count():
+        page.goto(address(cast, cast.general, f"?before={seen[0]}"))
+        seen = shown(page) + seen
+        look(page)
+    assert seen == ids
+
+    page.goto("/inbox")
+    texts = look(page)
+    while page.get_by_role("link", name="Older notifications").count():
+        page.get_by_role("link", name="Older notifications").click()
+        texts += look(page)
+    assert len(texts) == len(ids)
+    for text, vector in zip(texts[::-1], vectors, strict=True):
+        assert text.split() == in_the_list(vector).split()
+
+
+def test_one_of_each_kind_as_it_comes_in(visit, worker, cast) -> None:
+    writer = visit(address(cast, cast.general), cast.subscriber)
+    there = visit(address(cast, cast.general), cast.vip)
+    elsewhere = visit(address(cast, cast.announcements), cast.moderator)
+    inbox = visit("/inbox", cast.admin)
+    for page in (there, elsewhere, inbox):
+        wait_until_live(page)
+    for number, vector in enumerate(KINDS.values(), start=1):
+        composer(writer).fill(vector)
+        writer.get_by_role("button", name="Send").click()
+        for page in (writer, there):
+            expect(page.locator("#messages li")).to_have_count(number)
+        expect(elsewhere.locator("#toast span")).to_have_text(in_the_list(vector))
+        expect(inbox.locator("#notifications li")).to_have_count(number)
+        for page in (writer, there, elsewhere, inbox):
+            look(page)
+    last = Message.select().order_by(Message.id.desc()).first()
+    for page, button in ((there, "Why?"), (writer, "Who was told")):
+        message(page, last.id).get_by_role("button", name=button).click()
+        expect(page.locator("dialog[open] .excerpt")).to_be_visible()
+        look(page)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_names(visit, worker, cast, post, api, kind) -> None:
+    hostile = KINDS[kind].strip()
+    ada = api(cast.admin)
+    assert ada.patch(f"/api/channels/{cast.general}", json={"name": hostile}).status_code == 200
+    for person in (cast.subscriber, cast.vip):
+        assert ada.patch(f"/api/users/{person.id}", json={"name": hostile}).status_code == 200
+    number = post(f"{hostile} @vera")
+    page = visit(address(cast, cast.general), cast.vip)
+    expect(page.locator("h1")).to_contain_text(hostile)
+    expect(page.locator(".person strong")).to_have_text(hostile)
+    expect(message(page, number).locator(".by strong")).to_have_text(hostile)
+    expect(page).to_have_title(f"#{hostile} – Belfry")
+    composer(page).press_sequentially("@sa")
+    expect(page.get_by_role("option").locator("span")).to_have_text(hostile)
+    look(page)
+    composer(page).fill("")
+    page.locator("#setting-button").click()
+    expect(page.locator("#setting-title")).to_have_text(f"Notifications from #{hostile}")
+    look(page)
+    page.goto("/inbox")
+    expect(page.locator(".notification .title")).to_have_text(f"You were mentioned in Golden Signals #{hostile}")
+    wait_until_live(page)
+    page.goto(address(cast, cast.announcements))
+    wait_until_live(page)
+    post("@vera")
+    expect(page.locator("#toast strong")).to_have_text(f"You were mentioned in Golden Signals #{hostile}")
+    expect(page.locator("#toast span")).to_have_text(f"{hostile}: @vera")
+    look(page)

@@ -1,0 +1,258 @@
+"""Offline and back, the web process restarted, Redis away, the session over: nothing is missed, and it is said."""
+
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack
+from urllib.parse import urlsplit
+
+import pytest
+from playwright.sync_api import Page, Route, expect
+
+from config import settings
+from models import Message, Notification
+from tests.browser.browsing import address, bell, composer, message, shown, wait_until_live
+from tests.people import Person
+from tests.processes import RedisGate, WebGate, a_gate, a_web_process, a_worker, wait_until
+
+NETWORK = r"net::ERR_(INTERNET_DISCONNECTED|CONNECTION_\w+|INCOMPLETE_CHUNKED_ENCODING|EMPTY_RESPONSE|FAILED)"
+RECORD_TOASTS = """() => {
+    window.toasts = [];
+    new MutationObserver((records) => {
+        for (const record of records) for (const one of record.addedNodes)
+            if (one.localName === "a") window.toasts.push(one.querySelector("span").textContent);
+    }).observe(document.getElementById("toast"), { childList: true });
+}"""
+
+
+class Web:
+    """A web process behind a gate, which can be stopped, and another one started at the same address."""
+
+    def __init__(self, **environment: str) -> None:
+        self._environment = environment
+        self._stack = ExitStack()
+        self.gate = WebGate(self._stack.enter_context(a_web_process(**environment)))
+        self.address = self.gate.address
+
+    def stop(self) -> None:
+        self._stack.close()
+
+    def start(self) -> None:
+        self.gate.target = urlsplit(self._stack.enter_context(a_web_process(**self._environment)))
+
+
+@pytest.fixture
+def redis_gate() -> Iterator[RedisGate]:
+    with a_gate(settings.redis_url) as gate:
+        yield gate
+
+
+@pytest.fixture
+def web(redis_gate) -> Iterator[Web]:
+    """Its Redis is behind a gate, too."""
+    web = Web(REDIS_URL=redis_gate.url)
+    yield web
+    web.gate.close()
+    web.stop()
+
+
+@pytest.fixture
+def site(web) -> str:
+    return web.address
+
+
+def says(page: Page, state: str) -> None:
+    expect(page.locator("#connection")).to_have_text(re.compile(state))
+
+
+def go_offline(page: Page, web: Web) -> None:
+    """As the browser says it; and what is connected is cut, which the browser's own switch does not do to a stream."""
+    page.context.set_offline(True)
+    web.gate.shut()
+    says(page, "Offline")
+
+
+def come_back(page: Page, web: Web) -> None:
+    web.gate.open()
+    page.context.set_offline(False)
+
+
+def told(person: Person) -> int:
+    return Notification.select().where(Notification.user_id == person.id).count()
+
+
+def test_offline_and_back(visit, web, worker, faults, cast, post) -> None:
+    faults.allow(NETWORK)
+    page = visit(address(cast, cast.announcements), cast.vip)
+    wait_until_live(page)
+    before = post("before", cast.announcements, cast.admin)
+    expect(message(page, before)).to_be_visible()
+    expect(bell(page)).to_be_hidden()
+    go_offline(page, web)
+    elsewhere = [post("one"), post("two, @vera")]
+    here = [post(f"three {number}", cast.announcements, cast.admin) for number in range(3)]
+    wait_until(lambda: told(cast.vip) == 6, "vera to be told")
+    page.wait_for_timeout(300)
+    assert shown(page) == [before]
+    expect(bell(page)).to_be_hidden()
+    come_back(page, web)
+    says(page, "Live")
+    expect(message(page, here[-1])).to_be_visible()
+    expect(bell(page)).to_have_text(str(len(elsewhere)))  # what is in view is read
+    expect(page.locator("#bell")).to_have_class("mentions")
+    after = post("after", cast.announcements, cast.admin)
+    expect(message(page, after)).to_be_visible()
+    assert shown(page) == [before, *here, after]
+
+
+def test_what_was_edited_or_deleted_meanwhile_is_so(visit, web, worker, faults, cast, post, api) -> None:
+    faults.allow(NETWORK)
+    edited, deleted = post("gold"), post("tin")
+    page = visit(address(cast, cast.general), cast.vip)
+    wait_until_live(page)
+    go_offline(page, web)
+    sam = api(cast.subscriber)
+    assert sam.patch(f"/api/messages/{edited}", json={"content": "**silver**"}).status_code == 200
+    assert sam.delete(f"/api/messages/{deleted}").status_code == 204
+    come_back(page, web)
+    expect(message(page, edited).locator("strong", has_text="silver")).to_be_visible()
+    expect(message(page, edited)).to_contain_text("edited")
+    expect(message(page, deleted)).to_have_count(0)
+
+
+def test_the_web_process_restarts(visit, web, worker, faults, cast, post) -> None:
+    faults.allow(NETWORK)
+    page = visit(address(cast, cast.announcements), cast.vip)
+    wait_until_live(page)
+    page.evaluate(RECORD_TOASTS)
+    texts = [f"number {number}" for number in range(6)]
+    post(texts[0])
+    expect(bell(page)).to_have_text("1")
+    web.stop()
+    says(page, "Reconnecting")
+    for text in texts[1:4]:
+        post(text)
+    seen = post("seen", cast.announcements, cast.admin)
+    web.start()
+    says(page, "Live")
+    expect(bell(page)).to_have_text("4")
+    expect(message(page, seen)).to_be_visible()
+    for text in texts[4:]:
+        post(text)
+    expect(bell(page)).to_have_text("6")
+    assert page.evaluate("window.toasts") == [f"Sam: {text}" for text in texts]  # each of them, once, in order
+
+
+def test_a_connection_that_breaks_goes_on_where_it_was(visit, web, worker, faults, cast, post) -> None:
+    faults.expect(NETWORK)
+    page = visit(address(cast, cast.announcements), cast.vip)
+    wait_until_live(page)
+    page.evaluate(RECORD_TOASTS)
+    texts = [f"number {number}" for number in range(9)]
+    for number, text in enumerate(texts, start=1):
+        if number % 3 == 0:
+            web.gate.shut()
+            post(text)
+            wait_until(lambda: told(cast.vip) == number, "vera to be told")  # noqa: B023
+            web.gate.open()
+        else:
+            post(text)
+        expect(bell(page)).to_have_text(str(number))
+    assert page.evaluate("window.toasts") == [f"Sam: {text}" for text in texts]
+
+
+def test_redis_is_away_and_comes_back(visit, redis_gate, cast) -> None:
+    with a_worker(REDIS_URL=redis_gate.url):
+        writer = visit(address(cast, cast.general), cast.subscriber)
+        reader = visit(address(cast, cast.announcements), cast.vip)
+        wait_until_live(reader)
+        redis_gate.shut()
+        for number in range(2):
+            composer(writer).fill(f"while Redis is away {number}")
+            composer(writer).press("Enter")
+            expect(writer.locator("#messages li")).to_have_count(number + 1)
+        says(reader, "Live")
+        redis_gate.open()
+        expect(bell(reader)).to_have_text("2")
+        composer(writer).fill("and after it")
+        composer(writer).press("Enter")
+        expect(bell(reader)).to_have_text("3")
+
+
+def test_the_session_is_over(visit, faults, cast, api) -> None:
+    faults.expect("status of 401")
+    page = visit(address(cast, cast.general), cast.vip)
+    wait_until_live(page)
+    composer(page).fill("a beginning")
+    ada = api(cast.admin)
+    (token,) = ada.get(f"/api/users/{cast.vip.id}/tokens").json["items"]
+    fresh = ada.post(f"/api/users/{cast.vip.id}/tokens", json={}).json["token"]
+    assert ada.delete(f"/api/users/{cast.vip.id}/tokens/{token['id']}").status_code == 204
+    says(page, "Signed out")
+    expect(page.get_by_text("You are signed out.")).to_be_visible()
+    composer(page).press("Enter")
+    expect(page.locator("#compose-status")).to_have_class("wrong")
+    page.get_by_role("link", name="Sign in again").click()
+    page.get_by_label("Token").fill(fresh)
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("heading", level=1)).to_contain_text("#general")
+    expect(composer(page)).to_have_value("a beginning")
+
+
+def test_the_session_is_over_while_offline(visit, web, faults, cast, api) -> None:
+    faults.expect("status of 401")
+    faults.allow(NETWORK)
+    page = visit("/inbox", cast.vip)
+    wait_until_live(page)
+    go_offline(page, web)
+    ada = api(cast.admin)
+    (token,) = ada.get(f"/api/users/{cast.vip.id}/tokens").json["items"]
+    assert ada.delete(f"/api/users/{cast.vip.id}/tokens/{token['id']}").status_code == 204
+    come_back(page, web)
+    says(page, "Signed out")
+
+
+def test_the_subscription_ends(visit, faults, cast, api) -> None:
+    faults.expect("status of 403")
+    page = visit(address(cast, cast.general), cast.vip)
+    wait_until_live(page)
+    api(cast.admin).put(f"/api/users/{cast.vip.id}/subscription", json={"status": "canceled"})
+    says(page, "Not live")
+    expect(page.get_by_text("Live updates need an active subscription")).to_be_visible()
+
+
+def test_what_is_written_offline_is_kept_and_sent_once(visit, web, faults, cast) -> None:
+    faults.allow(NETWORK)
+    page = visit(address(cast, cast.general), cast.subscriber)
+    wait_until_live(page)
+    go_offline(page, web)
+    composer(page).fill("gold")
+    composer(page).press("Enter")
+    expect(page.locator("#compose-status")).to_have_text("Belfry cannot be reached. Are you online?")
+    expect(composer(page)).to_have_value("gold")
+    come_back(page, web)
+    composer(page).press("Enter")
+    expect(page.locator("#messages li")).to_have_count(1)
+    expect(composer(page)).to_be_empty()
+
+
+def test_an_answer_that_is_lost_does_not_post_twice(visit, faults, cast) -> None:
+    faults.expect(NETWORK)
+    page = visit(address(cast, cast.general), cast.subscriber)
+    lost = []
+
+    def lose_the_first(route: Route) -> None:
+        if lost:
+            route.continue_()
+        else:
+            lost.append(route.fetch().status)
+            route.abort()
+
+    page.route("**/api/messages", lose_the_first)
+    composer(page).fill("gold")
+    composer(page).press("Enter")
+    expect(page.locator("#compose-status")).to_have_class("wrong")
+    composer(page).press("Enter")
+    expect(composer(page)).to_be_empty()
+    expect(page.locator("#messages li")).to_have_count(1)
+    assert lost == [201]
+    wait_until(lambda: Message.select().count() == 1, "one message")
