@@ -27,6 +27,10 @@ class Client:
         """The JSON that a POST answers. Raises CommandError for any other answer, and after 30 seconds."""
         return self._send("POST", path, json.dumps(body).encode())
 
+    def put(self, path: str, body: dict[str, Any]) -> Any:
+        """The JSON that a PUT answers. Raises as `post` does."""
+        return self._send("PUT", path, json.dumps(body).encode())
+
     def patch(self, path: str, body: dict[str, Any]) -> Any:
         """The JSON that a PATCH answers. Raises as `post` does."""
         return self._send("PATCH", path, json.dumps(body).encode())

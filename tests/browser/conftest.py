@@ -128,4 +128,3 @@ def visit(browser: Browser, site: str, faults: Faults, request: pytest.FixtureRe
         if request.node.stash.get(FAILED, False):
             page.screenshot(path=PICTURES / f"{name}-{number}.png", full_page=True)
         page.context.close()
-
