@@ -272,9 +272,22 @@ def test_the_inbox_is_marked_read_by_its_forms(browser, cast, post, run_jobs):
     assert re.findall(r'<li id="notification-\d+-(\d+)"', page) == [str(second)]
     assert vera.post("/inbox/read", data={**form, "id": f"{cast.subscriber.id}-{second}"}).status_code == 303
     assert "<title>(1)" in vera.get("/inbox").text
-    assert vera.post("/inbox/read", data=form).status_code == 303
+    assert vera.post("/inbox/read", data={**form, "all": "1"}).status_code == 303
     assert "<title>Inbox" in vera.get("/inbox").text
     assert vera.post("/inbox/read", data={**form, "id": "nothing"}).status_code == 404
+
+
+def test_a_form_that_does_not_say_what_marks_nothing(browser, cast, post, run_jobs):
+    name = f"{cast.vip.id}-{post('one')}"
+    run_jobs()
+    vera = browser(cast.vip)
+    csrf = csrf_of(vera.get("/inbox").text)
+    for form in ({}, {"id": name, "all": "1"}, {"all": ""}, {"all": "0"}):
+        assert vera.post("/inbox/read", data={"csrf": csrf, **form}).status_code == 422, form
+    assert "<title>(1)" in vera.get("/inbox").text
+    forms = re.findall(r'<form method="post" action="/inbox/read".*?</form>', vera.get("/inbox").text, re.DOTALL)
+    said = [dict(re.findall(r'<input type="hidden" name="(id|all)" value="([^"]+)"', form)) for form in forms]
+    assert said == [{"all": "1"}, {"id": name}]
 
 
 def test_a_form_of_another_session_marks_nothing(browser, cast, post, run_jobs):

@@ -102,8 +102,10 @@ def notifications() -> str:
 
 @blueprint.post("/inbox/read")
 def mark_read() -> AnyResponse:
-    """Mark one notification read, or all: 303 to the inbox."""
-    name = request.form.get("id")
+    """Mark one notification read, or all: 303 to the inbox. 422 where neither is said, or both: nothing is all."""
+    name, everything = request.form.get("id"), request.form.get("all") == "1"
+    if (name is not None) == everything:
+        raise HttpProblem(422, "Say which notification to mark as read, or that all are meant.")
     try:
         ids = [parse_notification_id(name)] if name is not None else None
     except ValueError:

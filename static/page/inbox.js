@@ -32,14 +32,14 @@ function lookSoon() {
 
 async function markRead(event) {
   event.preventDefault();
-  const id = event.submitter?.value;
+  const { id, all } = event.target.elements;
   try {
-    await call('POST', '/api/notifications/read', id ? { ids: [id] } : { all: true });
-    await recount();
-    await lookSoon();
+    await call('POST', '/api/notifications/read', all ? { all: true } : { ids: [id.value] });
   } catch {
-    event.target.submit(); // the form itself says what is wrong
+    return event.target.submit(); // the form itself says what is wrong
   }
+  await recount().catch(() => {}); // it is marked; what is shown of it comes with the next count
+  await lookSoon();
 }
 
 if (inbox) {

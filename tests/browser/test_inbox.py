@@ -48,6 +48,31 @@ def test_one_is_marked_read_and_then_all(visit, cast, told) -> None:
     expect(page.get_by_role("button", name=re.compile("Mark read"))).to_have_count(0)
 
 
+@pytest.mark.parametrize("status", [429, 503])
+def test_what_cannot_be_marked_by_a_script_is_by_its_form(visit, faults, cast, told, status) -> None:
+    faults.expect(f"status of {status}")
+    faults.allow(f"answer {status}")
+    page = visit("/inbox", cast.vip)
+    page.route("**/api/notifications/read", lambda route: route.fulfill(status=status, json={"detail": "Not now."}))
+    item(page, told[1]).get_by_role("button", name="Mark read").click()
+    expect(item(page, told[1]).get_by_role("button")).to_have_count(0)
+    expect(bell(page)).to_have_text("2")  # and not none
+
+
+def test_a_count_that_fails_marks_no_more_than_was_asked(visit, faults, cast, told) -> None:
+    faults.expect("status of 429")
+    page = visit("/inbox", cast.vip)
+    page.route("**/api/notifications/unread-count", lambda route: route.fulfill(status=429, json={}))
+    page.route("**/api/notifications/stream", lambda route: route.abort())
+    faults.allow("net::ERR_FAILED")
+    page.reload()
+    marked = []
+    page.on("request", lambda request: marked.append(request.url) if request.method == "POST" else None)
+    item(page, told[1]).get_by_role("button", name="Mark read").click()
+    expect(item(page, told[1]).get_by_role("button")).to_have_count(0)
+    assert [url.rsplit("/", 2)[-2:] for url in marked] == [["notifications", "read"]]
+
+
 def test_what_is_told_meanwhile_comes_in(visit, worker, cast, told, post) -> None:
     page = visit("/inbox", cast.vip)
     wait_until_live(page)
