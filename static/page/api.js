@@ -31,6 +31,31 @@ export async function call(method, address, body, headers = {}) {
   return given;
 }
 
+// `work`, once at a time: asked while it is under way, however often, it is done once more; and it begins no sooner than
+// `gap` milliseconds after it began the last time. So what comes in crowds asks for little.
+export function inTurn(work, gap) {
+  let going = null;
+  let again = false;
+  let next = 0;
+  const turn = async () => {
+    try {
+      while (again) {
+        if (performance.now() < next) await new Promise((resolve) => { setTimeout(resolve, next - performance.now()); });
+        again = false;
+        next = performance.now() + gap;
+        await work();
+      }
+    } finally {
+      going = null;
+      again = false;
+    }
+  };
+  return () => {
+    again = true;
+    return (going ??= turn());
+  };
+}
+
 // A part of a page, as a document in which nothing runs. The browser parses it from the answer itself, so that no
 // script here ever makes HTML of a text: the policy's Trusted Types forbid that altogether.
 export function part(address) {

@@ -45,7 +45,7 @@ timeline.timeline.addEventListener('added', ({ detail }) => watchRuns(detail.ite
 const visible = () => document.visibilityState === 'visible';
 const quietly = (promise) => promise?.catch?.(() => {}); // the connection's state says what is wrong
 live.addEventListener('notification', ({ detail }) => {
-  if (detail.channel.id === timeline.channelId) quietly(timeline.lookForNew());
+  if (detail.channel.id === timeline.channelId) quietly(timeline.lookFor(detail.message_id));
 });
 live.addEventListener('tick', () => visible() && quietly(timeline.lookForNew()));
 setInterval(() => visible() && setting.isQuiet() && quietly(timeline.lookForNew()), QUIET);

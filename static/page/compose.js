@@ -2,7 +2,7 @@
 
 import { call } from './api.js';
 import { complete } from './completion.js';
-import { channelId, lookForNew, scrollToEnd, reachesNewest } from './timeline.js';
+import { channelId, lookFor, scrollToEnd, reachesNewest } from './timeline.js';
 
 const form = document.getElementById('compose');
 const field = document.getElementById('content');
@@ -42,7 +42,7 @@ async function send() {
     changed();
     say(message.warnings.map((warning) => warning.detail).join(' '));
     if (!reachesNewest()) return location.assign(addressOf(message.id));
-    await lookForNew();
+    await lookFor(message.id);
     scrollToEnd();
   } catch (problem) {
     if (problem.status) once = null; // it was refused, and another try is another message

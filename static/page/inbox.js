@@ -1,6 +1,6 @@
 // The inbox: kept up to date, and marked read without leaving it.
 
-import { call, part } from './api.js';
+import { call, inTurn, part } from './api.js';
 import { live, recount, start as startLive } from './live.js';
 import { tellOfNew } from './toast.js';
 import './unread.js';
@@ -8,7 +8,7 @@ import { localise } from './words.js';
 
 const inbox = document.getElementById('inbox');
 const first = !new URLSearchParams(location.search).has('before');
-let looking = Promise.resolve();
+const GAP = 1_000; // milliseconds between two looks
 
 // The list as it is now, in its order. What has the focus keeps it.
 async function look() {
@@ -25,10 +25,8 @@ async function look() {
   }
 }
 
-function lookSoon() {
-  looking = looking.then(look).catch(() => {});
-  return looking;
-}
+const inOrder = inTurn(look, GAP);
+const lookSoon = () => inOrder().catch(() => {}); // the connection's state says what is wrong
 
 async function markRead(event) {
   event.preventDefault();
@@ -36,6 +34,7 @@ async function markRead(event) {
   try {
     await call('POST', '/api/notifications/read', all ? { all: true } : { ids: [id.value] });
   } catch {
+    if (!event.target.isConnected) inbox.append(event.target); // the list was looked at meanwhile, and is another one
     return event.target.submit(); // the form itself says what is wrong
   }
   await recount().catch(() => {}); // it is marked; what is shown of it comes with the next count

@@ -1,6 +1,6 @@
 // The messages in view: older ones as one scrolls up, new ones as they come.
 
-import { part } from './api.js';
+import { inTurn, part } from './api.js';
 import { localise } from './words.js';
 
 const log = document.getElementById('log');
@@ -8,6 +8,7 @@ const list = document.getElementById('messages');
 const nothing = document.getElementById('nothing');
 const toNewest = document.getElementById('to-newest');
 const address = log.dataset.address;
+const GAP = 300; // milliseconds between two looks
 
 export const timeline = new EventTarget(); // `added`: the elements `items`, which `isNew` are, or old ones
 export const channelId = Number(log.dataset.channel);
@@ -34,45 +35,56 @@ function inPlace(change) {
   if (anchor?.isConnected) log.scrollTop += anchor.getBoundingClientRect().top - before;
 }
 
-let looking = null;
-let again = false;
+// Append what is newer than the last message.
+export const lookForNew = inTurn(async () => {
+  let more = reachesNewest();
+  while (more) {
+    const { items, newer } = await fetchMessages(`after=${idOf(list.lastElementChild)}`);
+    append(items);
+    more = newer;
+  }
+}, GAP);
 
-// Append what is newer than the last message. Once at a time; asked meanwhile, it looks once more.
-export function lookForNew() {
-  again = true;
-  looking ??= (async () => {
-    try {
-      while (again && reachesNewest()) {
-        again = false;
-        const { items, newer } = await fetchMessages(`after=${idOf(list.lastElementChild)}`);
-        append(items);
-        again ||= newer;
-      }
-    } finally {
-      looking = null;
-      again = false;
-    }
-  })();
-  return looking;
+// Look for what is new, of which this message is. Ids are given when a message is written, and it is seen when that is
+// through: one may come after others that have a higher id, and then `after` the last one there is nothing.
+export async function lookFor(id) {
+  awaited.add(id);
+  await lookForNew();
+  if (isMissing(id)) await lookAnew();
+  awaited.delete(id); // it is there, or is no more
 }
+
+const awaited = new Set();
+const isMissing = (id) =>
+  reachesNewest() && !document.getElementById(`message-${id}`)
+  && (id > idOf(list.firstElementChild) || !document.getElementById('older'));
 
 function append(items) {
   const fresh = items.filter((item) => !document.getElementById(item.id));
   if (!fresh.length) return;
   const follow = isAtEnd();
-  if (follow) list.append(...fresh);
-  else inPlace(() => list.append(...fresh));
+  if (follow) insert(fresh);
+  else inPlace(() => insert(fresh));
   if (follow) scrollToEnd();
   else toNewest.hidden = false;
   nothing.hidden = true;
   timeline.dispatchEvent(new CustomEvent('added', { detail: { items: fresh, isNew: true } }));
 }
 
+// Each where its id belongs; mostly that is the end.
+function insert(items) {
+  for (const item of items) {
+    const earlier = [...list.children].findLast((one) => idOf(one) < idOf(item));
+    if (earlier) earlier.after(item);
+    else list.prepend(item);
+  }
+}
+
 // Bring what is shown up to date: some of it may have been edited or deleted meanwhile.
-export async function lookAnew() {
+export const lookAnew = inTurn(async () => {
   if (!reachesNewest() || list.children.length < 1) return lookForNew();
+  const shown = new Map([...list.children].map((item) => [item.id, item])); // and not what comes while this is asked
   const { items, more } = await fetchMessages('');
-  const shown = new Map([...list.children].map((item) => [item.id, item]));
   const first = more ? idOf(items[0]) : 0;
   const given = new Set(items.map((item) => item.id));
   inPlace(() => {
@@ -88,7 +100,7 @@ export async function lookAnew() {
   if (items.length && first > idOf(list.lastElementChild)) return location.reload(); // too much has happened
   append(items);
   nothing.hidden = list.children.length > 0;
-}
+}, GAP);
 
 async function loadOlder() {
   const older = document.getElementById('older');

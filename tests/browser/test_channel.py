@@ -1,13 +1,19 @@
 """A channel's page: the list of channels, older and newer messages, and links to a message."""
 
 import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 from playwright.sync_api import Page, expect
 
+from belfry import messages
 from belfry.timeline import STRETCH
-from models import Message
+from jobs import enqueue_run
+from models import Message, db
 from tests.browser.browsing import address, composer, message, shown, wait_until_live, watch_requests
+from tests.people import Person
 from tests.processes import wait_until
 
 HALF = STRETCH // 2
@@ -21,6 +27,27 @@ def scroll_to(page: Page, where: str) -> None:
 def written(post) -> list[int]:
     """More messages than a page has; their ids, oldest first."""
     return [post(f"number {number}") for number in range(2 * STRETCH + 20)]
+
+
+@contextmanager
+def written_late(author: Person, channel_id: int) -> Iterator[int]:
+    """A message that has its id, and that nobody sees before this is over; then it is told."""
+    written, go_on, posted = threading.Event(), threading.Event(), []
+
+    def write() -> None:
+        with db.atomic():
+            posted.append(messages.post_message(author.user, channel_id, "late"))
+            written.set()
+            go_on.wait()
+        enqueue_run(posted[0].run_id)
+        db.close()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    assert written.wait(30)
+    yield posted[0].message["id"]
+    go_on.set()
+    writer.join()
 
 
 def test_the_channels_are_a_list_of_links(visit, worker, cast, post) -> None:
@@ -125,6 +152,34 @@ def test_new_messages_wait_for_who_reads_old_ones(visit, worker, cast, written, 
     following = post("and look")
     expect(message(page, following)).to_be_in_viewport()  # who is at the end stays there
     expect(new).to_be_hidden()
+
+
+def test_what_is_through_late_comes_in_its_place(visit, worker, cast, post) -> None:
+    page = visit(address(cast, cast.general), cast.vip)
+    wait_until_live(page)
+    with written_late(cast.subscriber, cast.general) as late:
+        following = post("before it, with a higher id")
+        expect(message(page, following)).to_be_visible()
+    expect(message(page, late)).to_be_visible()
+    assert shown(page) == [late, following]
+
+
+def test_what_comes_while_all_is_looked_at_anew_stays(visit, worker, cast, post, api) -> None:
+    edited = post("gold")
+    page = visit(address(cast, cast.general), cast.vip)
+    wait_until_live(page)
+    held = []
+    page.route(re.compile(r"/messages\?$"), lambda route: held.append((route, route.fetch())))
+    with written_late(cast.subscriber, cast.general) as late:
+        following = post("before it, with a higher id")
+        expect(message(page, following)).to_be_visible()
+    wait_until(lambda: page.wait_for_timeout(50) or held, "a look at all there is")
+    newest = post("meanwhile")
+    expect(message(page, newest)).to_be_visible()
+    route, answer = held[0]
+    route.fulfill(response=answer)
+    expect(message(page, late)).to_be_visible()
+    assert shown(page) == [edited, late, following, newest]
 
 
 def test_a_muted_channel_is_live_without_being_told(visit, worker, cast, post, api) -> None:

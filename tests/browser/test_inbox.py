@@ -5,7 +5,7 @@ import re
 import pytest
 from playwright.sync_api import Locator, Page, expect
 
-from tests.browser.browsing import bell, message, shown, wait_until_live
+from tests.browser.browsing import bell, message, shown, wait_until_live, watch_requests
 from tests.processes import wait_until
 
 
@@ -82,6 +82,18 @@ def test_what_is_told_meanwhile_comes_in(visit, worker, cast, told, post) -> Non
     expect(item(page, number)).to_contain_text("Sam: and now?")
     expect(page.get_by_role("button", name="Mark all read")).to_be_enabled()
     expect(page.locator("#toast")).to_be_empty()  # it is in view
+
+
+def test_what_comes_in_crowds_is_asked_for_a_few_times(visit, worker, cast, post) -> None:
+    page = visit("/inbox", cast.vip)
+    wait_until_live(page)
+    asked = watch_requests(page, "xhr")
+    for number in range(60):
+        last = post(f"number {number}")
+        page.wait_for_timeout(30)  # each is told by itself
+    expect(item(page, last)).to_be_visible()
+    expect(bell(page)).to_have_text("60")
+    assert len(asked()) < 12
 
 
 def test_the_way_to_a_message_older_than_the_channels_page(visit, cast, told, post, run_jobs) -> None:
