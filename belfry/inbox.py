@@ -221,7 +221,7 @@ def mark_read(
     up_to: tuple[int, int] | None = None,
     channel_id: int | None = None,
 ) -> dict[str, int]:
-    """Mark the named notifications read, those up to one, a channel's, or (nothing given) all.
+    """Mark the named notifications read, those up to one, a channel's, a channel's up to one, or (nothing given) all.
 
     Answers {"marked", "unread"}. Ids of other people are passed over, and so is what is read already.
     Raises NotFound for a channel that the user may not see, Invalid where `up_to` is another person's.

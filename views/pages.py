@@ -88,6 +88,17 @@ def messages(server_id: int, channel_id: int) -> str:
     return render_template("messages.html", channel=seen, **_stretch(seen))
 
 
+@blueprint.post("/servers/<id:server_id>/channels/<id:channel_id>/read")
+def read(server_id: int, channel_id: int) -> AnyResponse:
+    """Mark read what one was told of a channel `up_to` a message, which is the last that one has seen: 204."""
+    seen, up_to = _channel(server_id, channel_id), request.form.get("up_to", "")
+    if not (up_to.isascii() and up_to.isdigit() and len(up_to) < 20):
+        raise HttpProblem(422, "Say up to which message you have read.")
+    inbox.mark_read(g.user, channel_id=seen.id, up_to=(g.user.id, min(int(up_to), LARGEST_ID)))
+    announce(user_id=g.user.id)
+    return Response(status=204)
+
+
 @blueprint.get("/inbox")
 def inbox_page() -> str:
     """What one was told, newest first: all or what is `unread`, from the top or `before` one."""

@@ -7,8 +7,9 @@ const log = document.getElementById('log');
 const list = document.getElementById('messages');
 const nothing = document.getElementById('nothing');
 const toNewest = document.getElementById('to-newest');
-const address = log.dataset.address;
+export const address = log.dataset.address;
 const GAP = 300; // milliseconds between two looks
+const awaited = new Set(); // ids of which a notification tells
 
 export const timeline = new EventTarget(); // `added`: the elements `items`, which `isNew` are, or old ones
 export const channelId = Number(log.dataset.channel);
@@ -17,6 +18,15 @@ export const channelId = Number(log.dataset.channel);
 // begins at its end even without a script: there `scrollTop` is 0, and above it less.
 export const reachesNewest = () => !('newer' in list.dataset);
 export const isAtEnd = () => reachesNewest() && Math.abs(log.scrollTop) < 48;
+
+// Up to which message the list has all that there is, as far as is known.
+export function completeTo() {
+  const missing = [...awaited].filter((id) => !document.getElementById(`message-${id}`));
+  return Math.min(idOf(list.lastElementChild), ...missing.map((id) => id - 1));
+}
+
+// Whether a message is told of that is not in the list: looking for it went wrong, or is under way.
+export const isBehind = () => awaited.size > 0;
 
 const idOf = (item) => Number(item?.dataset.id ?? 0);
 
@@ -54,7 +64,6 @@ export async function lookFor(id) {
   awaited.delete(id); // it is there, or is no more
 }
 
-const awaited = new Set();
 const isMissing = (id) =>
   reachesNewest() && !document.getElementById(`message-${id}`)
   && (id > idOf(list.firstElementChild) || !document.getElementById('older'));
@@ -83,6 +92,7 @@ function insert(items) {
 // Bring what is shown up to date: some of it may have been edited or deleted meanwhile.
 export const lookAnew = inTurn(async () => {
   if (!reachesNewest() || list.children.length < 1) return lookForNew();
+  const asked = [...awaited];
   const shown = new Map([...list.children].map((item) => [item.id, item])); // and not what comes while this is asked
   const { items, more } = await fetchMessages('');
   const first = more ? idOf(items[0]) : 0;
@@ -100,6 +110,7 @@ export const lookAnew = inTurn(async () => {
   if (items.length && first > idOf(list.lastElementChild)) return location.reload(); // too much has happened
   append(items);
   nothing.hidden = list.children.length > 0;
+  for (const id of asked) awaited.delete(id);
 }, GAP);
 
 async function loadOlder() {

@@ -83,6 +83,66 @@ def test_a_window_that_nobody_looks_at_reads_nothing(visit, worker, cast, post) 
     expect(bell(page)).to_be_hidden()
 
 
+def test_what_the_page_could_not_get_is_not_read(visit, worker, faults, cast, post) -> None:
+    faults.expect("status of 429")
+    page = visit(address(cast, cast.general), cast.vip)
+    wait_until_live(page)
+    page.route(re.compile(r"/messages\?"), lambda route: route.fulfill(status=429))
+    number = post("look")
+    expect(bell(page)).to_have_text("1")
+    page.wait_for_timeout(1_500)  # longer than the page waits before it marks what was seen
+    expect(bell(page)).to_have_text("1")
+    page.unroute_all()
+    following = post("and look")
+    for one in (number, following):
+        expect(message(page, one)).to_be_visible()
+    expect(bell(page)).to_be_hidden()
+
+
+def test_what_was_in_view_of_nobody_is_not_read(visit, cast, post, run_jobs) -> None:
+    for number in range(40):
+        post(f"number {number}")
+    run_jobs()
+    page = visit("/login", cast.vip)
+    page.add_init_script(WITHOUT_FOCUS)
+    page.goto(address(cast, cast.general))
+    wait_until_live(page)
+    log = page.locator("#log")
+    log.evaluate("log => log.scrollTo(0, -log.scrollHeight)")
+    page.wait_for_timeout(200)
+    log.evaluate("log => log.scrollTo(0, -300)")
+    page.wait_for_timeout(200)
+    page.evaluate("() => { document.hasFocus = () => true; window.dispatchEvent(new Event('focus')); }")
+    expect(bell(page)).not_to_have_text("40")
+    page.wait_for_timeout(800)
+    assert 20 < int(bell(page).inner_text()) < 40
+
+
+def test_a_message_that_is_longer_than_the_window_is_read(visit, cast, post, run_jobs) -> None:
+    post("line\n" * 1_000)
+    post("end")
+    run_jobs()
+    page = visit("/login", cast.vip)
+    page.add_init_script(WITHOUT_FOCUS)
+    page.goto(address(cast, cast.general))
+    expect(bell(page)).to_have_text("2")
+    page.locator("#log").evaluate("log => log.scrollTo(0, -5_000)")
+    page.evaluate("() => { document.hasFocus = () => true; window.dispatchEvent(new Event('focus')); }")
+    expect(bell(page)).to_have_text("1")
+
+
+def test_who_reads_in_a_busy_channel_has_read_it(visit, worker, cast, post) -> None:
+    page = visit(address(cast, cast.general), cast.vip)
+    wait_until_live(page)
+    marked = []
+    page.on("request", lambda request: marked.append(request.url) if request.url.endswith("/read") else None)
+    for number in range(20):
+        post(f"number {number}")
+        page.wait_for_timeout(150)  # less than the page waits before it marks what was seen
+    assert marked
+    expect(bell(page)).to_be_hidden()
+
+
 def test_a_toast_leads_to_the_message_and_goes_when_told_to(visit, worker, cast, post) -> None:
     page = visit("/inbox", cast.vip)
     page.get_by_role("link", name="#announcements").click()
