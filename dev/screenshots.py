@@ -81,8 +81,8 @@ def _message(page: Page, text: str) -> Any:
     return page.locator("#messages > li", has_text=text).first
 
 
-PHONE = {"width": 390, "height": 780}
-SMALL = {"width": 900, "height": 640}
+PHONE: dict[str, Any] = {"width": 390, "height": 780}
+SMALL: dict[str, Any] = {"width": 900, "height": 640}
 SCREENS = (
     Screen("sign-in", "/login", width=800, height=500),
     Screen("sign-in-dark", "/login", dark=True, width=800, height=500),
