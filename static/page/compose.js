@@ -9,8 +9,9 @@ const field = document.getElementById('content');
 const status = document.getElementById('compose-status');
 const BEFORE_CARET = /(?:^|[\s'"([{/<>*_~|])@([a-z0-9_.-]{0,32})$/i;
 const touch = matchMedia('(pointer: coarse)');
-const DRAFT = `draft ${channelId}`; // what was begun is there again after a look at another channel
-let once = null; // the key of what is being sent: sent twice, it is posted once
+// What was begun is there again after a look at another channel, and is not the next one's who signs in here.
+const DRAFT = `draft ${document.body.dataset.user} ${channelId}`;
+let once = null; // what is being sent, and its key: sent twice, it is posted once
 
 const typed = () => field.value.slice(0, field.selectionStart).match(BEFORE_CARET);
 
@@ -34,22 +35,25 @@ async function send() {
   const content = field.value.trim();
   if (!content || form.ariaBusy === 'true') return;
   form.ariaBusy = 'true';
-  once ??= newKey();
+  if (once?.content !== content) once = { key: newKey(), content };
+  let message;
   try {
-    const message = await call('POST', '/api/messages', { channel_id: channelId, content }, { 'Idempotency-Key': once });
-    once = null;
-    if (field.value.trim() === content) field.value = '';
-    changed();
-    say(message.warnings.map((warning) => warning.detail).join(' '));
-    if (!reachesNewest()) return location.assign(addressOf(message.id));
-    await lookFor(message.id);
-    scrollToEnd();
+    message = await call('POST', '/api/messages', { channel_id: channelId, content }, { 'Idempotency-Key': once.key });
   } catch (problem) {
-    if (problem.status) once = null; // it was refused, and another try is another message
-    say(problem.message, true);
+    // It was refused, and another try is another message. After no answer, a failure or "still under way" nobody knows.
+    if (problem.status && problem.status < 500 && problem.status !== 409) once = null;
+    return say(problem.message, true);
   } finally {
     form.ariaBusy = 'false';
   }
+  once = null;
+  if (field.value.trim() === content) field.value = '';
+  changed();
+  say(message.warnings.map((warning) => warning.detail).join(' '));
+  if (!reachesNewest()) return location.assign(addressOf(message.id));
+  scrollToEnd();
+  await lookFor(message.id).catch(() => {}); // it is posted, whatever becomes of this; the next look finds it
+  scrollToEnd();
 }
 
 export function start() {

@@ -3,10 +3,10 @@
 import re
 
 import pytest
-from playwright.sync_api import Locator, Page, expect
+from playwright.sync_api import Locator, Page, Route, expect
 
 from models import Message
-from tests.browser.browsing import address, composer, shown
+from tests.browser.browsing import address, composer, shown, sign_in
 
 ONE_AN_HOUR = {"RATE_LIMIT_MESSAGES": "1 per hour"}
 
@@ -15,7 +15,7 @@ def suggestions(page: Page) -> Locator:
     return page.get_by_role("listbox", name="Who can be mentioned").get_by_role("option")
 
 
-def status(page: Page) -> Locator:
+def status_of(page: Page) -> Locator:
     return page.locator("#compose-status")
 
 
@@ -133,10 +133,10 @@ def test_who_moderates_may_mention_groups(visit, cast) -> None:
 def test_a_mention_that_reaches_nobody_is_said(page) -> None:
     composer(page).fill("hello @bobby")
     composer(page).press("Enter")
-    expect(status(page)).to_have_text("@bobby is nobody in this server")
-    expect(status(page)).not_to_have_class("wrong")
+    expect(status_of(page)).to_have_text("@bobby is nobody in this server")
+    expect(status_of(page)).not_to_have_class("wrong")
     composer(page).press_sequentially("x")
-    expect(status(page)).to_be_empty()
+    expect(status_of(page)).to_be_empty()
 
 
 @pytest.mark.parametrize("site", [ONE_AN_HOUR], indirect=True)
@@ -146,8 +146,8 @@ def test_too_many_are_refused_and_the_text_stays(page, faults) -> None:
         composer(page).fill(text)
         composer(page).press("Enter")
         expect(page.locator("#messages li")).to_have_count(1)
-    expect(status(page)).to_contain_text("Too many requests: 1 per 1 hour")
-    expect(status(page)).to_have_class("wrong")
+    expect(status_of(page)).to_contain_text("Too many requests: 1 per 1 hour")
+    expect(status_of(page)).to_have_class("wrong")
     expect(composer(page)).to_have_value("one too many")
 
 
@@ -155,7 +155,7 @@ def test_what_is_too_long_is_refused_whole(page, faults) -> None:
     faults.expect("status of 422")
     composer(page).fill("x" * 10_001)
     composer(page).press("Enter")
-    expect(status(page)).to_have_text("Must have 1 to 10,000 characters after trimming.")
+    expect(status_of(page)).to_have_text("Must have 1 to 10,000 characters after trimming.")
     assert len(composer(page).input_value()) == 10_001  # a text that is cut in silence is another text
     composer(page).fill("🪙" * 10_000)
     composer(page).press("Enter")
@@ -176,6 +176,60 @@ def test_a_draft_is_there_again(page, cast) -> None:
     expect(composer(page)).to_be_empty()
 
 
+def test_a_draft_is_not_the_next_ones(page, cast) -> None:
+    composer(page).fill("a beginning")
+    page.get_by_role("button", name="Sign out").click()
+    sign_in(page, cast.vip.token, address(cast, cast.general))
+    expect(composer(page)).to_be_empty()
+    page.get_by_role("button", name="Sign out").click()
+    sign_in(page, cast.subscriber.token, address(cast, cast.general))
+    expect(composer(page)).to_have_value("a beginning")
+
+
+@pytest.mark.parametrize("status", [409, 500, 503])
+def test_what_may_have_been_posted_is_not_posted_again(page, faults, status) -> None:
+    faults.expect(f"status of {status}")
+    faults.allow(f"answer {status}")
+    lost = []
+
+    def lose_the_first(route: Route) -> None:
+        if lost:
+            route.continue_()
+        else:
+            lost.append(route.fetch().status)
+            route.fulfill(status=status, json={"detail": "Not now."})
+
+    page.route("**/api/messages", lose_the_first)
+    composer(page).fill("gold")
+    composer(page).press("Enter")
+    expect(status_of(page)).to_have_text("Not now.")
+    composer(page).press("Enter")
+    expect(composer(page)).to_be_empty()
+    expect(page.locator("#messages li")).to_have_count(1)
+    assert contents() == ["gold"]
+
+
+def test_another_text_after_an_answer_that_was_lost_is_another_message(page, faults) -> None:
+    faults.expect("net::ERR_FAILED")
+    lost = []
+
+    def lose_the_first(route: Route) -> None:
+        if lost:
+            route.continue_()
+        else:
+            lost.append(route.fetch().status)
+            route.abort()
+
+    page.route("**/api/messages", lose_the_first)
+    composer(page).fill("gold")
+    composer(page).press("Enter")
+    expect(status_of(page)).to_have_class("wrong")
+    composer(page).fill("silver")
+    composer(page).press("Enter")
+    expect(composer(page)).to_be_empty()
+    assert contents() == ["gold", "silver"]
+
+
 def test_who_writes_while_reading_old_messages_sees_what_was_written(visit, cast, post) -> None:
     ids = [post(f"number {number}") for number in range(60)]
     page = visit(address(cast, cast.general, f"?around={ids[5]}#message-{ids[5]}"), cast.subscriber)
@@ -191,5 +245,5 @@ def test_a_channel_that_is_closed_meanwhile_is_said(page, faults, cast, api) -> 
     assert api(cast.admin).patch(f"/api/channels/{cast.general}", json={"posting": "admins"}).status_code == 200
     composer(page).fill("hello")
     composer(page).press("Enter")
-    expect(status(page)).to_contain_text("Only admins post in #general")
+    expect(status_of(page)).to_contain_text("Only admins post in #general")
     expect(composer(page)).to_have_value("hello")
