@@ -1,6 +1,7 @@
 """CommonMark as Belfry reads it: one parser for what is a mention and for what is shown, and bounds for its work."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from markdown_it import MarkdownIt
 from markdown_it.parser_inline import ParserInline
@@ -21,10 +22,34 @@ MAX_NESTING = 40
 # empty items of a list 100,000.
 MAX_STEPS = 1_000_000
 _LINE_STEPS = 10
+_TOKEN_STEPS = 8  # to make one of text, and to write it, where that counts
 
 
 class TooEntangled(Exception):
     """The text takes more steps than it may."""
+
+
+@dataclass
+class Budget:
+    """Steps for several texts together: `left` of them, for so many `texts` to come.
+
+    A fifth of it is theirs in equal parts, so that whatever the first ones take, a short text is read.
+    """
+
+    left: int
+    texts: int
+
+    def __post_init__(self) -> None:
+        self._reserved = self.left // 5 // max(1, self.texts)
+
+    def take(self, most: int) -> int:
+        """How many the next text may take, and no more than `most`."""
+        self.texts = max(0, self.texts - 1)
+        return max(0, min(most, self.left - self.texts * self._reserved))
+
+    def spend(self, steps: int) -> None:
+        """So many were taken, of what is not kept for those to come."""
+        self.left = max(self.left - steps, self.texts * self._reserved)
 
 
 class _CountedInline(ParserInline):
@@ -62,10 +87,20 @@ def _parser() -> MarkdownIt:
 _PARSER = _parser()
 
 
-def parse(content: str, steps: int = MAX_STEPS) -> list[Token]:
+def parse(content: str, steps: int = MAX_STEPS, budget: Budget | None = None) -> list[Token]:
     """The content's blocks; the `children` of those of type `inline` are its text. Raises TooEntangled where that
-    takes more than so many steps."""
-    return _PARSER.parse(content, {"steps": steps})
+    takes more than so many steps, or more than the budget, which it uses, has for it."""
+    if budget is None:
+        return _PARSER.parse(content, {"steps": steps})
+    allowed, written = budget.take(steps), 0
+    env = {"steps": allowed}
+    try:
+        _count(env, len(content))  # at least: emphasis and escapes are many tokens that nobody skips
+        tokens = _PARSER.parse(content, env)
+        written = sum(len(token.children or ()) for token in tokens)
+        return tokens
+    finally:
+        budget.spend(allowed - max(0, env["steps"]) + written * _TOKEN_STEPS)
 
 
 def outside_quotes(tokens: Iterable[Token]) -> Iterable[Sequence[Token]]:

@@ -19,7 +19,7 @@ from justhtml import JustHTML
 from markupsafe import Markup
 
 from belfry.mentions import EVERYONE, Mentions, Person, Role, find_mentions
-from belfry.rendering import render
+from belfry.rendering import budget_of_a_page, render
 
 VECTORS: dict[str, list[str]] = json.loads((Path(__file__).parent / "data/xss_vectors.json").read_text())["vectors"]
 
@@ -279,3 +279,20 @@ def test_what_is_nested_too_deep_is_shown_as_it_was_written() -> None:
 def test_what_would_take_long_is_shown_as_it_was_written() -> None:
     content = "![" * 5_000
     assert render(content) == f"<p>{content}</p>\n"
+
+
+@pytest.mark.parametrize("piece", [">#\n;\n", "- a\n", "*a_ ", "[a](b "])
+def test_a_page_of_hostile_messages_takes_no_longer_than_a_few_of_them(piece: str) -> None:
+    content, short = (piece * 10_000)[:10_000], "**gold** breaks out, @bob: [more](http://b.example)\n\n- a\n- b"
+    began = time.process_time()
+    budget = budget_of_a_page(50)
+    for _ in range(49):
+        render(content, MENTIONED, frozenset(), budget)
+    assert render(short, MENTIONED, frozenset(), budget) == render(short, MENTIONED)  # it has its part whatever comes
+    assert time.process_time() - began < 2.5  # 0.5 s on the machine that it was written on
+
+
+def test_a_page_of_what_people_write_is_rendered_whole() -> None:
+    honest = "**gold** breaks out, @bob: [more](http://b.example), and *silver*.\n\n- a\n- b\n\n> so it is\n" * 10
+    budget = budget_of_a_page(50)
+    assert {render(honest, MENTIONED, frozenset(), budget) for _ in range(50)} == {render(honest, MENTIONED)}

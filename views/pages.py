@@ -15,8 +15,9 @@ from belfry import communities, inbox, live, preferences
 from belfry.access import SeenChannel, channel_for, is_told_in, require_posting, visible_channels
 from belfry.errors import Forbidden, NotFound
 from belfry.inbox import parse_notification_id
+from belfry.markdown import Budget
 from belfry.mentions import EVERYONE
-from belfry.rendering import render
+from belfry.rendering import budget_of_a_page, render
 from belfry.sql import Row
 from belfry.timeline import STRETCH, stretch
 from jobs import announce
@@ -165,10 +166,10 @@ def _position(name: str) -> int | None:
 def _stretch(seen: SeenChannel) -> Row:
     """The messages that the address asks for, and by which names they may call the reader."""
     roles = communities.roles_of(g.user.id, seen.server_id)
+    found = stretch(g.user, seen, before=_position("before"), after=_position("after"), around=_position("around"))
     return {
-        "stretch": stretch(
-            g.user, seen, before=_position("before"), after=_position("after"), around=_position("around")
-        ),
+        "stretch": found,
+        "budget": budget_of_a_page(len(found.messages)),
         "mine": frozenset((g.user.username, EVERYONE, *roles)),
     }
 
@@ -231,5 +232,5 @@ def _rfc3339(time: datetime) -> str:
 
 
 @blueprint.app_template_filter("rendered")
-def _rendered(message: Row, mine: Set[str]) -> Markup:
-    return render(message["content"], message["mentions"], mine)
+def _rendered(message: Row, mine: Set[str], budget: Budget) -> Markup:
+    return render(message["content"], message["mentions"], mine, budget)
