@@ -14,7 +14,7 @@ from tests.browser.browsing import address, bell, composer, message, shown, wait
 from tests.people import Person
 from tests.processes import RedisGate, WebGate, a_gate, a_web_process, a_worker, wait_until
 
-NETWORK = r"net::ERR_(INTERNET_DISCONNECTED|CONNECTION_\w+|INCOMPLETE_CHUNKED_ENCODING|EMPTY_RESPONSE|FAILED)"
+NETWORK = r"net::ERR_(INTERNET_DISCONNECTED|CONNECTION_\w+|INCOMPLETE_CHUNKED_ENCODING|SOCKET_NOT_CONNECTED|EMPTY_RESPONSE|FAILED)"
 RECORD_TOASTS = """() => {
     window.toasts = [];
     new MutationObserver((records) => {
