@@ -78,6 +78,7 @@ def channel(server_id: int, channel_id: int) -> str:
         may_not_post=_why_not_post(g.user, seen),
         preference=preference,
         effects=effects,
+        told=effects is EFFECTS,
         effect=_effect(preference, effects),
     )
 

@@ -10,7 +10,10 @@ import { tellOfNew } from './toast.js';
 import './unread.js';
 import * as why from './why.js';
 
-const QUIET = 5_000; // between two looks at a channel of which no notification tells
+// Between two looks at a channel of which no notification tells; at others, for what is told to nobody: one's own
+// messages of another window, edits and deletions. Never all pages at once.
+const QUIET = 15_000;
+const ANYWAY = 60_000;
 const me = document.body.dataset.user;
 const list = document.getElementById('messages');
 
@@ -48,7 +51,16 @@ live.addEventListener('notification', ({ detail }) => {
   if (detail.channel.id === timeline.channelId) quietly(timeline.lookFor(detail.message_id));
 });
 live.addEventListener('tick', () => visible() && quietly(timeline.lookForNew()));
-setInterval(() => visible() && setting.isQuiet() && quietly(timeline.lookForNew()), QUIET);
+live.addEventListener('ping', () => visible() && timeline.isBehind() && quietly(timeline.lookAnew()));
 live.addEventListener('reset', () => quietly(timeline.lookAnew()));
+let looked = performance.now();
+(function lookNowAndThen() {
+  const wait = setting.isQuiet() ? QUIET : ANYWAY;
+  if (visible() && performance.now() - looked >= wait) {
+    looked = performance.now();
+    quietly(timeline.lookForNew());
+  }
+  setTimeout(lookNowAndThen, QUIET * (1 + Math.random()));
+})();
 tellOfNew((notification) => notification.channel.id === timeline.channelId && timeline.reachesNewest());
 startLive();

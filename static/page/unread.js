@@ -5,7 +5,7 @@ import { count } from './words.js';
 
 const TEXTS = {
   connecting: '', live: 'Live', reconnecting: 'Reconnecting …', offline: 'Offline',
-  unsubscribed: 'Not live', 'signed-out': 'Signed out',
+  polling: 'Not live, but looking', unsubscribed: 'Not live', 'signed-out': 'Signed out',
 };
 const bell = document.getElementById('bell');
 const connection = document.getElementById('connection');
@@ -59,5 +59,5 @@ live.addEventListener('state', ({ detail: state }) => {
       link.textContent = 'Sign in again';
       notice.replaceChildren('You are signed out. ', link);
     }
-  }, state === 'reconnecting' ? 2_000 : 0);
+  }, state === 'reconnecting' || state === 'polling' ? 2_000 : 0);
 });

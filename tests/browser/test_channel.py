@@ -184,10 +184,36 @@ def test_what_comes_while_all_is_looked_at_anew_stays(visit, worker, cast, post,
 
 def test_a_muted_channel_is_live_without_being_told(visit, worker, cast, post, api) -> None:
     api(cast.vip).put(f"/api/channels/{cast.general}/preference", json={"level": "none"})
-    page = visit(address(cast, cast.general), cast.vip)
+    page = visit("/login", cast.vip)
+    page.clock.install()
+    page.goto(address(cast, cast.general))
     wait_until_live(page)
     number = post("look")
+    page.clock.fast_forward(30_000)
     expect(message(page, number)).to_be_in_viewport()
+
+
+def test_an_admin_hears_of_what_no_role_of_theirs_opens(visit, cast, post) -> None:
+    page = visit("/login", cast.admin)
+    page.clock.install()
+    page.goto(address(cast, cast.vault))
+    wait_until_live(page)
+    number = post("look", cast.vault, cast.vip)
+    page.clock.fast_forward(30_000)
+    expect(message(page, number)).to_be_in_viewport()
+
+
+def test_a_page_that_is_told_of_all_does_not_look_with_each_ping(visit, cast, post) -> None:
+    post("look")
+    page = visit("/login", cast.vip)
+    begin = 'event: unread\ndata: {"unread": 0, "mentions": 0, "channels": []}\n\n'
+    body = f"retry: 100000\n\n{begin}" + "event: ping\ndata: {}\n\n" * 5
+    page.route("**/stream", lambda route: route.fulfill(body=body, content_type="text/event-stream"))
+    asked = watch_requests(page, "xhr")
+    page.goto(address(cast, cast.general))
+    wait_until(lambda: page.wait_for_timeout(50) or asked(), "a look at what came before the stream")
+    page.wait_for_timeout(1_500)
+    assert len(asked()) == 1
 
 
 def test_who_is_in_no_server_is_told_so(visit, cast) -> None:

@@ -10,11 +10,11 @@ from playwright.sync_api import Page, Route, expect
 
 from config import settings
 from models import Message, Notification
-from tests.browser.browsing import address, bell, composer, message, shown, wait_until_live
+from tests.browser.browsing import address, bell, composer, message, shown, wait_until_live, watch_requests
 from tests.people import Person
 from tests.processes import RedisGate, WebGate, a_gate, a_web_process, a_worker, wait_until
 
-NETWORK = r"net::ERR_(INTERNET_DISCONNECTED|CONNECTION_\w+|INCOMPLETE_CHUNKED_ENCODING|SOCKET_NOT_CONNECTED|EMPTY_RESPONSE|FAILED)"
+NETWORK = r"net::ERR_(INTERNET_DISCONNECTED|\w*CONNECT\w+|INCOMPLETE_CHUNKED_ENCODING|EMPTY_RESPONSE|FAILED)"
 RECORD_TOASTS = """() => {
     window.toasts = [];
     new MutationObserver((records) => {
@@ -218,6 +218,55 @@ def test_the_subscription_ends(visit, faults, cast, api) -> None:
     api(cast.admin).put(f"/api/users/{cast.vip.id}/subscription", json={"status": "canceled"})
     says(page, "Not live")
     expect(page.get_by_text("Live updates need an active subscription")).to_be_visible()
+
+
+@pytest.mark.parametrize("status", [501, 503])
+def test_without_room_for_a_stream_the_page_looks_by_itself(visit, worker, faults, cast, post, status) -> None:
+    faults.expect(f"answer {status}")
+    faults.expect(f"status of {status}")
+    page = visit("/login", cast.vip)
+    page.route(
+        "**/stream",
+        lambda route: route.fulfill(status=status) if route.request.method == "GET" else route.continue_(),
+    )
+    page.goto(address(cast, cast.announcements))
+    says(page, "Not live, but looking")
+    elsewhere, here = post("elsewhere"), post("here", cast.announcements, cast.admin)
+    expect(message(page, here)).to_be_visible()
+    expect(bell(page)).to_have_text("1")
+    page.unroute_all()
+    wait_until_live(page)
+    assert here > elsewhere
+
+
+APPEAR = """(state) => {
+    Object.defineProperty(document, "visibilityState", { get: () => state, configurable: true });
+    document.dispatchEvent(new Event("visibilitychange"));
+}"""
+
+
+def test_a_page_in_the_background_has_no_stream_and_one_that_is_back_does_not_poll(visit, cast) -> None:
+    page = visit("/login", cast.vip)
+    page.clock.install()
+    streams, asked, held = watch_requests(page, "eventsource"), watch_requests(page, "fetch"), []
+    page.goto("/inbox")
+    wait_until_live(page)
+    assert len(streams()) == 1
+    page.evaluate(APPEAR, "hidden")
+    page.clock.fast_forward(11_000)
+    page.evaluate("window.dispatchEvent(new Event('online'))")
+    page.wait_for_timeout(300)
+    assert len(streams()) == 1
+    page.route("**/unread-count", lambda route: held.append(route))
+    page.clock.fast_forward(31_000)
+    wait_until(lambda: page.wait_for_timeout(50) or held, "a poll")
+    page.evaluate(APPEAR, "visible")
+    wait_until(lambda: page.wait_for_timeout(50) or len(streams()) == 2, "a stream")
+    held[0].continue_()
+    page.wait_for_timeout(500)
+    page.clock.fast_forward(31_000)
+    page.wait_for_timeout(500)
+    assert len([url for url in asked() if url.endswith("/unread-count")]) == len(held) == 1
 
 
 def test_what_is_written_offline_is_kept_and_sent_once(visit, web, faults, cast) -> None:
