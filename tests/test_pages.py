@@ -5,9 +5,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from belfry import accounts, communities, inbox
+from belfry import accounts, communities, inbox, navigation
 from belfry.sql import execute
-from models import ApiToken, Message, User
+from models import ApiToken, Channel, Message, User
 from tests.people import make_person
 from tests.telling import statements
 from views import limits
@@ -138,6 +138,33 @@ def test_the_channels_are_those_that_one_may_see(browser, cast):
     for person, names in ((cast.subscriber, open_ones), (cast.vip, open_ones | {"vault"})):
         page = browser(person).get(address(cast, cast.general)).text
         assert set(re.findall(r'class="name">#(\w+)<', page)) == names
+
+
+def test_an_admin_is_not_listed_every_channel_there_is(browser, cast):
+    ada, general = browser(cast.admin), address(cast, cast.general)
+    assert "more channels than are listed" not in ada.get(general).text
+    execute("INSERT INTO server (name) SELECT 'server ' || n FROM generate_series(1, 50) AS n")
+    execute(
+        "INSERT INTO channel (server_id, name, private, posting)"
+        " SELECT v.id, 'many ' || n, false, 'members' FROM server v, generate_series(1, 10) AS n"
+        " WHERE v.name LIKE 'server %%' ORDER BY v.id"
+    )
+    last = Channel.select().order_by(Channel.id.desc()).first()
+    late = communities.create_channel(cast.server_id, "late", private=True, posting="members")
+
+    def listed(person, path):
+        page = browser(person).get(path).text
+        return [int(id_) for id_ in re.findall(r'data-channel="(\d+)"[^>]*>\s*<span class="name">', page)]
+
+    own = {cast.general, cast.announcements, cast.vault, late.id}
+    found = listed(cast.admin, general)
+    assert own < set(found)
+    assert len(found) == len(own) + navigation.OTHERS
+    assert "more channels than are listed" in ada.get(general).text
+    viewed = f"/servers/{last.server_id}/channels/{last.id}"
+    assert set(listed(cast.admin, viewed)) == {*found, last.id}
+    assert set(listed(cast.vip, general)) == {cast.general, cast.announcements, cast.vault}
+    assert "more channels than are listed" not in browser(cast.vip).get(general).text
 
 
 def test_who_may_not_post_reads_why(browser, cast):

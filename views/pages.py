@@ -17,6 +17,7 @@ from belfry.errors import Forbidden, NotFound
 from belfry.inbox import parse_notification_id
 from belfry.markdown import Budget
 from belfry.mentions import EVERYONE
+from belfry.navigation import listed_channels
 from belfry.rendering import budget_of_a_page, render
 from belfry.sql import Row
 from belfry.timeline import STRETCH, stretch
@@ -133,7 +134,9 @@ def _page(template: str, **context: Any) -> str:
     count, hashed = inbox.unread_count(g.user), sign_in.token_hash()
     by_channel = {channel["channel_id"]: channel for channel in count["channels"]}
     servers: dict[int, Row] = {}
-    for one in visible_channels(g.user):
+    viewed: SeenChannel | None = context.get("channel")
+    channels, more_channels = listed_channels(g.user, viewed.id if viewed else None)
+    for one in channels:
         server = servers.setdefault(one["server"]["id"], {**one["server"], "channels": []})
         server["channels"].append({**one, "address": _address(one), "count": by_channel.get(one["id"])})
     return render_template(
@@ -141,6 +144,7 @@ def _page(template: str, **context: Any) -> str:
         user=g.user,
         csrf=sign_in.csrf_token(),
         servers=list(servers.values()),
+        more_channels=more_channels,
         count=count,
         hears=hashed is not None and hashed in live.listeners([hashed]),
         **context,
