@@ -97,7 +97,7 @@ def test_a_link_leads_to_an_old_message_and_on_to_the_newest(visit, cast, writte
 
     page.get_by_role("link", name="Newer messages").click()
     page.wait_for_url(f"**?after={written[40 + HALF]}#messages")
-    assert shown(page) == written[40 + HALF + 1 :][:STRETCH]
+    assert shown(page)[-STRETCH:] == written[40 + HALF + 1 :][:STRETCH]  # older ones come in above them
     expect(message(page, written[40 + HALF + 1])).to_be_in_viewport()  # one goes on reading where one was
     page.get_by_role("link", name="The newest").click()
     page.wait_for_url(re.compile(r"/channels/\d+$"))
