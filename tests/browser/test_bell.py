@@ -118,9 +118,8 @@ def test_what_was_in_view_of_nobody_is_not_read(visit, cast, post, run_jobs) -> 
     assert 20 < int(bell(page).inner_text()) < 40
 
 
-def test_a_message_that_is_longer_than_the_window_is_read(visit, cast, post, run_jobs) -> None:
-    post("line\n" * 1_000)
-    post("end")
+def test_a_message_that_is_longer_than_the_window_is_read(visit, cast, post, run_jobs, api) -> None:
+    _, end = post("line\n" * 1_000), post("end")
     run_jobs()
     page = visit("/login", cast.vip)
     page.add_init_script(WITHOUT_FOCUS)
@@ -129,6 +128,8 @@ def test_a_message_that_is_longer_than_the_window_is_read(visit, cast, post, run
     page.locator("#log").evaluate("log => log.scrollTo(0, -5_000)")
     page.evaluate("() => { document.hasFocus = () => true; window.dispatchEvent(new Event('focus')); }")
     expect(bell(page)).to_have_text("1")
+    unread = api(cast.vip).get("/api/notifications?unread=1").json["items"]
+    assert [one["message_id"] for one in unread] == [end]
 
 
 def test_who_reads_in_a_busy_channel_has_read_it(visit, worker, cast, post) -> None:
