@@ -1,4 +1,4 @@
-"""Tests in a browser: Chromium at a web process of its own, with a worker where a test asks for one.
+"""Tests in a browser: Chromium at a web process, with a worker where a test asks for one.
 
 Without Chromium they are left out, and the summary says so. A test takes `visit`, and is refused what no page may
 do: see `Faults`.
@@ -6,6 +6,7 @@ do: see `Faults`.
 
 import re
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -53,12 +54,25 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 
 @pytest.fixture(scope="package")
-def browser() -> Iterator[Browser]:
+def launch() -> Iterator[Callable[[], Browser]]:
     """No longer than these tests: Playwright's event loop would be in the way of others."""
     executable = chromium.find()
     assert executable
-    with sync_playwright() as playwright, chromium.launch(playwright, executable) as started:
-        yield started
+    with sync_playwright() as playwright, ExitStack() as started:
+        running: list[Browser] = []
+
+        def launch() -> Browser:
+            if not running or not running[-1].is_connected():
+                running.append(started.enter_context(chromium.launch(playwright, executable)))
+            return running[-1]
+
+        yield launch
+
+
+@pytest.fixture
+def browser(launch: Callable[[], Browser]) -> Browser:
+    """The browser of all tests; another one where it has died, so that it takes one test with it, and not all."""
+    return launch()
 
 
 @pytest.fixture
@@ -67,10 +81,20 @@ def measured(request: pytest.FixtureRequest) -> Callable[[str], None]:
     return request.config.stash.setdefault(MEASURED, []).append
 
 
+@pytest.fixture(scope="package")
+def web_process() -> Iterator[str]:
+    """Of all tests: to start and to stop one takes longer than most of them."""
+    with a_web_process() as address:
+        yield address
+
+
 @pytest.fixture
 def site(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The address of a web process of this test's own; its environment where the test names one."""
-    with a_web_process(**getattr(request, "param", {})) as address:
+    """The address of the web process; of one of the test's own where it names an environment for it."""
+    if not hasattr(request, "param"):
+        yield request.getfixturevalue("web_process")
+        return
+    with a_web_process(**request.param) as address:
         yield address
 
 

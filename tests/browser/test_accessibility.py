@@ -23,16 +23,15 @@ RICH = """# Gold
 ```
 """
 
-pytestmark = [
-    pytest.mark.parametrize("color_scheme", ["light", "dark"]),
-    pytest.mark.parametrize("screen", [DESKTOP, PHONE], ids=["desktop", "phone"]),
-]
+ALL = [(screen, colors) for screen in (DESKTOP, PHONE) for colors in ("light", "dark")]
+TWO = [(DESKTOP, "light"), (PHONE, "dark")]
 
 
 def check(page: Page, where: str) -> None:
     assert accessibility_faults(page) == [], where
 
 
+@pytest.mark.parametrize(("screen", "color_scheme"), ALL, ids=["light", "dark", "phone-light", "phone-dark"])
 def test_channel_and_inbox(visit, worker, faults, cast, post, screen, color_scheme) -> None:
     faults.expect("status of 422")
     look = {"color_scheme": color_scheme, **screen}
@@ -85,6 +84,7 @@ def test_channel_and_inbox(visit, worker, faults, cast, post, screen, color_sche
     check(page, "what is unread")
 
 
+@pytest.mark.parametrize(("screen", "color_scheme"), TWO, ids=["light", "phone-dark"])
 def test_an_admins_question_and_a_long_channel(visit, cast, post, screen, color_scheme) -> None:
     ids = [post(f"number {number}") for number in range(60)]
     path = address(cast, cast.general, f"?around={ids[5]}#message-{ids[5]}")
@@ -100,6 +100,7 @@ def test_an_admins_question_and_a_long_channel(visit, cast, post, screen, color_
     check(page, "whom an admin asks about")
 
 
+@pytest.mark.parametrize(("screen", "color_scheme"), TWO, ids=["light", "phone-dark"])
 def test_who_may_less(visit, faults, cast, api, screen, color_scheme) -> None:
     faults.expect("status of 401")
     look = {"color_scheme": color_scheme, **screen}
@@ -117,6 +118,7 @@ def test_who_may_less(visit, faults, cast, api, screen, color_scheme) -> None:
     check(page, "signed out")
 
 
+@pytest.mark.parametrize(("screen", "color_scheme"), TWO, ids=["light", "phone-dark"])
 def test_what_is_not_there(visit, faults, cast, screen, color_scheme) -> None:
     faults.expect("status of 404")
     page = visit(address(cast, cast.vault), cast.subscriber, color_scheme=color_scheme, **screen)
