@@ -46,7 +46,8 @@ QUEUED_SECONDS = 3  # that what is in the queue is taken to be on its way, befor
 TRIES = 6  # attempts before a run, or a slice of it, is failed: the first, and five retries
 
 
-def _connect_parameters() -> dict[str, Any]:
+def connect_parameters() -> dict[str, Any]:
+    """psycopg's, of DATABASE_URL: with time-outs where it says none."""
     parameters: dict[str, Any] = dict(conninfo_to_dict(settings.database_url))
     parameters.setdefault("connect_timeout", 5)
     parameters.setdefault("application_name", "belfry")
@@ -73,7 +74,7 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
 
 def make_database() -> Pool:
     """A pool of connections to DATABASE_URL, one for each thread that works; nothing is opened yet."""
-    parameters = _connect_parameters()
+    parameters = connect_parameters()
     return Pool(
         parameters.pop("dbname"),
         max_connections=settings.web_threads + 3,  # the sweeper's, the live streams', and one for the commands

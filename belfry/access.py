@@ -120,10 +120,16 @@ def is_told_in(user: User, channel_id: int) -> bool:
     )
 
 
+def with_server(channel: Row) -> Row:
+    """A channel's row in which {"id", "name"} as "server" stand for "server_id" and "server_name", which it loses."""
+    server = {"id": channel.pop("server_id"), "name": channel.pop("server_name")}
+    return {**channel, "server": server}
+
+
 def visible_channels(user: User, *, after: int = 0, limit: int | None = None) -> list[Row]:
     """Channels that the user may see, by id, above id `after`: {"id", "name", "private", "posting", "server"}."""
     return [
-        {**channel, "server": {"id": channel.pop("server_id"), "name": channel.pop("server_name")}}
+        with_server(channel)
         for channel in rows(
             f"""
             SELECT c.id, c.name, c.private, c.posting, c.server_id, v.name AS server_name

@@ -1,6 +1,6 @@
 """The channels that a page lists beside what it shows."""
 
-from belfry.access import visible_channels
+from belfry.access import visible_channels, with_server
 from belfry.sql import Row, rows
 from models import User
 
@@ -44,10 +44,6 @@ def listed_channels(user: User, viewed_id: int | None = None) -> tuple[list[Row]
         {"user_id": user.id, "viewed_id": viewed_id, "others": OTHERS},
     )
     more = bool(found and found[0]["more"])
-    return [
-        {
-            **{name: one[name] for name in ("id", "name", "private", "posting")},
-            "server": {"id": one["server_id"], "name": one["server_name"]},
-        }
-        for one in found
-    ], more
+    for one in found:
+        del one["more"]
+    return [with_server(one) for one in found], more

@@ -20,6 +20,7 @@ import psycopg
 
 from belfry.sql import execute, lock_for_this_transaction, row, rows, transaction
 from config import settings
+from models import connect_parameters
 
 log = logging.getLogger(__name__)
 
@@ -155,22 +156,16 @@ def _leave(used: Partition) -> None:
 
 def without_index() -> list[str]:
     """The partitions that were left and have no index of what is unread in them, or one that is not finished."""
-    used = _in_use(partitions())
-    return [
-        one["name"]
-        for one in rows(
-            "SELECT c.relname AS name, substring(c.relname FROM '[0-9]+$')::bigint AS below"
-            " FROM pg_inherits h"
-            " JOIN pg_class c ON c.oid = h.inhrelid"
-            " LEFT JOIN pg_class x ON x.relname = c.relname || '_unread' AND x.relnamespace = c.relnamespace"
-            " LEFT JOIN pg_index i ON i.indexrelid = x.oid"
-            " WHERE h.inhparent = 'notification'::regclass"
-            " AND c.relname ~ '^notification_to_[0-9]+$'"
-            " AND i.indisvalid IS NOT TRUE"
-            " ORDER BY below"
-        )
-        if one["below"] < used.below
-    ]
+    there = partitions()
+    used = _in_use(there)
+    found = rows(
+        "SELECT name FROM unnest(%(left)s::text[]) WITH ORDINALITY AS t (name, number)"
+        " LEFT JOIN pg_index i ON i.indexrelid = to_regclass(name || '_unread')"
+        " WHERE i.indisvalid IS NOT TRUE"
+        " ORDER BY number",
+        {"left": [one.name for one in there if one.below < used.below]},
+    )
+    return [one["name"] for one in found]
 
 
 def make_index(name: str) -> bool:
@@ -182,7 +177,7 @@ def make_index(name: str) -> bool:
     """
     index = f"{name}_unread"
     try:
-        with psycopg.connect(settings.database_url, autocommit=True) as own:
+        with psycopg.connect(**connect_parameters(), autocommit=True) as own:
             own.execute(f"SET lock_timeout = '{INDEX_WAITS}'")
             own.execute(f"SET statement_timeout = '{INDEX_SECONDS}s'")
             with own.transaction():

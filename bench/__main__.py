@@ -20,10 +20,7 @@ from typing import Any
 
 from bench import environments
 from bench.stage import Stage
-from dev import ROOT, CommandError, ports, say, stack
-from dev.own import private
-from dev.places import temporary_data_dir
-from dev.servers import servers
+from dev import ROOT, CommandError, say, stack
 
 PARTS = {
     "large": "bench.large",
@@ -93,16 +90,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     }
     began, seconds, parts = time.perf_counter(), {}, {}
     with ExitStack() as running:
-        listening = running.enter_context(ports.listen())
-        data_dir = running.enter_context(temporary_data_dir())
-        urls = running.enter_context(private(running.enter_context(servers(data_dir)), "bench"))
-        env = stack.environment(urls, ports.address_of(listening))
+        listening, data_dir, env = running.enter_context(stack.of_its_own("bench"))
         env |= {"RATE_LIMIT_MESSAGES": "1000000 per minute", "RATE_LIMIT_DEFAULT": "10000000 per minute"}
         env |= {"LOG_LEVEL": "WARNING"}
         os.environ.update(env)
         from bench import machine  # what is imported from here on may read the environment
 
-        stack.migrate(env)
         stage = Stage(env, listening, data_dir)
         stage.populate([*SIZES, *arguments.members])
         seconds["communities"] = time.perf_counter() - began

@@ -12,7 +12,7 @@ import socket
 import statistics
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -141,43 +141,58 @@ def measure(stage: Stage, arguments: argparse.Namespace) -> dict[str, Any]:
         elsewhere = request_of(bench.token, {"channel_id": bench.channels[min(bench.channels)], "content": TEXT})
         for _ in range(20):
             client.post("/api/messages", {"channel_id": channel_id, "content": TEXT})
-        for busy in (False, True):
-            with_, without, loads, delays = [], [], {True: [], False: []}, []
-            memory = {}
-            for number in range(ROUNDS):
-                for streams in (False, True):
-                    say(f"{STREAMS if streams else 'no'} streams{', busy' if busy else ''}: {number + 1} of {ROUNDS}")
-                    with ExitStack() as round_:
-                        listeners = round_.enter_context(listening(address, tokens)) if streams else None
-                        if busy:
-                            others = _Others(address, elsewhere)
-                            round_.callback(others.join)
-                        began, took = _paced(client, channel_id)
-                        (with_ if streams else without).extend(took)
-                        if listeners:
-                            delays += _delays(listeners, began)
-                        memory[streams] = web.memory_info().rss / 2**20
-                    if busy:
-                        loads[streams].append(others.done)
-            found["busy" if busy else "quiet"] = {
-                "reached_ms": _percentiles(delays),
-                "posts_ms": {"with": _percentiles(with_), "without": _percentiles(without)},
-                "memory_mib": {"with": round(memory[True], 1), "without": round(memory[False], 1)},
-                "others_per_s": {
-                    name: round(statistics.median(one.rate for one in loads[streams]), 1)
-                    for name, streams in (("with", True), ("without", False))
-                }
-                if busy
-                else None,
-                "others_ms": {
-                    name: _percentiles([ms * 1000 for one in loads[streams] for ms in one.times])
-                    for name, streams in (("with", True), ("without", False))
-                }
-                if busy
-                else None,
-            }
+        for name, others in (("quiet", None), ("busy", elsewhere)):
+            found[name] = _rounds(address, tokens, client, channel_id, web, others)
     bench.forget()
     return found
+
+
+def _rounds(
+    address: tuple[str, int],
+    tokens: list[str],
+    client: Client,
+    channel_id: int,
+    web: psutil.Process,
+    others: bytes | None,
+) -> dict[str, Any]:
+    """The paced posts without and with streams in turn, beside others who ask for `others`, if that is given."""
+    posts: dict[bool, list[float]] = {False: [], True: []}
+    loads: dict[bool, list[Load]] = {False: [], True: []}
+    memory: dict[bool, float] = {}
+    delays: list[float] = []
+    for number in range(2 * ROUNDS):
+        streams = number % 2 == 1
+        busy = ", busy" if others else ""
+        say(f"{STREAMS if streams else 'no'} streams{busy}: {number // 2 + 1} of {ROUNDS}")
+        with ExitStack() as round_:
+            listeners = round_.enter_context(listening(address, tokens)) if streams else None
+            asking = _Others(address, others) if others else None
+            if asking:
+                round_.callback(asking.join)
+            began, took = _paced(client, channel_id)
+            posts[streams] += took
+            if listeners:
+                delays += _delays(listeners, began)
+            memory[streams] = web.memory_info().rss / 2**20
+        if asking:
+            loads[streams].append(asking.done)
+    found: dict[str, Any] = {
+        "reached_ms": _percentiles(delays),
+        "posts_ms": _both(lambda streams: _percentiles(posts[streams])),
+        "memory_mib": _both(lambda streams: round(memory[streams], 1)),
+        "others_per_s": None,
+        "others_ms": None,
+    }
+    if others:
+        found["others_per_s"] = _both(lambda streams: round(statistics.median(one.rate for one in loads[streams]), 1))
+        found["others_ms"] = _both(
+            lambda streams: _percentiles([seconds * 1000 for one in loads[streams] for seconds in one.times])
+        )
+    return found
+
+
+def _both(figure: Callable[[bool], Any]) -> dict[str, Any]:
+    return {"with": figure(True), "without": figure(False)}
 
 
 class _Others:

@@ -60,11 +60,16 @@ class Victim:
             os.close(descriptor)
 
 
+def go_on(arguments: list[str]) -> None:
+    """Be `python -m ARGUMENTS` from here on, in this process as it is."""
+    sys.argv = arguments
+    runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+
+
 def main() -> None:
-    directory, module, *arguments = sys.argv[1:]
+    directory, *arguments = sys.argv[1:]
     points.listener = Victim(Path(directory)).reach
-    sys.argv = [module, *arguments]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    go_on(arguments)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,7 @@ from typing import Any
 
 from dev import CommandError, ports, say, stack, stop
 from dev.client import Client
-from dev.own import private
-from dev.places import temporary_data_dir
 from dev.processes import Child
-from dev.servers import servers
 
 MEMBERS = 10_000
 RUN_SECONDS = 120
@@ -20,19 +17,14 @@ TELLING = ("message", "mention", "mention_role", "mention_everyone")
 def demo() -> int:
     """Returns 0 where the message's run succeeded and its numbers add up; raises CommandError otherwise."""
     with ExitStack() as stage:
-        listening = stage.enter_context(ports.listen())
-        address = ports.address_of(listening)
         say("Starting PostgreSQL and Redis …")
-        data_dir = stage.enter_context(temporary_data_dir())
-        urls = stage.enter_context(private(stage.enter_context(servers(data_dir)), "demo"))
-        env = stack.environment(urls, address)
-        stack.migrate(env)
+        listening, data_dir, env = stage.enter_context(stack.of_its_own("demo"))
         say(f"Making a community of {MEMBERS:,} …")
         token, community = stack.make_community(env, MEMBERS)
         say("Starting a web process and a worker …")
         worker = stage.enter_context(stack.worker(env, data_dir / "worker.log"))
         web = stage.enter_context(stack.web(env, listening, data_dir / "web.log"))
-        _show(Client(address, token), community, (web, worker))
+        _show(Client(ports.address_of(listening), token), community, (web, worker))
         say("Stopping everything …")
     say(
         "\nNext: `make run` serves until Ctrl-C, with tokens and commands to try and the queues under /rq;"

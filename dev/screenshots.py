@@ -10,9 +10,6 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 from dev import ROOT, CommandError, chromium, ports, say, stack
 from dev.client import Client
-from dev.own import private
-from dev.places import temporary_data_dir
-from dev.servers import servers
 
 MEMBERS = 4_000
 PICTURES = ROOT / "docs" / "screenshots"
@@ -105,19 +102,15 @@ def screenshots() -> int:
     if executable is None:
         raise CommandError(f"No Chromium. {chromium.HOW_TO}")
     with ExitStack() as stage:
-        listening = stage.enter_context(ports.listen())
-        address = ports.address_of(listening)
         say("Starting PostgreSQL and Redis …")
-        data_dir = stage.enter_context(temporary_data_dir())
-        urls = stage.enter_context(private(stage.enter_context(servers(data_dir)), "screenshots"))
-        env = stack.environment(urls, address)
-        stack.migrate(env)
+        listening, data_dir, env = stage.enter_context(stack.of_its_own("screenshots"))
         token, community = stack.make_community(env, MEMBERS)
         say("Starting a web process and a worker …")
         stage.enter_context(stack.worker(env, data_dir / "worker.log"))
         stage.enter_context(stack.web(env, listening, data_dir / "web.log"))
         browser = stage.enter_context(chromium.launch(stage.enter_context(sync_playwright()), executable))
         PICTURES.mkdir(exist_ok=True)
+        address = ports.address_of(listening)
         tokens, channels = _talk(address, token, community)
         for screen in SCREENS:
             _picture(browser, address, tokens, channels, screen)

@@ -6,17 +6,18 @@ import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import psycopg
 
-from dev import CommandError, stop
+from dev import CommandError, ports, stop
 from dev.client import not_ready
-from dev.places import secret_key
-from dev.ports import address_of
+from dev.own import private
+from dev.places import secret_key, temporary_data_dir
 from dev.processes import Child, output_of, running
+from dev.servers import servers
 
 FLASK = ("-m", "flask", "--app", "app")
 READY_SECONDS = 60
@@ -35,6 +36,21 @@ def environment(urls: Mapping[str, str], address: str | None = None) -> dict[str
         defaults["PUBLIC_URL"] = address
     unset = {name: value for name, value in defaults.items() if not os.environ.get(name, "").strip()}
     return {**os.environ, **unset, **urls}
+
+
+@contextmanager
+def of_its_own(purpose: str) -> Iterator[tuple[socket.socket, Path, dict[str, str]]]:
+    """Where a web process can listen, a directory, and the environment of an empty database, up to date, and a Redis.
+
+    All of it is nobody else's, and gone when the block ends.
+    """
+    with ExitStack() as stage:
+        listening = stage.enter_context(ports.listen())
+        data_dir = stage.enter_context(temporary_data_dir())
+        urls = stage.enter_context(private(stage.enter_context(servers(data_dir)), purpose))
+        env = environment(urls, ports.address_of(listening))
+        migrate(env)
+        yield listening, data_dir, env
 
 
 def migrate(env: Mapping[str, str]) -> None:
@@ -94,7 +110,7 @@ def web(
     arguments.append(app)
     with running("web process", arguments, env, log=log, pass_fds=(descriptor,)) as child:
         deadline = time.monotonic() + READY_SECONDS
-        while (answer := not_ready(address_of(listening))) is not None:
+        while (answer := not_ready(ports.address_of(listening))) is not None:
             child.check()
             if time.monotonic() > deadline:
                 raise CommandError(f"The web process was not ready after {READY_SECONDS} seconds: {answer}")

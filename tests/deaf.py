@@ -1,12 +1,12 @@
 """`python -m tests.deaf MODULE ARGUMENT...`: `python -m MODULE ARGUMENT...`, in which telling hangs, and hears no
 signal but SIGKILL."""
 
-import runpy
 import signal
 import sys
 import time
 
 from belfry import fanout
+from chaos.victim import go_on
 
 
 def main() -> None:
@@ -18,9 +18,7 @@ def main() -> None:
         return tell_together(run_ids)
 
     fanout.tell_together = hang
-    module = sys.argv[1]
-    sys.argv = sys.argv[1:]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    go_on(sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@
 Channels: general (open), announcements (open; only admins post), vault (private; opened by the role vip).
 """
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,6 +50,11 @@ class Cast:
     vip_role: int
     moderators_role: int
     everybody: dict[str, Person] = field(default_factory=dict)
+
+
+def csrf_of(html: str) -> str:
+    """The CSRF token in a page's form, or its head."""
+    return re.search(r'name="csrf" (?:value|content)="([^"]+)"', html)[1]
 
 
 def make_person(username: str, *, status: str | None = "active", admin: bool = False) -> Person:

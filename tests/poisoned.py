@@ -1,10 +1,10 @@
 """`python -m tests.poisoned MODULE ARGUMENT...`: `python -m MODULE ARGUMENT...`, in which to look for one position is
 more than the live streams can bear."""
 
-import runpy
 import sys
 
 from belfry import live
+from chaos.victim import go_on
 
 POISON = "7777:7777:"
 
@@ -18,9 +18,7 @@ def main() -> None:
         return real(since, here, user_ids)
 
     live.news = news
-    module = sys.argv[1]
-    sys.argv = sys.argv[1:]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    go_on(sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ import jobs
 from belfry import accounts
 from config import settings
 from models import ApiToken, User
+from tests.people import csrf_of
 from views import dashboard
 
 ONCE = Retry(NoBackoff(), 0)
@@ -94,12 +95,8 @@ def failed(queue, work):
     return job.id
 
 
-def csrf_of(answer) -> str:
-    return re.search(r'name="csrf" value="([^"]+)"', answer.text)[1]
-
-
 def sign_in(client, token: str, following: str = "/rq/", **options):
-    form = {"csrf": csrf_of(client.get("/login", **options)), "token": token, "next": following}
+    form = {"csrf": csrf_of(client.get("/login", **options).text), "token": token, "next": following}
     return client.post("/login", data=form, **options)
 
 
@@ -214,7 +211,7 @@ def test_signing_in_and_out_needs_the_form_of_this_session(client, cast, csrf):
 
 
 def test_a_form_of_before_signing_in_is_no_use_after_it(client, cast):
-    old = csrf_of(client.get("/login"))
+    old = csrf_of(client.get("/login").text)
     client.post("/login", data={"csrf": old, "token": cast.admin.token})
     assert client.post("/logout", data={"csrf": old}).status_code == 403
 
@@ -223,7 +220,7 @@ def test_signing_out_ends_the_session(client, cast):
     sign_in(client, cast.admin.token)
     page = client.get("/login")
     assert "Signed in as <strong>ada</strong>" in page.text
-    answer = client.post("/logout", data={"csrf": csrf_of(page)})
+    answer = client.post("/logout", data={"csrf": csrf_of(page.text)})
     assert (answer.status_code, answer.location) == (303, "/login")
     assert client.get("/rq/").status_code == 303
     assert client.get("/logout").status_code == 405

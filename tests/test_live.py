@@ -1,6 +1,5 @@
 """The live stream over a real web process: what happens is sent at once, once, and to nobody else."""
 
-import re
 import socket
 import time
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from config import settings
 from models import ApiToken, db
 from schemas import Notification
 from tests.listening import Listener
+from tests.people import csrf_of
 from tests.processes import RedisGate, a_gate, a_web_process, wait_until
 from tests.telling import crowd, edit, parts_of, post, posted_and_told, run_to_end, wants_mentions_only
 
@@ -47,8 +47,7 @@ class Browser:
 
     def _form(self, cookie: str) -> tuple[str, str]:
         with urlopen(Request(f"{self._web}/login", headers={"Cookie": cookie})) as answer:
-            csrf = re.search(r'name="csrf" value="([^"]+)"', answer.read().decode())
-            return csrf[1], answer.headers["Set-Cookie"].partition(";")[0]
+            return csrf_of(answer.read().decode()), answer.headers["Set-Cookie"].partition(";")[0]
 
     def _post(self, path: str, csrf: str, **fields: str) -> str:
         connection = HTTPConnection(urlsplit(self._web).netloc, timeout=30)

@@ -8,7 +8,7 @@ import pytest
 from belfry import accounts, communities, inbox, navigation
 from belfry.sql import execute
 from models import ApiToken, Channel, Message, User
-from tests.people import make_person
+from tests.people import csrf_of, make_person
 from tests.telling import statements
 from views import limits
 
@@ -45,10 +45,6 @@ def post(api, cast):
         return answer.json["id"]
 
     return write
-
-
-def csrf_of(html: str) -> str:
-    return re.search(r'name="csrf" (?:value|content)="([^"]+)"', html)[1]
 
 
 def shown(html: str) -> list[int]:

@@ -1,23 +1,18 @@
 """The API as a page of this site asks it: by the session's cookie, and to write with its CSRF token."""
 
-import re
-
 import pytest
 
 from belfry import accounts
 from models import ApiToken
+from tests.people import csrf_of
 
 
 @pytest.fixture
 def page(client, cast):
     """The subscriber's browser after signing in."""
     form = client.get("/login").text
-    client.post("/login", data={"csrf": _csrf(form), "token": cast.subscriber.token})
+    client.post("/login", data={"csrf": csrf_of(form), "token": cast.subscriber.token})
     return client
-
-
-def _csrf(html: str) -> str:
-    return re.search(r'name="csrf" value="([^"]+)"', html)[1]
 
 
 def _message(cast) -> dict:
@@ -29,7 +24,7 @@ def test_a_session_reads(page, cast):
 
 
 def test_a_session_writes_with_its_csrf_token(page, cast):
-    csrf = _csrf(page.get("/login").text)
+    csrf = csrf_of(page.get("/login").text)
     answer = page.post("/api/messages", json=_message(cast), headers={"X-CSRF-Token": csrf})
     assert (answer.status_code, answer.json["author"]["id"]) == (201, cast.subscriber.id)
 

@@ -51,7 +51,6 @@ READERS_OF_ONE = 20  # of one person, in one process; the oldest ends
 OUT_OF_REACH = (OperationalError, InterfaceError, MaxConnectionsExceeded)
 
 
-
 class Hub:
     """See the module. `add` and `announced` are for every thread, the rest is the hub's own."""
 
@@ -69,7 +68,7 @@ class Hub:
         self._deleted: set[int] = set()  # messages: who was told of them is stale
         self._unchecked: set[int] = set()  # user ids: whether they may still listen
         self._check_wanted = False  # of everybody
-        self._position: Position | None = None  # of all readers; None while there is none
+        self._position: Position | None = None  # of all readers
         self._due = self._looked_at = self._checked_at = self._pinged_at = 0.0
         self._redis_answers = False
         self._most = min(settings.streams, _open_files(settings.streams + OTHER_FILES) - OTHER_FILES)
@@ -202,11 +201,8 @@ class Hub:
 
     def _look_at(self, new: list[Reader], gone: set[str]) -> None:
         pause = CHECK_AGAIN_SECONDS if self._check_wanted else CHECK_SECONDS
-        checked = [
-            reader
-            for reader in self._everybody()
-            if self._looked_at >= self._checked_at + pause or reader.user.id in self._unchecked
-        ]
+        check_all = self._looked_at >= self._checked_at + pause
+        checked = [reader for reader in self._everybody() if check_all or reader.user.id in self._unchecked]
         with live.look() as here:
             asked = {reader.token_hash for reader in [*new, *checked]}
             listeners = live.listeners(asked) if asked else {}
@@ -223,7 +219,7 @@ class Hub:
         self._position = here
         self._deleted.clear()
         self._unchecked.clear()
-        if self._looked_at >= self._checked_at + pause:
+        if check_all:
             self._checked_at, self._check_wanted = self._looked_at, False
         for reader in checked:
             if not reader.may_go_on(listeners):
@@ -246,7 +242,6 @@ class Hub:
         readers = self._readers.setdefault(reader.user.id, [])
         if len(readers) >= READERS_OF_ONE:
             self._cut(readers[0])
-            readers = self._readers.setdefault(reader.user.id, [])
         readers.append(reader)
         reader.joined = True
         self._selector.register(reader.socket, selectors.EVENT_READ, reader)

@@ -21,7 +21,6 @@ from belfry.navigation import listed_channels
 from belfry.rendering import budget_of_a_page, render
 from belfry.sql import Row
 from belfry.timeline import STRETCH, stretch
-from jobs import announce
 from models import LARGEST_ID, User
 from views import sign_in
 from views.endpoint import READS
@@ -94,11 +93,10 @@ def messages(server_id: int, channel_id: int) -> str:
 @blueprint.post("/servers/<id:server_id>/channels/<id:channel_id>/read")
 def read(server_id: int, channel_id: int) -> AnyResponse:
     """Mark read what one was told of a channel `up_to` a message, which is the last that one has seen: 204."""
-    seen, up_to = _channel(server_id, channel_id), request.form.get("up_to", "")
-    if not (up_to.isascii() and up_to.isdigit() and len(up_to) < 20):
+    seen, up_to = _channel(server_id, channel_id), _id(request.form.get("up_to", ""))
+    if up_to is None:
         raise HttpProblem(422, "Say up to which message you have read.")
-    inbox.mark_read(g.user, channel_id=seen.id, up_to=(g.user.id, min(int(up_to), LARGEST_ID)))
-    announce(user_id=g.user.id)
+    inbox.mark_read(g.user, channel_id=seen.id, up_to=(g.user.id, up_to))
     return Response(status=204)
 
 
@@ -125,7 +123,6 @@ def mark_read() -> AnyResponse:
     except ValueError:
         raise NotFound("There is no such notification.") from None
     inbox.mark_read(g.user, ids=ids)
-    announce(user_id=g.user.id)
     return redirect(url_for("pages.inbox_page"), 303)
 
 
@@ -162,10 +159,14 @@ def _channel(server_id: int, channel_id: int) -> SeenChannel:
     return seen
 
 
+def _id(text: str) -> int | None:
+    """A message's id. None for what could not be one."""
+    return min(int(text), LARGEST_ID - 1) if text.isascii() and text.isdigit() and len(text) < 20 else None
+
+
 def _position(name: str) -> int | None:
     """A message's id in the address. None where there is none, or nothing that could be one."""
-    text = request.args.get(name, "")
-    return min(int(text), LARGEST_ID - 1) if text.isascii() and text.isdigit() and len(text) < 20 else None
+    return _id(request.args.get(name, ""))
 
 
 def _stretch(seen: SeenChannel) -> Row:

@@ -25,11 +25,11 @@ HEADERS = {
 }
 OF_MESSAGES = ("api.post_message", "api.edit_message", "api.test_notification", "api.replay")
 """What these change is told by a job, which announces it."""
-OF_ONESELF = ("api.mark_read", "api.dismiss")
+OF_ONESELF = ("api.mark_read", "api.dismiss", "pages.read", "pages.mark_read")
 
 
 def register(app: Flask) -> None:
-    """Announce what requests change, when they are through. Before `problems`, so that none is missed."""
+    """Announce what requests change, when they are through."""
     app.after_request(_announce)
 
 
@@ -91,12 +91,12 @@ def _hand_over(reader: Reader) -> Iterator[bytes]:
 
 
 def _announce(answer: Response) -> Response:
-    if request.method in READS or answer.status_code >= 400 or request.blueprint != "api":
+    if request.method in READS or answer.status_code >= 400:
         return answer
     if request.endpoint in OF_ONESELF:
         announce(user_id=g.user.id)
     elif request.endpoint == "api.delete_message":
         announce(message_id=(request.view_args or {})["message_id"])
-    elif request.endpoint not in (*OF_MESSAGES, "api.put_preference"):
+    elif request.blueprint == "api" and request.endpoint not in (*OF_MESSAGES, "api.put_preference"):
         announce(access=(request.view_args or {}).get("user_id", True))  # of one person, or of who knows whom
     return answer

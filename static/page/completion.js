@@ -1,6 +1,14 @@
 // Completing a member's name while somebody types: a list of options above or below a text field.
 
+import { call } from './api.js';
+import { channelId } from './timeline.js';
+
 const PAUSE = 120;
+
+// Whom one may mention in the channel, by the beginning of a username.
+export async function findMentionable(prefix) {
+  return (await call('GET', `/api/channels/${channelId}/members?limit=8&prefix=${encodeURIComponent(prefix)}`)).items;
+}
 
 // `wanted()`: what is to be completed, or null. `find(prefix)`: the options, each {username, name}.
 // `choose(option)`: one was taken. The list is an ARIA listbox; the field keeps the focus.

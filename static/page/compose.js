@@ -1,7 +1,7 @@
 // Writing a message.
 
 import { call } from './api.js';
-import { complete } from './completion.js';
+import { complete, findMentionable } from './completion.js';
 import { channelId, lookFor, scrollToEnd, reachesNewest } from './timeline.js';
 
 const form = document.getElementById('compose');
@@ -64,8 +64,7 @@ export function start() {
     field,
     list: document.getElementById('suggestions'),
     wanted: () => typed()?.[1].toLowerCase() ?? null,
-    find: async (prefix) =>
-      (await call('GET', `/api/channels/${channelId}/members?limit=8&prefix=${encodeURIComponent(prefix)}`)).items,
+    find: findMentionable,
     choose({ username }) {
       const caret = field.selectionStart;
       field.setRangeText(`${username} `, caret - typed()[1].length, caret, 'end');

@@ -136,7 +136,7 @@ async function poll() {
 // Whether it was answered.
 async function look() {
   try {
-    emit('unread', await call('GET', '/api/notifications/unread-count'));
+    await count();
     emit('tick');
     return true;
   } catch (problem) {
@@ -145,7 +145,11 @@ async function look() {
   }
 }
 
+async function count() {
+  emit('unread', await call('GET', '/api/notifications/unread-count'));
+}
+
 // Ask for the count where no stream brings it.
 export async function recount() {
-  if (state !== 'live') emit('unread', await call('GET', '/api/notifications/unread-count'));
+  if (state !== 'live') await count();
 }

@@ -1,7 +1,7 @@
 // How the telling of a message goes, and of how many for which reason: for its author and for admins.
 
 import { call } from './api.js';
-import { count, NOT_TOLD, TOLD } from './words.js';
+import { count, excerpt, NOT_TOLD, TOLD } from './words.js';
 
 const PAUSE = 500;
 const LONGEST = 10_000; // of what does not get on
@@ -90,7 +90,7 @@ function clear() {
 
 export async function openRun(item, button) {
   const mine = ++shown;
-  dialog.querySelector('.excerpt').textContent = item.querySelector('.content').textContent.trim().slice(0, 200);
+  dialog.querySelector('.excerpt').textContent = excerpt(item);
   state.textContent = '…';
   clear();
   bar.removeAttribute('value');

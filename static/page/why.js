@@ -1,9 +1,8 @@
 // "Why?": in one sentence, of the reader; and for admins, of anybody.
 
 import { call } from './api.js';
-import { complete } from './completion.js';
-import { channelId } from './timeline.js';
-import { because } from './words.js';
+import { complete, findMentionable } from './completion.js';
+import { because, excerpt } from './words.js';
 
 const dialog = document.getElementById('why');
 const answer = document.getElementById('why-answer');
@@ -30,7 +29,7 @@ async function aboutSomebody(username) {
 
 export function why(item) {
   message = item.dataset.id;
-  dialog.querySelector('.excerpt').textContent = item.querySelector('.content').textContent.trim().slice(0, 200);
+  dialog.querySelector('.excerpt').textContent = excerpt(item);
   form?.reset();
   dialog.showModal();
   ask(async () => because(await explain('')));
@@ -42,9 +41,7 @@ export function start() {
     field,
     list: document.getElementById('why-names'),
     wanted: () => field.value.trim().replace(/^@/, '').toLowerCase() || null,
-    find: async (prefix) =>
-      (await call('GET', `/api/channels/${channelId}/members?limit=8&prefix=${encodeURIComponent(prefix)}`))
-        .items.filter((one) => one.kind === 'user'),
+    find: async (prefix) => (await findMentionable(prefix)).filter((one) => one.kind === 'user'),
     choose({ username }) {
       field.value = username;
       form.requestSubmit();

@@ -13,6 +13,9 @@ export function when(time, now = new Date()) {
   return time.toDateString() === now.toDateString() ? clock(time) : `${DAY.format(time)}, ${clock(time)}`;
 }
 
+// How a message in the list begins.
+export const excerpt = (item) => item.querySelector('.content').textContent.trim().slice(0, 200);
+
 // Each time that the server wrote in UTC, in the reader's own.
 export function localise(root) {
   for (const element of root.querySelectorAll('time[datetime]')) {

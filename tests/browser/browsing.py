@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from axe_playwright_python.base import AXE_SCRIPT
-from playwright.sync_api import BrowserContext, ConsoleMessage, Dialog, Locator, Page, Request, Response, expect
+from playwright.sync_api import BrowserContext, ConsoleMessage, Dialog, Locator, Page, Request, Response, Route, expect
 
 from tests.people import Cast
 from tests.processes import PATIENCE
@@ -102,6 +102,21 @@ def wait_until_live(page: Page) -> None:
 
 def composer(page: Page) -> Locator:
     return page.get_by_role("textbox", name="Message to #")
+
+
+def lose_the_first_answer(page: Page, lose: Callable[[Route], None] = Route.abort) -> list[int]:
+    """The first post is through, and `lose` is what becomes of its answer; whose status there is, once it is lost."""
+    lost: list[int] = []
+
+    def answer(route: Route) -> None:
+        if lost:
+            route.continue_()
+        else:
+            lost.append(route.fetch().status)
+            lose(route)
+
+    page.route("**/api/messages", answer)
+    return lost
 
 
 def bell(page: Page) -> Locator:

@@ -3,10 +3,10 @@
 import re
 
 import pytest
-from playwright.sync_api import Locator, Page, Route, expect
+from playwright.sync_api import Locator, Page, expect
 
 from models import Message
-from tests.browser.browsing import address, composer, shown, sign_in
+from tests.browser.browsing import address, composer, lose_the_first_answer, shown, sign_in
 
 ONE_AN_HOUR = {"RATE_LIMIT_MESSAGES": "1 per hour"}
 
@@ -192,16 +192,7 @@ def test_a_draft_is_not_the_next_ones(page, cast) -> None:
 def test_what_may_have_been_posted_is_not_posted_again(page, faults, status) -> None:
     faults.expect(f"status of {status}")
     faults.allow(f"answer {status}")
-    lost = []
-
-    def lose_the_first(route: Route) -> None:
-        if lost:
-            route.continue_()
-        else:
-            lost.append(route.fetch().status)
-            route.fulfill(status=status, json={"detail": "Not now."})
-
-    page.route("**/api/messages", lose_the_first)
+    lose_the_first_answer(page, lambda route: route.fulfill(status=status, json={"detail": "Not now."}))
     composer(page).fill("gold")
     composer(page).press("Enter")
     expect(status_of(page)).to_have_text("Not now.")
@@ -213,16 +204,7 @@ def test_what_may_have_been_posted_is_not_posted_again(page, faults, status) -> 
 
 def test_another_text_after_an_answer_that_was_lost_is_another_message(page, faults) -> None:
     faults.expect("net::ERR_FAILED")
-    lost = []
-
-    def lose_the_first(route: Route) -> None:
-        if lost:
-            route.continue_()
-        else:
-            lost.append(route.fetch().status)
-            route.abort()
-
-    page.route("**/api/messages", lose_the_first)
+    lose_the_first_answer(page)
     composer(page).fill("gold")
     composer(page).press("Enter")
     expect(status_of(page)).to_have_class("wrong")

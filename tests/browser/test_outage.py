@@ -6,11 +6,20 @@ from contextlib import ExitStack
 from urllib.parse import urlsplit
 
 import pytest
-from playwright.sync_api import Page, Route, expect
+from playwright.sync_api import Page, expect
 
 from config import settings
 from models import Message, Notification
-from tests.browser.browsing import address, bell, composer, message, shown, wait_until_live, watch_requests
+from tests.browser.browsing import (
+    address,
+    bell,
+    composer,
+    lose_the_first_answer,
+    message,
+    shown,
+    wait_until_live,
+    watch_requests,
+)
 from tests.people import Person
 from tests.processes import RedisGate, WebGate, a_gate, a_web_process, a_worker, wait_until
 
@@ -287,16 +296,7 @@ def test_what_is_written_offline_is_kept_and_sent_once(visit, web, faults, cast)
 def test_an_answer_that_is_lost_does_not_post_twice(visit, faults, cast) -> None:
     faults.expect(NETWORK)
     page = visit(address(cast, cast.general), cast.subscriber)
-    lost = []
-
-    def lose_the_first(route: Route) -> None:
-        if lost:
-            route.continue_()
-        else:
-            lost.append(route.fetch().status)
-            route.abort()
-
-    page.route("**/api/messages", lose_the_first)
+    lost = lose_the_first_answer(page)
     composer(page).fill("gold")
     composer(page).press("Enter")
     expect(page.locator("#compose-status")).to_have_class("wrong")
