@@ -22,7 +22,7 @@ import re
 import secrets
 import time
 
-from flask import Flask, Request, Response, g, request
+from flask import Flask, Request, Response, current_app, g, request
 from flask.sessions import SecureCookieSession, SecureCookieSessionInterface
 from werkzeug.routing import IntegerConverter
 
@@ -115,14 +115,18 @@ def _authenticate() -> None:
     With an Authorization header its token counts and nothing else; without one the session of the page, which may
     write only with its CSRF token: 403 otherwise.
     """
-    g.user = None
+    g.user = g.token_hash = None
     if request.blueprint == pages.blueprint.name:
         g.user = sign_in.signed_in()
     if not request.path.startswith("/api/"):
         return
     if "Authorization" in request.headers:
         if token := bearer_token():
-            g.user = accounts.authenticate(token)
+            token_hash = accounts.hash_token(token)
+            if request.endpoint and hasattr(current_app.view_functions[request.endpoint], "asks_for_itself"):
+                g.user = accounts.remembered(token_hash)
+                g.token_hash = token_hash if g.user else None
+            g.user = g.user or accounts.authenticate_hash(token_hash)
         return
     g.user = sign_in.signed_in()
     if g.user and request.method not in READS and not sign_in.csrf_matches(request.headers.get("X-CSRF-Token", "")):

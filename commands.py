@@ -12,7 +12,7 @@ from flask import Flask
 from marshmallow import ValidationError
 from peewee import InterfaceError, OperationalError, ProgrammingError
 
-import jobs
+import queues
 import schemas
 import worker as worker_process
 from belfry import accounts, explanation, leases, runs, schema, seeding, trials, verification
@@ -160,7 +160,7 @@ def send_test_notification(
 ) -> None:
     """Send a test notification through the real queue."""
     run_id = trials.send_test(_sender(username), channel_id, None, audience)
-    if not jobs.enqueue_run(run_id):
+    if not queues.enqueue_run(run_id):
         click.echo("Redis is out of reach: a worker will find the run when it is back.", err=True)
     run = _wait(run_id) if wait else runs.find_run(run_id)
     _print_run(run, as_json)
@@ -287,7 +287,7 @@ def replay_run(run_id: int, dry_run: bool, as_json: bool) -> None:
     """Decide again about everybody by the rules of now; nobody is told twice."""
     replayed = runs.replay(run_id, dry_run=dry_run)
     if replayed["run_id"]:
-        jobs.enqueue_run(replayed["run_id"])
+        queues.enqueue_run(replayed["run_id"])
     if as_json:
         _print_json(replayed)
         return
@@ -309,7 +309,7 @@ def retry_runs(run_ids: tuple[int, ...], failed: bool, as_json: bool) -> None:
     if bool(run_ids) == failed:
         raise click.UsageError("Give either run ids or --failed.")
     parts = leases.retry_failed(None if failed else run_ids)
-    jobs.enqueue(parts)
+    queues.enqueue(parts)
     retried = sorted({part.run_id for part in parts})
     if as_json:
         _print_json({"retried": retried})

@@ -31,6 +31,7 @@ from rq.queue import Queue
 from rq.timeouts import JobTimeoutException
 
 import jobs
+import queues
 from belfry.points import reach
 from config import settings
 
@@ -39,6 +40,7 @@ log = logging.getLogger(__name__)
 JOBS_OF_A_HORSE = 10_000
 OTHERS_TURN = 4  # one job in so many may be of another queue though some wait in the first: a quarter of the time
 OVERTIME_SECONDS = 10  # after JOB_TIMEOUT, before a process that cannot be broken off is killed
+STOP_SECONDS = 2  # that a work-horse with nothing in hand has to take its leave of Redis
 TICK_SECONDS = 0.05  # between two looks of the parent: how soon another process follows one that died
 PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 
@@ -51,17 +53,21 @@ class BelfryWorker(SimpleWorker):  # type: ignore[misc]
     deadline: "Deadline | None" = None
     dequeued = 0
     _in_hand = False
+    _stopping_until = 0.0  # `time.monotonic()`
 
     def request_stop(self, signum: int, frame: object) -> None:
         """The work in hand is finished, however often somebody asks: Heroku sends SIGTERM to every process, and the
-        parent passes its own on."""
-        if self.asked_to_stop:
-            return
-        self.asked_to_stop = True
-        self.handle_warm_shutdown_request()
-        if self._in_hand:
-            self._stop_requested = True  # RQ would write to Redis first: it may be away, and the job goes on
-        else:
+        parent passes its own on, again and again.
+
+        Whoever asks after STOP_SECONDS is heard again: what is raised here may be taken for an error of the line that
+        it broke in on, as by logging, which passes over its own.
+        """
+        if not self.asked_to_stop:
+            self.asked_to_stop = True
+            self.handle_warm_shutdown_request()
+        self._stop_requested = True  # RQ itself would write to Redis first: it may be away, and a job in hand goes on
+        if not self._in_hand and time.monotonic() > self._stopping_until:
+            self._stopping_until = time.monotonic() + STOP_SECONDS
             raise StopRequested
 
     def reorder_queues(self, reference_queue: Queue) -> None:
@@ -89,7 +95,7 @@ class BelfryWorker(SimpleWorker):  # type: ignore[misc]
         worker as idle. What goes wrong RQ meets itself.
         """
         try:
-            if queue.name != jobs.NOTIFICATIONS:  # a slice may take long, and says nothing meanwhile
+            if queue.name != queues.NOTIFICATIONS:  # a slice may take long, and says nothing meanwhile
                 self.heartbeat((job.timeout or settings.job_timeout) + 60)
             with self.death_penalty_class(job.timeout or settings.job_timeout, JobTimeoutException, job_id=job.id):
                 done = jobs.do_at_once(job)
@@ -244,7 +250,7 @@ def work_horse(deadline: Deadline | None = None, burst: bool = False) -> bool:
         while True:
             try:
                 worker = BelfryWorker(
-                    [jobs.queue(name, connection) for name in jobs.QUEUES],
+                    [queues.queue(name, connection) for name in queues.QUEUES],
                     connection=connection,
                     serializer="json",
                     worker_ttl=30,

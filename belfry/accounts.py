@@ -7,11 +7,15 @@ from typing import Any
 
 from peewee import IntegrityError
 
-from belfry.errors import Conflict, Forbidden, NotFound
+from belfry.errors import Conflict, Forbidden, NotFound, Unauthenticated
 from belfry.sql import Row, execute, row, rows
 from models import Subscription, User, db
 
 SENDER = "belfry"  # the account that Belfry's own messages come from
+IS_VALID = "(t.revoked_at IS NULL AND (t.expires_at IS NULL OR t.expires_at > now()))"
+"""Of a row of `api_token t`: neither revoked nor expired."""
+REMEMBERED_AT_MOST = 10_000  # tokens: some MB
+_remembered: dict[bytes, User] = {}  # by a token's hash
 TOKEN_PREFIX = "belfry_"  # so that a leaked one can be recognised  # noqa: S105
 
 
@@ -106,17 +110,39 @@ def authenticate(token: str) -> User | None:
 def authenticate_hash(token_hash: bytes) -> User | None:
     """As `authenticate`, for a session that keeps the hash."""
     found = row(  # as SQL: every request asks this, and peewee would put it together anew each time
-        """
+        f"""
         SELECT u.id, u.username, u.name, u.email, u.is_admin, u.created_at
         FROM api_token t
         JOIN user_account u ON u.id = t.user_id
         WHERE t.token_hash = %(token_hash)s
-        AND t.revoked_at IS NULL
-        AND (t.expires_at IS NULL OR t.expires_at > now())
+        AND {IS_VALID}
         """,
         {"token_hash": token_hash},
     )
-    return User(**found) if found else None
+    if found is None:
+        _remembered.pop(token_hash, None)
+        return None
+    if len(_remembered) >= REMEMBERED_AT_MOST:
+        _remembered.clear()
+    user = _remembered[token_hash] = User(**found)
+    return user
+
+
+def require_token(token_hash: bytes) -> User:
+    """Whose token this is. Raises Unauthenticated where `authenticate` finds nobody."""
+    user = authenticate_hash(token_hash)
+    if user is None:
+        raise Unauthenticated("This token is unknown, or it was revoked or has expired.")
+    return user
+
+
+def remembered(token_hash: bytes) -> User | None:
+    """Whose token this was when it was last asked for; None where that is forgotten. No query.
+
+    It never becomes another's. Whether it is valid still, and what its person may, is not known by this: whoever goes
+    by it asks for that in the statement that does something, as `messages.post_message` does.
+    """
+    return _remembered.get(token_hash)
 
 
 def subscription_of(user_id: int) -> Row | None:

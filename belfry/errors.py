@@ -11,6 +11,12 @@ class Refused(Exception):
         self.detail = detail
 
 
+class Unauthenticated(Refused):
+    """Nobody, as far as can be told: no token, or one that is unknown, was revoked or has expired."""
+
+    code = "unauthenticated"
+
+
 class NotFound(Refused):
     """It does not exist, or the caller may not know that it does: the two must look the same."""
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from belfry import inbox
+from belfry.accounts import IS_VALID
 from belfry.recipients import ACTIVE_SUBSCRIPTION
 from belfry.sql import Row, execute, row, rows, set_locally
 from config import settings
@@ -185,8 +186,7 @@ def listeners(token_hashes: Collection[bytes]) -> dict[bytes, tuple[User, frozen
         FROM api_token t
         JOIN user_account u ON u.id = t.user_id
         WHERE t.token_hash = ANY(%(token_hashes)s::bytea[])
-        AND t.revoked_at IS NULL
-        AND (t.expires_at IS NULL OR t.expires_at > now())
+        AND {IS_VALID}
         AND (u.is_admin OR (
             EXISTS (SELECT FROM subscription s WHERE s.user_id = u.id AND {ACTIVE_SUBSCRIPTION})
             AND EXISTS (SELECT FROM member m WHERE m.user_id = u.id)))

@@ -7,7 +7,7 @@ from typing import Any
 
 from psycopg.types.json import Jsonb
 
-from belfry import idempotency, mentions
+from belfry import accounts, idempotency, mentions
 from belfry.access import (
     MAY_POST,
     SEEN_CHANNEL,
@@ -42,26 +42,33 @@ def post_message(
     once: Once | None = None,
     *,
     run_state: str = "queued",
+    token_hash: bytes | None = None,
 ) -> Posted:
     """Write a message and its run, both or neither. Enqueue the run after it, or leave it `pending`.
 
+    With `token_hash` the author is as `accounts.remembered` has them, and whether that token is valid still, and what
+    its person may now, is asked here.
+
     Raises NotFound where the author may not see the channel, Forbidden and SubscriptionRequired where they
-    may not post, and what `idempotency.claim` raises.
+    may not post, what `idempotency.claim` raises, and Unauthenticated for the token.
     """
+    candidates = mentions.find_mentions(content)
+    if token_hash and (once or candidates):  # there is more to read than the one statement
+        author, token_hash = accounts.require_token(token_hash), None
     with db.atomic() if once else nullcontext():  # one statement needs no transaction around it
         if once and (answer := idempotency.claim(once)):
             return Posted(answer=answer)
         found = mentions.NOBODY
-        if candidates := mentions.find_mentions(content):
+        if candidates:
             channel = channel_for(author, channel_id)
             require_posting(author, channel)
             found = resolve_mentions(channel, candidates, may_ping_groups=channel.moderates, allowed=allowed)
-        written = _write(author, channel_id, content, allowed, found, run_state)
+        written = _write(author, token_hash, channel_id, content, allowed, found, run_state)
         run_id = written["run_id"]
         message = {
             "id": written["message_id"],
             "channel_id": channel_id,
-            "author": {"id": author.id, "username": author.username, "name": author.name},
+            "author": {"id": author.id, "username": written["username"], "name": written["name"]},
             "content": content,
             "created_at": written["created_at"],
             "edited_at": None,
@@ -77,13 +84,24 @@ def post_message(
 
 
 _WRITE = f"""
-    WITH seen AS ({SEEN_CHANNEL}),
+    WITH asker AS MATERIALIZED (
+        SELECT u.id, u.username, u.name, u.is_admin
+        FROM user_account u
+        WHERE u.id = %(user_id)s
+        AND (%(token_hash)s::bytea IS NULL OR EXISTS (
+            SELECT FROM api_token t
+            WHERE t.token_hash = %(token_hash)s
+            AND t.user_id = u.id
+            AND {accounts.IS_VALID}
+        ))
+    ),
+    seen AS ({SEEN_CHANNEL}),
     written AS (
         INSERT INTO message (channel_id, author_id, content, allowed_mentions,
             mentioned_users, mentioned_roles, mentions_everyone)
-        SELECT id, %(user_id)s, %(content)s, %(allowed)s::jsonb,
+        SELECT seen.id, asker.id, %(content)s, %(allowed)s::jsonb,
             %(users)s::bigint[], %(roles)s::bigint[], %(everyone)s
-        FROM seen
+        FROM seen, asker
         WHERE {MAY_POST}
         RETURNING id, created_at
     ),
@@ -92,26 +110,28 @@ _WRITE = f"""
         SELECT id, 'message', %(run_state)s FROM written
         RETURNING id
     )
-    SELECT written.id AS message_id, written.created_at, started.id AS run_id
-    FROM written, started
+    SELECT written.id AS message_id, written.created_at, started.id AS run_id, asker.username, asker.name
+    FROM written, started, asker
 """
-"""May they? Then the message and its run, in one round trip, and in one transaction by itself. No row where they may
-not."""
+"""Is the token valid, and may they? Then the message and its run, in one round trip, and in one transaction by itself.
+No row where it is not, or they may not."""
 
 
 def _write(
     author: User,
+    token_hash: bytes | None,
     channel_id: int,
     content: str,
     allowed: mentions.AllowedMentions | None,
     found: mentions.Mentions,
     run_state: str,
 ) -> Row:
-    """{"message_id", "created_at", "run_id"}. Raises as `post_message` does."""
+    """{"message_id", "created_at", "run_id", "username", "name"}. Raises as `post_message` does."""
     written = row(
         _WRITE,
         {
             **access_parameters(author, channel_id),
+            "token_hash": token_hash,
             "content": content,
             "allowed": Jsonb(_allowed_json(allowed)) if allowed else None,
             **_mentioned(found),
@@ -119,6 +139,7 @@ def _write(
         },
     )
     if written is None:
+        author = accounts.require_token(token_hash) if token_hash else author
         require_posting(author, channel_for(author, channel_id))  # says why
         raise Conflict("Who may post here was changed at the same time. Try again.")
     return written

@@ -10,7 +10,7 @@ import statistics
 import time
 from typing import Any
 
-import jobs
+import queues
 from belfry.leases import Part
 from belfry.sql import row
 from bench.large import end_to_end
@@ -59,7 +59,7 @@ def _burst(stage: Stage, channel_ids: list[int]) -> float:
     ids = stage.new_messages(channel_ids, BURST // len(channel_ids))
     parts = [Part(run_id) for run_id in queued_runs(ids)]
     began, give_up = time.perf_counter(), time.monotonic() + PATIENCE
-    assert jobs.enqueue(parts)
+    assert queues.enqueue(parts)
     while _unfinished():
         give_up_after(give_up)
         time.sleep(0.01)

@@ -134,10 +134,10 @@ def queued_runs(message_ids: Iterable[int]) -> list[int]:
 
 def belfry_rate(small: Small, messages: int) -> dict[str, float]:
     """All are in the queue before the worker starts; with them what Belfry alone does: states and statistics."""
-    import jobs
+    import queues
     from belfry.leases import Part
 
-    assert jobs.enqueue([Part(run_id) for run_id in queued_runs(small.messages(messages))], lost=True)
+    assert queues.enqueue([Part(run_id) for run_id in queued_runs(small.messages(messages))], lost=True)
     with stack.worker(small.stage.env, small.stage.data_dir / "worker.log") as worker:
         found = small.rate(messages, [worker.process.pid])
     assert row("SELECT count(*) AS done FROM run WHERE state = 'succeeded'") == {"done": messages}
@@ -145,12 +145,12 @@ def belfry_rate(small: Small, messages: int) -> dict[str, float]:
 
 
 def belfry_lone(small: Small, number: int) -> list[float]:
-    import jobs
+    import queues
 
     ids = small.messages(number + WARM)
     runs = dict(zip(ids, queued_runs(ids), strict=True))
     with stack.worker(small.stage.env, small.stage.data_dir / "worker.log"):
-        return small.lone(lambda message_id: jobs.enqueue_run(runs[message_id]), ids)
+        return small.lone(lambda message_id: queues.enqueue_run(runs[message_id]), ids)
 
 
 def peer_rate(small: Small, name: str, messages: int) -> dict[str, float]:

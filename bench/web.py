@@ -18,7 +18,7 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import jobs
+import queues
 from belfry import accounts, runs, seeding
 from belfry.sql import execute, row
 from bench.stage import Stage, reached
@@ -132,8 +132,8 @@ class Bench:
         before = Message.select().where(Message.channel == self.bare_channel).count()
         done = load(address, asked, connections, seconds)
         made = Message.select().where(Message.channel == self.bare_channel).count() - before
-        pushed = jobs.redis_connection().llen(QUEUE)
-        jobs.redis_connection().delete(QUEUE)
+        pushed = queues.redis_connection().llen(QUEUE)
+        queues.redis_connection().delete(QUEUE)
         assert made == pushed == done.answered, (made, pushed, done.answered)
         return done
 
@@ -155,7 +155,7 @@ class Bench:
     def posts_that_wait(self, address: tuple[str, int], channel_id: int, connections: int, seconds: float) -> Load:
         """As `posts` while no worker runs: each run has its job. Empties the queue, before it is full."""
         done = self.posts(address, channel_id, connections, seconds)
-        waiting = jobs.queue().count
+        waiting = queues.queue().count
         assert waiting == done.answered, (waiting, done.answered)
         self.forget()
         return done
@@ -167,7 +167,7 @@ class Bench:
             ids = [Message.create(channel=large, author=self.author, content=TEXT).id for _ in range(messages)]
             first, *_ = large_runs = [runs.create_run(message_id, "message") for message_id in ids]
             for run_id in large_runs:
-                assert jobs.enqueue_run(run_id)
+                assert queues.enqueue_run(run_id)
             give_up = time.monotonic() + PATIENCE
             while not runs.find_run(first)["done"]:
                 worker.check()
@@ -182,8 +182,8 @@ class Bench:
 
     def forget(self) -> None:
         """What is queued and told: nothing that comes later shall find it."""
-        for name in jobs.QUEUES:
-            jobs.queue(name).empty()
+        for name in queues.QUEUES:
+            queues.queue(name).empty()
         execute("TRUNCATE notification; TRUNCATE run CASCADE")
 
 

@@ -25,6 +25,7 @@ from redis import Redis
 from rq import SimpleWorker
 
 import jobs
+import queues
 from app import create_app
 from belfry import fanout, runs, schema
 from config import settings
@@ -73,7 +74,7 @@ def command(app: Flask) -> Callable[..., Result]:
 
 @pytest.fixture
 def redis() -> Redis:
-    return jobs.redis_connection()
+    return queues.redis_connection()
 
 
 @pytest.fixture
@@ -97,13 +98,12 @@ def run_jobs() -> Callable[[], int]:
     """Run what is queued, in this process; how many jobs were left in the queue after it (0)."""
 
     def run() -> int:
-        queues = [jobs.queue(name) for name in jobs.QUEUES]
         # Its own connection: RQ lengthens the time-outs of the one that it gets.
         with Redis.from_url(settings.redis_url) as connection:
-            SimpleWorker([queue.name for queue in queues], connection=connection, serializer="json").work(
+            SimpleWorker(queues.QUEUES, connection=connection, serializer="json").work(
                 burst=True, logging_level="WARNING"
             )
-        return sum(queue.count for queue in queues)
+        return sum(queues.queue(name).count for name in queues.QUEUES)
 
     return run
 

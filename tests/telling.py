@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-import jobs
+import queues
 from belfry import fanout, leases, messages, runs
 from belfry.inbox import mark_read, unread_count
 from belfry.leases import Part
@@ -120,7 +120,7 @@ def empty() -> None:
     """Nothing is left, in the database and in Redis."""
     tables = ", ".join(f'"{table._meta.table_name}"' for table in TABLES)
     execute(f"TRUNCATE {tables} RESTART IDENTITY")
-    jobs.redis_connection().flushdb()
+    queues.redis_connection().flushdb()
 
 
 def contents() -> dict[str, list[str]]:

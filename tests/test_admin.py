@@ -13,7 +13,7 @@ from redis import Redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-import jobs
+import queues
 from belfry import accounts, schema
 from config import settings
 from models import ApiToken, ChannelRole, Member, MemberRole, Subscription, User, db
@@ -277,7 +277,7 @@ def test_ready_says_which_part_is_not(client, monkeypatch, tmp_path):
     assert (client.get("/readyz").status_code, client.get("/readyz").get_json()) == (200, ready)
     with monkeypatch.context() as patched:
         nowhere = Redis(host="127.0.0.1", port=1, retry=Retry(NoBackoff(), 0))
-        patched.setattr(jobs, "redis_connection", lambda: nowhere)
+        patched.setattr(queues, "redis_connection", lambda: nowhere)
         assert list(readiness(client)) == ["redis"]
     with monkeypatch.context() as patched:
         (tmp_path / "0002_later.py").touch()

@@ -75,7 +75,7 @@ def test_waiting_for_a_run_that_failed_exits_1(command, cast, monkeypatch):
         execute("UPDATE run SET state = 'failed', finished_at = now(), error = 'the disk is full'")
         return True
 
-    monkeypatch.setattr("jobs.enqueue_run", fail)
+    monkeypatch.setattr("queues.enqueue_run", fail)
     output = command("send-test-notification", "--audience", "channel", "--wait", code=1).output
     assert "the disk is full" in output
 

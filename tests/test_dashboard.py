@@ -24,7 +24,7 @@ from rq.job import Job
 from rq.serializers import JSONSerializer
 from rq_dashboard import web
 
-import jobs
+import queues
 from belfry import accounts
 from config import settings
 from models import ApiToken, User
@@ -65,7 +65,7 @@ def _cookies_without_https(app, monkeypatch):
 
 @pytest.fixture
 def queue():
-    return jobs.queue(jobs.BULK)
+    return queues.queue(queues.BULK)
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def work(redis):
 
     def run(**arguments: Any) -> None:
         with Redis.from_url(settings.redis_url) as connection:
-            worker = SimpleWorker([jobs.BULK], connection=connection, serializer="json", **arguments)
+            worker = SimpleWorker([queues.BULK], connection=connection, serializer="json", **arguments)
             worker.work(burst=True, logging_level="CRITICAL")
 
     return run
@@ -294,7 +294,7 @@ def test_it_never_goes_on_to_another_site(client, cast, path):
 def test_a_change_must_come_from_a_page_of_this_site(client, cast, failed, headers, status):
     sign_in(client, cast.admin.token)
     assert client.post("/rq/requeue/bulk", headers=headers).status_code == status
-    assert jobs.queue(jobs.BULK).count == (1 if status == 200 else 0)
+    assert queues.queue(queues.BULK).count == (1 if status == 200 else 0)
 
 
 def test_a_bearer_token_may_come_from_anywhere(admin, failed):
@@ -307,7 +307,7 @@ def test_reading_never_requeues(client, cast, failed, method):
     answer = client.open("/rq/requeue/bulk", method=method, headers=SAME)
     assert answer.status_code == 405
     assert answer.headers["Allow"] == "POST"
-    assert jobs.queue(jobs.BULK).count == 0
+    assert queues.queue(queues.BULK).count == 0
 
 
 # --- what it shows
@@ -423,7 +423,7 @@ def test_a_busy_worker_and_its_job_are_shown(app, cast, queue, work):
 def idle_worker():
     """A worker that waits, and whose name is not harmless."""
     with Redis.from_url(settings.redis_url) as connection:
-        worker = Worker([jobs.BULK], name=SCRIPT, connection=connection, serializer="json")
+        worker = Worker([queues.BULK], name=SCRIPT, connection=connection, serializer="json")
         worker.register_birth()
         worker.set_state("idle")
         yield worker
@@ -657,7 +657,7 @@ def test_only_the_librarys_own_script_may_run(admin, failed, page):
     ],
 )
 def test_every_kind_of_address_is_taken_and_no_password_is_shown(monkeypatch, url, shown):
-    monkeypatch.setattr(jobs, "redis_connection", lambda: Redis.from_url(url))
+    monkeypatch.setattr(queues, "redis_connection", lambda: Redis.from_url(url))
     app = Flask("another")
     dashboard.register(app)  # does not connect: there is nothing at these addresses
     assert app.config["RQ_DASHBOARD_REDIS_URL"] == (shown,)

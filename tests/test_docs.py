@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-import jobs
+import queues
 from commands import COMMANDS
 from config import Settings
 from models import TABLES
@@ -82,7 +82,7 @@ def test_every_address_is_in_the_readme_and_in_the_map_of_app_py(app):
 
 
 def test_every_queue_is_in_the_readme():
-    for queue in jobs.QUEUES:
+    for queue in queues.QUEUES:
         assert queue in README
 
 

@@ -9,6 +9,7 @@ import pytest
 from peewee import OperationalError
 
 import jobs
+import queues
 from belfry import fanout, idempotency, leases, points
 from belfry.leases import Part
 from belfry.sql import IDLE_SECONDS, execute, row
@@ -307,7 +308,7 @@ def test_a_wish_for_what_somebody_is_at_does_not_wait_for_them(run, large_run, i
 
 def test_one_sweeps_at_a_time(run, in_another_session):
     let_time_pass()
-    jobs.queue().empty()
+    queues.queue().empty()
     with in_another_session(f"SELECT pg_advisory_xact_lock({jobs.SWEEP_LOCK})"):
         assert jobs.sweep() == 0
     assert jobs.sweep() == 1
@@ -373,15 +374,15 @@ def test_what_has_no_tries_left_is_given_up_and_never_enqueued(run, large_run):
 def test_each_retry_is_waited_for_as_long_as_it_takes(cast, monkeypatch, run_jobs):
     _, run_id = post(cast.subscriber, cast.general)
     fail_always(monkeypatch)
-    assert jobs.enqueue_run(run_id)
-    queue = jobs.queue()
+    assert queues.enqueue_run(run_id)
+    queue = queues.queue()
     for retry in range(TRIES - 1):
         run_jobs()
         (job_id,) = queue.scheduled_job_registry.get_job_ids()
         intervals = queue.fetch_job(job_id).retry_intervals
         found = row("SELECT extract(epoch FROM due_at - now())::float AS seconds FROM run")
         assert intervals[retry] + jobs.GRACE_SECONDS - 2 < found["seconds"] <= intervals[retry] + jobs.GRACE_SECONDS
-        redis = jobs.redis_connection()
+        redis = queues.redis_connection()
         redis.zadd(queue.scheduled_job_registry.key, {job_id: 0})  # its time has come
         jobs.sweep()
     run_jobs()
@@ -391,7 +392,7 @@ def test_each_retry_is_waited_for_as_long_as_it_takes(cast, monkeypatch, run_job
 
 def test_what_stands_in_the_way_of_retries_stops_nothing_else(run, redis):
     redis.hset("rq:job:broken", mapping={"created_at": "yesterday", "origin": "notifications"})
-    redis.zadd(jobs.queue().scheduled_job_registry.key, {"broken": 0})
+    redis.zadd(queues.queue().scheduled_job_registry.key, {"broken": 0})
     let_time_pass()
     assert jobs.sweep() == 1
 

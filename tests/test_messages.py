@@ -14,9 +14,10 @@ from redis.backoff import NoBackoff
 from redis.connection import AbstractConnection
 from redis.retry import Retry
 
-import jobs
+import queues
 from belfry import accounts, communities, messages
-from models import IdempotencyKey, Message, Run
+from belfry.sql import rows
+from models import ApiToken, IdempotencyKey, Message, Run, db
 from tests.test_refusals import assert_problem
 
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z")
@@ -143,19 +144,59 @@ def round_trips(monkeypatch):
     return sent
 
 
-def test_a_post_takes_two_statements_and_two_round_trips_to_redis(post, round_trips):
-    post("the first one connects")
+def test_a_post_takes_one_statement_and_two_round_trips_to_redis(post, round_trips):
+    post("the first one connects, and asks who it is")
     round_trips |= {"sql": [], "redis": 0}
     assert post("gold").status_code == 201
-    assert round_trips == {"sql": ["SELECT u.id,", "WITH seen"], "redis": 2}
+    assert round_trips == {"sql": ["WITH asker"], "redis": 2}
     round_trips |= {"sql": [], "redis": 0}
     post("gold", key="once")
     kept = ["SELECT u.id,", "BEGIN", "SELECT pg_try_advisory_xact_lock(hashtextextended(%(name)s,",
-            "SELECT request_hash,", "WITH seen", "INSERT INTO", "COMMIT"]  # fmt: skip
+            "SELECT request_hash,", "WITH asker", "INSERT INTO", "COMMIT"]  # fmt: skip
     assert round_trips == {"sql": kept, "redis": 2}
     round_trips |= {"sql": [], "redis": 0}
     post("gold, @moira")
     assert (len(round_trips["sql"]), round_trips["redis"]) == (5, 2)
+
+
+@pytest.mark.parametrize("how", [{"revoked_at": datetime.now(UTC)}, {"expires_at": datetime.now(UTC)}])
+@pytest.mark.parametrize(("content", "key"), [("gold", None), ("gold, @moira", None), ("gold", "once")])
+def test_a_token_that_ends_is_refused_though_its_person_is_remembered(cast, post, how, content, key):
+    assert post(content, key=key).status_code == 201
+    ApiToken.update(how).where(ApiToken.user == cast.subscriber.id).execute()
+    answer = post(content, key=key)
+    assert_problem(answer, 401, "unauthenticated")
+    assert answer.headers["WWW-Authenticate"].startswith("Bearer")
+    assert "RateLimit-Limit" not in post(content, key=key).headers, "nor is it counted from then on"
+    assert Message.select().count() == 1
+
+
+def test_what_a_person_may_and_how_they_are_called_is_not_remembered(cast, post):
+    assert post("gold", cast.admin, cast.announcements).status_code == 201
+    accounts.update_user(cast.admin.id, {"is_admin": False, "name": "Ada L."})
+    for content in ("gold", "gold, @moira"):
+        assert_problem(post(content, cast.admin, cast.announcements), 403, "forbidden")
+        assert_problem(post(content, cast.admin, cast.vault), 404, "not_found")
+    accounts.set_subscription(cast.admin.id, "active", None)
+    assert post("gold", cast.admin).get_json()["author"]["name"] == "Ada L."
+
+
+def test_no_more_than_so_many_are_remembered(cast, post, monkeypatch):
+    monkeypatch.setattr(accounts, "REMEMBERED_AT_MOST", 2)
+    for person in (cast.admin, cast.subscriber, cast.moderator, cast.vip):
+        assert post("gold", person).status_code == 201
+        assert accounts.remembered(accounts.hash_token(person.token)).id == person.id
+    assert accounts.remembered(accounts.hash_token(cast.admin.token)) is None
+
+
+def test_a_post_is_not_planned_anew_each_time(cast):
+    """An admin's neither, for whom half of the question is answered before it is asked."""
+    for author in (cast.admin.user, cast.subscriber.user):
+        db.connection().execute("DEALLOCATE ALL")
+        for _ in range(20):  # five to be prepared, and five by which PostgreSQL decides
+            messages.post_message(author, cast.general, "gold")
+        plans = rows("SELECT generic_plans FROM pg_prepared_statements WHERE statement ~ 'INSERT INTO message'")
+        assert [one["generic_plans"] for one in plans] == [10]
 
 
 def test_a_post_that_is_refused_leaves_nothing_with_or_without_mentions(api, cast, post):
@@ -165,7 +206,7 @@ def test_a_post_that_is_refused_leaves_nothing_with_or_without_mentions(api, cas
             assert_problem(post(content, cast.lapsed, key=key), 403, "subscription_required")
             assert_problem(post(content, cast.subscriber, cast.vault, key), 404, "not_found")
             assert_problem(post(content, cast.subscriber, 999, key), 404, "not_found")
-    assert (Message.select().count(), Run.select().count(), jobs.queue().count) == (0, 0, 0)
+    assert (Message.select().count(), Run.select().count(), queues.queue().count) == (0, 0, 0)
 
 
 def test_who_may_post_only_a_moment_later_is_asked_to_try_again(cast, post, monkeypatch):
@@ -182,7 +223,7 @@ def test_who_may_post_only_a_moment_later_is_asked_to_try_again(cast, post, monk
 
 def test_posting_does_not_need_redis(cast, post, monkeypatch):
     nowhere = Redis(host="127.0.0.1", port=1, retry=Retry(NoBackoff(), 0))
-    monkeypatch.setattr(jobs, "redis_connection", lambda: nowhere)
+    monkeypatch.setattr(queues, "redis_connection", lambda: nowhere)
     answer = post("hello", key="once")
     assert answer.status_code == 201
     assert answer.get_json()["run"]["state"] == "pending"

@@ -13,6 +13,7 @@ import pytest
 from redis import Redis
 
 import jobs
+import queues
 from belfry import messages
 from belfry.accounts import create_token, hash_token, set_subscription
 from belfry.communities import put_member
@@ -57,7 +58,7 @@ def test_a_task_that_fails_is_not_reported_as_success(api, cast, run_jobs, monke
     assert run["state"] == "queued"
     assert "division by zero" in run["error"]
     assert told(message) == {}
-    queue = jobs.queue()
+    queue = queues.queue()
     assert len(queue.scheduled_job_registry) == 1, "its retry is on its way"
     assert len(queue.finished_job_registry) == 0
 
@@ -65,11 +66,11 @@ def test_a_task_that_fails_is_not_reported_as_success(api, cast, run_jobs, monke
 def test_a_task_that_keeps_failing_ends_as_failed_with_its_reason(api, cast, monkeypatch):
     message = post(api, cast.subscriber, cast.general)
     fail_always(monkeypatch)
-    for _ in range(jobs.TRIES):
+    for _ in range(queues.TRIES):
         with pytest.raises(Exception, match="division by zero"):
             jobs.notify(message["run"]["id"])
     run = api(cast.admin).get(message["run"]["url"]).get_json()
-    assert (run["state"], run["attempts"]) == ("failed", jobs.TRIES)
+    assert (run["state"], run["attempts"]) == ("failed", queues.TRIES)
     assert "division by zero" in run["error"]
 
 
@@ -77,7 +78,7 @@ def test_a_task_that_keeps_failing_ends_as_failed_with_its_reason(api, cast, mon
 def redis_out(monkeypatch) -> Iterator[None]:
     nowhere = Redis.from_url("unix:///nowhere/redis.sock")
     with monkeypatch.context() as patch:
-        patch.setattr(jobs, "redis_connection", lambda: nowhere)
+        patch.setattr(queues, "redis_connection", lambda: nowhere)
         yield
     nowhere.close()
 

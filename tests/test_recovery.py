@@ -15,6 +15,7 @@ import psycopg
 import pytest
 
 import jobs
+import queues
 from belfry import communities, leases
 from belfry.leases import Part
 from belfry.sql import IDLE_SECONDS, execute, row
@@ -45,7 +46,7 @@ def finished(run_id: int) -> None:
 def enqueue(author: Person, channel_id: int, content: str = "gold breaks out") -> tuple[int, int]:
     """A message whose job is in the queue; ids of message and run."""
     message_id, run_id = write(author, channel_id, content)
-    assert jobs.enqueue_run(run_id)
+    assert queues.enqueue_run(run_id)
     return message_id, run_id
 
 
@@ -96,7 +97,7 @@ def test_a_message_that_kills_whoever_touches_it_fails_with_its_reason_and_holds
     )
     try:
         with a_worker():
-            jobs.enqueue_run(poison)
+            queues.enqueue_run(poison)
             other, healthy = enqueue(cast.subscriber, cast.general)
             finished(healthy)
             assert len(told(other)) == 3
@@ -106,7 +107,7 @@ def test_a_message_that_kills_whoever_touches_it_fails_with_its_reason_and_holds
             assert failed[0]["error"].startswith("gave up after 6 attempts")
     finally:
         execute("DROP FUNCTION test_poison CASCADE")
-    jobs.enqueue(leases.retry_failed([poison]))
+    queues.enqueue(leases.retry_failed([poison]))
     with a_worker():
         finished(poison)
     assert len(told(message_id)) == 3
@@ -157,7 +158,7 @@ def test_an_edit_whose_process_hangs_holds_up_the_fan_out_for_a_moment_only(cast
         f"UPDATE message SET content = 'edited' WHERE id = {message_id}"
     )
     with a_worker(), contextlib.suppress(psycopg.errors.IdleInTransactionSessionTimeout), in_another_session(statement):
-        jobs.enqueue_run(run_id)
+        queues.enqueue_run(run_id)
         wait_until(lambda: state_of(run_id) == "running", "somebody to begin")
         time.sleep(1)
         assert state_of(run_id) == "running", "it waits for the edit"
@@ -271,25 +272,25 @@ def test_sigterm_in_the_midst_of_a_fan_out_ends_soon_and_another_worker_goes_on_
 def test_redis_holds_so_many_jobs_and_no_more_and_everything_is_done_in_the_order_it_was_posted(
     cast, run_jobs, monkeypatch
 ):
-    monkeypatch.setattr(jobs, "_waiting_runs", list)  # each is done alone
-    monkeypatch.setattr(jobs, "WAITING_AT_MOST", 5)
-    monkeypatch.setattr(jobs, "_full_until", {})
+    monkeypatch.setattr(queues, "waiting_runs", lambda at_most: [])  # each is done alone
+    monkeypatch.setattr(queues, "WAITING_AT_MOST", 5)
+    monkeypatch.setattr(queues, "_full_until", {})
     runs = [write(cast.subscriber, cast.general)[1] for _ in range(12)]
-    enqueued = [jobs.enqueue_run(run_id) for run_id in runs]
+    enqueued = [queues.enqueue_run(run_id) for run_id in runs]
     assert enqueued == [True] * 5 + [False] * 7
     assert [state_of(run_id) for run_id in runs] == ["queued"] * 5 + ["pending"] * 7
     monkeypatch.setattr(jobs.time, "monotonic", lambda: float("inf"))  # a second later it asks whether there is room
-    assert not jobs.enqueue_run(runs[-1])
-    assert jobs.queue().count == 5
+    assert not queues.enqueue_run(runs[-1])
+    assert queues.queue().count == 5
     execute("UPDATE run SET due_at = now() - interval '1 minute'")
     assert jobs.sweep() == 0, "there is no room, and what is in the queue is not lost"
 
     for done in (1, 2):
         jobs.notify(runs[done - 1])
-        jobs.queue().remove(jobs.queue().get_job_ids(0, 1)[0])
+        queues.queue().remove(queues.queue().get_job_ids(0, 1)[0])
     assert jobs.sweep() == 2
-    assert [job.args[0] for job in jobs.queue().jobs] == runs[2:7], "what was pending comes last"
-    while jobs.queue().count:
+    assert [job.args[0] for job in queues.queue().jobs] == runs[2:7], "what was pending comes last"
+    while queues.queue().count:
         run_jobs()
         jobs.sweep()
     assert {state_of(run_id) for run_id in runs} == {"succeeded"}
@@ -297,30 +298,30 @@ def test_redis_holds_so_many_jobs_and_no_more_and_everything_is_done_in_the_orde
 
 
 def test_what_is_posted_while_the_queue_is_full_is_pending_from_the_start(api, cast, monkeypatch):
-    monkeypatch.setattr(jobs, "WAITING_AT_MOST", 1)
-    monkeypatch.setattr(jobs, "_full_until", {})
+    monkeypatch.setattr(queues, "WAITING_AT_MOST", 1)
+    monkeypatch.setattr(queues, "_full_until", {})
     body = {"channel_id": cast.general, "content": "gold"}
     states = []
     for key in "aba":
         message = api(cast.subscriber).post("/api/messages", json=body, headers={"Idempotency-Key": key}).get_json()
         states.append((message["run"]["state"], state_of(message["run"]["id"])))
     assert states == [("queued", "queued"), ("pending", "pending"), ("queued", "queued")]
-    assert jobs.queue().count == 1
+    assert queues.queue().count == 1
 
 
 def test_a_job_that_was_lost_from_a_long_queue_is_found_and_done_before_those_that_wait(
     cast, run_jobs, monkeypatch
 ):
-    monkeypatch.setattr(jobs, "_waiting_runs", list)  # each is done alone
+    monkeypatch.setattr(queues, "waiting_runs", lambda at_most: [])  # each is done alone
     runs = [enqueue(cast.subscriber, cast.general)[1] for _ in range(30)]
-    lost = jobs.queue().get_job_ids(3, 1)[0]
-    for taken in (*jobs.queue().get_job_ids(0, 3), lost):
-        jobs.queue().remove(taken)
+    lost = queues.queue().get_job_ids(3, 1)[0]
+    for taken in (*queues.queue().get_job_ids(0, 3), lost):
+        queues.queue().remove(taken)
     for run_id in runs[:3]:
         jobs.notify(run_id)
     execute("UPDATE run SET due_at = now() - interval '1 minute' WHERE due_at IS NOT NULL")
     assert jobs.sweep() == 1
-    waiting = [job.args[0] for job in jobs.queue().jobs]
+    waiting = [job.args[0] for job in queues.queue().jobs]
     assert waiting == runs[3:], "it is back, before those that came after it, and nothing is in the queue twice"
     assert run_jobs() == 0
     assert {state_of(run_id) for run_id in runs} == {"succeeded"}
@@ -332,10 +333,10 @@ def test_a_slice_that_was_lost_from_a_long_queue_is_found(cast, slices_of, run_j
     _, run_id = write(cast.subscriber, cast.general)
     advance(run_id)
     parts = parts_of(run_id)
-    jobs.enqueue(parts[4:])
+    queues.enqueue(parts[4:])
     execute("UPDATE slice SET due_at = now() - interval '1 minute'")
     assert jobs.sweep() == 4
-    assert [Part(*job.args) for job in jobs.queue(jobs.BULK).jobs] == parts
+    assert [Part(*job.args) for job in queues.queue(queues.BULK).jobs] == parts
     assert run_jobs() == 0
     finished(run_id)
 
@@ -343,7 +344,7 @@ def test_a_slice_that_was_lost_from_a_long_queue_is_found(cast, slices_of, run_j
 def test_what_stands_first_in_the_queue_and_is_no_job_of_ours_is_no_reason_to_take_anything_for_lost(cast, redis):
     enqueue(cast.subscriber, cast.general)
     for hostile in (b"no-such-job", b"another"):
-        redis.lpush(jobs.queue().key, hostile)
+        redis.lpush(queues.queue().key, hostile)
     redis.hset("rq:job:another", mapping={"data": b"garbage", "created_at": "yesterday", "origin": "notifications"})
     execute("UPDATE run SET due_at = now() - interval '1 minute'")
     assert jobs.sweep() == 0
@@ -351,7 +352,7 @@ def test_what_stands_first_in_the_queue_and_is_no_job_of_ours_is_no_reason_to_ta
 
 @pytest.mark.parametrize("argument", [-1, 2**63, "seven", None, float("inf")])
 def test_a_hostile_job_first_in_the_queue_is_no_reason_to_take_anything_for_lost(cast, argument):
-    jobs.queue().enqueue("jobs.notify", argument)
+    queues.queue().enqueue("jobs.notify", argument)
     enqueue(cast.subscriber, cast.general)
     execute("UPDATE run SET due_at = now() - interval '1 minute'")
     assert jobs.sweep() == 0

@@ -4,14 +4,18 @@ import contextlib
 import json
 import os
 import signal
+import time
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import psutil
+import pytest
+from rq.exceptions import StopRequested
 
 import jobs
+import queues
 import worker
 from belfry import leases, messages
 from belfry.leases import Part
@@ -128,6 +132,21 @@ def test_sigterm_ends_a_worker_from_which_redis_was_taken():
         assert process.wait() == 0
 
 
+def test_who_is_asked_to_stop_and_goes_on_is_asked_again_but_not_with_a_job_in_hand(redis, monkeypatch):
+    horse = worker.BelfryWorker([queues.queue()], connection=redis)
+    with pytest.raises(StopRequested):
+        horse.request_stop(signal.SIGTERM, None)
+    horse.request_stop(signal.SIGTERM, None)  # it is leaving
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + worker.STOP_SECONDS + 0.1)
+    with pytest.raises(StopRequested):
+        horse.request_stop(signal.SIGTERM, None)
+    monkeypatch.setattr(time, "monotonic", lambda: now + 60)
+    horse._in_hand = True
+    horse.request_stop(signal.SIGTERM, None)
+    assert horse._stop_requested
+
+
 def test_a_killed_work_horse_costs_nobody_their_notification(api, cast):
     with a_worker() as process, notifications_that("PERFORM pg_sleep(1);"):
         message = api(cast.subscriber).post("/api/messages", json={"channel_id": cast.general, "content": "gold"})
@@ -143,7 +162,7 @@ def test_a_killed_work_horse_costs_nobody_their_notification(api, cast):
 def test_plain_rq_workers_can_run_the_jobs_too(api, cast):
     message = api(cast.subscriber).post("/api/messages", json={"channel_id": cast.general, "content": "gold"})
     with running(
-        ["rq.cli", "worker", "-S", "json", "--burst", "-u", os.environ["REDIS_URL"], *jobs.QUEUES]
+        ["rq.cli", "worker", "-S", "json", "--burst", "-u", os.environ["REDIS_URL"], *queues.QUEUES]
     ) as process:
         assert process.wait(60) == 0
     assert state_of(message.get_json()["run"]["id"]) == "succeeded"
@@ -174,9 +193,9 @@ def test_small_messages_go_first_and_a_large_one_goes_on_though_they_never_cease
     advance(large)
     slices = parts_of(large)
     assert len(slices) == 5
-    jobs.enqueue(slices)
+    queues.enqueue(slices)
     small = [write(cast.subscriber, cast.general)[1] for _ in range(20)]
-    jobs.enqueue([Part(run_id) for run_id in small])
+    queues.enqueue([Part(run_id) for run_id in small])
     taken: list[str] = []
     monkeypatch.setattr(worker.BelfryWorker, "execute_job", lambda self, job, queue: taken.append(queue.name))
     worker.work(burst=True)
@@ -212,7 +231,7 @@ def test_a_work_horse_that_dies_is_followed_by_another(cast):
         wait_until(lambda: horses_of(process.pid) not in ([], [horse]), "another")
         assert "the work-horse ended with signal 9: another is started" in process.log()
         _, run_id = write(cast.subscriber, cast.general)
-        jobs.enqueue_run(run_id)
+        queues.enqueue_run(run_id)
         wait_until(lambda: state_of(run_id) == "succeeded", "the run to succeed")
 
 
@@ -222,7 +241,7 @@ def test_a_job_that_cannot_be_broken_off_ends_with_its_process(cast, monkeypatch
     with a_worker(through=("tests.deaf",)) as process:
         (horse,) = horses_of(process.pid)
         _, run_id = write(cast.subscriber, cast.general, "deaf")
-        jobs.enqueue_run(run_id)
+        queues.enqueue_run(run_id)
         wait_until(lambda: horses_of(process.pid) not in ([], [horse]), "another work-horse", 60)
         assert "its process is killed" in process.log()
     with a_worker():
@@ -232,9 +251,9 @@ def test_a_job_that_cannot_be_broken_off_ends_with_its_process(cast, monkeypatch
 def test_a_work_horse_ends_after_so_many_jobs(cast, monkeypatch):
     monkeypatch.setattr(worker, "JOBS_OF_A_HORSE", 3)
     monkeypatch.setattr(worker.BelfryWorker, "execute_job", lambda *_: None)
-    jobs.enqueue([Part(write(cast.subscriber, cast.general)[1]) for _ in range(5)])
+    queues.enqueue([Part(write(cast.subscriber, cast.general)[1]) for _ in range(5)])
     assert worker.work_horse()
-    assert jobs.queue().count == 2
+    assert queues.queue().count == 2
 
 
 def test_a_deadline_is_over_only_while_a_job_is_in_hand(monkeypatch):
@@ -254,12 +273,12 @@ def test_small_messages_that_wait_are_told_together(cast, run_jobs):
     message_id, first = write(cast.moderator, cast.general, "silver")
     runs += [first, messages.edit_message(cast.moderator.user, message_id, "@vera").run_id]
     execute("UPDATE run SET attempts = 1, tries_left = 5 WHERE id = 7")
-    jobs.enqueue([Part(run_id) for run_id in runs])
+    queues.enqueue([Part(run_id) for run_id in runs])
     with statements() as said:
         jobs.notify(runs[0])
     assert sum("INSERT INTO notification" in statement for statement in said) == 1
     assert [state_of(run_id) for run_id in runs].count("succeeded") == len(runs) - 2
-    assert [job.args[0] for job in jobs.queue().jobs] == [runs[0], 7, runs[-1]], "the others' jobs are gone"
+    assert [job.args[0] for job in queues.queue().jobs] == [runs[0], 7, runs[-1]], "the others' jobs are gone"
     assert run_jobs() == 0
     assert {state_of(run_id) for run_id in runs} == {"succeeded"}
     assert told_of(message_id) == {cast.admin.id, cast.subscriber.id, cast.vip.id}
@@ -268,7 +287,7 @@ def test_small_messages_that_wait_are_told_together(cast, run_jobs):
 
 def test_of_messages_that_are_told_together_one_that_fails_costs_the_others_nothing(cast, run_jobs):
     runs = [write(cast.subscriber, cast.general)[1] for _ in range(5)]
-    jobs.enqueue([Part(run_id) for run_id in runs])
+    queues.enqueue([Part(run_id) for run_id in runs])
     with notifications_that_fail_for(3):
         run_jobs()
         states = [state_of(run_id) for run_id in runs]
@@ -285,7 +304,7 @@ def test_of_messages_that_are_told_together_one_that_fails_costs_the_others_noth
 def test_large_audiences_are_not_told_together_with_small_ones(cast, slices_of):
     slices_of(11)  # two messages to five members
     runs = [write(cast.subscriber, cast.general)[1] for _ in range(5)]
-    jobs.enqueue([Part(run_id) for run_id in runs])
+    queues.enqueue([Part(run_id) for run_id in runs])
     jobs.notify(runs[0])
     assert [state_of(run_id) for run_id in runs] == ["succeeded"] * 2 + ["queued"] * 3
     slices_of(4)
@@ -313,7 +332,7 @@ def test_a_large_run_tells_the_mentioned_and_goes_on_in_bulk_a_job_a_slice(api, 
     jobs.notify(run_id)
     assert (state_of(run_id), Run.get_by_id(run_id).done) == ("running", 1)
     assert told_of(message.get_json()["id"]) == {cast.vip.id}
-    waiting = [(job.func_name, *job.args) for job in jobs.queue(jobs.BULK).jobs]
+    waiting = [(job.func_name, *job.args) for job in queues.queue(queues.BULK).jobs]
     assert waiting == [("jobs.notify_slice", run_id, part.after) for part in parts_of(run_id)]
     assert len(waiting) == 3
     assert run_jobs() == 0

@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from rq import Worker
 
-import jobs
+import queues
 from belfry import accounts, runs
 from belfry.health import check
 from config import settings
@@ -30,7 +30,7 @@ def healthz() -> Response:
 @blueprint.get("/readyz")
 def readyz() -> Response:
     """200 when database and Redis answer and the migrations are done; else 503, and which is not."""
-    parts = check(jobs.redis_answers)
+    parts = check(queues.redis_answers)
     wrong = {part: [why] for part, why in parts.items() if why != "ok"}
     if wrong:
         return problem(503, "Not ready; `errors` says what is not.", errors=wrong)
@@ -45,20 +45,20 @@ def _readings() -> list[Reading]:
 
     What is out of reach has no values, and `belfry_up` says so.
     """
-    queues: list[tuple[list[str], float]] = []
+    waiting: list[tuple[list[str], float]] = []
     workers: list[tuple[list[str], float]] = []
-    redis_up = jobs.redis_answers()
+    redis_up = queues.redis_answers()
     if redis_up:
-        for name in jobs.QUEUES:
-            one = jobs.queue(name)
-            queues.append(([name, "queued"], one.count))
+        for name in queues.QUEUES:
+            one = queues.queue(name)
+            waiting.append(([name, "queued"], one.count))
             for state, registry in (
                 ("started", one.started_job_registry),
                 ("scheduled", one.scheduled_job_registry),
                 ("failed", one.failed_job_registry),
             ):
-                queues.append(([name, state], registry.get_job_count(cleanup=False)))
-        workers.append(([], Worker.count(connection=jobs.redis_connection())))
+                waiting.append(([name, state], registry.get_job_count(cleanup=False)))
+        workers.append(([], Worker.count(connection=queues.redis_connection())))
     unfinished: dict[str, Any] | None = None
     with suppress(OperationalError, InterfaceError):
         unfinished = runs.count_unfinished()
@@ -69,7 +69,7 @@ def _readings() -> list[Reading]:
             ["part"],
             [(["redis"], float(redis_up)), (["database"], float(unfinished is not None))],
         ),
-        ("belfry_queue_jobs", "Jobs of a queue by state", ["queue", "state"], queues),
+        ("belfry_queue_jobs", "Jobs of a queue by state", ["queue", "state"], waiting),
         ("belfry_workers", "Workers that are registered", [], workers),
         (
             "belfry_runs",

@@ -31,7 +31,7 @@ from redis.exceptions import RedisError
 from belfry import inbox, live
 from belfry.live import News, Position
 from config import settings
-from jobs import live_channel, redis_connection
+from queues import live_channel, redis_connection
 from views.events import event, events_of
 from views.reader import Reader, Unread
 
@@ -85,7 +85,7 @@ class Hub:
         return sum(map(len, list(self._readers.values()))) + self._new.qsize() >= self._most
 
     def announced(self, what: dict[str, Any]) -> None:
-        """Something has changed, as `jobs.announce` says it."""
+        """Something has changed, as `queues.announce` says it."""
         self._announced.put(what)
         self._ring()
 

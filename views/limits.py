@@ -6,9 +6,7 @@ Redis out, requests pass, and the log says so.
 
 import logging
 import math
-from collections.abc import Callable
 from functools import cache
-from typing import Any, TypeVar
 
 from flask import Flask, Response, current_app, g, request
 from limits import RateLimitItem, parse_many
@@ -16,12 +14,11 @@ from redis.commands.core import Script
 from redis.exceptions import RedisError
 
 from config import settings
-from jobs import redis_connection
+from queues import redis_connection
+from views.endpoint import View
 from views.problems import HttpProblem
 
 log = logging.getLogger(__name__)
-
-View = TypeVar("View", bound=Callable[..., Any])
 
 _LIMITS = {
     scope: sorted(parse_many(text))  # the shortest first

@@ -4,7 +4,7 @@ import re
 from contextlib import suppress
 from typing import Any
 
-from flask import Response, json, request
+from flask import Response, g, json, request
 from peewee import InterfaceError, OperationalError
 
 import schemas
@@ -12,8 +12,8 @@ from belfry import explanation, messages
 from belfry.errors import Invalid
 from belfry.idempotency import Once, remember
 from belfry.mentions import AllowedMentions
-from jobs import enqueue_run, queue_is_full
-from views.endpoint import Answer, api, current_user, endpoint, json_response, paginate
+from queues import enqueue_run, queue_is_full
+from views.endpoint import Answer, api, asks_for_itself, current_user, endpoint, json_response, paginate
 from views.limits import limit_messages
 
 _message = schemas.Message()
@@ -33,6 +33,7 @@ def _once(body: dict[str, Any]) -> Once | None:
 
 
 @api.post("/messages")
+@asks_for_itself
 @limit_messages
 @endpoint(body=schemas.MessageIn, gives=schemas.Message, status=201)
 def post_message(body: dict[str, Any]) -> Answer | Response:
@@ -49,6 +50,7 @@ def post_message(body: dict[str, Any]) -> Answer | Response:
         else None,
         once,
         run_state="pending" if pending else "queued",
+        token_hash=g.token_hash,
     )
     if posted.answer is not None:
         location = f"/api/messages/{json.loads(posted.answer)['id']}"

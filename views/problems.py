@@ -9,11 +9,12 @@ from peewee import IntegrityError, InterfaceError, OperationalError
 from playhouse.pool import MaxConnectionsExceeded
 from werkzeug.exceptions import HTTPException
 
-from belfry.errors import Conflict, Forbidden, IdempotencyMismatch, Invalid, NotFound, Refused
+from belfry.errors import Conflict, Forbidden, IdempotencyMismatch, Invalid, NotFound, Refused, Unauthenticated
 
 log = logging.getLogger(__name__)
 
 STATUS = {
+    Unauthenticated: 401,
     NotFound: 404,
     Forbidden: 403,
     Conflict: 409,
@@ -76,7 +77,8 @@ def register(app: Flask) -> None:
         status = next(number for kind, number in STATUS.items() if isinstance(error, kind))
         errors = error.errors if isinstance(error, Invalid) else None
         detail = "A field is wrong; `errors` says which and why." if errors is not None else error.detail
-        return problem(status, detail, code=error.code, errors=errors)
+        headers = {"WWW-Authenticate": 'Bearer realm="belfry"'} if isinstance(error, Unauthenticated) else None
+        return problem(status, detail, code=error.code, errors=errors, headers=headers)
 
     @app.errorhandler(HttpProblem)
     def http_problem(error: HttpProblem) -> Response:

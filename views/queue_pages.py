@@ -18,7 +18,7 @@ from rq.job import Job
 from rq.serializers import JSONSerializer
 from rq_dashboard import web
 
-import jobs
+import queues
 
 LIBRARY = web.blueprint.name
 JOB_ID = r"[A-Za-z0-9_-]{1,100}"
@@ -47,7 +47,7 @@ def _redis() -> Any:
 
 
 def _queue(name: str) -> Any:
-    return jobs.queue(name, _redis())
+    return queues.queue(name, _redis())
 
 
 def _job(job_id: str, serializer: Any = JSONSerializer) -> Any:
@@ -88,7 +88,7 @@ def workers_overview(instance_number: int) -> str:
 
 def jobs_overview(instance_number: int, queue_name: str | None, **how: Any) -> Any:
     """Without a name it is the queue that there is, and not the library's `default`."""
-    return web.jobs_overview(instance_number, queue_name or jobs.NOTIFICATIONS, **how)
+    return web.jobs_overview(instance_number, queue_name or queues.NOTIFICATIONS, **how)
 
 
 def job_view(instance_number: int, job_id: str) -> str:

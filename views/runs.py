@@ -5,8 +5,8 @@ from typing import Any
 import schemas
 from belfry import runs, trials
 from belfry.sql import Row
-from jobs import enqueue_run
 from models import User
+from queues import enqueue_run
 from views.endpoint import Answer, api, current_user, endpoint, paginate
 
 HIDDEN_ERROR = "The last attempt failed. Admins can see why."

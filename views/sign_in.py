@@ -9,8 +9,8 @@ from flask import Blueprint, Response, make_response, redirect, render_template,
 from werkzeug.wrappers import Response as AnyResponse
 
 from belfry import accounts
-from jobs import announce
 from models import User
+from queues import announce
 
 BASE_POLICY = "default-src 'none'; base-uri 'none'; frame-ancestors 'none'; style-src 'self'; img-src 'self' data:"
 POLICY = BASE_POLICY + "; form-action 'self'"

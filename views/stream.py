@@ -10,7 +10,7 @@ from flask import Flask, Response, g, request
 from belfry import accounts, communities, live
 from belfry.errors import Forbidden, Invalid, SubscriptionRequired
 from belfry.live import Position
-from jobs import announce
+from queues import announce
 from views import sign_in
 from views.endpoint import READS, api, bearer_token, current_user, endpoint
 from views.hub import hub

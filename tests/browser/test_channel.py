@@ -10,8 +10,8 @@ from playwright.sync_api import Page, expect
 
 from belfry import messages
 from belfry.timeline import STRETCH
-from jobs import enqueue_run
 from models import Message, db
+from queues import enqueue_run
 from tests.browser.browsing import address, composer, message, shown, wait_until_live, watch_requests
 from tests.people import Person
 from tests.processes import wait_until

@@ -1,0 +1,259 @@
+"""The queues: what is wished for in them, and how full they are; and Redis, which they are in.
+
+A job names a part of a run by its ids, as JSON, so that whoever can write to Redis cannot run code here. Redis may be
+away at any time: what is not enqueued waits in PostgreSQL, and jobs.py's sweeper finds it.
+"""
+
+import json
+import logging
+import random
+import time
+import zlib
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import cache
+from typing import Any
+
+from peewee import InterfaceError, OperationalError
+from redis import Redis
+from redis.backoff import NoBackoff
+from redis.commands.core import Script
+from redis.exceptions import RedisError
+from redis.retry import Retry as RedisRetry
+from rq import Queue, Retry
+from rq.exceptions import DeserializationError
+from rq.job import Job, JobStatus
+from rq.utils import now, utcformat
+
+from belfry import leases
+from belfry.leases import Part
+from belfry.points import reach
+from config import settings
+from models import LARGEST_ID, TRIES
+
+log = logging.getLogger(__name__)
+
+NOTIFICATIONS = "notifications"  # one job a run; always served first
+BULK = "bulk"  # one job a slice of a large run, served after `notifications`, but for one job in four
+DELIVERIES = "deliveries"  # other transports
+QUEUES = (NOTIFICATIONS, BULK, DELIVERIES)
+
+RETRIES = TRIES - 1
+WAITING_AT_MOST = 10_000  # jobs in a queue; what is beyond that waits in PostgreSQL, and Redis stays small
+ENQUEUED_AT_ONCE = 500  # jobs in one round trip to Redis
+_full_until: dict[str, float] = {}  # by queue, in `time.monotonic()`: asking each time would be a round trip more
+
+
+def retry_intervals() -> list[int]:
+    """Seconds before each retry: growing threefold, each up to half longer by chance.
+
+    The chance keeps the runs that failed together (a database that restarted) from coming back together.
+    """
+    return [
+        round(settings.retry_seconds * 3**attempt * random.uniform(1.0, 1.5))  # noqa: S311
+        for attempt in range(RETRIES)
+    ]
+
+
+@cache
+def redis_connection() -> Redis:
+    """The web's and the jobs' connection to Redis: short timeouts, for a request must not wait for it."""
+    return Redis.from_url(
+        settings.redis_url,
+        socket_connect_timeout=0.5,
+        socket_timeout=2,
+        retry=RedisRetry(NoBackoff(), 1),  # a connection that a restart of Redis left dead is made again once
+        health_check_interval=30,
+    )
+
+
+def live_channel() -> str:
+    """Where `announce` publishes. Redis has one set of channels for all of its databases."""
+    return f"belfry:{redis_connection().connection_pool.connection_kwargs.get('db', 0)}:live"
+
+
+def announce(**what: Any) -> None:
+    """Tell the web processes that something has changed that they may have to show at once: after the commit.
+
+    `told=True`, `user_id`, `message_id`, `access` (a user id, or True for all) or `signed_out`: views/hub.py says what
+    it does with each. One that is lost does no harm: they look by themselves as well, every few seconds.
+    """
+    try:
+        redis_connection().publish(live_channel(), json.dumps(what))
+    except RedisError as error:
+        log.warning("Redis is out of reach, %s is not announced: %s", what, error)
+
+
+def queue(name: str = NOTIFICATIONS, connection: Redis | None = None) -> Queue:
+    """One of QUEUES, with the JSON serializer."""
+    return _queue(name, connection or redis_connection())
+
+
+@cache  # RQ looks its serializer over each time, for longer than Redis takes to answer
+def _queue(name: str, connection: Redis) -> Queue:
+    return Queue(name, connection=connection, serializer="json")
+
+
+def enqueue_run(run_id: int) -> bool:
+    """As `enqueue`, of a new run. Call it after the commit that made it."""
+    enqueued = enqueue([Part(run_id)])
+    reach("run.enqueued", run_id)
+    return enqueued
+
+
+def enqueue(parts: Sequence[Part], *, lost: bool = False) -> bool:
+    """Wish that somebody look at these parts soon: a job for each, in its queue.
+
+    False when Redis is out of reach, or a queue is full: runs are `pending` then, and the sweeper enqueues what is
+    left as soon as there is room. `lost` parts go before all that wait, for their turn has been: and the oldest
+    first, so that a queue stays in the order of its parts.
+    """
+    own = [part for part in parts if part.after is None]
+    slices = [part for part in parts if part.after is not None]
+    all_in = _enqueue(BULK, slices, lost)
+    if not _enqueue(NOTIFICATIONS, own, lost):
+        all_in = False
+        try:
+            leases.wait_for_room([part.run_id for part in own])
+        except (OperationalError, InterfaceError) as error:
+            # They are committed: whoever waits for an answer must not get an error for this.
+            log.warning("run(s) could not be marked pending: %s", error)
+    return all_in
+
+
+def _enqueue(name: str, parts: list[Part], lost: bool) -> bool:
+    in_order, keys = parts[::-1] if lost else parts, [Queue.redis_queues_keys, queue(name).key]
+    try:
+        if parts and not lost and _is_full(name):
+            return False
+        for first in range(0, len(parts), ENQUEUED_AT_ONCE):
+            some = in_order[first : first + ENQUEUED_AT_ONCE]
+            arguments = ["LPUSH" if lost else "RPUSH", utcformat(now())]
+            for part in some:
+                arguments += _job_id(part), _data(part), str(part), json.dumps(retry_intervals())
+            waiting = _enqueuing(name)(keys, arguments, client=redis_connection())
+            if waiting >= WAITING_AT_MOST:
+                _full_until[name] = time.monotonic() + 1
+    except RedisError as error:
+        log.warning("Redis is out of reach, %s job(s) are not enqueued: %s", len(parts), error)
+        return False
+    return True
+
+
+def queue_is_full() -> bool:
+    """Whether new runs had better wait in PostgreSQL. False as well where Redis is out of reach."""
+    try:
+        return _is_full(NOTIFICATIONS)
+    except RedisError:
+        return False
+
+
+def _is_full(name: str) -> bool:
+    """Whether a queue that was full is so still. Asked of Redis once a second, and only then: not by every request."""
+    until = _full_until.get(name)
+    if until is None or time.monotonic() < until:
+        return until is not None
+    if queue(name).count >= WAITING_AT_MOST:
+        _full_until[name] = time.monotonic() + 1
+        return True
+    _full_until.pop(name, None)  # two threads may come to this at once
+    return False
+
+
+def _job_id(part: Part) -> str:
+    return f"run-{part.run_id}" if part.after is None else f"slice-{part.run_id}-{part.after}"
+
+
+def _run_of(job_id: bytes) -> int | None:
+    """Whose job it is, as far as the id alone says so: of a run as a whole."""
+    kind, _, number = job_id.partition(b"-")
+    return int(number) if kind == b"run" and number.isdigit() and int(number) <= LARGEST_ID else None
+
+
+def waiting_runs(at_most: int) -> list[int]:
+    """The runs whose jobs come next; [] where Redis is out of reach."""
+    try:
+        ids: list[Any] = redis_connection().lrange(queue().key, 0, at_most - 1)
+    except RedisError:
+        return []
+    return [run_id for job_id in ids if (run_id := _run_of(job_id)) is not None]
+
+
+def withdraw(run_ids: Sequence[int]) -> None:
+    """Take the jobs of these runs out of the queue: somebody is at them. One that is left finds nothing to do."""
+    key, job_ids = queue().key, [_job_id(Part(run_id)) for run_id in run_ids]
+    try:
+        with redis_connection().pipeline(transaction=False) as pipeline:
+            for job_id in job_ids:
+                pipeline.lrem(key, 1, job_id)
+            pipeline.unlink(*map(Job.key_for, job_ids))
+            pipeline.execute()
+    except RedisError as error:
+        log.warning("Redis is out of reach, %s job(s) stay in the queue: %s", len(run_ids), error)
+
+
+def _data(part: Part) -> bytes:
+    """A job's function and its arguments, as RQ stores them."""
+    called = ("jobs.notify", (part.run_id,)) if part.after is None else ("jobs.notify_slice", (part.run_id, part.after))
+    return zlib.compress(json.dumps([called[0], None, called[1], {}]).encode())
+
+
+_ENQUEUE = """
+redis.call('SADD', KEYS[1], KEYS[2])
+local waiting = 0
+for at = 3, #ARGV, 4 do
+    redis.call('HSET', '%(jobs)s' .. ARGV[at], 'created_at', ARGV[2], 'enqueued_at', ARGV[2], 'data', ARGV[at + 1],
+        'description', ARGV[at + 2], 'retry_intervals', ARGV[at + 3], %(alike)s)
+    waiting = redis.call(ARGV[1], KEYS[2], ARGV[at])
+end
+return waiting
+"""
+
+
+@cache
+def _enqueuing(name: str) -> Script:
+    """What `Queue.enqueue_many` does, for jobs that are alike, in one command: how many wait then.
+
+    RQ makes one of them, and what does not differ from job to job is taken from that. It takes a third of the time: RQ
+    makes an object of each job, and three commands with each of its fields.
+    """
+    job = queue(name).create_job(
+        "jobs.notify",
+        args=(0,),
+        timeout=settings.job_timeout,
+        result_ttl=0,  # the run says how it went; Redis keeps nothing of what is done
+        failure_ttl=7 * 86_400,
+        retry=Retry(max=RETRIES, interval=retry_intervals()),
+    )
+    fields = job.to_dict() | {"status": JobStatus.QUEUED.value}
+    alike = [
+        f"'{word}'"
+        for field, value in fields.items()
+        if field not in ("created_at", "enqueued_at", "data", "description", "retry_intervals")
+        for word in (field, value)
+    ]
+    return redis_connection().register_script(_ENQUEUE % {"jobs": Job.key_for(""), "alike": ", ".join(alike)})
+
+
+def oldest_waiting(name: str) -> Part | None:
+    """The part whose job has waited longest in a queue; None where none waits. Raises RedisError.
+
+    What is no job of ours tells nothing: then it is a part before all others.
+    """
+    waiting = queue(name)
+    ids = waiting.get_job_ids(0, 1)
+    if not ids:
+        return None
+    with suppress(TypeError, ValueError, OverflowError, DeserializationError):
+        job = waiting.fetch_job(ids[0])
+        if job and all(0 <= int(number) <= LARGEST_ID for number in job.args):
+            return Part(*map(int, job.args))
+    return Part(0, 0)
+
+
+def redis_answers() -> bool:
+    """Whether Redis is in reach."""
+    try:
+        return bool(redis_connection().ping())
+    except RedisError:
+        return False

@@ -1,0 +1,65 @@
+"""What is put into the queues, and in which order."""
+
+import pytest
+from rq import Queue, Retry
+
+import queues
+from belfry.leases import Part
+from config import settings
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "function", "arguments"),
+    [
+        (queues.NOTIFICATIONS, Part(7), "jobs.notify", (7,)),
+        (queues.BULK, Part(7, 40), "jobs.notify_slice", (7, 40)),
+    ],
+)
+def test_a_job_is_written_as_rq_itself_would_write_it(redis, monkeypatch, name, part, function, arguments):
+    monkeypatch.setattr(queues, "retry_intervals", lambda: [1, 2, 3, 4, 5])
+    assert queues.enqueue([part])
+    [job_id] = queues.queue(name).get_job_ids()
+    key, known = f"rq:job:{job_id}", redis.smembers("rq:queues")
+    ours = redis.hgetall(key)
+    redis.flushdb()
+    Queue(name, connection=redis, serializer="json").enqueue_many(
+        [
+            Queue.prepare_data(
+                function,
+                args=arguments,
+                timeout=settings.job_timeout,
+                result_ttl=0,
+                failure_ttl=7 * 86_400,
+                description=str(part),
+                job_id=job_id,
+                retry=Retry(max=5, interval=[1, 2, 3, 4, 5]),
+            )
+        ]
+    )
+    theirs = redis.hgetall(key)
+    for job in (ours, theirs):
+        assert job[b"created_at"][:10] == job.pop(b"enqueued_at")[:10]
+        del job[b"created_at"]
+    assert ours == theirs
+    assert known == redis.smembers("rq:queues")
+    assert [job_id] == queues.queue(name).get_job_ids()
+
+
+def test_what_is_lost_goes_first_and_the_oldest_before_all(redis):
+    assert queues.enqueue([Part(3), Part(4)])
+    assert queues.enqueue([Part(1), Part(2)], lost=True)
+    assert queues.queue().get_job_ids() == ["run-1", "run-2", "run-3", "run-4"]
+
+
+def test_many_are_enqueued_a_part_at_a_time(redis, monkeypatch):
+    monkeypatch.setattr(queues, "ENQUEUED_AT_ONCE", 3)
+    assert queues.enqueue([Part(7, after) for after in range(8)])
+    assert queues.queue(queues.BULK).get_job_ids() == [f"slice-7-{after}" for after in range(8)]
+    assert [job.args for job in queues.queue(queues.BULK).jobs] == [[7, after] for after in range(8)]
+
+
+def test_redis_may_forget_what_enqueues(redis):
+    assert queues.enqueue([Part(1)])
+    redis.script_flush()
+    assert queues.enqueue([Part(2)])
+    assert queues.queue().count == 2
