@@ -237,7 +237,8 @@ def test_a_work_horse_that_dies_is_followed_by_another(cast):
 
 def test_a_job_that_cannot_be_broken_off_ends_with_its_process(cast, monkeypatch):
     """RQ breaks off what hears signals; this one does not."""
-    monkeypatch.setattr(jobs, "settings", replace(settings, job_timeout=1))
+    monkeypatch.setattr(queues, "settings", replace(settings, job_timeout=1))
+    monkeypatch.setattr(queues, "_enqueuing", queues._enqueuing.__wrapped__)  # which has the time-out in it
     with a_worker(through=("tests.deaf",)) as process:
         (horse,) = horses_of(process.pid)
         _, run_id = write(cast.subscriber, cast.general, "deaf")
