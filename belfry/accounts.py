@@ -9,7 +9,7 @@ from peewee import IntegrityError
 
 from belfry.errors import Conflict, Forbidden, NotFound, Unauthenticated
 from belfry.sql import Row, execute, row, rows
-from models import Subscription, User, db
+from models import User, db
 
 SENDER = "belfry"  # the account that Belfry's own messages come from
 IS_VALID = "(t.revoked_at IS NULL AND (t.expires_at IS NULL OR t.expires_at > now()))"
@@ -147,11 +147,15 @@ def remembered(token_hash: bytes) -> User | None:
 
 def subscription_of(user_id: int) -> Row | None:
     """{"status", "current_period_end", "updated_at"}; None where there never was one. Raises NotFound."""
-    find_user(user_id)
-    found = Subscription.get_or_none(Subscription.user == user_id)
+    found = row(  # as SQL: the first that every client asks, and peewee takes four times as long
+        "SELECT s.user_id, s.status, s.current_period_end, s.updated_at"
+        " FROM user_account u LEFT JOIN subscription s ON s.user_id = u.id"
+        " WHERE u.id = %(user_id)s",
+        {"user_id": user_id},
+    )
     if found is None:
-        return None
-    return {name: getattr(found, name) for name in ("status", "current_period_end", "updated_at")}
+        raise NotFound(f"There is no user {user_id}.")
+    return found if found.pop("user_id") else None
 
 
 def set_subscription(user_id: int, status: str, current_period_end: datetime | None) -> Row:
