@@ -134,6 +134,8 @@ def _authenticate() -> None:
 
 
 def _sign(answer: Response) -> Response:
+    if g.get("token_hash") and answer.status_code != 201:
+        accounts.forget(g.token_hash)  # who was refused before the token was asked for is not counted so twice
     answer.headers["X-Request-Id"] = g.request_id
     log.info(
         "%s %s %s in %.1f ms",

@@ -202,7 +202,9 @@ _ENQUEUE = """
 redis.call('SADD', KEYS[1], KEYS[2])
 local waiting = 0
 for at = 3, #ARGV, 4 do
-    redis.call('HSET', '%(jobs)s' .. ARGV[at], 'created_at', ARGV[2], 'enqueued_at', ARGV[2], 'data', ARGV[at + 1],
+    local key = '%(jobs)s' .. ARGV[at]
+    redis.call('UNLINK', key)  -- of a job whose process died, or whatever stands there
+    redis.call('HSET', key, 'created_at', ARGV[2], 'enqueued_at', ARGV[2], 'data', ARGV[at + 1],
         'description', ARGV[at + 2], 'retry_intervals', ARGV[at + 3], %(alike)s)
     waiting = redis.call(ARGV[1], KEYS[2], ARGV[at])
 end

@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 JOBS_OF_A_HORSE = 10_000
 OTHERS_TURN = 4  # one job in so many may be of another queue though some wait in the first: a quarter of the time
 OVERTIME_SECONDS = 10  # after JOB_TIMEOUT, before a process that cannot be broken off is killed
-STOP_SECONDS = 2  # that a work-horse with nothing in hand has to take its leave of Redis
+STOP_SECONDS = 2  # that a work-horse has to take its leave of Redis, before it is asked to stop once more
 TICK_SECONDS = 0.05  # between two looks of the parent: how soon another process follows one that died
 PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 
@@ -53,21 +53,23 @@ class BelfryWorker(SimpleWorker):  # type: ignore[misc]
     deadline: "Deadline | None" = None
     dequeued = 0
     _in_hand = False
-    _stopping_until = 0.0  # `time.monotonic()`
+    _leaving_until = 0.0  # `time.monotonic()`
 
     def request_stop(self, signum: int, frame: object) -> None:
         """The work in hand is finished, however often somebody asks: Heroku sends SIGTERM to every process, and the
         parent passes its own on, again and again.
 
-        Whoever asks after STOP_SECONDS is heard again: what is raised here may be taken for an error of the line that
-        it broke in on, as by logging, which passes over its own.
+        What is raised here may be taken for an error of the line that it broke in on, as by logging, which passes over
+        its own: so who asks STOP_SECONDS later is heard again. Until then it takes its leave of Redis.
         """
         if not self.asked_to_stop:
             self.asked_to_stop = True
             self.handle_warm_shutdown_request()
         self._stop_requested = True  # RQ itself would write to Redis first: it may be away, and a job in hand goes on
-        if not self._in_hand and time.monotonic() > self._stopping_until:
-            self._stopping_until = time.monotonic() + STOP_SECONDS
+        leaving = time.monotonic() < self._leaving_until
+        if self._in_hand or not leaving:
+            self._leaving_until = time.monotonic() + STOP_SECONDS
+        if not self._in_hand and not leaving:
             raise StopRequested
 
     def reorder_queues(self, reference_queue: Queue) -> None:

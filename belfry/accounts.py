@@ -14,7 +14,7 @@ from models import User, db
 SENDER = "belfry"  # the account that Belfry's own messages come from
 IS_VALID = "(t.revoked_at IS NULL AND (t.expires_at IS NULL OR t.expires_at > now()))"
 """Of a row of `api_token t`: neither revoked nor expired."""
-REMEMBERED_AT_MOST = 10_000  # tokens: some MB
+REMEMBERED_AT_MOST = 5_000  # tokens: 7 MB
 _remembered: dict[bytes, User] = {}  # by a token's hash
 TOKEN_PREFIX = "belfry_"  # so that a leaked one can be recognised  # noqa: S105
 
@@ -120,7 +120,7 @@ def authenticate_hash(token_hash: bytes) -> User | None:
         {"token_hash": token_hash},
     )
     if found is None:
-        _remembered.pop(token_hash, None)
+        forget(token_hash)
         return None
     if len(_remembered) >= REMEMBERED_AT_MOST:
         _remembered.clear()
@@ -143,6 +143,11 @@ def remembered(token_hash: bytes) -> User | None:
     by it asks for that in the statement that does something, as `messages.post_message` does.
     """
     return _remembered.get(token_hash)
+
+
+def forget(token_hash: bytes) -> None:
+    """Whoever comes with this token is asked for anew."""
+    _remembered.pop(token_hash, None)
 
 
 def subscription_of(user_id: int) -> Row | None:

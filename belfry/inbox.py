@@ -65,8 +65,8 @@ def list_notifications(
 
     Raises NotFound for a channel that the user may not see.
     """
-    # A bound and a limit as parameters would be taken for a third and a tenth of all rows: the plan for everybody looks
-    # dear then, and PostgreSQL plans the page anew each time, over all partitions, for longer than it reads.
+    # A bound and a limit as parameters are taken for a third and a tenth of all rows, as long as nothing is known of
+    # them: a plan for everybody looks dear then, and PostgreSQL plans each page anew, for longer than it reads.
     if channel_id is not None:
         channel_for(user, channel_id)
     channels = _channels_of(user, channel_id)
@@ -85,7 +85,7 @@ def list_notifications(
         ) g
         WHERE {_OWN}
         {f"AND {_UNREAD}" if unread else ""}
-        {"" if before is None else "AND n.message_id < %(before)s"}
+        {"" if before is None else "AND n.message_id < (SELECT %(before)s::bigint)"}
         ORDER BY n.message_id DESC
         LIMIT {limit:d}
         """,

@@ -371,6 +371,16 @@ def test_a_page_reads_its_own_partitions_only(cast, full_at, monkeypatch):
     assert inbox.unread_count(vip)["unread"] == 160
 
 
+@pytest.mark.parametrize("asked", [{}, {"before": 1_000_020}, {"unread": True}, {"before": 1_000_020, "unread": True}])
+def test_a_page_is_not_planned_anew_each_time(cast, asked):
+    vip = User.get_by_id(cast.vip.id)
+    db.connection().execute("DEALLOCATE ALL")
+    for _ in range(20):  # five to be prepared, and five by which PostgreSQL decides
+        inbox.list_notifications(vip, **{"before": None, "limit": 20, **asked})
+    plans = rows("SELECT generic_plans FROM pg_prepared_statements WHERE statement ~ 'CROSS JOIN LATERAL'")
+    assert [one["generic_plans"] for one in plans] == [10]
+
+
 # The index of what is unread ------------------------------------------------------------------------------
 
 

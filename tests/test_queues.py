@@ -45,17 +45,27 @@ def test_a_job_is_written_as_rq_itself_would_write_it(redis, monkeypatch, name, 
     assert [job_id] == queues.queue(name).get_job_ids()
 
 
-def test_what_is_lost_goes_first_and_the_oldest_before_all(redis):
-    assert queues.enqueue([Part(3), Part(4)])
-    assert queues.enqueue([Part(1), Part(2)], lost=True)
-    assert queues.queue().get_job_ids() == ["run-1", "run-2", "run-3", "run-4"]
+def test_what_is_lost_goes_first_and_the_oldest_before_all_however_many_there_are(redis, monkeypatch):
+    monkeypatch.setattr(queues, "ENQUEUED_AT_ONCE", 3)
+    assert queues.enqueue([Part(9), Part(10)])
+    assert queues.enqueue([Part(number) for number in range(1, 9)], lost=True)
+    assert queues.queue().get_job_ids() == [f"run-{number}" for number in range(1, 11)]
 
 
-def test_many_are_enqueued_a_part_at_a_time(redis, monkeypatch):
+def test_many_are_enqueued_some_at_a_time(redis, monkeypatch):
     monkeypatch.setattr(queues, "ENQUEUED_AT_ONCE", 3)
     assert queues.enqueue([Part(7, after) for after in range(8)])
     assert queues.queue(queues.BULK).get_job_ids() == [f"slice-7-{after}" for after in range(8)]
     assert [job.args for job in queues.queue(queues.BULK).jobs] == [[7, after] for after in range(8)]
+
+
+def test_nothing_is_left_of_a_job_whose_process_died(redis):
+    redis.hset("rq:job:run-1", mapping={"exc_info": "an old one", "number_of_retries": 3})
+    redis.expire("rq:job:run-1", 50)
+    redis.set("rq:job:run-2", "nobody's job")
+    assert queues.enqueue([Part(1), Part(2)])
+    assert [job.args for job in queues.queue().jobs] == [[1], [2]]
+    assert (redis.ttl("rq:job:run-1"), redis.hget("rq:job:run-1", "exc_info")) == (-1, None)
 
 
 def test_redis_may_forget_what_enqueues(redis):

@@ -141,10 +141,15 @@ def test_who_is_asked_to_stop_and_goes_on_is_asked_again_but_not_with_a_job_in_h
     monkeypatch.setattr(time, "monotonic", lambda: now + worker.STOP_SECONDS + 0.1)
     with pytest.raises(StopRequested):
         horse.request_stop(signal.SIGTERM, None)
+    another = worker.BelfryWorker([queues.queue()], connection=redis)
+    another._in_hand = True
+    another.request_stop(signal.SIGTERM, None)
+    assert another._stop_requested
+    another._in_hand = False
+    another.request_stop(signal.SIGTERM, None)  # the job is done, and it is leaving
     monkeypatch.setattr(time, "monotonic", lambda: now + 60)
-    horse._in_hand = True
-    horse.request_stop(signal.SIGTERM, None)
-    assert horse._stop_requested
+    with pytest.raises(StopRequested):
+        another.request_stop(signal.SIGTERM, None)
 
 
 def test_a_killed_work_horse_costs_nobody_their_notification(api, cast):
