@@ -374,9 +374,16 @@ def test_a_page_reads_its_own_partitions_only(cast, full_at, monkeypatch):
 @pytest.mark.parametrize("asked", [{}, {"before": 1_000_020}, {"unread": True}, {"before": 1_000_020, "unread": True}])
 def test_a_page_is_not_planned_anew_each_time(cast, asked):
     vip = User.get_by_id(cast.vip.id)
+    execute(
+        "WITH made AS (INSERT INTO message (channel_id, author_id, content)"
+        " SELECT %(channel)s, %(author)s, 'gold' FROM generate_series(1, 2000) RETURNING id)"
+        " INSERT INTO notification (user_id, message_id, reason) SELECT %(vip)s, id, 'message' FROM made",
+        {"channel": cast.general, "author": cast.subscriber.id, "vip": cast.vip.id},
+    )
+    execute("ANALYZE notification, message")
     db.connection().execute("DEALLOCATE ALL")
     for _ in range(20):  # five to be prepared, and five by which PostgreSQL decides
-        inbox.list_notifications(vip, **{"before": None, "limit": 20, **asked})
+        inbox.list_notifications(vip, **{"before": None, "limit": 5, **asked})
     plans = rows("SELECT generic_plans FROM pg_prepared_statements WHERE statement ~ 'CROSS JOIN LATERAL'")
     assert [one["generic_plans"] for one in plans] == [10]
 
