@@ -73,7 +73,15 @@ def list_notifications(
     found = rows(
         f"""
         SELECT n.message_id, n.created_at, n.read_at, n.reason::text AS reason, g.channel_id, g.author_name, g.beginning
-        FROM notification n
+        FROM (
+            SELECT n.message_id, n.created_at, n.read_at, n.reason
+            FROM notification n
+            WHERE {_OWN}
+            {f"AND {_UNREAD}" if unread else ""}
+            {"" if before is None else "AND n.message_id < (SELECT %(before)s::bigint)"}
+            ORDER BY n.message_id DESC
+            LIMIT (SELECT NULL::bigint)  -- all of them, and the first ones soon: never read first, and sorted then
+        ) n
         CROSS JOIN LATERAL (
             SELECT g.channel_id, a.name AS author_name, left(g.content, {BODY_CHARACTERS + 1}) AS beginning
             FROM message g
@@ -83,9 +91,6 @@ def list_notifications(
             AND EXISTS ({_PERMITTED})
             OFFSET 0  -- each message is looked up by its key: so only the partitions of this page are read
         ) g
-        WHERE {_OWN}
-        {f"AND {_UNREAD}" if unread else ""}
-        {"" if before is None else "AND n.message_id < (SELECT %(before)s::bigint)"}
         ORDER BY n.message_id DESC
         LIMIT {limit:d}
         """,

@@ -233,9 +233,9 @@ def stored_messages(
     return rows(
         f"SELECT {_COLUMNS} FROM message g JOIN user_account u ON u.id = g.author_id"
         " WHERE g.channel_id = %(channel_id)s"
-        " AND (%(before)s::bigint IS NULL OR g.id < %(before)s)"
-        " AND (%(after)s::bigint IS NULL OR g.id > %(after)s)"
-        f" AND {_VISIBLE}"
+        + ("" if before is None else " AND g.id < %(before)s")  # not by `IS NULL OR`: one plan would read what is newer
+        + ("" if after is None else " AND g.id > %(after)s")
+        + f" AND {_VISIBLE}"
         f" ORDER BY g.id {'DESC' if after is None else 'ASC'}"
         " LIMIT %(limit)s",
         {"channel_id": channel_id, "before": before, "after": after, "limit": limit, "user_id": user.id},

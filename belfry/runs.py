@@ -65,11 +65,11 @@ def list_runs(*, before: int | None, limit: int, state: str | None = None, chann
     """Runs, newest first, with an id below `before`; [] when there are none."""
     assert state is None or state in RUN_STATES
     return rows(
-        f"SELECT {_COLUMNS} FROM run r JOIN message g ON g.id = r.message_id"
-        " WHERE (%(before)s::bigint IS NULL OR r.id < %(before)s)"
+        f"SELECT {_COLUMNS} FROM run r JOIN message g ON g.id = r.message_id WHERE true"
+        + ("" if before is None else " AND r.id < %(before)s")
         + (f" AND r.state = '{state}'" if state else "")  # as a constant, so that the partial indexes are used
-        + " AND (%(channel_id)s::bigint IS NULL OR g.channel_id = %(channel_id)s)"
-        " ORDER BY r.id DESC"
+        + ("" if channel_id is None else " AND g.channel_id = %(channel_id)s")
+        + " ORDER BY r.id DESC"
         " LIMIT %(limit)s",
         {"before": before, "limit": limit, "channel_id": channel_id},
     )

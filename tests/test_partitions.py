@@ -388,6 +388,29 @@ def test_a_page_is_not_planned_anew_each_time(cast, asked):
     assert [one["generic_plans"] for one in plans] == [10]
 
 
+@pytest.mark.parametrize("unread", [True, False])
+def test_a_page_of_one_who_has_far_more_than_others_looks_at_no_more_than_it_shows(cast, unread):
+    """By a plan for everybody, who have read all."""
+    vip = User.get_by_id(cast.vip.id)
+    execute(
+        "WITH made AS (INSERT INTO message (channel_id, author_id, content)"
+        " SELECT %(channel)s, %(author)s, 'gold' FROM generate_series(1, 3000) RETURNING id)"
+        " INSERT INTO notification (user_id, message_id, reason, read_at)"
+        " SELECT user_id, id, 'message', CASE WHEN user_id <> %(vip)s THEN now() END"
+        " FROM made, generate_series(%(vip)s, %(vip)s + 3000) AS user_id"
+        " WHERE user_id = %(vip)s OR user_id %% 300 = id %% 300",
+        {"channel": cast.general, "author": cast.subscriber.id, "vip": cast.vip.id},
+    )
+    execute("ANALYZE notification, message")
+    execute("SELECT pg_stat_force_next_flush()")
+    with db.atomic():
+        execute("SET LOCAL plan_cache_mode = force_generic_plan")
+        assert len(inbox.list_notifications(vip, before=None, limit=5, unread=unread)) == 5
+        (read,) = rows("SELECT seq_tup_read + idx_tup_fetch AS read FROM pg_stat_xact_user_tables"
+                       " WHERE relname = 'message'")  # fmt: skip
+    assert read["read"] == 5
+
+
 # The index of what is unread ------------------------------------------------------------------------------
 
 
