@@ -65,6 +65,10 @@ def _parameters(user: User) -> Row:
     return {"user_id": user.id, "is_admin": user.is_admin, "grace_days": settings.past_due_grace_days}
 
 
+ASKER = "asker AS MATERIALIZED (SELECT %(user_id)s::bigint AS id, %(is_admin)s::boolean AS is_admin)"
+"""Who asks, as a query before another one, and no parameter of it: by an admin's `true` PostgreSQL would find a plan
+that is good for nobody else, and plan the statement anew each time, which may take as long as all the rest."""
+
 SEEN_CHANNEL = f"""
     SELECT c.id, c.name, c.private, c.posting, c.server_id, v.name AS server_name,
         asker.is_admin OR EXISTS (
@@ -83,12 +87,8 @@ SEEN_CHANNEL = f"""
     JOIN server v ON v.id = c.server_id
     WHERE {may_see("asker.id", "asker.is_admin")}
 """
-"""The row of a SeenChannel; none where `asker` (a query before it: id, is_admin) may not know of the channel. For
-`access_parameters`.
-
-Who asks is a query and no parameter: by an admin's `true` PostgreSQL would find a plan that is good for nobody else,
-and plan this anew each time, which takes as long as the rest of a post.
-"""
+"""The row of a SeenChannel; none where `asker` (ASKER, or the like) may not know of the channel. For
+`access_parameters`."""
 
 MAY_POST = "((seen.posting = 'members' OR asker.is_admin) AND seen.subscribed)"
 """Of a row of SEEN_CHANNEL as `seen`, and its `asker`: whether `require_posting` raises nothing."""
@@ -101,11 +101,7 @@ def access_parameters(user: User, channel_id: int) -> Row:
 
 def channel_for(user: User, channel_id: int) -> SeenChannel:
     """The channel. Raises NotFound where there is none that the user may know of."""
-    found = row(
-        "WITH asker AS MATERIALIZED (SELECT %(user_id)s::bigint AS id, %(is_admin)s::boolean AS is_admin)"
-        + SEEN_CHANNEL,
-        access_parameters(user, channel_id),
-    )
+    found = row(f"WITH {ASKER} {SEEN_CHANNEL}", access_parameters(user, channel_id))
     if found is None:
         raise NotFound(f"There is no channel {channel_id}.")
     return SeenChannel(**found)

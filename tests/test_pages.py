@@ -426,7 +426,7 @@ def test_a_page_takes_as_many_statements_however_much_is_in_it(browser, cast, po
             person = make_person(f"member-{number}")
             communities.put_member(cast.server_id, person.id, [cast.vip_role])
         run_jobs()
-    assert counts[0] == counts[1] == [13, 6, 7, 3, 14]
+    assert counts[0] == counts[1] == [12, 6, 6, 3, 13]
 
 
 # When it cannot be -----------------------------------------------------------------------------------------
