@@ -66,10 +66,10 @@ class BelfryWorker(SimpleWorker):  # type: ignore[misc]
             self.asked_to_stop = True
             self.handle_warm_shutdown_request()
         self._stop_requested = True  # RQ itself would write to Redis first: it may be away, and a job in hand goes on
-        leaving = time.monotonic() < self._leaving_until
-        if self._in_hand or not leaving:
-            self._leaving_until = time.monotonic() + STOP_SECONDS
-        if not self._in_hand and not leaving:
+        if not self._in_hand and time.monotonic() < self._leaving_until:
+            return
+        self._leaving_until = time.monotonic() + STOP_SECONDS
+        if not self._in_hand:
             raise StopRequested
 
     def reorder_queues(self, reference_queue: Queue) -> None:

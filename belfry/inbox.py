@@ -65,11 +65,11 @@ def list_notifications(
 
     Raises NotFound for a channel that the user may not see.
     """
-    # A bound and a limit as parameters are taken for a third and a tenth of all rows, as long as nothing is known of
-    # them: a plan for everybody looks dear then, and PostgreSQL plans each page anew, for longer than it reads.
     if channel_id is not None:
         channel_for(user, channel_id)
     channels = _channels_of(user, channel_id)
+    # A bound and a limit as parameters are taken for a third and a tenth of all rows, as long as nothing is known of
+    # them: a plan for everybody looks dear then, and PostgreSQL plans each page anew, for longer than it reads.
     found = rows(
         f"""
         SELECT n.message_id, n.created_at, n.read_at, n.reason::text AS reason, g.channel_id, g.author_name, g.beginning
@@ -94,7 +94,7 @@ def list_notifications(
         ORDER BY n.message_id DESC
         LIMIT {limit:d}
         """,
-        {"user_id": user.id, "channel_ids": list(channels)} | ({} if before is None else {"before": before}),
+        {"user_id": user.id, "channel_ids": list(channels), "before": before},
     )
     return [_describe(user.id, notification, channels[notification["channel_id"]]) for notification in found]
 

@@ -1,6 +1,6 @@
 """Runs done part by part in the test's own process, as a worker does them, without a queue; and what came of it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -50,6 +50,17 @@ def run_to_end(run_id: int) -> str:
             do(part)
     found = row("SELECT state FROM run WHERE id = %(run_id)s", {"run_id": run_id})
     return str(found["state"]) if found else "missing"
+
+
+def generic_plans(ask: Callable[[], object], statement: str) -> list[int]:
+    """How often of twenty PostgreSQL went by its plan for everybody: for each statement with these words."""
+    db.connection().execute("DEALLOCATE ALL")
+    for _ in range(20):  # five to be prepared, and five by which PostgreSQL decides
+        ask()
+    found = rows(
+        "SELECT generic_plans FROM pg_prepared_statements WHERE statement ~ %(statement)s", {"statement": statement}
+    )
+    return [one["generic_plans"] for one in found]
 
 
 def crowd(server_id: int, number: int) -> list[int]:

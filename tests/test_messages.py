@@ -4,6 +4,7 @@ import json
 import re
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from threading import Barrier
 from typing import Any
 
@@ -16,8 +17,8 @@ from redis.retry import Retry
 
 import queues
 from belfry import accounts, communities, messages
-from belfry.sql import rows
-from models import ApiToken, IdempotencyKey, Message, Run, db
+from models import ApiToken, IdempotencyKey, Message, Run
+from tests.telling import generic_plans
 from tests.test_refusals import assert_problem
 
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z")
@@ -211,11 +212,8 @@ def test_no_more_than_so_many_are_remembered(cast, post, monkeypatch):
 def test_a_post_is_not_planned_anew_each_time(cast):
     """An admin's neither, for whom half of the question is answered before it is asked."""
     for author in (cast.admin.user, cast.subscriber.user):
-        db.connection().execute("DEALLOCATE ALL")
-        for _ in range(20):  # five to be prepared, and five by which PostgreSQL decides
-            messages.post_message(author, cast.general, "gold")
-        plans = rows("SELECT generic_plans FROM pg_prepared_statements WHERE statement ~ 'INSERT INTO message'")
-        assert [one["generic_plans"] for one in plans] == [10]
+        post_one = partial(messages.post_message, author, cast.general, "gold")
+        assert generic_plans(post_one, "INSERT INTO message") == [10]
 
 
 def test_a_post_that_is_refused_leaves_nothing_with_or_without_mentions(api, cast, post):
