@@ -1,14 +1,15 @@
 """Every function that RQ may run, and the sweep. What runs later.
 
-A job takes ids, reloads everything, and may run twice. Plain RQ runs them as well:
-`rq worker -S json notifications bulk deliveries`.
+A job takes ids, reloads everything, and may run twice. RQ's own worker runs them as well:
+`rq worker -S json --job-class job_class.BelfryJob notifications bulk deliveries`. Without that class it would run
+whatever function a job in Redis names.
 """
 
 import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -85,17 +86,21 @@ def notify_slice(run_id: int, after: int) -> None:
         reach("job.done", run_id, after)
 
 
+ENTRY_POINTS: dict[str, Callable[..., None]] = {"jobs.notify": notify, "jobs.notify_slice": notify_slice}
+
+
 def do_at_once(job: Job) -> bool:
     """Do a job without RQ's accounts of it, which take longer than to tell 50 people; False where it is none of ours.
 
     Whatever goes wrong is written down as ever, and goes up to the caller: RQ is to meet it, by `fail_as_before`.
     """
     global _at_once, _failed
-    if job.func_name not in ("jobs.notify", "jobs.notify_slice"):
+    entry_point = ENTRY_POINTS.get(job.func_name)
+    if entry_point is None:
         return False
     _at_once, _failed = job, None
     try:
-        job.func(*job.args)
+        entry_point(*job.args)
     finally:
         _at_once = None
     return True
@@ -254,6 +259,7 @@ def _enqueue_retries() -> None:
     """Put the retries whose time has come into their queues. What stands in the way there stops nothing else: a retry
     that does not come is found by the sweeper."""
     try:
+        queues.remove_rejected_retries()
         _scheduler().enqueue_scheduled_jobs()
     except RedisError as error:
         log.warning("Redis is out of reach, no retry is enqueued: %s", error)

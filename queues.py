@@ -1,7 +1,8 @@
 """The queues: what is wished for in them, and how full they are; and Redis, which they are in.
 
-A job names a part of a run by its ids, as JSON, so that whoever can write to Redis cannot run code here. Redis may be
-away at any time: what is not enqueued waits in PostgreSQL, and jobs.py's sweeper finds it.
+A job names a part of a run by its ids, as JSON. That alone does not stop whoever can write to Redis from running code
+here: RQ calls any function that a job names, so every job is read by job_class.py, which accepts the entry points of
+jobs.py only. Redis may be away at any time: what is not enqueued waits in PostgreSQL, and jobs.py's sweeper finds it.
 """
 
 import json
@@ -21,14 +22,14 @@ from redis.commands.core import Script
 from redis.exceptions import RedisError
 from redis.retry import Retry as RedisRetry
 from rq import Queue, Retry
-from rq.exceptions import DeserializationError
-from rq.job import Job, JobStatus
+from rq.job import JOB_ID_PATTERN, Job, JobStatus
 from rq.utils import now, utcformat
 
 from belfry import leases
 from belfry.leases import Part
 from belfry.points import reach
 from config import settings
+from job_class import BelfryJob
 from models import LARGEST_ID, TRIES
 
 log = logging.getLogger(__name__)
@@ -85,13 +86,13 @@ def announce(**what: Any) -> None:
 
 
 def queue(name: str = NOTIFICATIONS, connection: Redis | None = None) -> Queue:
-    """One of QUEUES, with the JSON serializer."""
+    """One of QUEUES, with the JSON serializer, and jobs that were checked."""
     return _queue(name, connection or redis_connection())
 
 
 @cache  # RQ looks its serializer over each time, for longer than Redis takes to answer
 def _queue(name: str, connection: Redis) -> Queue:
-    return Queue(name, connection=connection, serializer="json")
+    return Queue(name, connection=connection, serializer="json", job_class=BelfryJob)
 
 
 def enqueue_run(run_id: int) -> bool:
@@ -167,7 +168,9 @@ def _job_id(part: Part) -> str:
 def _run_of(job_id: bytes) -> int | None:
     """Whose job it is, as far as the id alone says so: of a run as a whole."""
     kind, _, number = job_id.partition(b"-")
-    return int(number) if kind == b"run" and number.isdigit() and int(number) <= LARGEST_ID else None
+    if kind != b"run" or not number.isdigit() or len(number) > len(str(LARGEST_ID)):  # int() refuses very long ones
+        return None
+    return int(number) if int(number) <= LARGEST_ID else None
 
 
 def waiting_runs(at_most: int) -> list[int]:
@@ -177,6 +180,10 @@ def waiting_runs(at_most: int) -> list[int]:
     except RedisError:
         return []
     return [run_id for job_id in ids if (run_id := _run_of(job_id)) is not None]
+
+
+def _is_job_id(entry: bytes) -> bool:
+    return JOB_ID_PATTERN.fullmatch(entry.decode("ascii", "replace")) is not None
 
 
 def withdraw(run_ids: Sequence[int]) -> None:
@@ -243,14 +250,29 @@ def oldest_waiting(name: str) -> Part | None:
     What is no job of ours tells nothing: then it is a part before all others.
     """
     waiting = queue(name)
-    ids = waiting.get_job_ids(0, 1)
-    if not ids:
-        return None
-    with suppress(TypeError, ValueError, OverflowError, DeserializationError):
-        job = waiting.fetch_job(ids[0])
-        if job and all(0 <= int(number) <= LARGEST_ID for number in job.args):
-            return Part(*map(int, job.args))
+    with suppress(UnicodeDecodeError):  # an id that RQ could not have made
+        ids = waiting.get_job_ids(0, 1)
+        if not ids:
+            return None
+        if job := waiting.fetch_job(ids[0]):
+            return Part(*job.args)
     return Part(0, 0)
+
+
+def remove_rejected_retries() -> None:
+    """Delete the due retries that BelfryJob rejects, before RQ's scheduler reads them with its own class.
+
+    It would end at the first one that it cannot read, each time. Raises RedisError.
+    """
+    for name in QUEUES:
+        registry = queue(name).scheduled_job_registry
+        due: Any = redis_connection().zrangebyscore(registry.key, 0, time.time(), start=0, num=ENQUEUED_AT_ONCE * 2)
+        ids = [entry for entry in due if _is_job_id(entry)]
+        if unreadable := [entry for entry in due if not _is_job_id(entry)]:
+            log.error("%s entries of %s are not ids of jobs, and are removed", len(unreadable), registry.key)
+            redis_connection().zrem(registry.key, *unreadable)
+        if ids:
+            BelfryJob.fetch_many([entry.decode() for entry in ids], redis_connection())
 
 
 def redis_answers() -> bool:

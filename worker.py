@@ -19,21 +19,26 @@ import signal
 import struct
 import sys
 import time
+from typing import Any
 
 from peewee import InterfaceError, OperationalError
 from playhouse.pool import MaxConnectionsExceeded
 from redis import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 from rq import SimpleWorker
 from rq.exceptions import StopRequested
 from rq.job import Job
 from rq.queue import Queue
 from rq.timeouts import JobTimeoutException
+from rq.utils import now
 
 import jobs
 import queues
 from belfry.points import reach
 from config import settings
+from job_class import BelfryJob
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +51,9 @@ PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 
 
 class BelfryWorker(SimpleWorker):  # type: ignore[misc]
-    """RQ's worker that does its jobs itself."""
+    """RQ's worker that does its jobs itself. It runs the entry points of jobs.py, whatever a job in Redis names."""
 
+    job_class = BelfryJob
     max_connection_wait_time = 5.0  # seconds between attempts to reach Redis; RQ's own limit is a minute
     asked_to_stop = False
     deadline: "Deadline | None" = None
@@ -71,6 +77,23 @@ class BelfryWorker(SimpleWorker):  # type: ignore[misc]
         self._leaving_until = time.monotonic() + STOP_SECONDS
         if not self._in_hand:
             raise StopRequested
+
+    def dequeue_job_and_maintain_ttl(self, *arguments: Any) -> Any:
+        while True:
+            try:
+                return super().dequeue_job_and_maintain_ttl(*arguments)
+            except UnicodeDecodeError as error:  # RQ has taken it out of the queue, and would end the worker for it
+                log.error("an entry of a queue is no job's id, and is dropped: %a", error.object[:100])
+
+    def run_maintenance_tasks(self) -> None:
+        """Clean RQ's registries. What RQ cannot read there does not stop the worker."""
+        try:
+            super().run_maintenance_tasks()
+        except (StopRequested, RedisConnectionError, RedisTimeoutError):
+            raise
+        except Exception:
+            self.last_cleaned_at = now()
+            log.exception("RQ's registries cannot be cleaned up")
 
     def reorder_queues(self, reference_queue: Queue) -> None:
         """The first queue comes first; but for one job in OTHERS_TURN it comes last, so that it starves nobody."""

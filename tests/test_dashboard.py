@@ -19,7 +19,7 @@ from redis import Redis
 from redis.backoff import NoBackoff
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry
-from rq import SimpleWorker, Worker
+from rq import Queue, SimpleWorker, Worker
 from rq.job import Job
 from rq.serializers import JSONSerializer
 from rq_dashboard import web
@@ -64,8 +64,9 @@ def _cookies_without_https(app, monkeypatch):
 
 
 @pytest.fixture
-def queue():
-    return queues.queue(queues.BULK)
+def queue(redis):
+    """As RQ itself has it: the dashboard shows whatever stands in Redis."""
+    return Queue(queues.BULK, connection=redis, serializer="json")
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from belfry.sql import execute, row
 from belfry.verification import verify
 from config import settings
 from models import Notification, Run
-from tests.processes import a_gate, a_web_process, a_worker, running, wait_until
+from tests.processes import RQ_WORKER, a_gate, a_web_process, a_worker, running, wait_until
 from tests.telling import advance, crowd, notifications_that, parts_of, statements
 from tests.telling import post as write
 
@@ -167,7 +167,7 @@ def test_a_killed_work_horse_costs_nobody_their_notification(api, cast):
 def test_plain_rq_workers_can_run_the_jobs_too(api, cast):
     message = api(cast.subscriber).post("/api/messages", json={"channel_id": cast.general, "content": "gold"})
     with running(
-        ["rq.cli", "worker", "-S", "json", "--burst", "-u", os.environ["REDIS_URL"], *queues.QUEUES]
+        [*RQ_WORKER, "--burst", "-u", os.environ["REDIS_URL"], *queues.QUEUES]
     ) as process:
         assert process.wait(60) == 0
     assert state_of(message.get_json()["run"]["id"]) == "succeeded"
