@@ -1,7 +1,12 @@
-"""Logs for people (`text`) or machines (`json`), with the request's, run's and job's ids on every line."""
+"""Logs for people (`text`) or machines (`json`), with the request's, run's and job's ids on every line.
+
+What is logged may come from outside: a path, an error's text, an id. In both forms control characters are escaped, so
+that they can neither begin a line, nor command a terminal, nor change the order in which a line is read.
+"""
 
 import json
 import logging
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +14,9 @@ from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Any
 
+# C0, DEL and C1; marks that change the direction of text; line and paragraph separators; lone surrogates.
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_CONTINUED = "\n    "  # only the first line of an entry begins at the left edge, so nothing else can pass for an entry
 IDS = ("request_id", "run_id", "job_id")
 _context: ContextVar[dict[str, Any]] = ContextVar("belfry_log_context", default={})  # noqa: B039 - never mutated
 
@@ -39,12 +47,30 @@ class _Filter(logging.Filter):
         return True
 
 
+def _escaped(text: str) -> str:
+    """The same on one line, control characters as in Python's literals."""
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def _continued(text: str) -> str:
+    """A traceback as further lines of an entry."""
+    return _CONTINUED + _CONTINUED.join(map(_escaped, text.rstrip("\n").split("\n")))
+
+
 class _Text(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
+        message, further = record.getMessage(), []
+        if str(record.msg).endswith("\n%s") and isinstance(record.args, tuple) and record.args:
+            # RQ puts a traceback into the message, in this way.
+            message = str(record.msg).removesuffix("\n%s") % record.args[:-1]
+            further.append(str(record.args[-1]))
+        if record.exc_info:
+            further.append(self.formatException(record.exc_info))
+        if record.stack_info:
+            further.append(record.stack_info)
         ids = "".join(f" {name}={value}" for name, value in getattr(record, "ids", {}).items())
-        line = super().format(record)
-        head, newline, tail = line.partition("\n")
-        return f"{head}{ids}{newline}{tail}"
+        head = f"{self.formatTime(record)} {record.levelname} {record.name}: {_escaped(message + ids)}"
+        return head + "".join(map(_continued, further))
 
 
 class _Json(logging.Formatter):
@@ -59,14 +85,16 @@ class _Json(logging.Formatter):
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False, default=str)
+        text = json.dumps(line, ensure_ascii=False, default=str)
+        return _CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def configure(level: str, style: str) -> None:
     """Log to standard error from here on, and nowhere else. Safe to call again."""
     handler = logging.StreamHandler(sys.stderr)
     handler.addFilter(_Filter())
-    handler.setFormatter(_Json() if style == "json" else _Text("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    formatter = _Json() if style == "json" else _Text()
+    handler.setFormatter(formatter)
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
@@ -74,3 +102,5 @@ def configure(level: str, style: str) -> None:
         logger = logging.getLogger(chatty)
         logger.handlers[:] = []
         logger.propagate = True
+    for access in logging.getLogger("gunicorn.access").handlers:  # where an operator has asked for that log
+        access.setFormatter(formatter)

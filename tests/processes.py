@@ -101,6 +101,15 @@ def strike(directory: Path, point: str, action: str = KILL) -> Callable[[], bool
 @contextmanager
 def a_web_process(*, through: tuple[str, ...] = (), **environment: str) -> Iterator[str]:
     """gunicorn as in the Procfile; the address where it answers."""
+    with a_web_process_and_its_log(through=through, **environment) as (address, _):
+        yield address
+
+
+@contextmanager
+def a_web_process_and_its_log(
+    *, through: tuple[str, ...] = (), **environment: str
+) -> Iterator[tuple[str, Process]]:
+    """As `a_web_process`, with the process whose log it is."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -108,9 +117,9 @@ def a_web_process(*, through: tuple[str, ...] = (), **environment: str) -> Itera
     with running(
         [*through, "gunicorn", "--bind", f"127.0.0.1:{port}", "app:create_app()"],
         **{"WEB_CONCURRENCY": "1", **environment},
-    ):
+    ) as process:
         wait_until(lambda: not_ready(address) is None, "the web process to be ready")
-        yield address
+        yield address, process
 
 
 class Gate:

@@ -2,10 +2,16 @@
 
 import json
 import logging
+import re
+import socket
+import urllib.error
+import urllib.request
+from urllib.parse import urlsplit
 
 import pytest
 
 from belfry import logs
+from tests.processes import a_web_process_and_its_log, wait_until
 
 
 @pytest.fixture
@@ -61,3 +67,69 @@ def test_an_answer_names_its_request_and_takes_a_proxys_name_for_it(client, capl
         assert named(client, "proxy-12345678") == "proxy-12345678"
         assert len(named(client, "x y\tz" * 3)) == 32
     assert any(record.getMessage().startswith("GET /healthz 200 in ") for record in caplog.records)
+
+
+HOSTILE = (
+    "\n2026-11-26 09:00:00,000 CRITICAL root: all is lost\r\x1b[31m\x00\t\x7f\x85\x9b2J"
+    "\u2028\u2029\u202e\u2066\ud800"
+)
+ESCAPED = (
+    r"\n2026-11-26 09:00:00,000 CRITICAL root: all is lost\r\x1b[31m\x00\t\x7f\x85\x9b2J"
+    r"\u2028\u2029\u202e\u2066\ud800"
+)
+
+
+@pytest.mark.usefixtures("_restored")
+def test_text_from_outside_stays_on_its_line_and_commands_no_terminal(capsys):
+    logs.configure("INFO", "text")
+    with logs.context(job_id=f"id{HOSTILE}"):
+        logging.getLogger("somewhere").info("GET %s is Größe ✓", HOSTILE)
+    [line] = capsys.readouterr().err.removesuffix("\n").split("\n")
+    assert line.endswith(f"INFO somewhere: GET {ESCAPED} is Größe ✓ job_id=id{ESCAPED}")
+
+
+@pytest.mark.usefixtures("_restored")
+def test_a_traceback_keeps_its_lines_and_none_of_them_passes_for_an_entry(capsys):
+    logs.configure("INFO", "text")
+    somewhere = logging.getLogger("somewhere")
+    try:
+        raise ValueError(HOSTILE)
+    except ValueError:
+        somewhere.exception("it broke", stack_info=True)
+    somewhere.error("job %s raised\n%s", HOSTILE, f"Traceback:\n  ValueError: {HOSTILE}")  # as RQ does it
+    lines = capsys.readouterr().err.removesuffix("\n").split("\n")
+    [first, second] = [line for line in lines if not line.startswith("    ")]
+    assert first.endswith("ERROR somewhere: it broke")
+    assert second.endswith(f"ERROR somewhere: job {ESCAPED} raised")
+    assert "    Traceback (most recent call last):" in lines
+    assert "    Stack (most recent call last):" in lines
+    assert lines[-3:-1] == ["    Traceback:", "      ValueError: "]
+    assert lines[-1] == "    " + ESCAPED.removeprefix(r"\n")
+
+
+@pytest.mark.usefixtures("_restored")
+def test_json_is_one_line_for_whoever_reads_it_and_means_the_same(capsys):
+    logs.configure("INFO", "json")
+    logging.getLogger("somewhere").info("GET %s", HOSTILE)
+    printed = capsys.readouterr().err.removesuffix("\n")
+    assert printed.isprintable()
+    assert json.loads(printed)["message"] == f"GET {HOSTILE}"
+
+
+@pytest.mark.parametrize("access_log", [False, True])
+def test_no_request_writes_a_line_of_its_own_into_the_web_processs_log(access_log):
+    hostile = "/x%0a2026-11-26%2009:00:00,000%20CRITICAL%20root:%20all%20is%20lost%1b%5b31m%c2%9b2J%e2%80%a8%e2%80%ae"
+    options = {"GUNICORN_CMD_ARGS": "--access-logfile -"} if access_log else {}
+    with a_web_process_and_its_log(LOG_FORMAT="text", **options) as (address, process):
+        request = urllib.request.Request(address + hostile, headers={"User-Agent": "a\x9b31m\x85b"})
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            urllib.request.urlopen(request, timeout=20)
+        with socket.create_connection((urlsplit(address).hostname, urlsplit(address).port)) as wrong:
+            wrong.sendall(b"GET /\x1b[31m\n2026-11-26 CRITICAL\n HTTP/1.1\r\n\r\n")
+            wrong.recv(1000)
+        wait_until(lambda: "all is lost" in process.log(), "the request to be logged")
+        lines = process.log().removesuffix("\n").split("\n")
+    assert "".join(lines).isprintable()
+    assert not [line for line in lines if "CRITICAL" in line[:40]]
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} [A-Z]+ [a-z.]+: |    ", line) for line in lines), lines
+    assert bool([line for line in lines if "gunicorn.access" in line]) == access_log
