@@ -102,17 +102,20 @@ def list_notifications(
 def told_together(tellings: Collection[Row], members: Collection[Row]) -> list[Row]:
     """What people were told by transactions, as far as their inbox shows it; by message id.
 
-    Each telling is {"message_id", "told_at"}, each member {"user_id", "server_id"}; what comes back is as of
-    `list_notifications`, with the "user_id".
+    Each telling is {"message_id", "told_at", "xid"}, each member {"user_id", "server_id"}; what comes back is as of
+    `list_notifications`, with the "user_id". A member with a "from_xid" is not looked up for what only transactions
+    before it wrote.
     """
     found = rows(
         f"""
         WITH c AS MATERIALIZED (
-            SELECT t.told_at, g.id AS message_id, left(g.content, {BODY_CHARACTERS + 1}) AS beginning,
+            SELECT t.told_at, t.last_xid, g.id AS message_id, left(g.content, {BODY_CHARACTERS + 1}) AS beginning,
                 a.name AS author_name, c.id, c.name, c.private, c.server_id, v.name AS server_name
             FROM (
-                SELECT message_id, array_agg(told_at) AS told_at  -- each slice told at its own time
-                FROM unnest(%(message_ids)s::bigint[], %(told_at)s::timestamptz[]) AS telling (message_id, told_at)
+                SELECT message_id, max(xid) AS last_xid,
+                    array_agg(told_at) AS told_at  -- each slice told at its own time
+                FROM unnest(%(message_ids)s::bigint[], %(told_at)s::timestamptz[], %(xids)s::bigint[])
+                    AS telling (message_id, told_at, xid)
                 GROUP BY message_id
             ) t
             JOIN message g ON g.id = t.message_id
@@ -123,14 +126,15 @@ def told_together(tellings: Collection[Row], members: Collection[Row]) -> list[R
             AND {AUTHOR_MAY_POST}
         ),
         reader AS MATERIALIZED (
-            SELECT u.id, u.is_admin, m.server_id
-            FROM unnest(%(user_ids)s::bigint[], %(server_ids)s::bigint[]) AS m (user_id, server_id)
+            SELECT u.id, u.is_admin, m.server_id, m.from_xid
+            FROM unnest(%(user_ids)s::bigint[], %(server_ids)s::bigint[], %(from_xids)s::bigint[])
+                AS m (user_id, server_id, from_xid)
             JOIN user_account u ON u.id = m.user_id
         )
         SELECT reader.id AS user_id, c.message_id, n.created_at, n.read_at, n.reason::text AS reason,
             c.id AS channel_id, c.name AS channel_name, c.server_id, c.server_name, c.author_name, c.beginning
         FROM c
-        JOIN reader ON reader.server_id = c.server_id
+        JOIN reader ON reader.server_id = c.server_id AND reader.from_xid <= c.last_xid
         CROSS JOIN LATERAL (
             SELECT n.created_at, n.read_at, n.reason
             FROM notification n
@@ -146,6 +150,8 @@ def told_together(tellings: Collection[Row], members: Collection[Row]) -> list[R
         {
             "message_ids": [telling["message_id"] for telling in tellings],
             "told_at": [telling["told_at"] for telling in tellings],
+            "xids": [telling["xid"] for telling in tellings],
+            "from_xids": [member.get("from_xid", 0) for member in members],
             "user_ids": [member["user_id"] for member in members],
             "server_ids": [member["server_id"] for member in members],
         },

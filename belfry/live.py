@@ -5,7 +5,6 @@ by a transaction outside of it. So nothing waits for a transaction that is still
 a stream that broke off goes on in any other process.
 """
 
-import re
 import time
 from collections import Counter
 from collections.abc import Collection, Iterator
@@ -14,6 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from belfry import inbox
 from belfry.accounts import IS_VALID
+from belfry.positions import Position
 from belfry.recipients import ACTIVE_SUBSCRIPTION
 from belfry.sql import Row, execute, row, rows, set_locally
 from config import settings
@@ -22,9 +22,6 @@ from models import User, db
 KEPT_HOURS = 24  # of what was told: for so long somebody may be away, and go on where they were
 LOOKUPS_AT_MOST = 100_000  # messages times members in one look: some 20 µs for each that was told
 TELLINGS_AT_MOST = 20_000  # read in one look, before anybody is looked up
-_NUMBER = "[0-9]{1,18}"
-_SNAPSHOT = f"{_NUMBER}:{_NUMBER}:(?:{_NUMBER}(?:,{_NUMBER})*)?"
-_POSITION = re.compile(f"([0-9]{{1,11}})-({_SNAPSHOT})(?:-({_NUMBER})-({_SNAPSHOT}))?")
 _LOOKS_UP = {
     "jit": "off",
     "enable_hashjoin": "off",
@@ -32,45 +29,6 @@ _LOOKS_UP = {
     "statement_timeout": "20s",
     "idle_in_transaction_session_timeout": "60s",  # it locks nothing, and puts into words what it reads
 }
-
-
-@dataclass(frozen=True)
-class Position:
-    """Up to where somebody was sent everything: what `snapshot` shows. `taken` is when, in seconds since 1970.
-
-    In the midst of what one look found: they were sent what `before` shows, and of the rest that `snapshot` shows the
-    messages up to `up_to`.
-    """
-
-    taken: int
-    snapshot: str
-    before: str | None = None
-    up_to: int = 0
-
-    def __str__(self) -> str:
-        midst = f"-{self.up_to}-{self.before}" if self.before else ""
-        return f"{self.taken}-{self.snapshot}{midst}"
-
-    @classmethod
-    def parse(cls, text: str) -> "Position":
-        """Raises ValueError for what was never given out."""
-        found = _POSITION.fullmatch(text)
-        if not found or not all(_is_snapshot(part) for part in (found[2], found[4]) if part):
-            raise ValueError(f"{text[:50]!r} is no position in the stream")
-        return cls(int(found[1]), found[2], found[4], int(found[3] or 0))
-
-    @property
-    def next_transaction(self) -> int:
-        """No transaction from this number on had begun."""
-        return int(self.snapshot.split(":")[1])
-
-
-def _is_snapshot(text: str) -> bool:
-    """Whether PostgreSQL takes this for one: the least and the next transaction, and between them those under way."""
-    least, following, under_way = text.split(":")
-    numbers = [int(least), *map(int, filter(None, under_way.split(",")))]
-    in_order = numbers == sorted(numbers) and (len(numbers) == 1 or numbers[-1] < int(following))
-    return in_order and 0 < int(least) <= int(following)
 
 
 @dataclass
@@ -97,26 +55,17 @@ def look() -> Iterator[Position]:
 
 
 def news(since: Position, here: Position, user_ids: Collection[int]) -> News:
-    """What these people have not been sent who are at `since`, of what is seen `here`, in a `look`."""
-    if here.taken - since.taken > (KEPT_HOURS - 1) * 3_600 or since.next_transaction > here.next_transaction:
-        return News(too_much=True)  # too long ago, or of another database
+    """What these people have not been sent who are connected, and at `since`; of what is seen `here`, in a `look`."""
     found = News()
-    if since.before:  # first the rest of what was under way
-        whole = replace(since, before=None, up_to=0)
-        _collect(found, Position(since.taken, since.before), whole, user_ids, above=since.up_to)
-        since = whole
-    _collect(found, since, here, user_ids)
-    return found
-
-
-def _collect(found: News, since: Position, here: Position, user_ids: Collection[int], above: int = 0) -> None:
+    if not is_resumable(since, here):
+        return News(too_much=True)
     if not user_ids:
-        return
+        return found
     tellings = rows(
         """
-        SELECT t.message_id, t.told_at, t.recount, c.server_id
+        SELECT t.xid::text::bigint AS xid, t.message_id, t.told_at, t.recount, c.server_id
         FROM (
-            SELECT unnest(message_ids) AS message_id, told_at, recount
+            SELECT xid, unnest(message_ids) AS message_id, told_at, recount
             FROM telling
             WHERE xid >= pg_snapshot_xmin(%(since)s::pg_snapshot)  -- any before that it shows
             AND NOT pg_visible_in_snapshot(xid, %(since)s::pg_snapshot)
@@ -125,32 +74,46 @@ def _collect(found: News, since: Position, here: Position, user_ids: Collection[
         ) t
         JOIN message g ON g.id = t.message_id
         JOIN channel c ON c.id = g.channel_id
-        WHERE t.message_id > %(above)s
         """,
-        {"since": since.snapshot, "here": here.snapshot, "above": above, "limit": TELLINGS_AT_MOST + 1},
+        {"since": since.snapshot, "here": here.snapshot, "limit": TELLINGS_AT_MOST + 1},
     )
     if not tellings:
-        return
+        return found
     messages = Counter(server_id for _, server_id in {(one["message_id"], one["server_id"]) for one in tellings})
-    members = _members(user_ids, list(messages))
+    members = possible_recipients(user_ids, list(messages))
     recounted = {telling["server_id"] for telling in tellings if telling["recount"]}
     found.recount |= {member["user_id"] for member in members if member["server_id"] in recounted}
     lookups = sum(messages[member["server_id"]] for member in members)
     if lookups > LOOKUPS_AT_MOST or len(tellings) > TELLINGS_AT_MOST:
         found.too_much = True
-        return
+        return found
     new: dict[int, list[Row]] = {}
     for notification in inbox.told_together(tellings, members) if members else []:
         new.setdefault(notification.pop("user_id"), []).append(notification)
     for user_id, notifications in new.items():
-        sent = found.notifications.setdefault(user_id, [])
-        for notification in notifications:
-            last = notification is notifications[-1]
-            midst = replace(here, before=since.snapshot, up_to=notification["message_id"])
-            sent.append((here if last else midst, notification))
+        found.notifications[user_id] = with_positions(notifications, since.snapshot, here)
+    return found
 
 
-def _members(user_ids: Collection[int], server_ids: Collection[int]) -> list[Row]:
+def is_resumable(since: Position, here: Position) -> bool:
+    """Return whether it is known what a client at `since` was not sent: not after a day, nor of another database."""
+    too_long = here.taken - since.taken > (KEPT_HOURS - 1) * 3_600
+    return not too_long and since.next_transaction <= here.next_transaction
+
+
+def with_positions(notifications: list[Row], before: str, to: Position) -> list[tuple[Position, Row]]:
+    """Each notification with the position it brings a client to, who was sent what `before` shows; the last one: `to`.
+
+    They are in the order of their messages.
+    """
+    last = len(notifications) - 1
+    return [
+        (to if number == last else replace(to, before=before, up_to=notification["message_id"]), notification)
+        for number, notification in enumerate(notifications)
+    ]
+
+
+def possible_recipients(user_ids: Collection[int], server_ids: Collection[int]) -> list[Row]:
     """Who of these people may have been told in which of these servers: {"user_id", "server_id"} each.
 
     Members; and admins wherever they are, who see all even after they have left.

@@ -37,6 +37,17 @@ def told(answer) -> tuple[str, str]:
     return answer.headers["RateLimit-Limit"], answer.headers["RateLimit-Remaining"]
 
 
+def test_openings_of_streams_are_limited_for_each_person(api, cast, limit):
+    limit("streams", "2 per minute")
+    path = "/api/notifications/stream"
+    assert [api(cast.vip).get(path).status_code for _ in range(2)] == [501, 501]  # the test's client has no socket
+    answer = api(cast.vip).get(path, headers={"Last-Event-ID": "1-3:3:"})
+    assert_problem(answer, 429, "rate_limited")
+    assert int(answer.headers["Retry-After"]) > 0
+    assert api(cast.admin).get(path).status_code == 501
+    assert api(cast.vip).get("/api/notifications").status_code == 200
+
+
 def test_there_is_more_when_time_has_passed(post, limit):
     limit("messages", "2 per second")
     assert [post().status_code for _ in range(3)] == [201, 201, 429]

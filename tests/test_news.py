@@ -6,10 +6,11 @@ import psycopg
 import pytest
 from hypothesis import given, settings, strategies
 
-from belfry import communities, live, runs
+from belfry import communities, live, positions, resuming, runs
 from belfry.inbox import dismiss, list_notifications
-from belfry.live import Position, news
+from belfry.live import news
 from belfry.messages import delete_message
+from belfry.positions import Position
 from belfry.preferences import set_preference
 from config import settings as belfry
 from models import db
@@ -21,15 +22,37 @@ MIDST = f"{HERE}-41-770:772:771"
 
 
 @pytest.mark.parametrize("text", [HERE, MIDST, "0-1:1:", "1-5:5:"])
-def test_a_position_is_read_as_it_was_written(text):
-    assert str(Position.parse(text)) == text
+def test_a_position_is_read_as_it_was_written_and_signed(text):
+    unsigned = Position.parse(text)
+    signed = str(unsigned)
+    assert signed.startswith(f"{text}.")
+    assert str(Position.parse(signed)) == signed
+    assert Position.parse(signed).is_genuine()
+    assert not unsigned.is_genuine()
+    assert not Position.parse(f"{text}.{signed.rpartition('.')[2][::-1]}").is_genuine()
+    assert not Position.parse(f"9{signed}").is_genuine()
+
+
+@given(
+    strategies.lists(strategies.integers(3, 30), max_size=6, unique=True),
+    strategies.integers(0, 9),
+    strategies.integers(1, 40),
+)
+def test_a_snapshot_shows_what_it_shows_to_postgresql(in_progress, more, transaction):
+    in_progress.sort()
+    least, following = (in_progress[0], in_progress[-1] + 1 + more) if in_progress else (3 + more, 3 + more)
+    snapshot = f"{least}:{following}:{','.join(map(str, in_progress))}"
+    [(shown,)] = db.execute_sql(
+        "SELECT pg_visible_in_snapshot(%s::text::xid8, %s::pg_snapshot)", [transaction, snapshot]
+    ).fetchall()
+    assert Position(0, snapshot).shows(transaction, 1) == shown
 
 
 @pytest.mark.parametrize(
     "text",
     ["", "7", "x", "1-2", "1-2:1:", "1-0:5:", "1-3:5:9", "1-3:5:2", "1-3:7:5,4", "1-3:5:5", "1-3:5:3,", HERE + "\n",
      "1-1:2:-", "1-1:2:-4", "1-1:2:-4-", "1-1:2:-4-2:1:", "-1:1:", "1-" + "9" * 30 + ":1:", "1-١:٢:", "1-1:2:'",
-     HERE * 2],
+     HERE * 2, HERE + ".", HERE + ".!", HERE + "." + "A" * 65],
 )  # fmt: skip
 def test_what_was_never_given_out_is_no_position(text):
     with pytest.raises(ValueError, match="is no position"):
@@ -50,8 +73,33 @@ def test_postgresql_takes_for_a_snapshot_what_we_take_for_one(text):
 
 
 def _look(since: Position | None, *user_ids: int) -> tuple[Position, live.News]:
+    """What those are sent who are at a position: the same, whether they are connected or come back."""
     with live.look() as here:
-        return here, news(since or here, here, user_ids)
+        since = since or here
+        back = resuming.missed([(user_id, given_back(since)) for user_id in user_ids], here)
+        found = live.News(too_much=any(one.too_much for one in back.values()))
+        for one in back.values():
+            found.notifications |= one.notifications
+        if since.before is None:
+            connected = news(since, here, user_ids)
+            assert (connected.notifications, connected.too_much) == (found.notifications, found.too_much)
+            found = connected
+        return here, found
+
+
+def given_back(position: Position) -> Position:
+    """A position as a client gives it back."""
+    return Position.parse(str(position))
+
+
+def _connected(since: Position, *user_ids: int) -> live.News:
+    with live.look() as here:
+        return news(since, here, user_ids)
+
+
+def _back(*clients: tuple[int, Position], most: int = resuming.SENT_AT_ONCE) -> dict[tuple[int, Position], live.News]:
+    with live.look() as here:
+        return resuming.missed(clients, here, most)
 
 
 def _messages(found: live.News, user_id: int) -> list[int]:
@@ -125,12 +173,12 @@ def test_a_message_to_thousands_is_one_row_of_the_log_and_one_query_for_all(cast
     people = crowd(cast.server_id, 3_000)
     here, _ = _look(None)
     with statements() as few:
-        _look(here, *people[:2])
+        _connected(here, *people[:2])
     for _ in range(3):
         posted_and_told(cast.subscriber, cast.general, "gold")
     assert db.execute_sql("SELECT count(*) FROM telling").fetchone() == (3,)
     with statements() as many:
-        found = _look(here, *people)[1]
+        found = _connected(here, *people)
     assert all(len(_messages(found, user_id)) == 3 for user_id in people)
     assert len(many) == len(few) + 2  # whose servers these are, and the notifications
 
@@ -151,6 +199,7 @@ def test_what_is_told_in_other_servers_costs_nothing(cast, monkeypatch):
     for _ in range(3):
         posted_and_told(cast.subscriber, cast.general, "gold")
     monkeypatch.setattr(live, "LOOKUPS_AT_MOST", 0)
+    monkeypatch.setattr(resuming, "LOOKUPS_AT_MOST", 0)
     found = _look(here, cast.stranger.id)[1]
     assert not found.too_much
     assert not found.notifications
@@ -168,8 +217,8 @@ def test_what_is_too_much_is_not_looked_up(cast, monkeypatch):
     for _ in range(3):
         posted_and_told(cast.subscriber, cast.general, "gold")
     monkeypatch.setattr(live, "LOOKUPS_AT_MOST", 5)
-    assert not _look(here, cast.vip.id)[1].too_much
-    assert _look(here, cast.vip.id, cast.admin.id)[1].too_much
+    assert not _connected(here, cast.vip.id).too_much
+    assert _connected(here, cast.vip.id, cast.admin.id).too_much
 
 
 def test_what_came_with_a_copy_of_another_database_stands_in_nobodys_way(cast):
@@ -199,10 +248,69 @@ def test_a_position_of_long_ago_is_not_read_to_the_end(cast, monkeypatch):
     here, _ = _look(None)
     for _ in range(2):
         posted_and_told(cast.subscriber, cast.general, "gold")
-    assert not _look(here, cast.vip.id)[1].too_much
+    assert not _connected(here, cast.vip.id).too_much
     posted_and_told(cast.subscriber, cast.general, "gold")
-    assert _look(here, cast.vip.id)[1].too_much
-    assert not _look(here)[1].too_much  # nobody to look for
+    assert _connected(here, cast.vip.id).too_much
+    assert not _connected(here).too_much  # nobody to look for
+
+
+def test_of_those_who_come_back_the_log_is_read_once_and_no_further_than_its_bound(cast, monkeypatch):
+    """From whatever positions, genuine ones of long ago too: what a look reads does not grow with them."""
+    positions = []
+    for _ in range(8):
+        positions.append(given_back(_look(None)[0]))
+        posted_and_told(cast.subscriber, cast.general, "gold")
+    clients = [(person.id, position) for position in positions for person in (cast.vip, cast.admin)]
+    with statements() as one:
+        _back(clients[-1])
+    with statements() as all_:
+        found = _back(*clients)
+    assert len(all_) == len(one)
+    assert [len(_messages(found[client], client[0])) for client in clients[::2]] == [8, 7, 6, 5, 4, 3, 2, 1]
+    read = []
+    real = resuming.rows
+    monkeypatch.setattr(resuming, "rows", lambda *asked: read.append(real(*asked)) or read[-1])
+    monkeypatch.setattr(resuming, "LOG_AT_MOST", 3)
+    found = _back(*clients)
+    assert [len(found) for found in read] == [4]
+    assert [found[client].too_much for client in clients[::2]] == [True] * 5 + [False] * 3
+    assert [len(_messages(found[client], client[0])) for client in clients[10::2]] == [3, 2, 1]
+
+
+def test_clients_that_come_back_are_looked_up_within_a_bound_and_the_others_later(cast, monkeypatch):
+    monkeypatch.setattr(resuming, "LOOKUPS_AT_MOST", 4)
+    here, _ = _look(None)
+    for _ in range(3):
+        posted_and_told(cast.subscriber, cast.general, "gold")
+    since, nothing = given_back(here), given_back(_look(None)[0])
+    clients = [(cast.vip.id, since), (cast.vip.id, nothing), (cast.admin.id, since), (cast.moderator.id, since)]
+    found = _back(*clients)
+    assert list(found) == clients[:2]
+    assert len(_messages(found[clients[0]], cast.vip.id)) == 3
+    assert list(_back(*clients[2:])) == clients[2:3]  # one at least
+
+
+def test_a_client_that_missed_more_than_its_part_reads_the_inbox_and_is_not_looked_up(cast, monkeypatch):
+    here, _ = _look(None)
+    for _ in range(3):
+        posted_and_told(cast.subscriber, cast.general, "gold")
+    client = (cast.vip.id, given_back(here))
+    assert not _back(client, most=3)[client].too_much
+    monkeypatch.setattr(resuming.inbox, "told_together", None)
+    assert _back(client, most=2)[client].too_much
+
+
+def test_a_position_that_is_not_ours_is_not_looked_up(cast, monkeypatch):
+    """Forged, or signed with a key that was changed since."""
+    here, _ = _look(None)
+    posted_and_told(cast.subscriber, cast.general, "gold")
+    unsigned, genuine = Position.parse(str(here).rpartition(".")[0]), given_back(here)
+    monkeypatch.setattr(resuming.inbox, "told_together", None)
+    assert _back((cast.vip.id, unsigned))[cast.vip.id, unsigned].too_much
+    monkeypatch.setattr(positions, "secret_key", lambda: "another key, which is set from now on")
+    positions._signature.cache_clear()
+    assert _back((cast.vip.id, genuine))[cast.vip.id, genuine].too_much
+    positions._signature.cache_clear()
 
 
 def test_an_edit_recounts_the_members_of_its_server_alone(cast):

@@ -5,9 +5,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import schemas
-from belfry.live import News, Position
-
-SENT_AT_ONCE = 1_000  # notifications of one person; who has missed more reads the inbox
+from belfry.live import News
+from belfry.positions import Position
+from belfry.resuming import SENT_AT_ONCE
 
 _notification = schemas.Notification()
 

@@ -7,6 +7,9 @@
 - What people have unread is counted when they come and when something of theirs changes. What they are told after that
   is added, as of the same moment. Everybody's is counted again every few minutes, whatever happens.
 - Who does not read what is sent is cut off, and goes on where they were: memory stays bounded.
+- Clients that come are met some at a time, and what they missed is looked up within bounds (belfry/resuming.py): those
+  that are connected do not wait for it. A client that missed too much is sent `reset`; the more wait, the less is too
+  much. One whose count has to wait, and that missed nothing, is sent a `ping`: so it has a position at once.
 - Who may listen no longer (their token, subscription or a membership is gone) is cut off within CHECK_SECONDS.
 """
 
@@ -18,9 +21,10 @@ import selectors
 import socket
 import threading
 import time
+from collections import deque
 from contextlib import suppress
 from functools import cache
-from itertools import islice
+from itertools import chain
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
@@ -28,8 +32,9 @@ from peewee import InterfaceError, OperationalError
 from playhouse.pool import MaxConnectionsExceeded
 from redis.exceptions import RedisError
 
-from belfry import inbox, live
-from belfry.live import News, Position
+from belfry import inbox, live, resuming
+from belfry.live import News
+from belfry.positions import Position
 from config import settings
 from queues import live_channel, redis_connection
 from views.events import event, events_of
@@ -44,7 +49,9 @@ CHECK_AGAIN_SECONDS = 1  # however often an admin changes something
 LOOK_SECONDS = 5  # at least so often, whatever Redis says; each second while it says nothing
 GAP_SECONDS = 0.05  # between two looks: what is told meanwhile is one look's
 RECOUNT_SECONDS = 300
-COUNTED_AT_ONCE = 25  # people in one look: it takes a millisecond or two each, and all others wait meanwhile
+COUNT_SECONDS = 0.1  # in one look, for counts: one takes a millisecond or two, and all others wait meanwhile
+NEW_AT_ONCE = 100  # clients that are met in one look
+RESUMED_AT_ONCE = 50_000  # messages times clients that wait: who missed more than their part of it is sent `reset`
 OTHER_FILES = 200  # that a process has open beside its streams
 READERS_OF_ONE = 20  # of one person, in one process; the oldest ends
 
@@ -61,10 +68,12 @@ class Hub:
         self._bell.setblocking(False)
         self._selector.register(self._woken, selectors.EVENT_READ)
         self._new: SimpleQueue[Reader] = SimpleQueue()  # handed over, and not met by the thread
+        self._waiting: deque[Reader] = deque()  # met by the thread, and not by a look; the first to come first
         self._announced: SimpleQueue[dict[str, Any]] = SimpleQueue()
         self._readers: dict[int, list[Reader]] = {}  # by user id, the oldest first
         self._unread: dict[int, Unread] = {}
-        self._stale: dict[int, None] = {}  # user ids, in the order in which they are to be counted
+        self._uncounted: dict[int, None] = {}  # user ids that wait for their first count, the first to come first
+        self._stale: dict[int, None] = {}  # user ids, in the order in which they are to be counted again
         self._deleted: set[int] = set()  # messages: who was told of them is stale
         self._unchecked: set[int] = set()  # user ids: whether they may still listen
         self._check_wanted = False  # of everybody
@@ -82,7 +91,8 @@ class Hub:
 
     def is_full(self) -> bool:
         """Whether there is no room for one more: connections are open files, of which requests need some."""
-        return sum(map(len, list(self._readers.values()))) + self._new.qsize() >= self._most
+        coming = self._new.qsize() + len(self._waiting)
+        return sum(map(len, list(self._readers.values()))) + coming >= self._most
 
     def announced(self, what: dict[str, Any]) -> None:
         """Something has changed, as `queues.announce` says it."""
@@ -155,21 +165,22 @@ class Hub:
     def _look(self) -> None:
         """Send everybody what is new."""
         self._looked_at = time.monotonic()
-        new, announced = _drain(self._new, COUNTED_AT_ONCE), _drain(self._announced)
+        self._waiting += _drain(self._new)
+        new = [self._waiting.popleft() for _ in range(min(NEW_AT_ONCE, len(self._waiting)))]
+        announced = _drain(self._announced)
         if new or self._readers:
             try:
                 gone = self._heed(announced)
                 self._look_at(new, gone)
             except OUT_OF_REACH:
-                for reader in new:
-                    self._new.put(reader)
+                self._waiting.extendleft(reversed(new))
                 raise
             except Exception:
                 for reader in new:  # what they asked for may be the reason: nobody else shall bear it
                     if not reader.joined:
                         reader.close()
                 raise
-        more = self._stale or self._deleted or not self._new.empty()
+        more = self._uncounted or self._stale or self._deleted or self._waiting or not self._new.empty()
         self._due = self._looked_at + (GAP_SECONDS if more else LOOK_SECONDS if self._redis_answers else 1)
         if self._check_wanted:
             self._due = min(self._due, self._checked_at + CHECK_AGAIN_SECONDS)
@@ -207,10 +218,7 @@ class Hub:
             asked = {reader.token_hash for reader in [*new, *checked]}
             listeners = live.listeners(asked) if asked else {}
             found = live.news(self._position or here, here, self._readers)
-            missed = {
-                since: live.news(since, here, {reader.user.id for reader in new if reader.since == since})
-                for since in {reader.since or here for reader in new}
-            }
+            missed = self._missed(new, here)
             for message_id in self._deleted:
                 self._stale |= dict.fromkeys(live.told_of(message_id, self._readers))
             self._stale |= dict.fromkeys(self._readers if found.too_much else found.recount)
@@ -225,17 +233,29 @@ class Hub:
             if not reader.may_go_on(listeners):
                 self._cut(reader)  # they come back, and go on or are told why not
         self._tell(found, here)
+        later = []
         for reader in new:
-            if reader.may_go_on(listeners) and reader.session not in gone:
-                self._join(reader, missed[reader.since or here], here)
-            else:
+            if not reader.may_go_on(listeners) or reader.session in gone:
                 reader.close()
+            elif reader.since is None:
+                self._join(reader, News(), here)
+            elif client_missed := missed.get((reader.user.id, reader.since)):
+                self._join(reader, client_missed, here)
+            else:
+                later.append(reader)
+        self._waiting.extendleft(reversed(later))
         self._tell_counts(found, counted, {reader.user.id for reader in new if reader.joined}, here)
         for reader in self._everybody():
             if reader.said:
                 self._send(reader)
 
     # --- who listens
+
+    def _missed(self, new: list[Reader], here: Position) -> dict[tuple[int, Position], News]:
+        """What those missed who come back: of the first of them, the others come with the next look."""
+        clients = {(reader.user.id, reader.since): None for reader in new if reader.since}
+        share = RESUMED_AT_ONCE // (len(self._waiting) + len(new)) if new else 0
+        return resuming.missed(list(clients), here, min(resuming.SENT_AT_ONCE, share))
 
     def _join(self, reader: Reader, missed: News, here: Position) -> None:
         """From now on the reader is one of all, who are here."""
@@ -254,6 +274,7 @@ class Hub:
             del self._readers[reader.user.id]
             self._unread.pop(reader.user.id, None)
             self._stale.pop(reader.user.id, None)
+            self._uncounted.pop(reader.user.id, None)
         self._selector.unregister(reader.socket)
         reader.close()
 
@@ -268,10 +289,17 @@ class Hub:
     # --- what they have unread
 
     def _count(self, new: list[Reader]) -> dict[int, Unread]:
-        """Of who comes, and of some who are stale."""
-        users = {reader.user.id: reader.user for reader in new if reader.user.id not in self._unread}
-        users |= {id_: self._readers[id_][0].user for id_ in islice(self._stale, COUNTED_AT_ONCE)}
-        return {id_: Unread.of(inbox.unread_count(user), self._looked_at) for id_, user in users.items()}
+        """Of those who came, who come, and who are stale, for COUNT_SECONDS; the rest with the next looks."""
+        coming = {reader.user.id: reader.user for reader in new if reader.user.id not in self._unread}
+        counted: dict[int, Unread] = {}
+        enough = time.monotonic() + COUNT_SECONDS
+        for user_id in chain(self._uncounted, coming, self._stale):
+            if user_id not in counted:
+                user = coming[user_id] if user_id in coming else self._readers[user_id][0].user
+                counted[user_id] = Unread.of(inbox.unread_count(user), self._looked_at)
+            if time.monotonic() > enough:
+                break
+        return counted
 
     # --- what they are sent
 
@@ -287,12 +315,16 @@ class Hub:
             before = self._unread.get(user_id)
             if user_id in counted:
                 self._stale.pop(user_id, None)
+                self._uncounted.pop(user_id, None)
                 self._unread[user_id] = counted[user_id]
                 if before is None or before.channels != counted[user_id].channels:
                     changed.add(user_id)
-            elif before is None:
-                self._stale[user_id] = None  # came as the last of theirs left
+            elif before is None:  # there was no time
+                self._uncounted[user_id] = None
                 changed.discard(user_id)
+                for reader in self._readers[user_id] if user_id in new else []:
+                    if not reader.said:
+                        reader.say(event("ping", "{}", here))
             else:
                 for _, notification in found.notifications.get(user_id, []):
                     before.add(notification)
@@ -302,15 +334,14 @@ class Hub:
                 reader.say(count)
 
 
-def _drain(waiting: "SimpleQueue[T]", most: int | None = None) -> list[T]:
-    """What waits, at most so many."""
+def _drain(waiting: "SimpleQueue[T]") -> list[T]:
+    """What waits."""
     taken: list[T] = []
-    while most is None or len(taken) < most:
+    while True:
         try:
             taken.append(waiting.get_nowait())
         except Empty:
-            break
-    return taken
+            return taken
 
 
 @cache

@@ -20,9 +20,15 @@ from views.problems import HttpProblem
 
 log = logging.getLogger(__name__)
 
+STREAM_OPENINGS = "120 per minute"  # of one person: each of 20 streams may come back six times
+
 _LIMITS = {
     scope: sorted(parse_many(text))  # the shortest first
-    for scope, text in (("messages", settings.rate_limit_messages), ("other", settings.rate_limit_default))
+    for scope, text in (
+        ("messages", settings.rate_limit_messages),
+        ("streams", STREAM_OPENINGS),
+        ("other", settings.rate_limit_default),
+    )
 }
 
 # A sliding window, of two that are counted: those of the last one weigh as much as of it is still in sight. What is
@@ -64,6 +70,12 @@ def _script() -> Script:
 def limit_messages(view: View) -> View:
     """RATE_LIMIT_MESSAGES for one author: posts and edits together. Everything else has RATE_LIMIT_DEFAULT."""
     view.limited_as = "messages"  # type: ignore[attr-defined]
+    return view
+
+
+def limit_streams(view: View) -> View:
+    """STREAM_OPENINGS for one person: what a client missed costs more than other requests to find."""
+    view.limited_as = "streams"  # type: ignore[attr-defined]
     return view
 
 

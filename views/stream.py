@@ -9,11 +9,12 @@ from flask import Flask, Response, g, request
 
 from belfry import accounts, communities, live
 from belfry.errors import Forbidden, Invalid, SubscriptionRequired
-from belfry.live import Position
+from belfry.positions import Position
 from queues import announce
 from views import sign_in
 from views.endpoint import READS, api, bearer_token, current_user, endpoint
 from views.hub import hub
+from views.limits import limit_streams
 from views.problems import HttpProblem
 from views.reader import Reader
 
@@ -34,12 +35,14 @@ def register(app: Flask) -> None:
 
 
 @api.get("/notifications/stream")
+@limit_streams
 @endpoint()
 def stream() -> Response:
     """Server-sent events: `notification` and `unread` as they happen, `ping` every 15 s. `Last-Event-ID` resumes.
 
     `reset` stands in for what is too much to be sent one by one: read the inbox. Raises 403 for who cannot be told of
-    anything: who has no subscription, or is in no server; 503 where there are too many streams.
+    anything: who has no subscription, or is in no server; 429 where one person opens too many streams; 503 where there
+    are too many in all.
     """
     user = current_user()
     token = bearer_token()
@@ -70,7 +73,11 @@ def stream() -> Response:
 
 
 def _since() -> Position | None:
-    """Where the reader was. An empty header is none. Raises Invalid for what was never given out."""
+    """Where the reader was. An empty header is none. Raises Invalid for what is no position.
+
+    Who signed it is looked at later: a browser does not come back after a 4xx, and open pages have positions of before
+    SECRET_KEY was changed.
+    """
     text = request.headers.get("Last-Event-ID", "")
     try:
         return Position.parse(text) if text else None

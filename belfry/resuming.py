@@ -1,0 +1,134 @@
+"""What clients missed who come back to the live stream, from whatever position each one gives.
+
+The work has bounds that hold for all clients of one look together, and for genuine positions as for made-up ones: a
+client that missed more than can be sent one by one is sent `reset` and reads the inbox.
+
+- LOG_AT_MOST messages of the log are read, the newest first, once for all. A client whose position is older is reset.
+- A client is reset when more messages than `most` were announced in the servers that it is in.
+- LOOKUPS_AT_MOST notifications are looked up. Clients beyond that are not answered: ask again, in a look of their own.
+"""
+
+from collections.abc import Collection, Iterable
+from dataclasses import replace
+from datetime import datetime
+
+from belfry import inbox
+from belfry.live import News, is_resumable, possible_recipients, with_positions
+from belfry.positions import Position
+from belfry.sql import Row, rows
+
+SENT_AT_ONCE = 1_000  # notifications to one client, one by one
+LOG_AT_MOST = 5_000  # messages of the log, of all servers: some 15 ms
+LOOKUPS_AT_MOST = 5_000  # some 20 µs each
+
+Client = tuple[int, Position]  # a user's id, and where that client was
+Announced = dict[tuple[int, datetime], int]  # transaction by (message id, time) of the announcement
+
+
+def missed(clients: Collection[Client], here: Position, most: int = SENT_AT_ONCE) -> dict[Client, News]:
+    """Find what clients have not been sent, of what is seen `here`, in a `live.look`.
+
+    Returns the news of the first clients, as many as the bounds allow and at least one; {} for no clients.
+    """
+    known = {client for client in clients if client[1].is_genuine() and is_resumable(client[1], here)}
+    if not known:
+        return {client: News(too_much=True) for client in clients}
+    log, oldest = _log(min(position.first_unseen for _, position in known))
+    servers: dict[int, list[int]] = {}
+    for member in possible_recipients({user_id for user_id, _ in known}, list(log)):
+        servers.setdefault(member["user_id"], []).append(member["server_id"])
+    answered: dict[Client, News] = {}
+    wanted: dict[Client, Announced] = {}
+    lookups: dict[int, int] = {}
+    for client in clients:
+        user_id, position = client
+        found = None
+        if client in known and position.first_unseen > oldest:
+            found = _unseen((log[server_id] for server_id in servers.get(user_id, ())), position, most)
+        if found is None:
+            answered[client] = News(too_much=True)
+            continue
+        number = max(len(found), lookups.get(user_id, 0))  # several streams of one user are looked up together
+        if answered and sum(lookups.values()) - lookups.get(user_id, 0) + number > LOOKUPS_AT_MOST:
+            break
+        lookups[user_id] = number
+        answered[client], wanted[client] = News(), found
+    _look_up(answered, {client: found for client, found in wanted.items() if found}, here, servers)
+    return answered
+
+
+def _log(first: int) -> tuple[dict[int, list[Row]], int]:
+    """What was announced by transactions from this number on: by server, newest first. And the number of the last
+    transaction that may not be in it whole: 0 where everything was read."""
+    found = rows(
+        """
+        SELECT t.xid::text::bigint AS xid, t.message_id, t.told_at, chan.server_id
+        FROM (
+            SELECT xid, unnest(message_ids) AS message_id, told_at
+            FROM telling
+            WHERE xid >= (%(first)s::bigint)::text::xid8
+            ORDER BY xid DESC
+            LIMIT %(limit)s
+        ) t
+        LEFT JOIN message msg ON msg.id = t.message_id
+        LEFT JOIN channel chan ON chan.id = msg.channel_id
+        ORDER BY t.xid DESC
+        """,
+        {"first": first, "limit": LOG_AT_MOST + 1},
+    )
+    by_server: dict[int, list[Row]] = {}
+    for one in found:
+        if one["server_id"] is not None:
+            by_server.setdefault(one["server_id"], []).append(one)
+    return by_server, found[-1]["xid"] if len(found) > LOG_AT_MOST else 0
+
+
+def _unseen(logs: Iterable[list[Row]], position: Position, most: int) -> Announced | None:
+    """What was announced in some servers that a client at this position has not been sent. None: too many messages."""
+    found: Announced = {}
+    messages = set()
+    for log in logs:
+        for one in log:
+            if one["xid"] < position.first_unseen:
+                break
+            if not position.shows(one["xid"], one["message_id"]):
+                found[one["message_id"], one["told_at"]] = one["xid"]
+                messages.add(one["message_id"])
+                if len(messages) > most:
+                    return None
+    return found
+
+
+def _look_up(
+    answered: dict[Client, News], wanted: dict[Client, Announced], here: Position, servers: dict[int, list[int]]
+) -> None:
+    """Put into the news of each client the notifications that are the user's own, of what was announced."""
+    if not wanted:
+        return
+    announced: Announced = {}
+    from_xid: dict[int, int] = {}
+    for (user_id, position), found in wanted.items():
+        announced |= found
+        from_xid[user_id] = min(position.first_unseen, from_xid.get(user_id, position.first_unseen))
+    own: dict[int, list[Row]] = {}
+    for notification in inbox.told_together(
+        [{"message_id": id_, "told_at": told_at, "xid": xid} for (id_, told_at), xid in announced.items()],
+        [
+            {"user_id": user_id, "server_id": server_id, "from_xid": xid}
+            for user_id, xid in from_xid.items()
+            for server_id in servers[user_id]
+        ],
+    ):
+        own.setdefault(notification.pop("user_id"), []).append(notification)
+    for (user_id, since), found in wanted.items():
+        whole = replace(since, before=None, up_to=0)
+        rest: list[Row] = []  # of what it was being sent when it broke off
+        new: list[Row] = []
+        for notification in own.get(user_id, ()):
+            message_id, told_at = notification["message_id"], notification["created_at"]
+            if (message_id, told_at) in found:
+                of_the_rest = whole.shows(found[message_id, told_at], message_id)
+                (rest if of_the_rest else new).append(notification)
+        steps = with_positions(rest, since.before or "", whole) + with_positions(new, since.snapshot, here)
+        if steps:
+            answered[user_id, since].notifications[user_id] = steps
