@@ -25,6 +25,7 @@ from peewee import (
     Model,
     SmallIntegerField,
     TextField,
+    UUIDField,
 )
 from playhouse.pool import PooledPostgresqlDatabase
 from playhouse.postgres_ext import ArrayField
@@ -344,6 +345,20 @@ class Telling(Table):
     told_at = TimeField(constraints=_now())
 
 
+class StreamEpoch(Table):
+    """One row, of an UNLOGGED table: gone after a crash and on promotion of a standby, and then made anew.
+
+    Transaction ids that were handed out and not logged before a crash come again after it. So a position in the stream
+    is good only in the epoch in which it was given out.
+    """
+
+    one = BooleanField(primary_key=True, constraints=[SQL("DEFAULT true"), Check("one")])
+    epoch = UUIDField(constraints=[SQL("DEFAULT gen_random_uuid()")])
+
+    class Meta:
+        table_name = "stream_epoch"
+
+
 class IdempotencyKey(Table):
     user = ForeignKeyField(User, on_delete="CASCADE", index=False)
     key = TextField()
@@ -358,5 +373,5 @@ class IdempotencyKey(Table):
 
 TABLES = (
     User, ApiToken, Subscription, Server, Role, Member, MemberRole, Channel, ChannelRole, Preference,
-    Message, Run, Slice, Notification, Telling, IdempotencyKey,
+    Message, Run, Slice, Notification, Telling, StreamEpoch, IdempotencyKey,
 )  # fmt: skip

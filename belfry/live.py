@@ -46,18 +46,39 @@ class News:
 
 @contextmanager
 def look() -> Iterator[Position]:
-    """While the block runs, everything in it sees the same moment. Yields the position of who was sent all of it."""
-    with db.connection_context(), db.atomic():
-        execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
-        found = row(f"SELECT pg_current_snapshot()::text AS snapshot, {set_locally(_LOOKS_UP)}")
-        assert found is not None
-        yield Position(int(time.time()), found["snapshot"])
+    """While the block runs, everything in it sees the same moment. Yields the position of who was sent all of it.
+
+    On a standby, where unlogged tables cannot be read, the epoch is "": its positions are good on standbys alone.
+    """
+    with db.connection_context():
+        while True:
+            with db.atomic():
+                execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
+                found = row(
+                    "SELECT pg_current_snapshot()::text AS snapshot, pg_is_in_recovery() AS is_standby,"
+                    f" {set_locally(_LOOKS_UP)}"
+                )
+                assert found is not None
+                epoch = "" if found["is_standby"] else _epoch()
+                if epoch is not None:
+                    yield Position(int(time.time()), found["snapshot"], epoch=epoch)
+                    return
+            execute("INSERT INTO stream_epoch DEFAULT VALUES ON CONFLICT DO NOTHING")
+
+
+def _epoch() -> str | None:
+    """The database's epoch. None where it has none: after a crash, a promotion, or a restore without unlogged data.
+
+    The system identifier is part of it, because a dump that is restored elsewhere brings the table's row along.
+    """
+    found = row("SELECT epoch::text || (SELECT system_identifier FROM pg_control_system()) AS epoch FROM stream_epoch")
+    return str(found["epoch"]) if found else None
 
 
 def news(since: Position, here: Position, user_ids: Collection[int]) -> News:
     """What these people have not been sent who are connected, and at `since`; of what is seen `here`, in a `look`."""
     found = News()
-    if not is_resumable(since, here):
+    if since.epoch != here.epoch or not is_resumable(since, here):
         return News(too_much=True)
     if not user_ids:
         return found

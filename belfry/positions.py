@@ -25,17 +25,21 @@ class Position:
     """A client was sent everything that `snapshot` shows. `taken`: when, in seconds since 1970.
 
     Within what one search found: the client was sent what `before` shows, and of the rest that `snapshot` shows the
-    messages with ids up to `up_to`. `signature` is that of a position which was given back; `is_genuine` checks it.
+    messages with ids up to `up_to`.
+
+    `epoch` is the database's at that time, which the signature covers: after a crash transaction ids come again.
+    `signature` is that of a position which was given back; `is_genuine` checks it.
     """
 
     taken: int
     snapshot: str
     before: str | None = None
     up_to: int = 0
+    epoch: str = ""
     signature: str = ""
 
     def __str__(self) -> str:
-        return f"{self._text()}.{_signature(self._text())}"
+        return f"{self._text()}.{_signature(self._text(), self.epoch)}"
 
     def _text(self) -> str:
         within = f"-{self.up_to}-{self.before}" if self.before else ""
@@ -47,11 +51,11 @@ class Position:
         found = _POSITION.fullmatch(text)
         if not found or not all(_is_snapshot(part) for part in (found[2], found[4]) if part):
             raise ValueError(f"{text[:50]!r} is no position in the stream")
-        return cls(int(found[1]), found[2], found[4], int(found[3] or 0), found[5] or "")
+        return cls(int(found[1]), found[2], found[4], int(found[3] or 0), signature=found[5] or "")
 
-    def is_genuine(self) -> bool:
-        """Return whether we signed it, with the key of now."""
-        return hmac.compare_digest(self.signature, _signature(self._text()))
+    def is_genuine(self, epoch: str) -> bool:
+        """Return whether it was given back as we signed it, with the key of now and in this epoch."""
+        return hmac.compare_digest(self.signature, _signature(self._text(), epoch))
 
     @property
     def next_transaction(self) -> int:
@@ -102,6 +106,6 @@ def _is_snapshot(text: str) -> bool:
 
 
 @lru_cache(maxsize=4096)  # many clients are sent the same event
-def _signature(text: str) -> str:
-    digest = hmac.digest(secret_key().encode(), b"position in the stream\0" + text.encode(), "sha256")
+def _signature(text: str, epoch: str) -> str:
+    digest = hmac.digest(secret_key().encode(), f"position in the stream\0{epoch}\0{text}".encode(), "sha256")
     return urlsafe_b64encode(digest[:_SIGNATURE_BYTES]).decode()

@@ -30,7 +30,7 @@ def missed(clients: Collection[Client], here: Position, most: int = SENT_AT_ONCE
 
     Returns the news of the first clients, as many as the bounds allow and at least one; {} for no clients.
     """
-    known = {client for client in clients if client[1].is_genuine() and is_resumable(client[1], here)}
+    known = {client for client in clients if client[1].is_genuine(here.epoch) and is_resumable(client[1], here)}
     if not known:
         return {client: News(too_much=True) for client in clients}
     log, oldest = _log(min(position.first_unseen for _, position in known))
@@ -121,7 +121,7 @@ def _look_up(
     ):
         own.setdefault(notification.pop("user_id"), []).append(notification)
     for (user_id, since), found in wanted.items():
-        whole = replace(since, before=None, up_to=0)
+        whole = replace(since, before=None, up_to=0, epoch=here.epoch)
         rest: list[Row] = []  # of what it was being sent when it broke off
         new: list[Row] = []
         for notification in own.get(user_id, ()):

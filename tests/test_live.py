@@ -199,9 +199,11 @@ def test_a_made_up_position_sends_to_the_inbox_and_is_no_error(web, cast):
         for since in (f"{int(time.time())}-3:3:", listener.last_id()[:-1]):
             with listening(web, cast.vip, since=since) as made_up:
                 assert made_up.kinds() == ["reset", "unread"]
-    with a_web_process(SECRET_KEY="another key, which has been set since then") as other:
-        with listening(other, cast.vip, since=listener.last_id()) as again:
-            assert again.kinds() == ["reset", "unread"]
+    with (
+        a_web_process(SECRET_KEY="another key, which has been set since then") as other,
+        listening(other, cast.vip, since=listener.last_id()) as again,
+    ):
+        assert again.kinds() == ["reset", "unread"]
 
 
 # --- counts

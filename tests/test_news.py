@@ -27,10 +27,11 @@ def test_a_position_is_read_as_it_was_written_and_signed(text):
     signed = str(unsigned)
     assert signed.startswith(f"{text}.")
     assert str(Position.parse(signed)) == signed
-    assert Position.parse(signed).is_genuine()
-    assert not unsigned.is_genuine()
-    assert not Position.parse(f"{text}.{signed.rpartition('.')[2][::-1]}").is_genuine()
-    assert not Position.parse(f"9{signed}").is_genuine()
+    assert Position.parse(signed).is_genuine("")
+    assert not Position.parse(signed).is_genuine("another epoch")
+    assert not unsigned.is_genuine("")
+    assert not Position.parse(f"{text}.{signed.rpartition('.')[2][::-1]}").is_genuine("")
+    assert not Position.parse(f"9{signed}").is_genuine("")
 
 
 @given(
