@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from functools import wraps
 from typing import Any
 
@@ -121,13 +122,18 @@ def create_user(
 
 @command(COMMANDS, "create-token")
 @click.argument("name", metavar="NAME")
+@click.option("--days", type=click.IntRange(1, 36_500), help="Days until it expires. Without it, the token does not.")
 @json_option
-def create_token(name: str, as_json: bool) -> None:
+def create_token(name: str, days: int | None, as_json: bool) -> None:
     """Make a token for the person with the username NAME, and print it once."""
     user = accounts.find_username(name)
-    token = accounts.create_token(user)[1]
+    expires_at = datetime.now(UTC) + timedelta(days=days) if days else None
+    stored, token = accounts.create_token(user, expires_at)
     if as_json:
-        _print_json({"username": user.username, "token": token})
+        expires = stored["expires_at"]
+        _print_json(
+            {"username": user.username, "token": token, "expires_at": expires.isoformat() if expires else None}
+        )
     else:
         click.echo(token)
 

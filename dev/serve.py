@@ -87,10 +87,11 @@ def _guide(env: dict[str, str], address: str) -> None:
     say(f"\nBelfry serves  {address}")
     if admin is None or member is None:
         say("This database has people of its own. To sign in there, a token for one of them:")
-        say("    .venv/bin/python -m dev flask create-token NAME\n")
+        say(f"    .venv/bin/python -m dev flask create-token NAME --days {stack.TOKEN_DAYS}\n")
         return
     say(f"Admin's token  {admin}")
     say(f"Member's       {member}")
+    say(f"               (both expire in {stack.TOKEN_DAYS} days; the next start prints new ones)")
     say(f"""
 To see it at work, in the browser:
     1. Open {address} and sign in with the admin's token; then once more in a private window, with the

@@ -21,6 +21,7 @@ from dev.servers import servers
 
 FLASK = ("-m", "flask", "--app", "app")
 READY_SECONDS = 60
+TOKEN_DAYS = 7  # until a token expires that `make run` prints
 
 
 def environment(urls: Mapping[str, str], address: str | None = None) -> dict[str, str]:
@@ -78,11 +79,12 @@ def make_community(env: Mapping[str, str], members: int) -> tuple[str, dict[str,
 
 
 def new_token(env: Mapping[str, str], username: str) -> str | None:
-    """A new token; None where there is nobody of that name."""
+    """A new token that expires after TOKEN_DAYS; None where there is nobody of that name."""
     with psycopg.connect(env["DATABASE_URL"], connect_timeout=10) as connection:
         if not connection.execute("SELECT FROM user_account WHERE username = %s", (username,)).rowcount:
             return None
-    return str(_json((*FLASK, "create-token", username, "--json"), env)["token"])
+    made = _json((*FLASK, "create-token", username, f"--days={TOKEN_DAYS}", "--json"), env)
+    return str(made["token"])
 
 
 def _json(

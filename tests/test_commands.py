@@ -1,11 +1,16 @@
 """The commands, as typed."""
 
 import json
+import os
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
+from belfry import accounts
 from belfry.sql import execute
-from models import Member, Notification, Run, Subscription, User
+from config import settings
+from dev import stack
+from models import ApiToken, Member, Notification, Run, Subscription, User
 
 
 def test_create_user_prints_the_person_and_the_token_once(command, client):
@@ -17,6 +22,19 @@ def test_create_user_prints_the_person_and_the_token_once(command, client):
     assert again["token"] != made["token"]
     assert made["token"] not in command("create-user", "ann", "--subscription", "active").stdout
     assert Subscription.get().status == "active"
+
+
+def test_a_token_expires_after_the_days_that_are_asked_for(command, cast):
+    def expires_at(token: str):
+        return ApiToken.get(ApiToken.token_hash == accounts.hash_token(token)).expires_at
+
+    made = json.loads(command("create-token", "sam", "--days", "7", "--json").stdout)
+    assert datetime.fromisoformat(made["expires_at"]) == expires_at(made["token"])
+    assert abs(expires_at(made["token"]) - datetime.now(UTC) - timedelta(days=7)) < timedelta(minutes=5)
+    forever = json.loads(command("create-token", "sam", "--json").stdout)
+    assert forever["expires_at"] is expires_at(forever["token"]) is None
+    env = {**os.environ, "DATABASE_URL": settings.database_url}
+    assert expires_at(stack.new_token(env, "sam")), "as `make run` makes them"
 
 
 @pytest.mark.parametrize("name", ["ab", "a" * 33, "everyone", "belfry", "Ünal", "dot.", "_dash", "two words", "nul\0"])
