@@ -22,7 +22,7 @@ from rq.scheduler import RQScheduler
 from rq.timeouts import JobTimeoutException
 
 import queues
-from belfry import fanout, idempotency, leases, live, logs, partitions
+from belfry import fanout, idempotency, leases, live, logs, partitions, sessions
 from belfry.leases import Part
 from belfry.points import reach
 from belfry.sql import lock_for_this_transaction, transaction
@@ -214,6 +214,7 @@ def sweep() -> int:
             reach("sweep.locked")
             idempotency.forget_old_keys()
             live.forget_old_tellings()
+            sessions.delete_idle_sessions()
             if given_up := leases.give_up():
                 log.error("%s run(s) or slice(s) gave up: each attempt ended without a word", given_up)
             lost = leases.lost_runs(oldest[queues.NOTIFICATIONS]) + leases.lost_slices(oldest[queues.BULK])

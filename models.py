@@ -149,6 +149,15 @@ class ApiToken(Table):
         table_name = "api_token"
 
 
+class Session(Table):
+    """A signed-in browser (belfry/sessions.py). Its user is the token's: stored once."""
+
+    session_hash = BlobField(primary_key=True)
+    token = ForeignKeyField(ApiToken, on_delete="CASCADE")
+    created_at = TimeField(constraints=_now())
+    last_seen_at = TimeField(constraints=_now(), index=True)  # the sweeper deletes idle sessions
+
+
 class Subscription(Table):
     user = ForeignKeyField(User, primary_key=True, on_delete="CASCADE")
     status = TextField(constraints=[_among("status", SUBSCRIPTION_STATUSES)])
@@ -372,6 +381,6 @@ class IdempotencyKey(Table):
 
 
 TABLES = (
-    User, ApiToken, Subscription, Server, Role, Member, MemberRole, Channel, ChannelRole, Preference,
+    User, ApiToken, Session, Subscription, Server, Role, Member, MemberRole, Channel, ChannelRole, Preference,
     Message, Run, Slice, Notification, Telling, StreamEpoch, IdempotencyKey,
 )  # fmt: skip

@@ -228,6 +228,16 @@ class Token(Shape):
     revoked_at = Time(allow_none=True)
 
 
+class OwnToken(Shape):
+    """`current`: the request was made with it, or with a session that it opened."""
+
+    id = fields.Integer()
+    created_at = Time()
+    expires_at = Time(allow_none=True)
+    revoked_at = Time(allow_none=True)
+    current = fields.Boolean()
+
+
 # Communities ----------------------------------------------------------------------------------------------
 
 

@@ -82,13 +82,16 @@ def create_token(user: User, expires_at: datetime | None = None) -> tuple[Row, s
     return made, token
 
 
-def list_tokens(user_id: int, *, after: int, limit: int) -> list[Row]:
-    """A person's tokens by id, without the tokens themselves. Raises NotFound for the person."""
+def list_tokens(user_id: int, *, after: int, limit: int, current: bytes = b"") -> list[Row]:
+    """List a user's tokens by id, without the tokens themselves; `current` is true for the one with that hash.
+
+    Raises NotFound for the user.
+    """
     find_user(user_id)
     return rows(
-        "SELECT id, created_at, expires_at, revoked_at FROM api_token"
+        "SELECT id, created_at, expires_at, revoked_at, token_hash = %(current)s AS current FROM api_token"
         " WHERE user_id = %(user_id)s AND id > %(after)s ORDER BY id LIMIT %(limit)s",
-        {"user_id": user_id, "after": after, "limit": limit},
+        {"user_id": user_id, "after": after, "limit": limit, "current": current},
     )
 
 

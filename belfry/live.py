@@ -15,6 +15,7 @@ from belfry import inbox
 from belfry.accounts import IS_VALID
 from belfry.positions import Position
 from belfry.recipients import ACTIVE_SUBSCRIPTION
+from belfry.sessions import IS_OPEN
 from belfry.sql import Row, execute, row, rows, set_locally
 from config import settings
 from models import User, db
@@ -161,17 +162,29 @@ def possible_recipients(user_ids: Collection[int], server_ids: Collection[int]) 
 def listeners(token_hashes: Collection[bytes]) -> dict[bytes, tuple[User, frozenset[int]]]:
     """Of these tokens those whose person may listen, with them and the servers that they are in.
 
+    A session's hash stands for itself, not for its token: it is looked for among both.
+
     Whose token counts, who is an admin, or an active subscriber and somebody's member: those who may be told.
     """
     found = rows(
         f"""
-        SELECT t.token_hash, u.id, u.username, u.name, u.email, u.is_admin, u.created_at,
+        SELECT valid.token_hash, u.id, u.username, u.name, u.email, u.is_admin, u.created_at,
             ARRAY(SELECT m.server_id FROM member m WHERE m.user_id = u.id) AS servers
-        FROM api_token t
-        JOIN user_account u ON u.id = t.user_id
-        WHERE t.token_hash = ANY(%(token_hashes)s::bytea[])
-        AND {IS_VALID}
-        AND (u.is_admin OR (
+        FROM (
+            SELECT t.token_hash, t.user_id
+            FROM api_token t
+            WHERE t.token_hash = ANY(%(token_hashes)s::bytea[])
+            AND {IS_VALID}
+            UNION ALL
+            SELECT session.session_hash, t.user_id
+            FROM session
+            JOIN api_token t ON t.id = session.token_id
+            WHERE session.session_hash = ANY(%(token_hashes)s::bytea[])
+            AND {IS_OPEN}
+            AND {IS_VALID}
+        ) valid
+        JOIN user_account u ON u.id = valid.user_id
+        WHERE (u.is_admin OR (
             EXISTS (SELECT FROM subscription s WHERE s.user_id = u.id AND {ACTIVE_SUBSCRIPTION})
             AND EXISTS (SELECT FROM member m WHERE m.user_id = u.id)))
         """,

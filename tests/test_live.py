@@ -15,6 +15,7 @@ import queues
 from belfry import accounts, communities
 from belfry.inbox import dismiss, list_notifications, mark_read
 from belfry.messages import delete_message
+from belfry.sql import execute
 from config import settings
 from models import ApiToken, db
 from schemas import Notification
@@ -58,8 +59,8 @@ class Browser:
             assert answer.status == 303
             return (answer.headers["Set-Cookie"] or "").partition(";")[0]
 
-    def sign_out(self) -> None:
-        self._post("/logout", self._csrf)
+    def sign_out(self, **fields: str) -> None:
+        self._post("/logout", self._csrf, **fields)
 
 
 def tell(person, channel_id: int, content: str = "gold breaks out") -> int:
@@ -332,6 +333,46 @@ def test_signing_out_ends_the_streams_of_that_session_alone(web, cast):
         tell(cast.subscriber, cast.general)
         other.wait_for_unread(1)
         by_token.wait_for_unread(1)
+
+
+def test_signing_out_everywhere_ends_the_streams_of_all_sessions(web, cast):
+    windows = [Browser(web, cast.vip.token) for _ in range(2)]
+    with (
+        Listener(web, Cookie=windows[0].cookie) as one,
+        Listener(web, Cookie=windows[1].cookie) as other,
+        listening(web, cast.vip) as by_token,
+    ):
+        wait_until(lambda: "unread" in one.kinds() and "unread" in other.kinds(), "both to listen")
+        windows[0].sign_out(everywhere="1")
+        one.wait_for_end()
+        other.wait_for_end()
+        tell(cast.subscriber, cast.general)
+        by_token.wait_for_unread(1)
+
+
+def test_revoking_ones_own_token_ends_its_streams_and_those_of_its_sessions(web, api, cast):
+    _, second = accounts.create_token(cast.vip.user)
+    window = Browser(web, cast.vip.token)
+    with (
+        listening(web, cast.vip) as revoked,
+        Listener(web, Cookie=window.cookie) as by_session,
+        Listener(web, second) as by_another,
+    ):
+        wait_until(lambda: "unread" in by_session.kinds() and "unread" in by_another.kinds(), "all to listen")
+        token = ApiToken.get(ApiToken.token_hash == accounts.hash_token(cast.vip.token))
+        assert api(cast.vip).delete(f"/api/me/tokens/{token.id}").status_code == 204
+        revoked.wait_for_end()
+        by_session.wait_for_end()
+        tell(cast.subscriber, cast.general)
+        by_another.wait_for_unread(1)
+
+
+def test_a_session_that_ends_unannounced_ends_its_streams(web, cast):
+    window = Browser(web, cast.vip.token)
+    with Listener(web, Cookie=window.cookie) as listener:
+        wait_until(lambda: "unread" in listener.kinds(), "it to listen")
+        execute("UPDATE session SET last_seen_at = now() - interval '7 days'")
+        listener.wait_for_end()
 
 
 def test_a_reader_who_is_gone_is_forgotten(web, cast):

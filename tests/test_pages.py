@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from belfry import accounts, communities, inbox, navigation
+from belfry import accounts, communities, inbox, navigation, sessions
 from belfry.sql import execute
 from models import ApiToken, Channel, Message, User
 from tests.people import csrf_of, make_person
@@ -451,6 +451,6 @@ def test_what_went_wrong_is_a_page_too(browser, cast, monkeypatch):
         answers(500, "It has been logged as request")
     with monkeypatch.context() as patch:
         suicide = "SELECT pg_terminate_backend(pg_backend_pid())"
-        patch.setattr(accounts, "authenticate_hash", lambda hashed: execute(suicide))
+        patch.setattr(sessions, "find_session", lambda session_id: execute(suicide))
         answers(503, "The database is out of reach")
     answers(200, "#general")

@@ -128,7 +128,7 @@ def mark_read() -> AnyResponse:
 
 def _page(template: str, **context: Any) -> str:
     """A whole page: with the channels, what is unread in them, and whether the reader may hear the live stream."""
-    count, hashed = inbox.unread_count(g.user), sign_in.token_hash()
+    count, current = inbox.unread_count(g.user), sign_in.current_session()
     by_channel = {channel["channel_id"]: channel for channel in count["channels"]}
     servers: dict[int, Row] = {}
     viewed: SeenChannel | None = context.get("channel")
@@ -143,7 +143,7 @@ def _page(template: str, **context: Any) -> str:
         servers=list(servers.values()),
         more_channels=more_channels,
         count=count,
-        hears=hashed is not None and hashed in live.listeners([hashed]),
+        hears=current is not None and current.session_hash in live.listeners([current.session_hash]),
         **context,
     )
 

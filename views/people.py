@@ -1,12 +1,13 @@
-"""Oneself; and, for admins, people, their tokens and subscriptions."""
+"""Oneself, one's tokens and sessions; and, for admins, people, their tokens and subscriptions."""
 
 from typing import Any
 
 import schemas
-from belfry import accounts, communities
+from belfry import accounts, communities, sessions
 from belfry.access import channel_for, visible_channels
 from belfry.mentionable import mentionable
-from views.endpoint import Answer, api, current_user, endpoint, paginate
+from views import sign_in
+from views.endpoint import Answer, api, bearer_token, current_user, endpoint, paginate
 
 
 @api.get("/me")
@@ -19,6 +20,33 @@ def me() -> Any:
         "subscription": accounts.subscription_of(user.id),
         "servers": communities.servers_of(user.id),
     }
+
+
+@api.get("/me/tokens")
+@endpoint(query=schemas.Page, gives=schemas.OwnToken)
+def list_own_tokens(query: dict[str, Any]) -> Any:
+    """List one's own tokens, without the tokens themselves."""
+    user, token, session = current_user(), bearer_token(), sign_in.current_session()
+    current = accounts.hash_token(token) if token else session.token_hash if session else b""
+    return paginate(
+        query,
+        lambda after, limit: accounts.list_tokens(user.id, after=after or 0, limit=limit, current=current),
+        lambda token: token["id"],
+    )
+
+
+@api.delete("/me/tokens/<id:token_id>")
+@endpoint(status=204)
+def revoke_own_token(token_id: int) -> None:
+    """Revoke one of one's own tokens, now, with the sessions and streams that it opened."""
+    accounts.revoke_token(current_user().id, token_id)
+
+
+@api.delete("/me/sessions")
+@endpoint(status=204)
+def end_own_sessions() -> None:
+    """Sign out everywhere: end all of one's sessions in browsers. Tokens stay valid."""
+    sessions.end_all_sessions(current_user().id)
 
 
 @api.get("/channels")

@@ -16,7 +16,10 @@ STALLED_SECONDS = 60  # that something waits, and the reader takes nothing
 
 @dataclass(eq=False)
 class Reader:
-    """A connection, by the token that opened it. `since` None: from now on. `session`: whose end is its end."""
+    """A connection. `since` None: from now on. `session`: whose end is its end.
+
+    `token_hash`: of the token that opened it, or of the session, which has a row of its own.
+    """
 
     socket: socket.socket
     user: User

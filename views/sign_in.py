@@ -1,14 +1,18 @@
-"""Signing in with a browser: /login and /logout, and pages that say why not."""
+"""Signing in with a browser: /login and /logout, and pages that say why not.
 
-import hashlib
+The signed cookie carries the id of a session and a CSRF token; whether the session is open is decided by its row
+(belfry/sessions.py). Every sign-in makes a new id, and ends the session that the cookie had.
+"""
+
 import hmac
 import re
 import secrets
 
-from flask import Blueprint, Response, make_response, redirect, render_template, request, session, url_for
+from flask import Blueprint, Response, g, make_response, redirect, render_template, request, session, url_for
 from werkzeug.wrappers import Response as AnyResponse
 
-from belfry import accounts
+from belfry import sessions
+from belfry.sessions import Session
 from models import User
 from queues import announce
 
@@ -29,22 +33,35 @@ def submit_login() -> AnyResponse:
     """Start a session: 303 to `next` where that is a path of this site. 401 for a token that is nobody's."""
     if not _csrf_holds():
         return page(403, "Sign in", "This form was too old. Please try again.", form=True)
-    token = request.form.get("token", "").strip()
-    if accounts.authenticate(token) is None:
+    session_id = sessions.open_session(request.form.get("token", "").strip())
+    if session_id is None:
         return page(401, "Sign in", "This token is unknown, or it was revoked or has expired.", form=True)
+    _end_current_session()
     session.clear()
-    session["token"] = accounts.hash_token(token).hex()
+    session["id"] = session_id
     return redirect(_local(request.form.get("next", "")), 303)
 
 
 @blueprint.post("/logout")
 def logout() -> AnyResponse:
-    """End the session: 303 to /login."""
+    """End the session; with `everywhere=1` every session of its user: 303 to /login."""
     if not _csrf_holds():
         return page(403, "Sign out", "This form was too old. Please try again.")
-    announce(signed_out=session_key())
+    user = signed_in()
+    if user and request.form.get("everywhere") == "1":
+        sessions.end_all_sessions(user.id)
+        announce(access=user.id)
+    else:
+        _end_current_session()
     session.clear()
     return redirect(url_for("sign_in.login"), 303)
+
+
+def _end_current_session() -> None:
+    """End the session of this request's cookie, if it is open, and its streams."""
+    if current := current_session():
+        sessions.end_session(current.session_hash)
+        announce(signed_out=current.session_hash.hex())
 
 
 def _csrf_holds() -> bool:
@@ -83,17 +100,16 @@ def page(status: int, title: str, detail: str = "", *, form: bool = False) -> Re
     return make_response(text, status, {"Content-Security-Policy": POLICY})
 
 
-def session_key() -> str | None:
-    """What tells this session from others, and is no secret; None before it has a CSRF token."""
-    return hashlib.sha256(session["csrf"].encode()).hexdigest() if "csrf" in session else None
-
-
-def token_hash() -> bytes | None:
-    """Of the token that this session stands on; None for nobody's."""
-    return bytes.fromhex(session["token"]) if "token" in session else None
+def current_session() -> Session | None:
+    """The open session of this request's cookie; None where there is none. One query a request at most."""
+    if "session" not in g:
+        session_id = session.get("id")
+        g.session = sessions.find_session(session_id) if session_id else None
+    found: Session | None = g.session
+    return found
 
 
 def signed_in() -> User | None:
-    """Whose session this is; None for nobody's, and once its token is revoked or has expired."""
-    hashed = token_hash()
-    return accounts.authenticate_hash(hashed) if hashed else None
+    """Whose session this is; None for nobody's, and once it has ended."""
+    current = current_session()
+    return current.user if current else None

@@ -28,6 +28,8 @@ OF_MESSAGES = ("api.post_message", "api.edit_message", "api.test_notification", 
 """What these change is told by a job, which announces it."""
 OF_ONESELF = ("api.mark_read", "api.dismiss", "pages.read", "pages.mark_read")
 
+OF_OWN_ACCESS = ("api.revoke_own_token", "api.end_own_sessions")
+
 
 def register(app: Flask) -> None:
     """Announce what requests change, when they are through."""
@@ -46,8 +48,9 @@ def stream() -> Response:
     """
     user = current_user()
     token = bearer_token()
-    token_hash = accounts.hash_token(token) if token else sign_in.token_hash()
-    if not token_hash or token_hash not in live.listeners([token_hash]):
+    current = None if token else sign_in.current_session()
+    token_hash = current.session_hash if current else accounts.hash_token(token or "")
+    if token_hash not in live.listeners([token_hash]):
         if not communities.servers_of(user.id):
             raise Forbidden("Who is in no server is told of nothing.")
         raise SubscriptionRequired("Live updates need an active subscription.")
@@ -64,7 +67,7 @@ def stream() -> Response:
         connection,
         user,
         token_hash,
-        None if token else sign_in.session_key(),
+        current.session_hash.hex() if current else None,
         since,
         chunked=request.environ["SERVER_PROTOCOL"] != "HTTP/1.0",
     )
@@ -102,6 +105,8 @@ def _announce(answer: Response) -> Response:
         return answer
     if request.endpoint in OF_ONESELF:
         announce(user_id=g.user.id)
+    elif request.endpoint in OF_OWN_ACCESS:
+        announce(access=g.user.id)
     elif request.endpoint == "api.delete_message":
         announce(message_id=(request.view_args or {})["message_id"])
     elif request.blueprint == "api" and request.endpoint not in (*OF_MESSAGES, "api.put_preference"):

@@ -175,7 +175,7 @@ def test_signing_out_ends_it(visit, faults, cast) -> None:
     wait_until_live(page)
     other: Page = page.context.new_page()
     other.goto(address(cast, cast.general))
-    other.get_by_role("button", name="Sign out").click()
+    other.get_by_role("button", name="Sign out", exact=True).click()
     expect(other.get_by_role("button", name="Sign in")).to_be_visible()
     expect(page.locator("#connection")).to_contain_text("Signed out")
     page.get_by_role("link", name="Sign in again").click()

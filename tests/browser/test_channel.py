@@ -221,7 +221,7 @@ def test_who_is_in_no_server_is_told_so(visit, cast) -> None:
     page = visit("/", cast.stranger)
     expect(page.get_by_role("heading", name="No channels yet")).to_be_visible()
     expect(page.get_by_text("in no server")).to_be_visible()
-    page.get_by_role("button", name="Sign out").click()
+    page.get_by_role("button", name="Sign out", exact=True).click()
     expect(page.get_by_role("button", name="Sign in")).to_be_visible()
 
 

@@ -178,11 +178,11 @@ def test_a_draft_is_there_again(page, cast) -> None:
 
 def test_a_draft_is_not_the_next_ones(page, cast) -> None:
     composer(page).fill("a beginning")
-    page.get_by_role("button", name="Sign out").click()
+    page.get_by_role("button", name="Sign out", exact=True).click()
     sign_in(page, cast.vip.token)
     page.goto(address(cast, cast.general))
     expect(composer(page)).to_be_empty()
-    page.get_by_role("button", name="Sign out").click()
+    page.get_by_role("button", name="Sign out", exact=True).click()
     sign_in(page, cast.subscriber.token)
     page.goto(address(cast, cast.general))
     expect(composer(page)).to_have_value("a beginning")

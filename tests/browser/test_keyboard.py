@@ -136,7 +136,7 @@ def test_a_whole_visit(visit, worker, cast, post) -> None:
     expect(message(page, third)).to_be_in_viewport()
 
     # Out.
-    tab_to(page, page.get_by_role("button", name="Sign out"))
+    tab_to(page, page.get_by_role("button", name="Sign out", exact=True))
     keyboard.press("Enter")
     expect(page.get_by_label("Token")).to_be_focused()
 

@@ -24,7 +24,7 @@ def test_with_a_wrong_token_and_then_with_the_right_one(visit, faults, cast) -> 
 
 def test_signing_out(visit, cast) -> None:
     page = visit("/login", cast.subscriber)
-    page.get_by_role("button", name="Sign out").click()
+    page.get_by_role("button", name="Sign out", exact=True).click()
     expect(page.get_by_role("button", name="Sign in")).to_be_visible()
     expect(page.get_by_text("Signed in as")).to_have_count(0)
 

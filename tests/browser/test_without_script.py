@@ -65,5 +65,5 @@ def test_signing_in_and_out(visit, cast) -> None:
     page.get_by_label("Token").fill(cast.vip.token)
     page.get_by_role("button", name="Sign in").click()
     expect(page.get_by_role("heading", level=1)).to_contain_text("#general")
-    page.get_by_role("button", name="Sign out").click()
+    page.get_by_role("button", name="Sign out", exact=True).click()
     expect(page.get_by_label("Token")).to_be_visible()

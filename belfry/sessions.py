@@ -1,0 +1,131 @@
+"""Sessions of browsers: one row each, and the row decides whether a cookie still counts.
+
+The cookie carries a random id of 256 bits; the row holds its SHA-256. A session ends with the first of:
+
+1. signing out, signing in again with the same cookie, or signing out everywhere: the row is deleted;
+2. the revocation or expiry of the token that opened it;
+3. IDLE_DAYS without a request (an open stream is no request), and AGE_DAYS after signing in;
+4. PER_TOKEN later sessions of the same token: the one that was idle for longest is deleted.
+"""
+
+import secrets
+from dataclasses import dataclass
+
+from belfry.accounts import IS_VALID, hash_token
+from belfry.sql import execute, row
+from models import User
+
+IDLE_DAYS = 7
+AGE_DAYS = 31
+SEEN_MINUTES = 5  # between two writes of `last_seen_at`: not every request writes
+PER_TOKEN = 50
+DELETED_AT_ONCE = 1_000  # rows in one sweep
+IS_OPEN = (
+    f"(session.last_seen_at > now() - interval '{IDLE_DAYS} days'"
+    f" AND session.created_at > now() - interval '{AGE_DAYS} days')"
+)
+"""Of a row of `session`: neither idle for too long nor too old."""
+
+_FIND_SQL = f"""
+    SELECT usr.id, usr.username, usr.name, usr.email, usr.is_admin, usr.created_at,
+        t.token_hash,
+        session.last_seen_at < now() - interval '{SEEN_MINUTES} minutes' AS is_stale
+    FROM session
+    JOIN api_token t ON t.id = session.token_id
+    JOIN user_account usr ON usr.id = t.user_id
+    WHERE session.session_hash = %(session_hash)s
+    AND {IS_OPEN}
+    AND {IS_VALID}
+"""
+"""The open session with this hash, with its user and its token. Locks nothing."""
+
+_OPEN_SQL = f"""
+    INSERT INTO session (session_hash, token_id)
+    SELECT %(session_hash)s, t.id
+    FROM api_token t
+    WHERE t.token_hash = %(token_hash)s
+    AND {IS_VALID}
+    RETURNING token_id
+"""
+"""A new session, if the token is valid. Shares a lock on the token's row, which its deletion waits for."""
+
+_DELETE_SURPLUS_SQL = """
+    DELETE FROM session
+    WHERE session_hash IN (
+        SELECT session_hash
+        FROM session
+        WHERE token_id = %(token_id)s
+        ORDER BY last_seen_at DESC
+        OFFSET %(kept)s
+    )
+"""
+"""A token's sessions beyond the ones seen last. Locks the deleted rows."""
+
+
+@dataclass(frozen=True)
+class Session:
+    """An open session: the hash of its id, its user, and the hash of the token that opened it."""
+
+    session_hash: bytes
+    user: User
+    token_hash: bytes
+
+
+def open_session(token: str) -> str | None:
+    """Start a session with a token; the session's id, for the cookie. None where the token is not valid."""
+    session_id = secrets.token_urlsafe(32)
+    opened = row(_OPEN_SQL, {"session_hash": hash_token(session_id), "token_hash": hash_token(token)})
+    if opened is None:
+        return None
+    execute(_DELETE_SURPLUS_SQL, {"token_id": opened["token_id"], "kept": PER_TOKEN})
+    return session_id
+
+
+def find_session(session_id: str) -> Session | None:
+    """Find the open session with this id, in one query; None where there is none, or it has ended.
+
+    Writes `last_seen_at` where that is older than SEEN_MINUTES.
+    """
+    session_hash = hash_token(session_id)
+    found = row(_FIND_SQL, {"session_hash": session_hash})
+    if found is None:
+        return None
+    token_hash = bytes(found.pop("token_hash"))
+    if found.pop("is_stale"):
+        execute(
+            "UPDATE session SET last_seen_at = now() WHERE session_hash = %(session_hash)s",
+            {"session_hash": session_hash},
+        )
+    return Session(session_hash, User(**found), token_hash)
+
+
+def end_session(session_hash: bytes) -> None:
+    """End one session. One that has ended already is no error."""
+    execute("DELETE FROM session WHERE session_hash = %(session_hash)s", {"session_hash": session_hash})
+
+
+def end_all_sessions(user_id: int) -> int:
+    """End every session of a user; how many rows that were. The user's tokens stay valid."""
+    return execute(
+        "DELETE FROM session USING api_token t WHERE t.id = session.token_id AND t.user_id = %(user_id)s",
+        {"user_id": user_id},
+    )
+
+
+def delete_idle_sessions() -> int:
+    """Delete up to DELETED_AT_ONCE sessions that idleness has ended; how many that were.
+
+    Sessions that ended by age, or with their token, are not seen any more, so they are among these IDLE_DAYS later.
+    """
+    return execute(
+        f"""
+        DELETE FROM session WHERE session_hash IN (
+            SELECT session_hash
+            FROM session
+            WHERE last_seen_at <= now() - interval '{IDLE_DAYS} days'
+            ORDER BY last_seen_at
+            LIMIT %(most)s
+        )
+        """,
+        {"most": DELETED_AT_ONCE},
+    )
