@@ -23,6 +23,7 @@ from peewee import (
     IntegerField,
     JSONField,
     Model,
+    Psycopg3Adapter,
     SmallIntegerField,
     TextField,
     UUIDField,
@@ -60,8 +61,41 @@ def connect_parameters() -> dict[str, Any]:
     return parameters
 
 
+ISOLATION = "READ COMMITTED"
+"""Locks are waited for, and what is read afterwards must be what others committed meanwhile."""
+SESSION = {
+    "default_transaction_isolation": ISOLATION,
+    "client_encoding": "UTF8",  # any other encoding has no room for some characters of a message
+    "DateStyle": "ISO",  # the only style in which psycopg reads times with a time zone
+}
+"""PostgreSQL's parameters that the code is right only with, whatever the role or the database sets. Settings that make
+a statement fail with an error (time-outs, read-only transactions) or cost time only are the operator's to choose."""
+
+
+def prepare(connection: psycopg.Connection[Any]) -> None:
+    """Set SESSION on a new connection, in one round trip. Call it on each connection that the product opens.
+
+    It is a statement and no `options` of the connection, which PgBouncer refuses. Behind PgBouncer in transaction mode
+    it reaches one server connection of many: docs/deployment.md says what to set there.
+    """
+    parameters = ", ".join(f"set_config('{name}', '{value}', false)" for name, value in SESSION.items())
+    connection.execute(f"SELECT {parameters}")
+
+
+class _Adapter(Psycopg3Adapter):
+    """peewee's way to open a connection with psycopg 3; each new one is prepared."""
+
+    def connect(self, *arguments: Any, **parameters: Any) -> psycopg.Connection[Any]:
+        connection: psycopg.Connection[Any] = super().connect(*arguments, **parameters)  # type: ignore[no-untyped-call]
+        connection.autocommit = True  # as peewee sets it next: what is set here must not wait for a commit
+        prepare(connection)
+        return connection
+
+
 class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
     """peewee's pool, which hands out no connection that PostgreSQL has ended meanwhile, as when it restarted."""
+
+    psycopg3_adapter = _Adapter
 
     def _is_closed(self, conn: psycopg.Connection[Any]) -> bool:
         if conn.closed:
@@ -82,6 +116,7 @@ def make_database() -> Pool:
         stale_timeout=300,
         timeout=5,
         prefer_psycopg3=True,
+        isolation_level=ISOLATION,  # is in each BEGIN, which reaches every server connection behind PgBouncer
         **parameters,
     )
 

@@ -20,7 +20,7 @@ import psycopg
 
 from belfry.sql import execute, lock_for_this_transaction, row, rows, transaction
 from config import settings
-from models import connect_parameters
+from models import connect_parameters, prepare
 
 log = logging.getLogger(__name__)
 
@@ -178,6 +178,7 @@ def make_index(name: str) -> bool:
     index = f"{name}_unread"
     try:
         with psycopg.connect(**connect_parameters(), autocommit=True) as own:
+            prepare(own)
             own.execute(f"SET lock_timeout = '{INDEX_WAITS}'")
             own.execute(f"SET statement_timeout = '{INDEX_SECONDS}s'")
             with own.transaction():
