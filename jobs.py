@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from peewee import InterfaceError, OperationalError
@@ -22,7 +22,8 @@ from rq.scheduler import RQScheduler
 from rq.timeouts import JobTimeoutException
 
 import queues
-from belfry import fanout, idempotency, leases, live, logs, partitions, sessions
+from belfry import fanout, leases, logs, partitions
+from belfry.cleanup import CLEANUPS, clean_up
 from belfry.leases import Part
 from belfry.points import reach
 from belfry.sql import lock_for_this_transaction, transaction
@@ -196,56 +197,71 @@ def _sweep_in(job: Any) -> float | None:
 
 
 def sweep() -> int:
-    """Enqueue again what nobody takes care of; how many parts that were. 0 too where another worker sweeps.
+    """Run each of SWEEP_PARTS by itself; how many parts of runs were enqueued again. 0 too where another worker sweeps.
 
-    One sweeper at a time, by an advisory lock that ends with its transaction.
+    Recovery comes first. A part that fails is logged and recorded (`queues.record_sweep`), and stops no other. Raises
+    peewee's errors where no connection can be opened, since the other parts would wait for one in vain as well.
     """
+    swept = 0
+    failures: dict[str, bool] = {}
     try:
-        oldest = {name: queues.oldest_waiting(name) for name in (queues.NOTIFICATIONS, queues.BULK)}
-        room = queues.WAITING_AT_MOST - queues.queue().count
-    except RedisError as error:
-        log.warning("Redis is out of reach, nothing is swept: %s", error)
-        return 0
-    with _connection():
-        _look_after_partitions()
-        with transaction(statement_timeout="20s"):
-            if not lock_for_this_transaction(SWEEP_LOCK):
-                return 0
-            reach("sweep.locked")
-            idempotency.forget_old_keys()
-            live.forget_old_tellings()
-            sessions.delete_idle_sessions()
-            if given_up := leases.give_up():
-                log.error("%s run(s) or slice(s) gave up: each attempt ended without a word", given_up)
-            lost = leases.lost_runs(oldest[queues.NOTIFICATIONS]) + leases.lost_slices(oldest[queues.BULK])
-            pending = leases.pending_runs(room - len(lost))
-            reach("sweep.marked")
-        reach("sweep.committed")
-        _enqueue_retries()
-        swept = len(lost) if queues.enqueue(lost, lost=True) else 0
-        swept += len(pending) if queues.enqueue(pending) else 0
-        reach("sweep.enqueued")
+        for name, part in SWEEP_PARTS.items():
+            with _connection():
+                try:
+                    found = part()
+                    if found is not None:
+                        failures[name] = False
+                    if name == queues.RECOVERY:
+                        swept = found or 0
+                except (RedisError, OperationalError, InterfaceError) as error:
+                    failures[name] = True
+                    log.warning("%s has to wait for the next sweep: %s", name, error)
+                except Exception:
+                    failures[name] = True
+                    log.exception("%s failed", name)
+    finally:
+        queues.record_sweep(failures)
+    return swept
+
+
+def _recover() -> int | None:
+    """Enqueue again what nobody takes care of; how many parts that were. None while another worker does it.
+
+    One sweeper at a time, by an advisory lock that ends with its transaction. Raises RedisError while Redis is away.
+    """
+    oldest = {name: queues.oldest_waiting(name) for name in (queues.NOTIFICATIONS, queues.BULK)}
+    room = queues.WAITING_AT_MOST - queues.queue().count
+    with transaction(statement_timeout="20s"):
+        if not lock_for_this_transaction(SWEEP_LOCK):
+            return None
+        reach("sweep.locked")
+        if given_up := leases.give_up():
+            log.error("%s run(s) or slice(s) gave up: each attempt ended without a word", given_up)
+        lost = leases.lost_runs(oldest[queues.NOTIFICATIONS]) + leases.lost_slices(oldest[queues.BULK])
+        pending = leases.pending_runs(room - len(lost))
+        reach("sweep.marked")
+    reach("sweep.committed")
+    swept = len(lost) if queues.enqueue(lost, lost=True) else 0
+    swept += len(pending) if queues.enqueue(pending) else 0
+    reach("sweep.enqueued")
     if swept:
         log.info("swept: %s part(s) that nobody took care of, %s that were pending", len(lost), len(pending))
     return swept
 
 
-def _look_after_partitions() -> None:
-    """Once in PARTITIONS_SECONDS. What stands in its way, as somebody who reads for long, stops no sweep."""
+def _look_after_partitions() -> bool | None:
+    """Make, leave and drop partitions, once in PARTITIONS_SECONDS; None in between. Raises OperationalError where
+    somebody who reads for long stands in the way."""
     global _partitions_looked_at, _indexing
     if time.monotonic() - _partitions_looked_at < PARTITIONS_SECONDS:
-        return
+        return None
     _partitions_looked_at = time.monotonic()
-    try:
-        partitions.care()
-        if _indexing is None or not _indexing.is_alive():
-            for name in partitions.without_index()[:1]:
-                _indexing = threading.Thread(target=partitions.make_index, args=(name,), daemon=True)
-                _indexing.start()  # it may take minutes, in which others wait for the next sweep
-    except (OperationalError, InterfaceError) as error:
-        log.warning("the partitions have to wait for the next look: %s", error)
-    except Exception:
-        log.exception("the partitions cannot be looked after")
+    partitions.care()
+    if _indexing is None or not _indexing.is_alive():
+        for name in partitions.without_index()[:1]:
+            _indexing = threading.Thread(target=partitions.make_index, args=(name,), daemon=True)
+            _indexing.start()  # it may take minutes, in which others wait for the next sweep
+    return True
 
 
 @cache
@@ -256,13 +272,17 @@ def _scheduler() -> RQScheduler:
     return scheduler
 
 
-def _enqueue_retries() -> None:
-    """Put the retries whose time has come into their queues. What stands in the way there stops nothing else: a retry
-    that does not come is found by the sweeper."""
-    try:
-        queues.remove_rejected_retries()
-        _scheduler().enqueue_scheduled_jobs()
-    except RedisError as error:
-        log.warning("Redis is out of reach, no retry is enqueued: %s", error)
-    except Exception:
-        log.exception("RQ's scheduled jobs cannot be read")
+def _enqueue_retries() -> bool:
+    """Put the retries whose time has come into their queues. One that does not come is found by recovery."""
+    queues.remove_rejected_retries()
+    _scheduler().enqueue_scheduled_jobs()
+    return True
+
+
+SWEEP_PARTS: dict[str, Callable[[], int | None]] = {
+    queues.RECOVERY: _recover,
+    "scheduled_retries": _enqueue_retries,
+    "partitions": _look_after_partitions,
+    **{name: partial(clean_up, name) for name in CLEANUPS},
+}
+"""{part of the sweep: what does it}, in their order. None is returned where it was another's turn, or not yet time."""

@@ -9,6 +9,8 @@ from typing import Any
 from belfry.errors import Conflict, IdempotencyMismatch
 from belfry.sql import NOT_FOR_LONG, execute, row, set_locally
 
+KEPT = "24 hours"  # that a key counts; belfry/cleanup.py deletes what is older
+
 
 @dataclass(frozen=True)
 class Once:
@@ -39,7 +41,7 @@ def claim(once: Once) -> str | None:
         raise Conflict("A request with this Idempotency-Key is still under way.")
     found = row(
         "SELECT request_hash, response FROM idempotency_key"
-        " WHERE user_id = %(user_id)s AND key = %(key)s AND created_at > now() - interval '24 hours'",
+        f" WHERE user_id = %(user_id)s AND key = %(key)s AND created_at > now() - interval '{KEPT}'",
         {"user_id": once.user_id, "key": once.key},
     )
     if found is None:
@@ -63,8 +65,3 @@ def remember(once: Once, answered: Any) -> None:
             "response": once.render(answered),
         },
     )
-
-
-def forget_old_keys() -> int:
-    """Drop what is older than a day; how many that were."""
-    return execute("DELETE FROM idempotency_key WHERE created_at < now() - interval '24 hours'")

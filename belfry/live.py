@@ -207,17 +207,27 @@ def told_of(message_id: int, user_ids: Collection[int]) -> set[int]:
     return {one["user_id"] for one in found}
 
 
-def forget_old_tellings() -> int:
-    """Drop what is older than anybody can have been away, and what came with a copy of another database, whose numbers
-    are ahead of ours; how many transactions that were."""
-    copied = execute("DELETE FROM telling WHERE xid >= pg_snapshot_xmax(pg_current_snapshot())")
+def forget_old_tellings(limit: int) -> int:
+    """Delete at most `limit` transactions of each kind, the oldest first; returns how many.
+
+    Those that are older than anybody can have been away, and those that came with a copy of another database, whose
+    numbers are ahead of ours.
+    """
+    copied = execute(
+        """
+        DELETE FROM telling WHERE xid IN (
+            SELECT xid FROM telling WHERE xid >= pg_snapshot_xmax(pg_current_snapshot()) ORDER BY xid LIMIT %(limit)s
+        )
+        """,
+        {"limit": limit},
+    )
     return copied + execute(
         """
         DELETE FROM telling WHERE xid IN (
             SELECT xid
-            FROM (SELECT xid, told_at FROM telling ORDER BY xid LIMIT 1000) oldest  -- and no look at all the others
+            FROM (SELECT xid, told_at FROM telling ORDER BY xid LIMIT %(limit)s) oldest  -- not all the others
             WHERE told_at < now() - make_interval(hours => %(hours)s)
         )
         """,
-        {"hours": KEPT_HOURS},
+        {"hours": KEPT_HOURS, "limit": limit},
     )

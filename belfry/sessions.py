@@ -19,7 +19,6 @@ IDLE_DAYS = 7
 AGE_DAYS = 31
 SEEN_MINUTES = 5  # between two writes of `last_seen_at`: not every request writes
 PER_TOKEN = 50
-DELETED_AT_ONCE = 1_000  # rows in one sweep
 IS_OPEN = (
     f"(session.last_seen_at > now() - interval '{IDLE_DAYS} days'"
     f" AND session.created_at > now() - interval '{AGE_DAYS} days')"
@@ -112,8 +111,8 @@ def end_all_sessions(user_id: int) -> int:
     )
 
 
-def delete_idle_sessions() -> int:
-    """Delete up to DELETED_AT_ONCE sessions that idleness has ended; how many that were.
+def delete_idle_sessions(limit: int) -> int:
+    """Delete up to `limit` sessions that idleness has ended; how many that were.
 
     Sessions that ended by age, or with their token, are not seen any more, so they are among these IDLE_DAYS later.
     """
@@ -124,8 +123,8 @@ def delete_idle_sessions() -> int:
             FROM session
             WHERE last_seen_at <= now() - interval '{IDLE_DAYS} days'
             ORDER BY last_seen_at
-            LIMIT %(most)s
+            LIMIT %(limit)s
         )
         """,
-        {"most": DELETED_AT_ONCE},
+        {"limit": limit},
     )

@@ -21,6 +21,7 @@ from typing import Any
 
 import redis
 
+from bench.cleanup import cleanup
 from bench.reconnect import reconnect
 from dev import CommandError, ports, say, stack, valkey
 from dev import stop as asked
@@ -250,7 +251,7 @@ def _percentile(seconds: list[float], percent: int, factor: int = 1) -> float:
     return round(sorted(seconds)[max(0, round(len(seconds) * percent / 100) - 1)] * factor, 3)
 
 
-DRILLS = {drill.__name__: drill for drill in (mention, stop, outage, backlog, reconnect)}
+DRILLS = {drill.__name__: drill for drill in (mention, stop, outage, backlog, reconnect, cleanup)}
 
 
 def main() -> int:

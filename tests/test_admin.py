@@ -273,7 +273,7 @@ def readiness(client) -> dict:
 
 
 def test_ready_says_which_part_is_not(client, monkeypatch, tmp_path):
-    ready = {"status": "ok", "database": "ok", "redis": "ok", "migrations": "ok"}
+    ready = {"status": "ok", **dict.fromkeys(("database", "redis", "migrations", "recovery"), "ok"), "warnings": []}
     assert (client.get("/readyz").status_code, client.get("/readyz").get_json()) == (200, ready)
     with monkeypatch.context() as patched:
         nowhere = Redis(host="127.0.0.1", port=1, retry=Retry(NoBackoff(), 0))

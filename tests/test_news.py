@@ -227,9 +227,9 @@ def test_what_came_with_a_copy_of_another_database_stands_in_nobodys_way(cast):
         "INSERT INTO telling (xid, message_ids)"
         " SELECT (pg_current_xact_id()::text::bigint + n)::text::xid8, '{1}' FROM generate_series(2, 3000) n"
     )
-    assert live.forget_old_tellings() == 2_999
+    assert live.forget_old_tellings(5_000) == 2_999
     posted_and_told(cast.subscriber, cast.general, "gold")
-    assert live.forget_old_tellings() == 0
+    assert live.forget_old_tellings(5_000) == 0
     assert db.execute_sql("SELECT count(*) FROM telling").fetchone() == (1,)
 
 
@@ -326,7 +326,7 @@ def test_the_log_is_kept_for_as_long_as_somebody_may_go_on_from_it(cast):
         posted_and_told(cast.subscriber, cast.general, "gold")
     db.execute_sql("UPDATE telling SET told_at = now() - interval '24 hours 1 second' WHERE message_ids = '{1}'")
     db.execute_sql("UPDATE telling SET told_at = now() - interval '23 hours 59 minutes' WHERE message_ids = '{2}'")
-    assert live.forget_old_tellings() == 1
+    assert live.forget_old_tellings(5_000) == 1
     assert db.execute_sql("SELECT array_agg(message_ids[1] ORDER BY xid) FROM telling").fetchone() == ([2, 3],)
 
 

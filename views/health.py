@@ -1,8 +1,11 @@
 """Whether it runs, whether it is ready, and its figures for Prometheus."""
 
 import hmac
+import json
+import time
 from collections.abc import Iterator
 from contextlib import suppress
+from datetime import UTC, datetime
 from typing import Any
 
 from flask import Blueprint, Response, g
@@ -20,6 +23,8 @@ from views.problems import HttpProblem, problem
 
 blueprint = Blueprint("health", __name__)
 
+RECOVERY_SECONDS = 30  # within which work that was lost is to go on
+
 
 @blueprint.get("/healthz")
 def healthz() -> Response:
@@ -29,12 +34,26 @@ def healthz() -> Response:
 
 @blueprint.get("/readyz")
 def readyz() -> Response:
-    """200 when database and Redis answer and the migrations are done; else 503, and which is not."""
+    """200 when database and Redis answer, migrations are done and lost work is recovered; else 503, and what is not.
+
+    `warnings` are parts of the sweep that fail: nobody waits for them, but an operator has to look into it. Recovery is
+    among them at first, and an error once lost work waits longer than RECOVERY_SECONDS.
+    """
     parts = check(queues.redis_answers)
+    failing = queues.sweep_times("failing since") if parts["redis"] == "ok" else {}
+    parts["recovery"] = "ok"
+    if queues.RECOVERY in failing and time.time() - failing[queues.RECOVERY] > RECOVERY_SECONDS:
+        parts["recovery"] = _failing(queues.RECOVERY, failing.pop(queues.RECOVERY))
     wrong = {part: [why] for part, why in parts.items() if why != "ok"}
     if wrong:
         return problem(503, "Not ready; `errors` says what is not.", errors=wrong)
-    return json_response('{"status": "ok", "database": "ok", "redis": "ok", "migrations": "ok"}', 200)
+    warnings = [_failing(part, since) for part, since in sorted(failing.items())]
+    return json_response(json.dumps({"status": "ok", **parts, "warnings": warnings}), 200)
+
+
+def _failing(part: str, since: int) -> str:
+    when = datetime.fromtimestamp(since, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return f"The worker's {part} has failed each time since {when}; its log says why."
 
 
 Reading = tuple[str, str, list[str], list[tuple[list[str], float]]]
@@ -82,6 +101,18 @@ def _readings() -> list[Reading]:
             "Age of the oldest unfinished run; 0 when all is done",
             [],
             [([], unfinished["oldest_seconds"])] if unfinished else [],
+        ),
+        (
+            "belfry_sweep_part_failing",
+            "1 for a part of the workers' sweep that failed the last time",
+            ["part"],
+            [([part], 1.0) for part in queues.sweep_times("failing since")] if redis_up else [],
+        ),
+        (
+            "belfry_sweep_part_last_success_timestamp_seconds",
+            "When a part of the workers' sweep succeeded last",
+            ["part"],
+            [([part], when) for part, when in queues.sweep_times("succeeded at").items()] if redis_up else [],
         ),
     ]
 

@@ -1,0 +1,52 @@
+"""Deletion of rows that are kept for a limited time, in batches: however many there are, no statement is long."""
+
+import time
+from collections.abc import Callable
+
+from belfry import live, sessions
+from belfry.idempotency import KEPT
+from belfry.sql import execute, lock_for_this_transaction, transaction
+
+BATCH_ROWS = 5_000  # deleted by one statement and one commit: some 30 ms
+SECONDS = 1.0  # that all clean-ups of one sweep may take together; each deletes one batch at least
+CLEANUP_LOCK = 0x62656C63  # the advisory lock's key: "belc"
+
+
+def delete_older(table: str, column: str, age: str) -> Callable[[int], int]:
+    """Make a function that deletes at most so many rows of a table, the oldest first, and returns how many.
+
+    Rows are deleted whose `column`, a time with an index, is more than `age` (an interval of PostgreSQL) ago.
+    """
+    # The age is asked twice: a row that was renewed after the inner statement read it stays.
+    statement = f"""
+        DELETE FROM {table}
+        WHERE ctid = ANY(ARRAY(
+            SELECT ctid FROM {table} WHERE {column} < now() - interval '{age}' ORDER BY {column} LIMIT %(limit)s))
+        AND {column} < now() - interval '{age}'
+    """
+    return lambda limit: execute(statement, {"limit": limit})
+
+
+CLEANUPS: dict[str, Callable[[int], int]] = {
+    "idempotency_keys": delete_older("idempotency_key", "created_at", KEPT),
+    "stream_log": live.forget_old_tellings,
+    "sessions": sessions.delete_idle_sessions,
+}
+"""{part of the sweep: what deletes at most so many rows, and returns how many}."""
+
+
+def clean_up(name: str) -> int | None:
+    """Delete rows by one of CLEANUPS, batch by batch, for its share of SECONDS; how many. None while another does it.
+
+    Raises peewee's OperationalError where a batch takes more than 5 s; what the batches before it deleted stays so.
+    """
+    deleted, until = 0, time.monotonic() + SECONDS / len(CLEANUPS)
+    while True:
+        # Nobody waits for the disk: after a crash the same rows are found again.
+        with transaction(statement_timeout="5s", synchronous_commit="off"):
+            if not lock_for_this_transaction(CLEANUP_LOCK):
+                return deleted or None
+            batch = CLEANUPS[name](BATCH_ROWS)
+        deleted += batch
+        if batch < BATCH_ROWS or time.monotonic() >= until:
+            return deleted
