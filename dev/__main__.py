@@ -9,6 +9,7 @@
     clean                 remove the data of `run`
 """
 
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from dev import DATA_DIR, CommandError, say, stop
 
 def main(arguments: Sequence[str]) -> int:
     """Run one command; returns the exit status."""
+    os.umask(0o077)  # data, logs and passwords are for whoever runs this, and nobody else
     if not arguments or arguments[0] not in ("demo", "run", "web", "worker", "test", "screenshots", "flask", "clean"):
         say(str(__doc__))
         return 2

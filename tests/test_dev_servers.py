@@ -5,6 +5,7 @@ Without DATABASE_URL and REDIS_URL they are PostgreSQL and Valkey out of a wheel
 
 import os
 import signal
+import stat
 import subprocess
 import sys
 import textwrap
@@ -16,9 +17,10 @@ import psutil
 import psycopg
 import pytest
 import redis
-from psycopg.conninfo import conninfo_to_dict
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from dev import ROOT, CommandError, ports
+from dev import ROOT, CommandError, ports, processes
+from dev.__main__ import main
 from dev.own import private
 from dev.pids import end, has_ended, process_of
 from dev.servers import servers, stop_unused
@@ -112,6 +114,102 @@ def test_what_was_written_is_there_the_next_time(home: Path) -> None:
             assert connection.execute("SELECT count(*) FROM kept").fetchone() == (0,)
         with closing(redis.Redis.from_url(urls["REDIS_URL"])) as client:
             assert client.get("kept") == b"1"
+
+
+def without_password(urls: dict[str, str], **changed: str) -> dict[str, str]:
+    return {**conninfo_to_dict(urls["DATABASE_URL"]), "password": "", "passfile": "/dev/null", **changed}
+
+
+@embedded
+def test_nobody_connects_without_the_password_which_only_its_owner_reads(home: Path) -> None:
+    with servers(home, durable=False) as urls:
+        with pytest.raises(psycopg.OperationalError, match="no password supplied"):
+            psycopg.connect(**without_password(urls))
+        with pytest.raises(psycopg.OperationalError, match="password authentication failed"):
+            psycopg.connect(**without_password(urls, password="postgres"))
+        with psycopg.connect(urls["DATABASE_URL"]) as connection:
+            rules = connection.execute("SELECT DISTINCT auth_method, error FROM pg_hba_file_rules").fetchall()
+        assert rules == [("scram-sha-256", None)]
+        secret = home / "postgresql-password"
+        assert stat.S_IMODE(secret.stat().st_mode) == 0o600
+        assert secret.stat().st_uid == os.geteuid()
+        password = conninfo_to_dict(urls["DATABASE_URL"])["password"]
+        assert secret.read_text() == password
+        with closing(redis.Redis.from_url(urls["REDIS_URL"])) as client:
+            redis_socket = Path(str(client.connection_pool.connection_kwargs["path"]))
+        assert stat.S_IMODE(redis_socket.stat().st_mode) == 0o700
+        for log in home.glob("*.log"):
+            assert password not in log.read_text()
+            assert stat.S_IMODE(log.stat().st_mode) == 0o600
+        assert not [process for process in psutil.process_iter(["cmdline"]) if password in str(process.info)]
+
+
+@embedded
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root has the servers run as somebody else")
+def test_another_process_of_the_servers_account_is_refused(home: Path) -> None:
+    program = textwrap.dedent("""
+        import os, pwd, sys, psycopg, redis
+        questions = (
+            lambda: psycopg.connect(sys.argv[1]),
+            lambda: open(sys.argv[2]).read(),
+            lambda: redis.Redis.from_url(sys.argv[3]).ping(),
+        )
+        def ask(question):
+            try:
+                question()
+            except Exception as error:
+                return type(error).__name__
+            return "let in"
+        first = [ask(question) for question in questions]  # all that is imported for it is imported now
+        account = pwd.getpwnam("nobody")
+        os.setgroups([])
+        os.setgid(account.pw_gid)
+        os.setuid(account.pw_uid)
+        print(*first, *(ask(question) for question in questions), sep="\\n")
+    """)
+    with servers(home, durable=False) as urls:
+        place = make_conninfo(**without_password(urls))
+        arguments = [place, str(home / "postgresql-password"), urls["REDIS_URL"]]
+        answer = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True)
+    as_owner, as_nobody = ["OperationalError", "let in", "let in"], ["OperationalError", "PermissionError"]
+    assert answer.stdout.splitlines() == [*as_owner, *as_nobody, "ConnectionError"]
+
+
+@embedded
+def test_data_from_before_there_was_a_password_stays_and_gets_one(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with servers(home, durable=False) as urls, psycopg.connect(urls["DATABASE_URL"]) as connection:
+        connection.execute("CREATE TABLE kept (id int)")
+        connection.execute("ALTER ROLE postgres PASSWORD NULL")
+    (home / "postgresql-password").unlink()
+    (home / "postgresql-18" / "pg_hba.conf").write_text("local all all trust\n")
+    assert capsys.readouterr().out == ""
+    with servers(home, durable=False) as urls:
+        assert "The embedded PostgreSQL gets a password; its data stays." in capsys.readouterr().out
+        with psycopg.connect(urls["DATABASE_URL"]) as connection:
+            assert connection.execute("SELECT count(*) FROM kept").fetchone() == (0,)
+        with pytest.raises(psycopg.OperationalError, match="no password supplied"):
+            psycopg.connect(**without_password(urls))
+
+
+def test_a_log_is_its_owners_alone_also_one_that_was_there_before(tmp_path: Path) -> None:
+    log = tmp_path / "web.log"
+    log.write_text("before\n")
+    log.chmod(0o644)
+    with processes.running("printer", ["-c", "print('after')"], os.environ, log=log) as child:
+        child.process.wait()
+    assert log.read_text() == "before\nafter\n"
+    assert stat.S_IMODE(log.stat().st_mode) == 0o600
+
+
+def test_what_a_development_command_writes_is_its_owners_alone() -> None:
+    before = os.umask(0o022)
+    try:
+        assert main(["run", "away"]) == 2
+        assert os.umask(0o022) == 0o077
+    finally:
+        os.umask(before)
 
 
 @embedded
