@@ -148,7 +148,13 @@ class Problem(Shape):
     status = fields.Integer()
     detail = fields.String()
     code = fields.String()
-    errors = fields.Dict(keys=fields.String(), values=fields.List(fields.String()))
+    errors = fields.Dict(
+        keys=fields.String(),
+        values=fields.List(fields.String()),
+        metadata={
+            "description": "Reasons by field: 20 fields, and 20 reasons each, at most; `_schema` says how many more."
+        },
+    )
 
 
 class Page(Shape):
@@ -401,7 +407,10 @@ class Message(Shape):
     created_at = Time()
     edited_at = Time(allow_none=True)
     mentions = fields.Nested(Mentions)
-    warnings = fields.List(fields.Nested(Warning_))
+    warnings = fields.List(
+        fields.Nested(Warning_),
+        metadata={"description": "20 at most; then one of code `more_warnings` says how many more there are."},
+    )
     run = fields.Nested(RunRef, allow_none=True)
 
 

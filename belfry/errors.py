@@ -55,3 +55,8 @@ class Invalid(Refused):
     def __init__(self, errors: dict[str, list[str]]) -> None:
         super().__init__("; ".join(f"{field}: {' '.join(why)}" for field, why in errors.items()))
         self.errors = errors
+
+
+def shortened(text: str, characters: int) -> str:
+    """The text, or its first characters and `…` where it has more: what a caller sent is not sent back whole."""
+    return text if len(text) <= characters else f"{text[:characters]}…"

@@ -43,10 +43,10 @@ def notification_id(user_id: int, message_id: int) -> str:
 def parse_notification_id(text: str) -> tuple[int, int]:
     """(user id, message id). Raises ValueError for what is no notification's id."""
     user_id, _, message_id = text.partition("-")
-    if not (user_id.isascii() and user_id.isdigit() and message_id.isascii() and message_id.isdigit()):
-        raise ValueError(f"{text[:50]!r} is no notification's id")
+    if not all(number.isascii() and number.isdigit() and len(number) < 20 for number in (user_id, message_id)):
+        raise ValueError("Must be the id of a notification, like 12-345.")
     if int(user_id) >= 2**63 or int(message_id) >= 2**63:
-        raise ValueError(f"{text[:50]!r} is no notification's id")
+        raise ValueError("Must be the id of a notification, like 12-345.")
     return int(user_id), int(message_id)
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from markdown_it.token import Token
 
 from belfry import markdown
+from belfry.errors import shortened
 
 EVERYONE = "everyone"
 
@@ -30,6 +31,10 @@ NAME_RULE = (
 UNKNOWN = "unknown_mention"
 WITHOUT_ACCESS = "mention_without_access"
 NOT_ALLOWED = "mention_not_allowed"
+MORE_WARNINGS = "more_warnings"
+
+MAX_WARNINGS = 20
+_WARNING_CHARACTERS = 64  # of what it quotes: a run may be as long as the content
 
 # `re.IGNORECASE` would let in the Kelvin sign and the long s: the classes are spelled out instead.
 _MENTION = re.compile(r"(?:\A|(?<=[\s'\"(\[{/<>*_~|]))@(?P<run>[A-Za-z0-9][A-Za-z0-9_.-]*)")
@@ -181,20 +186,20 @@ def resolve(
     mentioned: dict[int, Person] = {}
     groups: dict[int, Role] = {}
     everyone = False
-    warnings: dict[MentionWarning, None] = {}  # a set that keeps its order
+    warnings = _Warnings()
 
     for candidate in candidates:
         name = next((n for n in candidate.names if n == EVERYONE or n in people or n in roles), None)
         if name is None:
-            warnings[MentionWarning(UNKNOWN, f"{candidate.text} is nobody in this server")] = None
+            warnings.add(UNKNOWN, candidate.text, "{} is nobody in this server")
         elif name != EVERYONE and name in people:
             person = people[name]
             if person.sees_channel:
                 mentioned[person.id] = person
             else:
-                warnings[MentionWarning(WITHOUT_ACCESS, f"@{person.username} cannot see this channel")] = None
+                warnings.add(WITHOUT_ACCESS, f"@{person.username}", "{} cannot see this channel")
         elif not may_ping_groups:
-            warnings[MentionWarning(NOT_ALLOWED, f"only admins and moderators may mention @{name}")] = None
+            warnings.add(NOT_ALLOWED, f"@{name}", "only admins and moderators may mention {}")
         elif name == EVERYONE:
             everyone = True
         else:
@@ -204,8 +209,29 @@ def resolve(
         users=tuple(p for p in mentioned.values() if allowed is None or p.id in allowed.users),
         roles=tuple(r for r in groups.values() if allowed is None or r.id in allowed.roles),
         everyone=everyone and (allowed is None or allowed.everyone),
-        warnings=tuple(warnings),
+        warnings=warnings.shown(),
     )
+
+
+class _Warnings:
+    """The first MAX_WARNINGS distinct warnings, and how many more there are."""
+
+    def __init__(self) -> None:
+        self._seen: set[tuple[str, str]] = set()
+        self._first: list[MentionWarning] = []
+
+    def add(self, code: str, about: str, detail: str) -> None:
+        """`detail` has {} in place of `about`, which is shortened there."""
+        if (code, about) in self._seen:
+            return
+        self._seen.add((code, about))
+        if len(self._first) < MAX_WARNINGS:
+            self._first.append(MentionWarning(code, detail.format(shortened(about, _WARNING_CHARACTERS))))
+
+    def shown(self) -> tuple[MentionWarning, ...]:
+        more = len(self._seen) - len(self._first)
+        rest = [MentionWarning(MORE_WARNINGS, f"{more} more warnings are not shown")] if more else []
+        return (*self._first, *rest)
 
 
 def pieces(tokens: Sequence[Token]) -> Iterator[tuple[Token, str]]:

@@ -168,6 +168,24 @@ def test_words_of_the_warnings() -> None:
         assert details_of(content) == [f"only admins and moderators may mention {content}"]
 
 
+def test_twenty_warnings_are_shown_and_how_many_more_there_are() -> None:
+    for count, more in ((20, []), (21, [1]), (1_890, [1_870])):
+        warnings = mentions_in(" ".join(f"@x{number:04}" for number in range(count))).warnings
+        assert [warning.detail for warning in warnings[20:]] == [f"{rest} more warnings are not shown" for rest in more]
+        assert [warning.code for warning in warnings] == ["unknown_mention"] * 20 + ["more_warnings"] * len(more)
+        assert warnings[19].detail == "@x0019 is nobody in this server"
+
+
+def test_a_warning_is_counted_once_whoever_is_mentioned_how_often() -> None:
+    everybody = " ".join(f"@carol.x{number:04}" for number in range(1_000))  # each means carol, who cannot see it
+    assert details_of(everybody) == ["@carol cannot see this channel"]
+
+
+def test_a_warning_quotes_a_long_run_in_short() -> None:
+    [detail] = details_of("@abcd." + "x" * 9_000)
+    assert detail == f"@abcd.{'x' * 58}… is nobody in this server"
+
+
 def test_everyone_is_nobodys_name() -> None:
     people = {EVERYONE: Person(1, EVERYONE, True)}
     got = resolve(find_mentions("@everyone"), people, {}, may_ping_groups=True)
@@ -391,6 +409,8 @@ def oracle(text: str) -> Mentions:
             if possible and run.lower() not in unknown:
                 unknown.add(run.lower())
                 warnings.append(MentionWarning("unknown_mention", f"@{run} is nobody in this server"))
+    if len(warnings) > 20:
+        warnings[20:] = [MentionWarning("more_warnings", f"{len(warnings) - 20} more warnings are not shown")]
     return Mentions(tuple(users), tuple(roles), everyone, tuple(warnings))
 
 

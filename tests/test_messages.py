@@ -87,6 +87,20 @@ def test_who_cannot_see_the_channel_is_not_mentioned(cast, post):
     assert codes == ["mention_without_access", "mention_without_access", "unknown_mention"]
 
 
+def test_a_content_of_unknown_names_is_answered_and_kept_in_short(api, cast, post):
+    content = " ".join(f"@{number:04}" for number in range(1_600))
+    answer = post(content, key="many-names")
+    assert answer.status_code == 201
+    assert answer.get_json()["warnings"][20:] == [
+        {"code": "more_warnings", "detail": "1580 more warnings are not shown"}
+    ]
+    kept = len(IdempotencyKey.get().response)
+    edited = api(cast.subscriber).patch(f"/api/messages/{answer.get_json()['id']}", json={"content": content + "!"})
+    assert len(edited.get_json()["warnings"]) == 21
+    for size in (kept, len(answer.data), len(edited.data)):
+        assert size < len(content) + 3_000
+
+
 def test_allowed_mentions_narrow_and_never_add(cast, post):
     text, everything = "@sam @vera @vip @moderators @everyone", {"users": [], "roles": [], "everyone": False}
     nothing = post(text, cast.admin, allowed_mentions={}).get_json()

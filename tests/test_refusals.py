@@ -241,6 +241,72 @@ def test_every_body_refuses_unknown_fields(app, api, cast, subtests):
                 assert errors["colour"] == errors["\ud800"] == ["Unknown field."]
 
 
+def names_of(count, length=5):
+    return [f"{number:0{length}}" for number in range(count)]
+
+
+CRAFTED = {
+    "6,000 unknown fields": dict.fromkeys(names_of(6_000), 1),
+    "fields with long names": dict.fromkeys(names_of(20, length=3_000), 1),
+    "one field with a name of 60,000 characters": {"x" * 60_000: 1},
+    "names that JSON escapes": dict.fromkeys((f"{number}" + "\U0001f600" * 100 for number in range(100)), 1),
+    "lists of invalid values": dict.fromkeys(
+        ("ids", "role_ids", "user_id", "channel_id", "name", "content"), ["\U0001f600" * 40] * 60
+    ),
+    "nested lists": {"allowed_mentions": {name: ["x"] * 3_000 for name in ("users", "roles", "everyone", "nobody")}},
+    "long values": dict.fromkeys(
+        ("username", "name", "email", "status", "posting", "level", "muted_until", "up_to", "audience"), "\x01" * 1_000
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", CRAFTED)
+def test_no_refusal_of_a_body_is_larger_than_8_kib(app, api, cast, subtests, kind):
+    body = json.dumps(CRAFTED[kind], ensure_ascii=False, separators=(",", ":")).encode()
+    assert len(body) <= 65_536
+    for method, path, contract in api_routes(app):
+        if contract and contract.body:
+            with subtests.test(f"{method} {path}"):
+                answer = api(cast.admin).open(method, path, data=body, content_type="application/json")
+                assert_problem(answer, 422, "invalid")
+                assert len(answer.data) <= 8_192
+
+
+def test_no_refusal_of_a_query_or_header_is_larger_than_8_kib(app, api, cast, subtests):
+    queries = ["&".join(f"{name}=1" for name in names_of(600, 4)), "x" * 4_000 + "=1", "&".join(["limit=1"] * 500)]
+    queries += ["limit=" + "9" * 4_000, "cursor=" + "x" * 4_000]
+    for method, path, contract in api_routes(app):
+        if method == "GET" and contract and contract.query:
+            for query in queries:
+                with subtests.test(f"{path}?{query[:20]}"):
+                    answer = api(cast.admin).get(f"{path}?{query}")
+                    assert answer.status_code in (404, 422)
+                    assert len(answer.data) <= 8_192
+    for name in ("Last-Event-ID", "Idempotency-Key", "Authorization", "X-Request-Id", "Content-Type"):
+        with subtests.test(name):
+            for path in ("/api/messages", "/api/notifications/stream"):
+                method = "POST" if path == "/api/messages" else "GET"
+                body = {"channel_id": cast.general, "content": "x"} if method == "POST" else None
+                answer = api(cast.subscriber).open(method, path, json=body, headers={name: "x" * 8_000})
+                assert len(answer.data) <= 8_192
+                assert sum(len(value) for _, value in answer.headers) < 1_000
+
+
+def test_a_refusal_shows_twenty_fields_and_says_how_many_more_there_are(post):
+    many = json.dumps(dict.fromkeys(names_of(6_000), 1), separators=(",", ":"))
+    errors = assert_problem(post(many), 422, "invalid")["errors"]
+    assert len(errors) == 21
+    assert errors["_schema"] == ["5982 more invalid fields are not shown."]  # with the two that are missing
+    few = assert_problem(post(json.dumps(dict.fromkeys(names_of(18), 1))), 422, "invalid")["errors"]
+    assert set(few) == {*names_of(18), "channel_id", "content"}
+
+
+def test_a_refusal_shortens_the_names_of_fields(post):
+    errors = assert_problem(post(json.dumps({"a" * 60_000: 1, "a" * 31: 2, "a" * 30: 3})), 422, "invalid")["errors"]
+    assert errors["a" * 30 + "…"] == ["Unknown field.", "Unknown field."]
+    assert errors["a" * 30] == ["Unknown field."]
+
+
 def test_every_list_refuses_what_its_query_cannot_mean(app, api, cast, subtests):
     queries = [f"limit={limit}" for limit in ("0", "101", "-1", "x", "", "1.5", "1e1", "9" * 5_000)]
     queries += [f"cursor={cursor}" for cursor in ("", "x", "YXQg", "%00", "ü", "4", "YXQgLTE", "YXQgMQ/../", "' OR 1")]

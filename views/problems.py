@@ -2,6 +2,7 @@
 
 import logging
 from http import HTTPStatus
+from itertools import islice
 from typing import Any
 
 from flask import Flask, Response, g, json
@@ -9,7 +10,16 @@ from peewee import IntegrityError, InterfaceError, OperationalError
 from playhouse.pool import MaxConnectionsExceeded
 from werkzeug.exceptions import HTTPException
 
-from belfry.errors import Conflict, Forbidden, IdempotencyMismatch, Invalid, NotFound, Refused, Unauthenticated
+from belfry.errors import (
+    Conflict,
+    Forbidden,
+    IdempotencyMismatch,
+    Invalid,
+    NotFound,
+    Refused,
+    Unauthenticated,
+    shortened,
+)
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +48,12 @@ CODES = {
 }
 
 
+MAX_ERRORS = 20  # fields, and reasons of each
+_FIELD_CHARACTERS = 30
+_REASON_CHARACTERS = 200
+_DETAIL_CHARACTERS = 500
+
+
 class HttpProblem(Exception):
     """A refusal that only HTTP knows: 400, 401, 403, 404, 415, 429."""
 
@@ -54,19 +70,37 @@ def problem(
     errors: dict[str, Any] | None = None,
     headers: dict[str, str] | None = None,
 ) -> Response:
-    """An answer that refuses. `code` is the status's own unless given; `errors` is {field: [why, ...]}."""
+    """An answer that refuses. `code` is the status's own unless given; `errors` is {field: [why, ...]}, and is
+    `limited` here."""
     body: dict[str, Any] = {
         "type": "about:blank",
         "title": HTTPStatus(status).phrase,
         "status": status,
-        "detail": detail,
+        "detail": shortened(detail, _DETAIL_CHARACTERS),
         "code": code or CODES.get(status, "http_error"),
     }
     if errors is not None:
-        body["errors"] = errors
+        body["errors"] = limited(errors)
     answer = Response(json.dumps(body) + "\n", status, mimetype="application/problem+json")
     answer.headers.update(headers or {})
     return answer
+
+
+def limited(errors: dict[str, list[str]]) -> dict[str, list[str]]:
+    """The first MAX_ERRORS fields with as many reasons each, in short, and how many more there are.
+
+    Nobody corrects a thousand fields by reading, and an answer must not be much larger than its request.
+    """
+    shown: dict[str, list[str]] = {}
+    for field, reasons in islice(errors.items(), MAX_ERRORS):
+        more = len(reasons) - MAX_ERRORS
+        shown.setdefault(shortened(field, _FIELD_CHARACTERS), []).extend(
+            [shortened(reason, _REASON_CHARACTERS) for reason in reasons[:MAX_ERRORS]]
+            + ([f"{more} more reasons are not shown."] if more > 0 else [])
+        )
+    if (more := len(errors) - MAX_ERRORS) > 0:
+        shown.setdefault("_schema", []).append(f"{more} more invalid fields are not shown.")
+    return shown
 
 
 def register(app: Flask) -> None:
