@@ -1,9 +1,13 @@
 """CommonMark as Belfry reads it: one parser for what is a mention and for what is shown, and bounds for its work."""
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
-from markdown_it import MarkdownIt
+from markdown_it import MarkdownIt, helpers
+from markdown_it.common.utils import unescapeAll
 from markdown_it.parser_inline import ParserInline
 from markdown_it.rules_block import StateBlock
 from markdown_it.rules_inline import StateInline
@@ -16,18 +20,31 @@ from markdown_it.utils import EnvType
 # end of the text, and so it names nobody.
 MAX_NESTING = 40
 
-# The parser looks for each block quote's end anew, down to the next empty line, and for each bracket's, down to
-# the paragraph's: `>#\n;\n` 2,000 times over took it fifteen seconds. So what it looks at is counted, in steps of
-# about 0.3 µs: a token is one, a line is ten. Honest text of 10,000 characters takes some 50,000, and nothing but
-# empty items of a list 100,000.
-MAX_STEPS = 1_000_000
+# The parser searches for the end of each block quote anew, down to the next empty line, and for the end of each
+# bracket, down to the end of the paragraph: `>#\n;\n` 2,000 times takes fifteen seconds without a limit. Therefore the
+# work is counted in steps: a character or a skipped token is one, a line that the parser looks at is ten, a character
+# that may begin markup is twelve more. Ordinary texts take 2 a character (`make drill ARGS="rendering"`), and only
+# a text that is searched again and again takes more than 131,000.
+MAX_STEPS = 150_000
 _LINE_STEPS = 10
 _MARKS = "*_\\&<`@["
 _MARK_STEPS = 12
 
+# A link's destination that is not in `<>`: no white space, and round brackets in pairs, up to three levels deep, as
+# CommonMark asks for. The library allows 32 levels and reads each character in Python, again for each `](`: 10,000
+# characters of `![](` take it longer than MAX_STEPS do.
+_DESTINATION = r"(?:[^\x00-\x20\x7f()\\]++|\\[()\\]?)*+"
+for _ in range(3):
+    _DESTINATION = rf"(?:[^\x00-\x20\x7f()\\]++|\\[()\\]?|\({_DESTINATION}\))*+"
+_find_destination = re.compile(_DESTINATION).match
+
 
 class TooEntangled(Exception):
     """The text takes more steps than it may."""
+
+
+class BudgetSpent(TooEntangled):
+    """The text takes more steps than the budget has left for it; alone it might take fewer than MAX_STEPS."""
 
 
 @dataclass
@@ -73,6 +90,16 @@ def _count_line(state: StateBlock, start_line: int, end_line: int, silent: bool)
     return False
 
 
+def _parse_destination(text: str, start: int, end: int) -> Any:
+    """Read a link's destination that begins at `start`: `ok`, the position behind it (`pos`) and its text (`str`)."""
+    if text.startswith("<", start, end):
+        return helpers.parseLinkDestination(text, start, end)
+    found = _find_destination(text, start, end)
+    assert found is not None  # it matches an empty text
+    is_complete = found.end() > start and not text.startswith("(", found.end(), end)
+    return SimpleNamespace(ok=is_complete, pos=found.end(), str=unescapeAll(found[0]) if is_complete else "")
+
+
 def _parser() -> MarkdownIt:
     # HTML is off because messages are displayed so: what looks like a tag is text. `text_join` is off because it
     # would make an escaped `\@` and a `&#64;` the same as a plain `@`.
@@ -80,6 +107,11 @@ def _parser() -> MarkdownIt:
     parser.inline = _CountedInline()
     parser.configure("commonmark", {"html": False, "maxNesting": MAX_NESTING}).disable("text_join")
     parser.block.ruler.before("code", "count", _count_line, {"alt": ["paragraph", "reference", "blockquote", "list"]})
+    parser.helpers = SimpleNamespace(  # type: ignore[assignment]  # the library has a module there
+        parseLinkDestination=_parse_destination,
+        parseLinkLabel=helpers.parseLinkLabel,
+        parseLinkTitle=helpers.parseLinkTitle,
+    )
     # The rule lists are put together on first use; two threads at once could see them half full.
     parser.parse("x", {"steps": MAX_STEPS})
     return parser
@@ -88,19 +120,24 @@ def _parser() -> MarkdownIt:
 _PARSER = _parser()
 
 
-def parse(content: str, steps: int = MAX_STEPS, budget: Budget | None = None) -> list[Token]:
-    """The content's blocks; the `children` of those of type `inline` are its text. Raises TooEntangled where that
-    takes more than so many steps, or more than the budget, which it uses, has for it."""
-    if budget is None:
-        return _PARSER.parse(content, {"steps": steps})
-    allowed = budget.take(steps)
+def parse(content: str, budget: Budget | None = None) -> list[Token]:
+    """Parse the content into blocks; the `children` of those of type `inline` are its text.
+
+    The `budget` is that of the page that the content is part of; what the parser takes is spent of it. Raises
+    TooEntangled where that is more than MAX_STEPS, and BudgetSpent where it is more than the budget has.
+    """
+    allowed = MAX_STEPS if budget is None else budget.take(MAX_STEPS)
     env = {"steps": allowed}
     try:
-        # What is not looked at twice takes its time as well, and emphasis, escapes and mentions the most.
         _count(env, len(content) + _MARK_STEPS * sum(map(content.count, _MARKS)))
         return _PARSER.parse(content, env)
+    except TooEntangled:
+        if allowed < MAX_STEPS:
+            raise BudgetSpent from None
+        raise
     finally:
-        budget.spend(allowed - max(0, env["steps"]))
+        if budget is not None:
+            budget.spend(allowed - max(0, env["steps"]))
 
 
 def outside_quotes(tokens: Iterable[Token]) -> Iterable[Sequence[Token]]:

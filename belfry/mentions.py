@@ -31,6 +31,7 @@ NAME_RULE = (
 UNKNOWN = "unknown_mention"
 WITHOUT_ACCESS = "mention_without_access"
 NOT_ALLOWED = "mention_not_allowed"
+NOT_READ = "mentions_not_read"
 MORE_WARNINGS = "more_warnings"
 
 MAX_WARNINGS = 20
@@ -63,6 +64,10 @@ class Candidate:
 
     text: str  # as written, with the @, without trailing punctuation
     names: tuple[str, ...]  # what it can mean: lower case, longest first, each matching `NAME`
+
+
+NOT_READABLE = Candidate("", ())
+"""In place of all candidates of a content that cannot be parsed within the limits; `resolve` warns of it."""
 
 
 @dataclass(frozen=True)
@@ -115,13 +120,18 @@ class Mentions:
         return frozenset((*people, *roles, *([EVERYONE] if self.everyone else [])))
 
 
+NOT_READ_DETAIL = (
+    "this message has so much nested or repeated markup that it is shown as plain text and mentions nobody; "
+    "remove markup to mention somebody"
+)
+
 NOBODY = Mentions(users=(), roles=(), everyone=False, warnings=())
 
 
 def find_mentions(content: str) -> tuple[Candidate, ...]:
     """What in `content`, read as CommonMark, may be a mention; in order of appearance, each distinct text
-    (whatever its case, as first written) once. Empty where there is none, or where the text is nested so
-    perversely that parsing it would take seconds. Never raises.
+    (whatever its case, as first written) once. Empty where there is none. Only NOT_READABLE where parsing the text
+    takes more than `markdown.MAX_STEPS`. Never raises.
 
     - Only text counts, that of link labels, image descriptions, headings and lists too: no code, no link's
       target or title, no autolink, nothing in a block quote.
@@ -140,7 +150,7 @@ def find_mentions(content: str) -> tuple[Candidate, ...]:
     try:
         tokens = markdown.parse(content)
     except markdown.TooEntangled:
-        return ()
+        return (NOT_READABLE,)
     found: dict[str, Candidate] = {}
     for text in markdown.outside_quotes(tokens):
         for _, candidate in candidates_in("".join(piece for _, piece in pieces(text))):
@@ -190,7 +200,9 @@ def resolve(
 
     for candidate in candidates:
         name = next((n for n in candidate.names if n == EVERYONE or n in people or n in roles), None)
-        if name is None:
+        if candidate is NOT_READABLE:
+            warnings.add(NOT_READ, "", NOT_READ_DETAIL)
+        elif name is None:
             warnings.add(UNKNOWN, candidate.text, "{} is nobody in this server")
         elif name != EVERYONE and name in people:
             person = people[name]

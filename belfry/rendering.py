@@ -1,5 +1,9 @@
 """A message's content as HTML that is safe to put into a page."""
 
+import hashlib
+import sys
+import threading
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence, Set
 from itertools import accumulate
 
@@ -9,9 +13,14 @@ from markupsafe import Markup, escape
 from belfry import markdown, mentions
 from belfry.mentions import NOBODY, Mentions
 
-# Reading takes 60 ms at most then, and writing what was read 20 more.
-_MAX_STEPS = 120_000
-_PAGE_STEPS = 600_000  # of all that is on a page together: fifty times the above would take four seconds
+_PAGE_STEPS = 2 * markdown.MAX_STEPS  # for all messages of a page that are not in the cache
+
+# HTML has at most this many characters for each of the content's, and some more. Escaping alone can take five for one
+# (`&` is `&amp;`); `#` in each line takes thirteen, and links to one long address can take a thousand.
+_MAX_GROWTH = 5
+_FREE_CHARACTERS = 1_000
+
+_CACHE_BYTES = 16 * 1024 * 1024  # in each process
 
 _SCHEMES = ("http://", "https://", "mailto:")
 _REL = "nofollow noopener noreferrer ugc"
@@ -36,17 +45,82 @@ _TAGS = {
 Marks = dict[int, list[tuple[int, str]]]  # by id of a token of text: tags, and before which of its characters
 
 
+class HtmlCache:
+    """HTML by a digest of everything that it depends on, so that no entry is ever out of date.
+
+    Holds at most `max_bytes` of memory and drops what was not used for the longest time. Safe for use by threads.
+    """
+
+    _ENTRY_BYTES = 250  # for the key, and for the entry in the dictionary
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._entries: OrderedDict[bytes, Markup] = OrderedDict()
+        self._lock = threading.Lock()
+        self.bytes = 0
+
+    def get(self, key: bytes) -> Markup | None:
+        with self._lock:
+            if (html := self._entries.get(key)) is not None:
+                self._entries.move_to_end(key)
+            return html
+
+    def put(self, key: bytes, html: Markup) -> None:
+        """Keep an entry; one that is there already stays. One that is larger than the cache is not kept."""
+        with self._lock:
+            if key in self._entries:
+                return
+            self._entries[key] = html
+            self.bytes += self._size(html)
+            while self.bytes > self._max_bytes:
+                _, oldest = self._entries.popitem(last=False)
+                self.bytes -= self._size(oldest)
+
+    def clear(self) -> None:
+        with self._lock:
+            self._entries.clear()
+            self.bytes = 0
+
+    def _size(self, html: Markup) -> int:
+        return sys.getsizeof(html) + self._ENTRY_BYTES
+
+
+cache = HtmlCache(_CACHE_BYTES)
+
+
 def budget_of_a_page(messages: int) -> markdown.Budget:
     """For rendering so many messages of one page."""
     return markdown.Budget(_PAGE_STEPS, messages)
 
 
-def render(
-    content: str,
-    mentioned: Mentions = NOBODY,
-    mine: Set[str] = frozenset(),
-    budget: markdown.Budget | None = None,
-) -> Markup:
+def render_in_page(content: str, mentioned: Mentions, mine: Set[str], budget: markdown.Budget) -> Markup:
+    """Render as `render` does, from the cache where it can, which takes nothing of the page's budget.
+
+    Where the budget is spent the content is shown as it was written. That is not kept: the next page renders it.
+    """
+    names = mentioned.names
+    key = _key(content, names, mine & names)
+    html = cache.get(key)
+    if html is not None:
+        budget.take(0)
+        return html
+    try:
+        html = _render(content, names, mine, budget)
+    except markdown.BudgetSpent:
+        return _as_written(content)
+    except markdown.TooEntangled:
+        html = _as_written(content)
+    cache.put(key, html)
+    return html
+
+
+def _key(content: str, names: Set[str], mine: Set[str]) -> bytes:
+    """A digest of the arguments. No name has a comma or a line break in it."""
+    text = f"{','.join(sorted(names))}\n{','.join(sorted(mine))}\n{content}"
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+
+
+def render(content: str, mentioned: Mentions = NOBODY, mine: Set[str] = frozenset()) -> Markup:
     """The content, read as CommonMark, as HTML. `mine` is what an `@` calls the reader by, in lower case: their
     username, and where the caller wishes the roles that they have, and `everyone`. Never raises.
 
@@ -59,17 +133,28 @@ def render(
     - What of the text counts as a mention, as `find_mentions` has it, and is among `mentioned`, is in
       `<span class="mention">`, and what calls the reader in `<span class="mention me">`.
     - No other attribute exists but the number that a list starts with; none but `href` has anything of the content's.
-    - What is nested so perversely that reading it would take long, or would leave out what lies deepest, is shown as
-      it was written; so is what would show nothing, such as a link's definition alone, and what takes more than the
-      `budget` has left for it.
+    - Shown as it was written is what takes more than `markdown.MAX_STEPS` to read, what is nested so deep that the
+      deepest would be left out, what would show nothing, such as a link's definition alone, and what would be more
+      than `_MAX_GROWTH` times as long as HTML.
     """
     try:
-        tokens = markdown.parse(content, _MAX_STEPS, budget)
+        return _render(content, mentioned.names, mine)
     except markdown.TooEntangled:
         return _as_written(content)
+
+
+def _render(content: str, names: Set[str], mine: Set[str], budget: markdown.Budget | None = None) -> Markup:
+    """Render as `render` does. Raises what `markdown.parse` raises."""
+    tokens = markdown.parse(content, budget)
     if any(token.level >= markdown.MAX_NESTING - 1 and token.nesting == 1 for token in tokens):
         return _as_written(content)
-    html = "".join(_blocks(tokens, _marks(tokens, mentioned.names, mine)))
+    parts, left = [], _MAX_GROWTH * len(content) + _FREE_CHARACTERS
+    for part in _blocks(tokens, _marks(tokens, names, mine)):
+        left -= len(part)
+        if left < 0:
+            return _as_written(content)
+        parts.append(part)
+    html = "".join(parts)
     return Markup(html) if html else _as_written(content)  # noqa: S704  # every piece of it is escaped or ours
 
 

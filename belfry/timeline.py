@@ -1,6 +1,8 @@
 """A stretch of a channel, as somebody who scrolls sees it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from belfry.access import SeenChannel
 from belfry.messages import describe, stored_messages
@@ -8,6 +10,7 @@ from belfry.sql import Row
 from models import User
 
 STRETCH = 50  # messages
+CHARACTERS = 100_000  # of content in a stretch: what ten messages of the greatest length have
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ def stretch(
     around: int | None = None,
     limit: int = STRETCH,
 ) -> Stretch:
-    """Up to `limit` messages of a channel:
+    """Up to `limit` messages of a channel, and fewer where they have more than CHARACTERS together:
 
     - with `around`: that message, as many above it as below it, whether or not it is there itself;
     - with `after`: the oldest with a higher id;
@@ -38,12 +41,21 @@ def stretch(
         half = limit // 2
         above = stored_messages(user, channel.id, after=around, limit=half + 1)
         below = stored_messages(user, channel.id, before=around + 1, limit=half + 1)
-        found = below[half - 1 :: -1] + above[:half]
-        older, newer = len(below) > half, len(above) > half
+        shown_above, shown_below = _first(above, half, CHARACTERS // 2), _first(below, half, CHARACTERS // 2)
+        found = [*reversed(shown_below), *shown_above]
+        older, newer = len(below) > len(shown_below), len(above) > len(shown_above)
     elif after is not None:
         above = stored_messages(user, channel.id, after=after, limit=limit + 1)
-        found, older, newer = above[:limit], after > 0, len(above) > limit
+        found = _first(above, limit, CHARACTERS)
+        older, newer = after > 0, len(above) > len(found)
     else:
         below = stored_messages(user, channel.id, before=before, limit=limit + 1)
-        found, older, newer = below[limit - 1 :: -1], len(below) > limit, before is not None
+        shown = _first(below, limit, CHARACTERS)
+        found, older, newer = shown[::-1], len(below) > len(shown), before is not None
     return Stretch(describe(user, found), older, newer)
+
+
+def _first(messages: Sequence[Row], limit: int, characters: int) -> list[Row]:
+    """The first of the messages, at most `limit`, whose content has at most so many characters together."""
+    lengths = accumulate(len(message["content"]) for message in messages[:limit])
+    return list(messages[: sum(length <= characters for length in lengths)])

@@ -23,6 +23,7 @@ import redis
 
 from bench.cleanup import cleanup
 from bench.reconnect import reconnect
+from bench.rendering import rendering
 from dev import CommandError, ports, say, stack, valkey
 from dev import stop as asked
 from dev.client import Client
@@ -251,7 +252,9 @@ def _percentile(seconds: list[float], percent: int, factor: int = 1) -> float:
     return round(sorted(seconds)[max(0, round(len(seconds) * percent / 100) - 1)] * factor, 3)
 
 
-DRILLS = {drill.__name__: drill for drill in (mention, stop, outage, backlog, reconnect, cleanup)}
+DRILLS = {
+    drill.__name__: drill for drill in (mention, stop, outage, backlog, reconnect, cleanup, rendering)
+}
 
 
 def main() -> int:

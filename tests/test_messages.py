@@ -101,6 +101,17 @@ def test_a_content_of_unknown_names_is_answered_and_kept_in_short(api, cast, pos
         assert size < len(content) + 3_000
 
 
+def test_the_author_is_warned_of_a_text_that_cannot_be_read_for_mentions(api, cast, post):
+    unreadable = "@vera " + "![![a](b" * 1_200
+    answer = post(unreadable)
+    assert answer.status_code == 201
+    edited = api(cast.subscriber).patch(f"/api/messages/{answer.get_json()['id']}", json={"content": unreadable + "!"})
+    for message in (answer.get_json(), edited.get_json()):
+        assert message["mentions"] == {"users": [], "roles": [], "everyone": False}
+        assert [warning["code"] for warning in message["warnings"]] == ["mentions_not_read"]
+    assert "remove markup" in message["warnings"][0]["detail"]
+
+
 def test_allowed_mentions_narrow_and_never_add(cast, post):
     text, everything = "@sam @vera @vip @moderators @everyone", {"users": [], "roles": [], "everyone": False}
     nothing = post(text, cast.admin, allowed_mentions={}).get_json()

@@ -5,7 +5,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from belfry import accounts, communities, inbox, navigation, sessions
+from belfry import accounts, communities, inbox, navigation, rendering, sessions
+from belfry.markdown import parse
 from belfry.sql import execute
 from models import ApiToken, Channel, Message, User
 from tests.people import csrf_of, make_person
@@ -186,6 +187,38 @@ def test_a_session_ends_with_its_token(browser, cast):
 
 
 # Messages -------------------------------------------------------------------------------------------------
+
+
+def test_a_page_of_long_messages_shows_fewer_of_them(browser, cast):
+    ids = [
+        Message.create(channel_id=cast.general, author_id=cast.subscriber.id, content="long " * 2_000).id
+        for _ in range(30)
+    ]
+    sam = browser(cast.subscriber)
+    page = sam.get(address(cast, cast.general)).text
+    assert shown(page) == ids[-10:]
+    assert len(page) < 130_000
+    assert 'id="older"' in page
+    assert shown(sam.get(address(cast, cast.general, f"?before={ids[-10]}")).text) == ids[-20:-10]
+    after = sam.get(address(cast, cast.general, f"?after={ids[0]}")).text
+    assert shown(after) == ids[1:11]
+    assert "data-newer" in after
+    around = sam.get(address(cast, cast.general, f"?around={ids[15]}")).text
+    assert shown(around) == ids[11:21]
+    assert "data-newer" in around
+    assert "data-older" in around
+
+
+def test_a_message_is_parsed_for_its_first_reader_only_until_it_is_edited(api, browser, cast, post, monkeypatch):
+    parsed = []
+    monkeypatch.setattr(rendering.markdown, "parse", lambda content, *rest: parsed.append(content) or parse(content))
+    message_id = post("**gold**, @vera")
+    for person in (cast.subscriber, cast.vip, cast.moderator, cast.subscriber):
+        page = browser(person).get(address(cast, cast.general)).text
+        assert ('<span class="mention me">@vera</span>' in page) == (person is cast.vip)
+    assert parsed.count("**gold**, @vera") == 3  # for the post, for vera, for everybody else
+    api(cast.subscriber).patch(f"/api/messages/{message_id}", json={"content": "**silver**, @vera"})
+    assert "<strong>silver</strong>" in browser(cast.vip).get(address(cast, cast.general)).text
 
 
 def test_messages_are_read_newest_last_and_older_ones_by_a_link(browser, cast, post):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,8 +19,9 @@ from hypothesis import strategies as st
 from justhtml import JustHTML
 from markupsafe import Markup, escape
 
-from belfry.mentions import EVERYONE, Mentions, Person, Role, find_mentions
-from belfry.rendering import budget_of_a_page, render
+from belfry import markdown
+from belfry.mentions import EVERYONE, NOBODY, Mentions, Person, Role, find_mentions
+from belfry.rendering import HtmlCache, budget_of_a_page, cache, render, render_in_page
 
 VECTORS: dict[str, list[str]] = json.loads((Path(__file__).parent / "data/xss_vectors.json").read_text())["vectors"]
 
@@ -76,6 +78,18 @@ def mentions_in(html: str) -> list[str]:
 def body(content: str, mentioned: Mentions = MENTIONED, mine: frozenset[str] = frozenset()) -> str:
     """The HTML of one paragraph, without its tags."""
     return str(render(content, mentioned, mine)).removeprefix("<p>").removesuffix("</p>\n")
+
+
+@pytest.fixture(autouse=True)
+def _empty_cache() -> None:
+    cache.clear()
+
+
+def steps_of(content: str) -> int:
+    """The steps that parsing takes. Raises TooEntangled for more than MAX_STEPS."""
+    budget = markdown.Budget(markdown.MAX_STEPS, 1)
+    markdown.parse(content, budget)
+    return markdown.MAX_STEPS - budget.left
 
 
 REL = 'rel="nofollow noopener noreferrer ugc"'
@@ -281,16 +295,144 @@ def test_what_would_take_long_is_shown_as_it_was_written() -> None:
     assert render(content) == f"<p>{content}</p>\n"
 
 
-@pytest.mark.parametrize("piece", [">#\n;\n", "- a\n", "*a_ ", "[a](b ", "[a](b)", "\\@", "&amp;"])
-def test_a_page_of_hostile_messages_takes_no_longer_than_a_few_of_them(piece: str) -> None:
-    content, short = (piece * 10_000)[:10_000], "**gold** breaks out, @bob: [more](http://b.example)\n\n- a\n- b"
+HOSTILE = [">#\n;\n", "- a\n", "*a_ ", "[a](b ", "[a](b)", "\\@", "&amp;", "![![a](b", "[["]
+
+
+@pytest.mark.parametrize("piece", HOSTILE)
+def test_a_page_of_hostile_messages_spends_no_more_than_its_budget(piece: str) -> None:
+    short = "**gold** breaks out, @bob: [more](http://b.example)\n\n- a\n- b"
     budget = budget_of_a_page(50)
-    shown = [render(content, MENTIONED, frozenset(), budget) for _ in range(49)]
-    assert set(shown[20:]) == {f"<p>{escape(content)}</p>\n".replace("\n", "<br>\n", content.count("\n"))}  # as written
-    assert render(short, MENTIONED, frozenset(), budget) == render(short, MENTIONED)  # it has its part whatever comes
+    for number in range(49):
+        content = f"{number} {piece * 10_000}"[:10_000]
+        render_in_page(content, MENTIONED, frozenset(), budget)
+    assert budget.left >= 0
+    assert render_in_page(short, MENTIONED, frozenset(), budget) == render(short, MENTIONED)  # each has its part
+
+
+def test_what_people_write_takes_a_third_of_the_limit_at_most() -> None:
+    line = "**BTC** broke 104,200 @bob, see [the chart](https://charts.example/btc?tf=4h) 🚀 比特币突破, `stop` below\n"
+    for text in (line, f"- {line}", f"> {line}", f"1. {line}", f"{line}\n", f"| a | b |\n|---|---|\n{line}"):
+        content = (text * 10_000)[:10_000]
+        assert steps_of(content) < markdown.MAX_STEPS / 3, text
+        assert len(render(content)) < 4 * len(content), text
+
+
+@pytest.mark.parametrize("piece", ["- a\n", "#\n", "&", "*", "a\n", "1. a\n", "*-\n", "> x\n- y\n", "<a@b.c>", "[x]\n"])
+def test_a_text_that_is_read_once_keeps_within_the_limit(piece: str) -> None:
+    assert steps_of((piece * 10_000)[:10_000]) < markdown.MAX_STEPS
+
+
+def calls_of(content: str) -> int:
+    """How many Python functions parsing calls."""
+    calls = 0
+
+    def count(frame: Any, event: str, argument: Any) -> None:
+        nonlocal calls
+        calls += event == "call"
+
+    traced = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        find_mentions(f"@bob {content}")
+    finally:
+        sys.setprofile(traced)
+    return calls
+
+
+@pytest.mark.parametrize("piece", ["![](", "[a](b", "![a](", "[a](\\((b", f"[x](a{'b' * 100}"])
+def test_destinations_of_links_are_not_read_again_and_again(piece: str) -> None:
+    content = (piece * 10_000)[:9_000]
+    assert calls_of(content) < 20 * len(content)
+
+
+@pytest.mark.parametrize(
+    ("content", "target"),
+    [
+        ("[a](http://b.example/(c(d(e))))", "http://b.example/(c(d(e)))"),
+        ("[a](http://b.example/\\(c)", "http://b.example/(c"),
+        ("[a](http://b.example/c\\)d)", "http://b.example/c)d"),
+        ("[a](http://b.example/c\\d)", "http://b.example/c%5Cd"),
+        ("[a](<http://b.example/(c> 'd')", "http://b.example/(c"),
+        ("[a](http://b.example/(c)d(e) 'f')", "http://b.example/(c)d(e)"),
+    ],
+)
+def test_destinations_with_brackets(content: str, target: str) -> None:
+    assert body(content) == f'<a href="{escape(target)}" {REL}>a</a>'
+
+
+def test_a_destination_whose_brackets_are_no_pairs_is_text() -> None:
+    for content in ("[a](http://b.example/(c)", "[a]((((((b))))))", "[a](b c)"):
+        assert body(content) == str(escape(content))
+
+
+@pytest.mark.parametrize("piece", ["\n#", "[a]\n", "<a@b.c>", "[a](http://b)", "- \n", "@bob ", "&", "```\n", "[a] "])
+def test_html_is_at_most_five_times_as_long_as_its_content(piece: str) -> None:
+    for prefix in ("", f"[a]: http://b.example/{'c' * 5_000}\n\n"):  # to which every `[a]` links
+        content = (prefix + piece * 10_000)[:10_000]
+        assert len(render(content, MENTIONED)) <= 5 * len(content) + 1_000
 
 
 def test_a_page_of_what_people_write_is_rendered_whole() -> None:
     honest = "**gold** breaks out, @bob: [more](http://b.example), and *silver*.\n\n- a\n- b\n\n> so it is\n" * 10
     budget = budget_of_a_page(50)
-    assert {render(honest, MENTIONED, frozenset(), budget) for _ in range(50)} == {render(honest, MENTIONED)}
+    for number in range(50):
+        content = f"{number} {honest}"
+        assert render_in_page(content, MENTIONED, frozenset(), budget) == render(content, MENTIONED)
+
+
+# -- The cache
+
+
+def in_page(content: str, mentioned: Mentions = NOBODY, mine: frozenset[str] = frozenset()) -> tuple[str, int]:
+    """The HTML on a page of its own, and how many steps of the page's budget it took."""
+    budget = budget_of_a_page(1)
+    before = budget.left
+    return str(render_in_page(content, mentioned, mine, budget)), before - budget.left
+
+
+def test_the_second_view_takes_no_steps() -> None:
+    for content in ("**gold**, @bob", "![" * 5_000):
+        first, steps = in_page(content)
+        assert steps > 0
+        assert in_page(content) == (first, 0)
+
+
+def test_each_reader_sees_their_own_marks_and_each_version_its_own_text() -> None:
+    only_bob = Mentions(PEOPLE[:1], (), False, ())
+    for content in ("@bob @alice", "@bob @alice!"):
+        for mentioned in (MENTIONED, only_bob, NOBODY):
+            for mine in ({"bob"}, {"alice"}, {"alice", "vip"}, {"nobody"}):
+                for _ in range(2):
+                    html, _ = in_page(content, mentioned, frozenset(mine))
+                    assert html == render(content, mentioned, frozenset(mine))
+
+
+def test_readers_who_are_not_mentioned_share_an_entry() -> None:
+    _, steps = in_page("@bob @alice", MENTIONED, frozenset({"carol"}))
+    assert steps > 0
+    assert in_page("@bob @alice", MENTIONED, frozenset({"dave", "gold"}))[1] == 0
+
+
+def test_what_one_page_has_no_budget_for_the_next_page_renders() -> None:
+    contents = [f"{number} {'- **a**' * 10}\n\n{'> # b' * 700}" + "*c* " * 1_500 for number in range(20)]
+    whole = [str(render(content)) for content in contents]
+    shown, views = [], 0
+    while shown != whole:
+        views += 1
+        assert views < 20
+        budget = budget_of_a_page(len(contents))
+        shown = [str(render_in_page(content, NOBODY, frozenset(), budget)) for content in contents]
+    assert views > 1
+
+
+def test_the_cache_is_bounded_by_bytes_and_drops_what_was_used_least() -> None:
+    small = HtmlCache(100_000)
+    for number in range(1_000):
+        small.put(number.to_bytes(32, "big"), Markup("é" * number))
+        assert small.get(bytes(32)) == ""
+        assert small.bytes <= 100_000
+    assert small.get((1).to_bytes(32, "big")) is None
+    assert small.get((999).to_bytes(32, "big")) == "é" * 999
+    small.put(b"large", Markup("x" * 200_000))
+    assert small.get(b"large") is None
+    assert small.bytes <= 100_000

@@ -18,7 +18,7 @@ from belfry.inbox import parse_notification_id
 from belfry.markdown import Budget
 from belfry.mentions import EVERYONE
 from belfry.navigation import listed_channels
-from belfry.rendering import budget_of_a_page, render
+from belfry.rendering import budget_of_a_page, render_in_page
 from belfry.sql import Row
 from belfry.timeline import STRETCH, stretch
 from models import LARGEST_ID, User
@@ -239,4 +239,4 @@ def _rfc3339(time: datetime) -> str:
 
 @blueprint.app_template_filter("rendered")
 def _rendered(message: Row, mine: Set[str], budget: Budget) -> Markup:
-    return render(message["content"], message["mentions"], mine, budget)
+    return render_in_page(message["content"], message["mentions"], mine, budget)
