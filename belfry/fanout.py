@@ -7,13 +7,14 @@
   changed nothing, and one that is done is gone: nobody can do it twice.
 """
 
+import logging
 from dataclasses import replace
 
 from psycopg.types.json import Jsonb
 
 from belfry import leases
 from belfry.leases import Part
-from belfry.partitions import kept_from
+from belfry.partitions import keep_from_dropping, kept_from
 from belfry.points import reach
 from belfry.recipients import (
     DECIDED,
@@ -29,6 +30,8 @@ from belfry.recipients import (
 from belfry.sql import Row, execute, row, rows, transaction
 from config import settings
 from models import LARGEST_ID, db
+
+log = logging.getLogger(__name__)
 
 _TELLING = ", ".join(f"'{reason}'" for reason in TELLING)
 
@@ -290,12 +293,24 @@ def tell(part: Part, attempt: int) -> list[Part] | None:
         reach("run.held" if part.after is None else "slice.held", part.run_id, part.after)
         subject = subject_of(held["message_id"])
         assert subject is not None  # run.message_id is a foreign key
-        if held["kind"] == "replay" and subject.message_id < kept_from():
-            subject = replace(subject, deleted=True)  # who was told is no longer known: nobody is told twice
+        if _may_be_too_old(held):
+            keep_from_dropping(writing=True)
+            if subject.message_id < kept_from():
+                log.info("%s: who was notified of its message is no longer kept, so nobody is notified twice", part)
+                subject = replace(subject, deleted=True)
         if part.after is not None:
             _tell_slice(part, attempt, held, subject)
             return []
         return _tell_run(part, held, subject)
+
+
+def _may_be_too_old(held: Row) -> bool:
+    """Whether the notifications of a run's message may have been dropped, by which others are told from the notified.
+
+    RETENTION_DAYS is a day at least, so no younger run of a message itself needs to ask. An edit notifies those whom it
+    newly mentions, whether they were notified before or not.
+    """
+    return held["kind"] == "replay" or (held["kind"] != "edit" and bool(held["is_old"]))
 
 
 def tell_together(run_ids: list[int]) -> list[int]:

@@ -23,6 +23,10 @@ gone without a word: then the next attempt comes 2 s after the first began, and 
 so that a spell of bad luck does not use up all tries at once, and the work still goes on within half a minute."""
 
 
+_IS_OLD = "(created_at < now() - interval '1 day')"
+"""Whether a run is older than the shortest RETENTION_DAYS: the notifications of its message may have been dropped."""
+
+
 @dataclass(frozen=True, order=True)
 class Part:
     """What one job does: a run's own part (`after` None: all of a small run; the planning, and the mentioned,
@@ -72,6 +76,7 @@ _TAKE_TOGETHER = f"""
         AND kind NOT IN ('edit', 'replay')
         AND state IN ('pending', 'queued')
         AND attempts = 0
+        AND NOT {_IS_OLD}
         FOR NO KEY UPDATE SKIP LOCKED
     ),
     placed AS (
@@ -117,7 +122,8 @@ def take_together(first: int, others: Sequence[int], members: int) -> list[int]:
     """Count the first attempt at a run, and at others that nobody has begun, with no more than so many members in all;
     those taken, [] when there is none to take.
 
-    Of edits and replays, of what was tried before, and of large audiences there are none: those are parts of their own,
+    Of edits and replays, of what was tried before or is older than a day, and of large audiences there are none: those
+    are parts of their own,
     so that what kills or delays whoever touches it costs no other its tries. Nobody waits for the disk: were it lost,
     the attempt was none.
     """
@@ -151,8 +157,8 @@ _HOLD = f"""
 """The part's row is locked first: while the message is waited for, nobody may take the part for abandoned."""
 
 _HOLD_RUN = _HOLD.format(
-    part="""
-        SELECT message_id, kind, mention_changes
+    part=f"""
+        SELECT message_id, kind, mention_changes, {_IS_OLD} AS is_old
         FROM run
         WHERE id = %(run_id)s
         AND slices_left = 0
@@ -163,8 +169,8 @@ _HOLD_RUN = _HOLD.format(
 )
 
 _HOLD_SLICE = _HOLD.format(
-    part="""
-        SELECT r.message_id, r.kind, r.mention_changes, s.up_to, s.told_first::text
+    part=f"""
+        SELECT r.message_id, r.kind, r.mention_changes, {_IS_OLD} AS is_old, s.up_to, s.told_first::text
         FROM slice s
         JOIN run r ON r.id = s.run_id
         WHERE s.run_id = %(run_id)s

@@ -68,6 +68,16 @@ def kept_from() -> int:
     return partitions()[0].below
 
 
+def keep_from_dropping(*, writing: bool) -> None:
+    """Let no partition be dropped until the transaction ends; waits for a drop that is under way.
+
+    It takes the lock on the table that reading or `writing` it takes anyway, before `kept_from` is asked: a drop needs
+    the table alone.
+    """
+    mode = "ROW EXCLUSIVE" if writing else "ACCESS SHARE"
+    execute(f"LOCK TABLE ONLY notification IN {mode} MODE")
+
+
 def care() -> None:
     """Make what is missing, leave the one in use where it is full or old, and drop what is older than RETENTION_DAYS.
 

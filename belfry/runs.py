@@ -6,7 +6,7 @@ from typing import Any
 from psycopg.types.json import Jsonb
 
 from belfry.errors import Conflict, Forbidden, NotFound
-from belfry.partitions import kept_from
+from belfry.partitions import keep_from_dropping, kept_from
 from belfry.points import reach
 from belfry.recipients import DECISIONS, TELLING, compare, slice_end, subject_of
 from belfry.sql import Row, row, rows, transaction
@@ -121,9 +121,10 @@ def replay(run_id: int, *, dry_run: bool) -> dict[str, Any]:
     its notifications are not kept: everybody would be told again.
     """
     run = find_run(run_id)
-    if run["message_id"] < kept_from():
-        raise Conflict("The message is older than RETENTION_DAYS: who was told of it is no longer known.")
     with transaction():
+        keep_from_dropping(writing=False)
+        if run["message_id"] < kept_from():
+            raise Conflict("The message is older than RETENTION_DAYS: who was told of it is no longer known.")
         subject = subject_of(run["message_id"])
         assert subject is not None
         if subject.deleted:

@@ -1,18 +1,25 @@
 """Partitions: made ahead, left when they are full or old, and dropped; and what is then still said of old messages."""
 
+import contextlib
+import threading
 from dataclasses import replace
 from importlib import import_module
 
+import psycopg
 import pytest
 from peewee import OperationalError
 
 import jobs
-from belfry import inbox, leases, messages, partitions, schema
+from belfry import inbox, leases, messages, partitions, runs, schema
+from belfry.leases import Part
 from belfry.partitions import Partition
 from belfry.sql import execute, row, rows
 from belfry.verification import verify
+from config import settings
 from models import User, db
-from tests.telling import crowd, generic_plans, run_to_end, stats
+from tests.processes import wait_until
+from tests.telling import advance, crowd, do, generic_plans, parts_of, run_to_end, statements, stats
+from tests.telling import post as write
 
 
 @pytest.fixture(autouse=True)
@@ -240,6 +247,99 @@ def test_a_replay_that_comes_after_the_drop_tells_nobody_a_second_time(api, cast
     assert run_to_end(replayed["run"]["id"]) == "succeeded"
     assert told_of(old) == []
     assert verify() == []
+
+
+def old_message_with_a_replay(api, cast, full_at):
+    """A message of which RETENTION_DAYS has passed, in a partition of its own, and a replay that would add one person:
+    ids of message and run."""
+    old = post(cast, days_ago=40)
+    crowd(cast.server_id, 1)
+    begin_partition(full_at)
+    post(cast)
+    run_id = row("SELECT id FROM run WHERE message_id = %(id)s", {"id": old})["id"]
+    replayed = api(cast.admin).post(f"/api/runs/{run_id}/replay", json={"dry_run": False}).get_json()
+    assert replayed["added"] == 1
+    return old, replayed["run"]["id"]
+
+
+def in_a_thread_that_waits_for_members(function, meanwhile):
+    """Start `function`, which comes to read the members of a server after it has asked what is kept; do `meanwhile` at
+    that moment, and wait for the end of both."""
+
+    def run() -> None:
+        with db.connection_context():
+            function()
+
+    thread = threading.Thread(target=run)
+    with psycopg.connect(settings.database_url) as other:
+        other.execute("LOCK TABLE member IN ACCESS EXCLUSIVE MODE")
+        thread.start()
+        waiting = "SELECT 1 AS yes FROM pg_locks WHERE NOT granted AND relation = 'member'::regclass"
+        wait_until(lambda: row(waiting), "the members to be asked for")
+        meanwhile()
+        other.rollback()
+    thread.join()
+
+
+def drop_or_wait():
+    with contextlib.suppress(OperationalError):  # the drop waits for the next sweep
+        partitions.care()
+
+
+@pytest.mark.parametrize("in_slices", [False, True])
+def test_a_replay_under_way_keeps_its_partition_and_notifies_nobody_twice(
+    api, cast, keeping, full_at, slices_of, in_slices
+):
+    old, run_id = old_message_with_a_replay(api, cast, full_at)
+    before = told_of(old)
+    part = Part(run_id)
+    if in_slices:
+        slices_of(2)
+        advance(run_id)
+        part = parts_of(run_id)[-1]
+    keeping(30)
+    in_a_thread_that_waits_for_members(lambda: do(part), drop_or_wait)
+    assert [user for user in told_of(old) if user in before] == before, "it is still known who was notified"
+    assert len(told_of(old)) == len(before) + 1
+    assert run_to_end(run_id) == "succeeded"
+    partitions.care()
+    assert told_of(old) == []
+    assert verify() == []
+
+
+def test_what_a_replay_would_add_is_counted_before_or_after_a_drop_but_not_in_between(api, cast, keeping, full_at):
+    old, run_id = old_message_with_a_replay(api, cast, full_at)
+    keeping(30)
+    counted = []
+    in_a_thread_that_waits_for_members(lambda: counted.append(runs.replay(run_id, dry_run=True)), drop_or_wait)
+    assert [(one["added"], one["stays"]) for one in counted] == [(1, len(told_of(old)))]
+
+
+def test_a_message_that_is_retried_after_its_replay_was_dropped_notifies_nobody_twice(api, cast, keeping, full_at):
+    """Whatever its kind: who was notified by the other run is not known any more."""
+    posted = messages.post_message(User.get_by_id(cast.subscriber.id), cast.general, "gold")
+    old, run_id = posted.message["id"], posted.run_id
+    replay_id = runs.replay(run_id, dry_run=False)["run_id"]
+    assert run_to_end(replay_id) == "succeeded"
+    begin_partition(full_at)
+    post(cast)
+    for table in ("message", "run"):
+        execute(f"UPDATE {table} SET created_at = now() - interval '40 days' WHERE id IN (%(id)s, %(run)s)",
+                {"id": old, "run": run_id})  # fmt: skip
+    keeping(30)
+    partitions.care()
+    assert told_of(old) == []
+    assert leases.take_together(run_id, [], 20_000) == [], "it is done by itself"
+    assert run_to_end(run_id) == "succeeded"
+    assert told_of(old) == []
+    assert verify() == []
+
+
+def test_a_new_message_does_not_ask_what_is_kept(cast):
+    _, run_id = write(cast.subscriber, cast.general)
+    with statements() as seen:
+        assert run_to_end(run_id) == "succeeded"
+    assert not any("LOCK TABLE" in statement or "pg_inherits" in statement for statement in seen)
 
 
 def test_what_is_no_partition_of_ours_is_passed_over_and_what_goes_wrong_stops_no_sweep(cast, monkeypatch, caplog):
