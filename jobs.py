@@ -26,7 +26,7 @@ from belfry import fanout, leases, logs, partitions
 from belfry.cleanup import CLEANUPS, clean_up
 from belfry.leases import Part
 from belfry.points import reach
-from belfry.sql import lock_for_this_transaction, transaction
+from belfry.sql import ROUND_TRIPS, lock_for_this_transaction, transaction
 from config import settings
 from models import db
 
@@ -182,7 +182,8 @@ def _tell(part: Part, attempt: int) -> None:
         reach("failure.written", part.run_id, part.after)
         raise
     if slices is None:
-        log.info("%s: attempt %s was overtaken by a later one, and wrote nothing", part, attempt)
+        log.info("%s: attempt %s was overtaken by a later one, wrote nothing, and does not count", part, attempt)
+        leases.give_back(part)
         return
     reach("run.committed" if part.after is None else "slice.committed", part.run_id, part.after)
     queues.announce(told=True)
@@ -231,13 +232,15 @@ def _recover() -> int | None:
     """
     oldest = {name: queues.oldest_waiting(name) for name in (queues.NOTIFICATIONS, queues.BULK)}
     room = queues.WAITING_AT_MOST - queues.queue().count
-    with transaction(statement_timeout="20s"):
+    with transaction(statement_timeout="20s") as round_trip:
         if not lock_for_this_transaction(SWEEP_LOCK):
             return None
         reach("sweep.locked")
-        if given_up := leases.give_up():
+        # Where PostgreSQL answers slowly, whoever claimed a part is as slow to lock it, and lives.
+        grace = min(ROUND_TRIPS * round_trip, settings.job_timeout)
+        if given_up := leases.give_up(grace):
             log.error("%s run(s) or slice(s) gave up: each attempt ended without a word", given_up)
-        lost = leases.lost_runs(oldest[queues.NOTIFICATIONS]) + leases.lost_slices(oldest[queues.BULK])
+        lost = leases.lost_runs(oldest[queues.NOTIFICATIONS], grace) + leases.lost_slices(oldest[queues.BULK], grace)
         pending = leases.pending_runs(room - len(lost))
         reach("sweep.marked")
     reach("sweep.committed")

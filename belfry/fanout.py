@@ -27,9 +27,9 @@ from belfry.recipients import (
     slice_end,
     subject_of,
 )
-from belfry.sql import Row, execute, row, rows, transaction
+from belfry.sql import Row, execute, not_for_long, row, rows, timed_transaction, transaction
 from config import settings
-from models import LARGEST_ID, db
+from models import LARGEST_ID
 
 log = logging.getLogger(__name__)
 
@@ -319,8 +319,8 @@ def tell_together(run_ids: list[int]) -> list[int]:
     The others are in other hands, or their message is being changed: they are to be done by themselves. Whatever goes
     wrong goes up to the caller, and nothing has changed.
     """
-    with db.atomic():
-        held = leases.hold_together(run_ids, _settings() | _ONE_PLAN)
+    with timed_transaction() as round_trip:
+        held = leases.hold_together(run_ids, not_for_long(round_trip) | _settings() | _ONE_PLAN)
         reach("run.held", *run_ids[:1])
         if held:
             execute(

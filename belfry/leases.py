@@ -14,13 +14,16 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from belfry.sql import NOT_FOR_LONG, Row, execute, row, rows, set_locally, transaction
+from belfry.sql import Row, execute, row, rows, set_locally, transaction
 from models import QUEUED_SECONDS, TRIES
 
 _LEASE = f"make_interval(secs => LEAST(15, 2 * power(2, {TRIES} - tries_left)))"
 """From the counted attempt to the lock lie milliseconds. After that `due_at` means something only where the lock is
 gone without a word: then the next attempt comes 2 s after the first began, and 4, 8, 15, 15 s after those that follow,
-so that a spell of bad luck does not use up all tries at once, and the work still goes on within half a minute."""
+so that a spell of bad luck does not use up all tries at once, and the work still goes on within half a minute.
+
+Where PostgreSQL answers slowly the sweeper waits longer (`grace`), and an attempt that was overtaken all the same gives
+its try back: a run is not failed for slowness alone."""
 
 
 _IS_OLD = "(created_at < now() - interval '1 day')"
@@ -45,7 +48,7 @@ _TAKE_RUN = f"""
         attempts = attempts + 1,
         tries_left = tries_left - 1,
         started_at = COALESCE(started_at, now()),
-        due_at = now() + {_LEASE}
+        due_at = clock_timestamp() + {_LEASE}
     WHERE id = (SELECT id FROM run WHERE id = %(run_id)s FOR NO KEY UPDATE SKIP LOCKED)
     AND slices_left = 0
     AND state IN ('pending', 'queued', 'running')
@@ -57,7 +60,7 @@ _TAKE_SLICE = f"""
     UPDATE slice
     SET attempts = attempts + 1,
         tries_left = tries_left - 1,
-        due_at = now() + {_LEASE}
+        due_at = clock_timestamp() + {_LEASE}
     WHERE (run_id, after) = (
         SELECT run_id, after
         FROM slice
@@ -110,7 +113,7 @@ _TAKE_TOGETHER = f"""
         attempts = 1,
         tries_left = tries_left - 1,
         started_at = now(),
-        due_at = now() + {_LEASE}
+        due_at = clock_timestamp() + {_LEASE}
     FROM chosen, (SELECT set_config('synchronous_commit', 'off', true)) AS lazily
     WHERE run.id = chosen.id
     AND chosen.members <= %(members)s
@@ -191,6 +194,36 @@ def hold(part: Part, attempt: int) -> Row | None:
     return row(_HOLD_RUN if part.after is None else _HOLD_SLICE, {**vars(part), "attempt": attempt})
 
 
+_GIVE_BACK_RUN = f"""
+    UPDATE run
+    SET tries_left = tries_left + 1
+    WHERE id = (SELECT id FROM run WHERE id = %(run_id)s FOR NO KEY UPDATE SKIP LOCKED)
+    AND slices_left = 0
+    AND state IN ('queued', 'running')
+    AND tries_left < {TRIES}
+"""
+
+_GIVE_BACK_SLICE = f"""
+    UPDATE slice
+    SET tries_left = tries_left + 1
+    WHERE (run_id, after) = (
+        SELECT run_id, after
+        FROM slice
+        WHERE run_id = %(run_id)s AND after = %(after)s
+        FOR NO KEY UPDATE SKIP LOCKED)
+    AND due_at IS NOT NULL
+    AND tries_left < {TRIES}
+"""
+
+
+def give_back(part: Part) -> None:
+    """Return the try of an attempt that another one has overtaken (`hold` gave None): nobody died, it was slow.
+
+    Nothing changes where the part is done, has failed, or is being done: whoever locks it sees to it.
+    """
+    execute(_GIVE_BACK_RUN if part.after is None else _GIVE_BACK_SLICE, vars(part))
+
+
 def hold_together(run_ids: Sequence[int], parameters: dict[str, str]) -> list[Row]:
     """As `hold`, of what `take_together` gave: {"run_id", "message_id"} of those whose message nobody is changing.
 
@@ -208,7 +241,7 @@ def hold_together(run_ids: Sequence[int], parameters: dict[str, str]) -> list[Ro
             ORDER BY id
             FOR NO KEY UPDATE SKIP LOCKED
         ),
-        put AS MATERIALIZED (SELECT {set_locally(NOT_FOR_LONG | parameters)})
+        put AS MATERIALIZED (SELECT {set_locally(parameters)})
         SELECT run_id, message_id,
             pg_try_advisory_xact_lock_shared({MESSAGE_LOCK}, (message_id %% 2147483647)::int) AS shared
         FROM put
@@ -289,28 +322,33 @@ def fail(part: Part, attempt: int, reason: str, retry_in: float | None) -> None:
     execute(statement, {**vars(part), **noted})
 
 
-def give_up() -> int:
+_IS_DUE = "due_at <= now() - make_interval(secs => %(grace)s)"
+"""`grace`: seconds more that a work item is left alone, since whoever claimed it may wait for PostgreSQL's answer."""
+
+
+def give_up(grace: float = 0) -> int:
     """Fail what has used up its tries, and whose last attempt ended without a word; how many parts that were."""
-    which = "tries_left = 0 AND due_at <= now()"
+    which = f"tries_left = 0 AND {_IS_DUE}"
+    parameters = {"reason": None, "retry_in": 0, "grace": grace}
     return sum(
-        execute(statement.format(which=which, reason=_REASON, of_others="SKIP LOCKED"), {"reason": None, "retry_in": 0})
+        execute(statement.format(which=which, reason=_REASON, of_others="SKIP LOCKED"), parameters)
         for statement in (_END_RUNS, _END_SLICES)
     )
 
 
-_ENQUEUE_RUNS = """
+_ENQUEUE_RUNS = f"""
     WITH found AS (
         SELECT id AS run_id
         FROM run
-        WHERE {which}
-        AND due_at <= now()
+        WHERE {{which}}
+        AND {_IS_DUE}
         AND tries_left > 0
         ORDER BY due_at
         LIMIT %(limit)s
         FOR NO KEY UPDATE SKIP LOCKED
     )
     UPDATE run
-    SET state = 'queued', due_at = now() + make_interval(secs => {seconds})
+    SET state = 'queued', due_at = now() + make_interval(secs => {QUEUED_SECONDS})
     FROM found
     WHERE run.id = found.run_id
     RETURNING run_id
@@ -320,7 +358,7 @@ _ENQUEUE_SLICES = f"""
     WITH found AS (
         SELECT run_id, after
         FROM slice
-        WHERE due_at <= now()
+        WHERE {_IS_DUE}
         AND tries_left > 0
         AND (%(run_id)s::bigint IS NULL OR (run_id, after) < (%(run_id)s, %(after)s))
         ORDER BY due_at
@@ -339,11 +377,11 @@ LOST_AT_MOST = 10_000  # of runs, and of slices, that are found in one sweep: as
 
 def pending_runs(room: int) -> list[Part]:
     """Mark as queued the runs that never reached the queue, and answer them, to be enqueued: the oldest `room`."""
-    statement = _ENQUEUE_RUNS.format(which="state = 'pending'", seconds=QUEUED_SECONDS)
-    return sorted(Part(**run) for run in rows(statement, {"limit": room})) if room > 0 else []
+    statement = _ENQUEUE_RUNS.format(which="state = 'pending'")
+    return sorted(Part(**run) for run in rows(statement, {"limit": room, "grace": 0})) if room > 0 else []
 
 
-def lost_runs(oldest: Part | None) -> list[Part]:
+def lost_runs(oldest: Part | None, grace: float = 0) -> list[Part]:
     """Mark as queued the runs that nobody takes care of any more, and answer them, to be enqueued.
 
     - What was left by a worker that died.
@@ -355,15 +393,15 @@ def lost_runs(oldest: Part | None) -> list[Part]:
     which = """
         (state = 'running' OR (state = 'queued' AND (%(oldest)s::bigint IS NULL OR id < %(oldest)s)))
     """
-    statement = _ENQUEUE_RUNS.format(which=which, seconds=QUEUED_SECONDS)
-    found = rows(statement, {"limit": LOST_AT_MOST, "oldest": oldest.run_id if oldest else None})
+    parameters = {"limit": LOST_AT_MOST, "oldest": oldest.run_id if oldest else None, "grace": grace}
+    found = rows(_ENQUEUE_RUNS.format(which=which), parameters)
     return sorted(Part(**run) for run in found)
 
 
-def lost_slices(oldest: Part | None) -> list[Part]:
+def lost_slices(oldest: Part | None, grace: float = 0) -> list[Part]:
     """As `lost_runs`, of slices; those that found no room in the queue as well."""
     key = vars(oldest) if oldest else {"run_id": None, "after": None}
-    return sorted(Part(**one) for one in rows(_ENQUEUE_SLICES, {"limit": LOST_AT_MOST, **key}))
+    return sorted(Part(**one) for one in rows(_ENQUEUE_SLICES, {"limit": LOST_AT_MOST, "grace": grace, **key}))
 
 
 def wait_for_room(run_ids: Sequence[int]) -> None:

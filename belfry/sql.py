@@ -4,6 +4,7 @@ A query that needs one of PostgreSQL's own guarantees (a lock, a conflict clause
 and counts) is written as SQL with named parameters; everything simple goes through the models.
 """
 
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -14,8 +15,22 @@ from models import db
 Row = dict[str, Any]
 
 IDLE_SECONDS = 5
-"""How long a transaction may hear nothing from its process. Between two statements lie a few milliseconds."""
-NOT_FOR_LONG = {"idle_in_transaction_session_timeout": f"{IDLE_SECONDS}s"}
+"""How long a transaction may hear nothing from its process, at least. Between two statements lie a few milliseconds."""
+ROUND_TRIPS = 8
+"""So many round trips are waited for before a silent process is taken for dead. On a slow network, or with
+a slow database, each takes seconds; from the claim of a work item to its lock are four."""
+
+
+def not_for_long(round_trip: float) -> dict[str, str]:
+    """PostgreSQL's parameters for a transaction that does not keep its locks when its process hangs.
+
+    `round_trip` is how many seconds PostgreSQL took for an answer just now: the silence between two statements is at
+    least as long.
+    """
+    return {"idle_in_transaction_session_timeout": f"{max(IDLE_SECONDS, ROUND_TRIPS * round_trip) * 1000:.0f}ms"}
+
+
+NOT_FOR_LONG = not_for_long(0)
 
 
 def _utc(value: Any) -> Any:
@@ -53,12 +68,21 @@ def set_locally(parameters: Mapping[str, str]) -> str:
 
 
 @contextmanager
-def transaction(**parameters: str) -> Iterator[None]:
-    """A transaction that does not keep its locks when its process hangs.
-
-    PostgreSQL ends it, and takes back what it wrote, when nothing is heard of the process for IDLE_SECONDS;
-    of a process that died it hears at once. `parameters` are PostgreSQL's, for this transaction alone.
-    """
+def timed_transaction() -> Iterator[float]:
+    """A transaction; yields how many seconds PostgreSQL took to answer BEGIN, which waits for nothing."""
+    began = time.perf_counter()
     with db.atomic():
-        row(f"SELECT {set_locally(NOT_FOR_LONG | parameters)}")
-        yield
+        yield time.perf_counter() - began
+
+
+@contextmanager
+def transaction(**parameters: str) -> Iterator[float]:
+    """A transaction that does not keep its locks when its process hangs. Yields as `timed_transaction`.
+
+    PostgreSQL ends it, and takes back what it wrote, when nothing is heard of the process for IDLE_SECONDS, or for
+    ROUND_TRIPS where those take longer; of a process that died it hears at once. `parameters` are PostgreSQL's, for
+    this transaction alone.
+    """
+    with timed_transaction() as round_trip:
+        row(f"SELECT {set_locally(not_for_long(round_trip) | parameters)}")
+        yield round_trip

@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
+from psycopg.conninfo import conninfo_to_dict
 from redis.connection import parse_url
 
 from chaos.victim import KILL
@@ -125,6 +126,8 @@ def a_web_process_and_its_log(
 class Gate:
     """A door before a server that tests can shut: connections through it are cut, and new ones are refused."""
 
+    answers_after = 0.0  # seconds that each answer is kept back
+
     def __init__(self) -> None:
         self._listener: socket.socket | None = None
         self._pairs: list[tuple[socket.socket, socket.socket]] = []
@@ -169,7 +172,7 @@ class Gate:
                 continue
             with self._lock:
                 self._pairs.append(pair)
-            threading.Thread(target=_forward, args=pair, daemon=True).start()
+            threading.Thread(target=_forward, args=(*pair, self.answers_after), daemon=True).start()
 
 
 class RedisGate(Gate):
@@ -224,16 +227,51 @@ class WebGate(Gate):
         return socket.create_connection((self.target.hostname, self.target.port))
 
 
-def _forward(one: socket.socket, other: socket.socket) -> None:
-    with one, other, selectors.DefaultSelector() as selector:
-        selector.register(one, selectors.EVENT_READ, other)
-        selector.register(other, selectors.EVENT_READ, one)
+class PostgresGate(Gate):
+    """Before PostgreSQL, from where each answer comes so many seconds later."""
+
+    def __init__(self, target_url: str, answers_after: float) -> None:
+        self.answers_after = answers_after
+        self._target = conninfo_to_dict(target_url)
+        self._directory = tempfile.TemporaryDirectory(prefix="belfry-gate-")
+        user, password = (quote(str(self._target.get(name) or ""), safe="") for name in ("user", "password"))
+        self.url = (
+            f"postgresql://{user}{':' if password else ''}{password}@/{self._target['dbname']}"
+            f"?host={quote(self._directory.name, safe='')}&port=5432"
+        )
+        super().__init__()
+
+    def close(self) -> None:
+        super().close()
+        self._directory.cleanup()
+
+    def _listen(self) -> socket.socket:
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(f"{self._directory.name}/.s.PGSQL.5432")
+        listener.listen()
+        return listener
+
+    def _connect(self) -> socket.socket:
+        host, port = str(self._target.get("host") or "localhost"), int(self._target.get("port") or 5432)
+        if not host.startswith("/"):
+            return socket.create_connection((host, port))
+        upstream = socket.socket(socket.AF_UNIX)
+        upstream.connect(f"{host}/.s.PGSQL.{port}")
+        return upstream
+
+
+def _forward(client: socket.socket, server: socket.socket, answers_after: float) -> None:
+    with client, server, selectors.DefaultSelector() as selector:
+        selector.register(client, selectors.EVENT_READ, server)
+        selector.register(server, selectors.EVENT_READ, client)
         while True:
             for key, _ in selector.select():
                 try:
                     data = key.fileobj.recv(65536)  # type: ignore[union-attr]
                     if not data:
                         return
+                    if key.fileobj is server:
+                        time.sleep(answers_after)
                     key.data.sendall(data)
                 except OSError:
                     return
@@ -244,5 +282,15 @@ def a_gate(target_url: str) -> Iterator[RedisGate]:
     gate = RedisGate(target_url)
     try:
         yield gate
+    finally:
+        gate.close()
+
+
+@contextmanager
+def a_slow_database(answers_after: float) -> Iterator[str]:
+    """The address at which the tests' PostgreSQL answers each statement so many seconds later."""
+    gate = PostgresGate(os.environ["DATABASE_URL"], answers_after)
+    try:
+        yield gate.url
     finally:
         gate.close()

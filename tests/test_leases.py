@@ -370,6 +370,59 @@ def test_what_has_no_tries_left_is_given_up_and_never_enqueued(run, large_run):
     assert [run_of(run_id)["state"] for run_id in (run, large_run)] == ["failed", "failed"]
 
 
+def test_a_run_that_living_workers_overtake_each_other_at_is_not_given_up(run):
+    """As when each statement takes longer than the lease: every attempt comes to its lock too late."""
+    for number in range(1, 3 * TRIES):
+        attempt = leases.take(Part(run))
+        assert attempt == number
+        let_time_pass()
+        assert leases.give_up() == 0
+        assert overdue() == [Part(run)]
+        jobs._tell(Part(run), attempt)
+    assert run_to_end(run) == "succeeded"
+    assert run_of(run)["attempts"] == 3 * TRIES
+
+
+def test_a_slice_that_living_workers_overtake_each_other_at_is_not_given_up(large_run):
+    part = parts_of(large_run)[1]
+    late = leases.take(part)
+    for _ in range(3 * TRIES):
+        let_time_pass()
+        assert leases.give_up() == 0
+        attempt = leases.take(part)
+        jobs._tell(part, late)
+        late = attempt
+    assert run_to_end(large_run) == "succeeded"
+
+
+def test_what_was_given_back_is_no_more_than_there_was_and_revives_nothing(run, large_run):
+    small, part = Part(run), parts_of(large_run)[0]
+    for one in (small, part):
+        leases.give_back(one)
+        for _ in range(TRIES):
+            leases.take(one)
+        assert leases.take(one) is None
+    let_time_pass()
+    assert leases.give_up() == 2
+    for one in (small, part):
+        leases.give_back(one)
+        assert leases.take(one) is None
+    assert [run_of(run_id)["state"] for run_id in (run, large_run)] == ["failed", "failed"]
+
+
+def test_while_postgresql_answers_slowly_nothing_is_taken_for_lost(run, large_run):
+    part = parts_of(large_run)[0]
+    for one in (Part(run), part):
+        for _ in range(TRIES):
+            leases.take(one)
+    let_time_pass()
+    assert leases.give_up(grace=60) == 0
+    execute("UPDATE run SET tries_left = 1 WHERE tries_left = 0")
+    execute("UPDATE slice SET tries_left = 1 WHERE tries_left = 0")
+    assert (leases.lost_runs(None, grace=60), leases.lost_slices(None, grace=60)) == ([], [])
+    assert leases.lost_runs(None) + leases.lost_slices(None) == [Part(run), *parts_of(large_run)]
+
+
 def test_each_retry_is_waited_for_as_long_as_it_takes(cast, monkeypatch, run_jobs):
     _, run_id = post(cast.subscriber, cast.general)
     fail_always(monkeypatch)

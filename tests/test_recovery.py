@@ -23,7 +23,7 @@ from belfry.verification import verify
 from chaos.victim import KILL_WITH_PARENT, STOP
 from models import Notification, Run, Server
 from tests.people import Person
-from tests.processes import a_doomed_worker, a_gate, a_web_process, a_worker, strike, wait_until
+from tests.processes import a_doomed_worker, a_gate, a_slow_database, a_web_process, a_worker, strike, wait_until
 from tests.telling import advance, crowd, parts_of, run_of, told
 from tests.telling import post as write
 from tests.test_worker import post, state_of
@@ -165,6 +165,26 @@ def test_an_edit_whose_process_hangs_holds_up_the_fan_out_for_a_moment_only(cast
         finished(run_id)
     assert state_of(run_id) == "succeeded"
     assert row("SELECT content FROM message") == {"content": "gold breaks out"}
+
+
+# Slow -----------------------------------------------------------------------------------------------------
+
+
+def test_living_workers_do_not_fail_a_run_for_which_every_statement_is_slow(cast):
+    """From the claim to the lock it takes longer than the longest lease; between two statements, than a transaction may
+    be silent."""
+    with (
+        a_slow_database(0.3) as url,
+        a_worker(through=("tests.hasty",), DATABASE_URL=url) as first,
+        a_worker(through=("tests.hasty",), DATABASE_URL=url) as second,
+    ):
+        message_id, run_id = enqueue(cast.subscriber, cast.general)
+        wait_until(lambda: state_of(run_id) in ("succeeded", "failed"), "the run to end", 120)
+        assert first.running()
+        assert second.running()
+    assert (run_of(run_id)["state"], len(told(message_id))) == ("succeeded", 3)
+    assert run_of(run_id)["attempts"] == 1
+    assert verify() == []
 
 
 # What is away ---------------------------------------------------------------------------------------------
