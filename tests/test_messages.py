@@ -177,7 +177,7 @@ def test_a_post_takes_one_statement_and_two_round_trips_to_redis(post, round_tri
     assert round_trips == {"sql": ["WITH asker"], "redis": 2}
     round_trips |= {"sql": [], "redis": 0}
     post("gold", key="once")
-    kept = ["SELECT u.id,", "BEGIN", "SELECT pg_try_advisory_xact_lock(hashtextextended(%(name)s,",
+    kept = ["SELECT u.id,", "BEGIN TRANSACTION", "SELECT pg_try_advisory_xact_lock(hashtextextended(%(name)s,",
             "SELECT request_hash,", "WITH asker", "INSERT INTO", "COMMIT"]  # fmt: skip
     assert round_trips == {"sql": kept, "redis": 2}
     round_trips |= {"sql": [], "redis": 0}
