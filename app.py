@@ -90,6 +90,7 @@ def create_app() -> Flask:
     app.before_request(_authenticate)
     app.after_request(_sign)
     limits.register(app)
+    app.before_request(_require_csrf_token)
     stream.register(app)
     app.teardown_request(_leave)
     app.register_blueprint(api)
@@ -110,27 +111,37 @@ def _identify() -> None:
 
 
 def _authenticate() -> None:
-    """Find out who asks under /api, or for a page, before anything is counted. Nobody is fine here; they ask for more.
+    """Find the user of the request, before it is counted, by one query at most. None is fine here: views ask for more.
 
-    With an Authorization header its token counts and nothing else; without one the session of the page, which may
-    write only with its CSRF token: 403 otherwise.
+    1. Routes that are the same for everybody (`limits.WITHOUT_USER`), and a scraper with METRICS_TOKEN: none.
+    2. Pages and /login: the session's user.
+    3. Under /api, with an Authorization header: the token's user, and nothing else counts.
+    4. Anywhere else, unknown paths included, with a bearer token: the token's user, and nothing else counts.
+    5. Without one: the session's user.
     """
     g.user = g.token_hash = None
-    if request.blueprint == pages.blueprint.name:
+    if request.endpoint in limits.WITHOUT_USER or health.is_scraper():
+        return
+    token = None if request.blueprint in (pages.blueprint.name, sign_in.blueprint.name) else bearer_token()
+    if token:
+        token_hash = accounts.hash_token(token)
+        if request.endpoint and hasattr(current_app.view_functions[request.endpoint], "asks_for_itself"):
+            g.user = accounts.remembered(token_hash)
+            g.token_hash = token_hash if g.user else None
+        g.user = g.user or accounts.authenticate_hash(token_hash)
+    elif not (_is_api() and "Authorization" in request.headers):
         g.user = sign_in.signed_in()
-    if not request.path.startswith("/api/"):
-        return
-    if "Authorization" in request.headers:
-        if token := bearer_token():
-            token_hash = accounts.hash_token(token)
-            if request.endpoint and hasattr(current_app.view_functions[request.endpoint], "asks_for_itself"):
-                g.user = accounts.remembered(token_hash)
-                g.token_hash = token_hash if g.user else None
-            g.user = g.user or accounts.authenticate_hash(token_hash)
-        return
-    g.user = sign_in.signed_in()
-    if g.user and request.method not in READS and not sign_in.csrf_matches(request.headers.get("X-CSRF-Token", "")):
+
+
+def _require_csrf_token() -> None:
+    """Refuse a write under /api by a session without its CSRF token: 403. After counting: these count as well."""
+    by_session = g.user and _is_api() and "Authorization" not in request.headers
+    if by_session and request.method not in READS and not sign_in.csrf_matches(request.headers.get("X-CSRF-Token", "")):
         raise HttpProblem(403, "Send the page's CSRF token as X-CSRF-Token, or a token as Authorization.")
+
+
+def _is_api() -> bool:
+    return request.path.startswith("/api/")
 
 
 def _sign(answer: Response) -> Response:

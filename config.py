@@ -121,6 +121,8 @@ class Settings:
     log_format: str = _variable(_one_of("text", "json"), "text", "text for people, json for machines")
     rate_limit_messages: str = _variable(_rate, "200 per 15 minutes", "messages of one author")
     rate_limit_default: str = _variable(_rate, "1200 per minute", "every other request of one person")
+    rate_limit_anonymous: str = _variable(_rate, "1200 per minute", "requests without a user, of one client address")
+    trusted_proxies: int = _variable(_number(0, 32), 0, "proxies in front that append to X-Forwarded-For")
     past_due_grace_days: int = _variable(_number(0, 366), 7, "days that a past_due subscription still counts")
     metrics_token: str = _variable(_text, "", "opens /metrics to a scraper; empty: admins' tokens only")
     slice_members: int = _variable(_number(1, 1_000_000), 20_000, "members in one slice of a fan-out")

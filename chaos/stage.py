@@ -194,7 +194,9 @@ def staged() -> Iterator[Stage]:
         # Durable, as in production: what was answered must outlive a crash of PostgreSQL.
         urls = resources.enter_context(servers(data_dir))
         env = stack.environment(urls, ports.address_of(listening))
-        env |= {"RATE_LIMIT_MESSAGES": "1000000 per minute", "RATE_LIMIT_DEFAULT": "1000000 per minute"}
+        env |= dict.fromkeys(
+            ("RATE_LIMIT_MESSAGES", "RATE_LIMIT_DEFAULT", "RATE_LIMIT_ANONYMOUS"), "1000000 per minute"
+        )
         env |= {"LOG_LEVEL": "WARNING", "SLICE_MEMBERS": "200"}
         os.environ.update(env)  # what the harness itself imports of Belfry reads it
         stack.migrate(env)

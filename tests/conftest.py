@@ -32,6 +32,7 @@ from config import settings
 from models import db
 from tests.people import Api, Cast, make_cast
 from tests.telling import empty
+from views import health
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -48,6 +49,11 @@ def _clean(_schema: None) -> Iterator[None]:
     yield
     if not db.is_closed():
         db.close()
+
+
+@pytest.fixture(autouse=True)
+def _no_readiness_cache(monkeypatch) -> None:
+    monkeypatch.setattr(health, "READINESS_SECONDS", 0)
 
 
 @pytest.fixture(scope="session")

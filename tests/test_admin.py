@@ -17,7 +17,9 @@ import queues
 from belfry import accounts, schema
 from config import settings
 from models import ApiToken, ChannelRole, Member, MemberRole, Subscription, User, db
+from tests.telling import statements
 from tests.test_refusals import METHODS, SHAPE, assert_problem
+from views import health
 
 HOSTILE = (
     "'; DROP TABLE user_account; --", '" OR 1=1 #', "%s %(id)s %% {0} {name}", "{{ 7 * 7 }}{% raw %}",
@@ -291,6 +293,15 @@ def test_ready_says_which_part_is_not(client, monkeypatch, tmp_path):
         assert list(readiness(client)) == ["database", "migrations"]
         assert (client.get("/healthz").status_code, client.get("/healthz").get_json()) == (200, {"status": "ok"})
     assert client.get("/readyz").status_code == 200
+
+
+def test_many_who_ask_at_once_whether_it_is_ready_share_one_check(app, monkeypatch):
+    monkeypatch.setattr(health, "READINESS_SECONDS", 600)
+    monkeypatch.setattr(health, "_readiness", health._Readiness())
+    with statements() as asked, ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: app.test_client().get("/readyz"), range(40)))
+    assert [answer.status_code for answer in answers] == [200] * 40
+    assert sum("SELECT 1" in sql for sql in asked) == 1
 
 
 def test_metrics(api, cast, client, monkeypatch):

@@ -29,6 +29,7 @@ def test_an_empty_environment_means_the_defaults():
         ("RATE_LIMIT_MESSAGES", "5 per second; 200 per 15 minutes", "5 per second; 200 per 15 minutes"),
         ("PUBLIC_URL", "https://example.com/", "https://example.com"),
         ("PAST_DUE_GRACE_DAYS", "0", 0),
+        ("TRUSTED_PROXIES", "2", 2),
     ],
 )
 def test_a_value_is_read(name, value, meant):
@@ -55,6 +56,9 @@ def test_a_value_is_read(name, value, meant):
         ("PUBLIC_URL", "example.com"),
         ("RATE_LIMIT_MESSAGES", "a few"),
         ("RATE_LIMIT_DEFAULT", "10 per fortnight"),
+        ("RATE_LIMIT_ANONYMOUS", "many"),
+        ("TRUSTED_PROXIES", "-1"),
+        ("TRUSTED_PROXIES", "10.0.0.0/8"),
         ("PAST_DUE_GRACE_DAYS", "-1"),
         ("SLICE_MEMBERS", "0"),
         ("JOB_TIMEOUT", "1"),

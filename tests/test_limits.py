@@ -1,6 +1,7 @@
 """Rate limits: what is counted, whose it is, and when there is more."""
 
 import time
+from dataclasses import replace
 
 import pytest
 from limits import parse_many
@@ -8,8 +9,11 @@ from redis import Redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from config import settings
+from tests.people import csrf_of
+from tests.telling import statements
 from tests.test_refusals import assert_problem
-from views import limits
+from views import health, limits
 
 
 @pytest.fixture
@@ -101,10 +105,110 @@ def test_posts_and_edits_count_together_and_apart_from_everything_else(api, cast
     assert api(cast.vip).get("/api/me").status_code == 200
 
 
-def test_nobody_and_what_is_no_address_are_not_counted(api, cast, client, redis):
-    for answer in (client.get("/api/me"), client.get("/healthz"), api(cast.admin).get("/api/nothing")):
+def test_whatever_a_user_asks_counts_unknown_paths_included(api, cast, limit, app):
+    limit("other", "3 per minute")
+    admin = api(cast.admin)
+    paths = ["/rq/", "/metrics", "/api/nothing"]
+    assert [told(admin.get(path)) for path in paths] == [("3", "2"), ("3", "1"), ("3", "0")]
+    for path in (*paths, "/nothing/either", "/rq/nothing", "/rq/0/view/workers", "/api/me"):
+        answer = admin.get(path)
+        assert (answer.status_code, answer.headers["Retry-After"] > "0") == (429, True), path
+    assert admin.put("/api/me").status_code == 429, "no such method"
+
+
+def test_what_a_browsers_session_asks_counts_for_its_user(client, cast, limit):
+    limit("other", "4 per minute")
+    csrf = csrf_of(client.get("/login").text)
+    client.post("/login", data={"csrf": csrf, "token": cast.admin.token})
+    asked = [client.get("/inbox"), client.get("/nothing"), client.get("/metrics")]
+    asked.append(client.delete("/api/me/sessions"))
+    assert [answer.status_code for answer in asked] == [200, 404, 200, 403]
+    assert [told(answer)[1] for answer in asked] == ["3", "2", "1", "0"], "a wrong CSRF token counts as well"
+    for path in ("/inbox", "/nothing", "/rq/", "/login", "/api/me"):
+        assert client.get(path).status_code == 429, path
+    assert client.get("/docs").status_code == 200, "the same for everybody, and counted by address"
+
+
+ANONYMOUS = (
+    ("GET", "/login", None), ("POST", "/login", None), ("GET", "/api/me", None), ("GET", "/api/me", "Bearer wrong"),
+    ("GET", "/metrics", "Bearer wrong"), ("GET", "/rq/", None), ("GET", "/nothing", None), ("GET", "/readyz", None),
+    ("GET", "/docs", None), ("GET", "/openapi.json", None), ("GET", "/", None),
+)  # fmt: skip
+
+
+def test_requests_without_a_user_count_together_by_address(client, api, cast, limit):
+    limit("anonymous", f"{len(ANONYMOUS)} per minute")
+
+    def ask(method, path, token, address="192.0.2.1"):
+        headers = {"Authorization": token} if token else {}
+        return client.open(path, method=method, headers=headers, environ_base={"REMOTE_ADDR": address})
+
+    for number, request in enumerate(ANONYMOUS, 1):
+        assert told(ask(*request)) == (str(len(ANONYMOUS)), str(len(ANONYMOUS) - number)), request
+    for request in ANONYMOUS:
+        problem = ask(*request)
+        assert problem.status_code == 429, request
+        assert int(problem.headers["Retry-After"]) > 0
+    assert "for one address" in assert_problem(ask("GET", "/api/me", None), 429, "rate_limited")["detail"]
+    assert ask("GET", "/login", None, "192.0.2.2").status_code == 200
+    vera = {"Authorization": f"Bearer {cast.vip.token}"}
+    assert client.get("/api/me", headers=vera, environ_base={"REMOTE_ADDR": "192.0.2.1"}).status_code == 200
+
+
+def test_what_asks_nothing_does_not_count(client, redis):
+    for path in ("/healthz", "/static/colours.css"):
+        answer = client.get(path, buffered=True)
+        assert answer.status_code == 200
         assert "RateLimit-Limit" not in answer.headers
     assert redis.keys("*") == []
+
+
+def test_a_scraper_counts_by_address_and_asks_for_no_user(client, limit, monkeypatch):
+    monkeypatch.setattr(health, "settings", replace(settings, metrics_token="s" * 32))
+    limit("anonymous", "1 per minute")
+    with statements() as asked:
+        answers = [client.get("/metrics", headers={"Authorization": f"Bearer {'s' * 32}"}) for _ in range(2)]
+    assert [answer.status_code for answer in answers] == [200, 429]
+    assert not [sql for sql in asked if "api_token" in sql]
+
+
+def test_an_unknown_path_costs_one_statement_at_most(client, api, cast):
+    for ask, most in ((client.get, 0), (api(cast.vip).get, 1)):
+        with statements() as asked:
+            for path in ("/nothing", "/api/nothing"):
+                assert ask(path).status_code == 404
+        assert len(asked) == 2 * most
+
+
+@pytest.mark.parametrize(
+    ("proxies", "peer", "forwarded", "expected"),
+    [
+        (0, "192.0.2.1", None, "192.0.2.1"),
+        (0, "192.0.2.1", "203.0.113.9", "192.0.2.1"),
+        (1, "10.0.0.1", "203.0.113.9", "203.0.113.9"),
+        (1, "10.0.0.1", "forged, 198.51.100.7 ,203.0.113.9", "203.0.113.9"),
+        (2, "10.0.0.1", "198.51.100.7,203.0.113.9, 10.0.0.2", "203.0.113.9"),
+        (2, "10.0.0.1", '198.51.100.7, "x, 203.0.113.9, 10.0.0.2', "203.0.113.9"),
+        (2, "10.0.0.1", "203.0.113.9", "10.0.0.1"),
+        (1, "10.0.0.1", None, "10.0.0.1"),
+        (1, "10.0.0.1", "", "10.0.0.1"),
+        (1, "10.0.0.1", "203.0.113.9,", "10.0.0.1"),
+        (1, "10.0.0.1", "unknown", "10.0.0.1"),
+        (1, "10.0.0.1", "203.0.113.9:5678", "203.0.113.9"),
+        (1, "10.0.0.1", "[2001:db8:1:2:3::4]:5678", "2001:db8:1:2::/64"),
+        (1, "10.0.0.1", "2001:DB8:1:2:ffff:0:0:1", "2001:db8:1:2::/64"),
+        (0, "::ffff:192.0.2.1", None, "192.0.2.1"),
+        (0, "fe80::1%eth0", None, "fe80::/64"),
+        (0, "", None, "unknown"),
+        (1, "", "203.0.113.9", "203.0.113.9"),
+        (1, "", "x" * 5_000, "unknown"),
+    ],
+)
+def test_the_address_is_the_one_that_a_trusted_proxy_wrote(app, monkeypatch, proxies, peer, forwarded, expected):
+    monkeypatch.setattr(limits, "settings", replace(settings, trusted_proxies=proxies))
+    headers = {} if forwarded is None else {"X-Forwarded-For": forwarded}
+    with app.test_request_context("/", headers=headers, environ_base={"REMOTE_ADDR": peer}):
+        assert limits.client_address() == expected
 
 
 def test_while_redis_is_out_of_reach_requests_pass_and_the_log_says_so(post, monkeypatch, caplog):

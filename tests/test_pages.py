@@ -477,7 +477,7 @@ def test_what_went_wrong_is_a_page_too(browser, cast, monkeypatch):
         return answer
 
     with monkeypatch.context() as patch:
-        patch.setattr(limits, "_hit", lambda limit, scope: (0, 0, 7_000))
+        patch.setattr(limits, "_hit", lambda limit, key, scope: (0, 0, 7_000))
         assert answers(429, "Too many requests").headers["Retry-After"] == "7"
     with monkeypatch.context() as patch:
         patch.setattr(inbox, "unread_count", lambda user: 1 / 0)

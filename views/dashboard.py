@@ -32,7 +32,6 @@ from werkzeug.exceptions import MethodNotAllowed
 from werkzeug.wrappers import Response as AnyResponse
 
 import queues
-from belfry import accounts
 from views import queue_pages, sign_in
 from views.endpoint import READS, bearer_token
 from views.problems import HttpProblem, problem
@@ -88,7 +87,6 @@ def _admit() -> AnyResponse | None:
     if not _under_rq():
         return None
     token = bearer_token()
-    g.user = accounts.authenticate(token) if token else sign_in.signed_in()
     if g.user is None:
         if token or request.method not in READS:
             raise HttpProblem(401, "Send an admin's token.", {"WWW-Authenticate": 'Bearer realm="belfry"'})

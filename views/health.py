@@ -2,27 +2,28 @@
 
 import hmac
 import json
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
-from flask import Blueprint, Response, g
+from flask import Blueprint, Response, g, request
 from peewee import InterfaceError, OperationalError
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from rq import Worker
 
 import queues
-from belfry import accounts, runs
+from belfry import runs
 from belfry.health import check
 from config import settings
 from views.endpoint import bearer_token, json_response
 from views.problems import HttpProblem, problem
 
 blueprint = Blueprint("health", __name__)
-
+READINESS_SECONDS = 1.0  # for which one check answers everybody who asks /readyz of this process
 RECOVERY_SECONDS = 30  # within which work that was lost is to go on
 
 
@@ -32,6 +33,35 @@ def healthz() -> Response:
     return json_response('{"status": "ok"}', 200)
 
 
+class _Readiness:
+    """The last check: made again by the first request that finds it old, while the others wait for it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._found: tuple[dict[str, str], dict[str, int]] = ({}, {})
+        self._checked_at = float("-inf")  # `time.monotonic()`
+
+    def get(self) -> tuple[dict[str, str], dict[str, int]]:
+        """What does not work, by part ("ok" where it does), and since when parts of the sweep other than an overdue
+        recovery fail. READINESS_SECONDS old at most."""
+        with self._lock:
+            if time.monotonic() - self._checked_at >= READINESS_SECONDS:
+                self._found = self._check()
+                self._checked_at = time.monotonic()
+            return self._found
+
+    def _check(self) -> tuple[dict[str, str], dict[str, int]]:
+        parts = check(queues.redis_answers)
+        failing = queues.sweep_times("failing since") if parts["redis"] == "ok" else {}
+        parts["recovery"] = "ok"
+        if queues.RECOVERY in failing and time.time() - failing[queues.RECOVERY] > RECOVERY_SECONDS:
+            parts["recovery"] = _failing(queues.RECOVERY, failing.pop(queues.RECOVERY))
+        return parts, failing
+
+
+_readiness = _Readiness()
+
+
 @blueprint.get("/readyz")
 def readyz() -> Response:
     """200 when database and Redis answer, migrations are done and lost work is recovered; else 503, and what is not.
@@ -39,11 +69,7 @@ def readyz() -> Response:
     `warnings` are parts of the sweep that fail: nobody waits for them, but an operator has to look into it. Recovery is
     among them at first, and an error once lost work waits longer than RECOVERY_SECONDS.
     """
-    parts = check(queues.redis_answers)
-    failing = queues.sweep_times("failing since") if parts["redis"] == "ok" else {}
-    parts["recovery"] = "ok"
-    if queues.RECOVERY in failing and time.time() - failing[queues.RECOVERY] > RECOVERY_SECONDS:
-        parts["recovery"] = _failing(queues.RECOVERY, failing.pop(queues.RECOVERY))
+    parts, failing = _readiness.get()
     wrong = {part: [why] for part, why in parts.items() if why != "ok"}
     if wrong:
         return problem(503, "Not ready; `errors` says what is not.", errors=wrong)
@@ -128,12 +154,17 @@ class _Readings:
             yield family
 
 
+def is_scraper() -> bool:
+    """Whether this is a request to /metrics with METRICS_TOKEN. Asks nothing of the database, which may be away."""
+    if request.endpoint != "health.metrics" or not settings.metrics_token:
+        return False
+    return hmac.compare_digest((bearer_token() or "").encode(), settings.metrics_token.encode())
+
+
 @blueprint.get("/metrics")
 def metrics() -> Response:
-    """Queues, workers and unfinished runs, as Prometheus reads them. An admin's token, or METRICS_TOKEN."""
-    token = bearer_token() or ""
-    if not (settings.metrics_token and hmac.compare_digest(token.encode(), settings.metrics_token.encode())):
-        g.user = accounts.authenticate(token) if token else None
+    """Queues, workers and unfinished runs, as Prometheus reads them. For admins, and with METRICS_TOKEN."""
+    if not is_scraper():
         if g.user is None:
             raise HttpProblem(401, "Send an admin's token, or METRICS_TOKEN.", {"WWW-Authenticate": "Bearer"})
         if not g.user.is_admin:

@@ -1,9 +1,15 @@
-"""Rate limits: by the person who asks, counted on Redis for all web processes together.
+"""Rate limits: by user, and by client address where no user is known, counted on Redis for all web processes together.
 
-Never by anything that a caller can make up (a header, a token's beginning, an address behind a proxy). With
-Redis out, requests pass, and the log says so.
+- A user's posts and edits count as `messages`, everything else of theirs as `other`, unknown paths included.
+- Requests without a user count by address as `anonymous`: one limit for all of them, wrong tokens included. Nobody
+  guesses a token of 256 random bits, so what is limited is load.
+- /healthz and static files do not count: counting would cost more than they do.
+
+Never by anything that a caller can make up (a token's beginning, a forwarded address that no trusted proxy wrote).
+With Redis out, requests pass, and the log says so.
 """
 
+import ipaddress
 import logging
 import math
 from functools import cache
@@ -28,8 +34,12 @@ _LIMITS = {
         ("messages", settings.rate_limit_messages),
         ("streams", STREAM_OPENINGS),
         ("other", settings.rate_limit_default),
+        ("anonymous", settings.rate_limit_anonymous),
     )
 }
+_UNCOUNTED = ("static", "health.healthz")
+WITHOUT_USER = (*_UNCOUNTED, "health.readyz", "openapi.docs", "openapi.openapi_json")
+"""Endpoints that are the same for everybody: nobody is looked up for them, and the address counts."""
 
 # A sliding window, of two that are counted: those of the last one weigh as much as of it is still in sight. What is
 # refused does not count. Redis's own clock, and one round trip: whether it may, how many are left, and the
@@ -80,19 +90,23 @@ def limit_streams(view: View) -> View:
 
 
 def register(app: Flask) -> None:
-    """Count every request of somebody who is known. After `authenticate`, before the views."""
+    """Count every request. After `_authenticate`, before the views."""
     app.before_request(_count)
     app.after_request(_tell)
 
 
 def _count() -> None:
     """Raises 429 where there were too many; what is told of it is in `g.limit`."""
-    if g.user is None or request.endpoint is None:
+    if request.endpoint in _UNCOUNTED:
         return
-    scope = getattr(current_app.view_functions[request.endpoint], "limited_as", "other")
+    if g.user is None:
+        scope, key, whom = "anonymous", f"address:{client_address()}", "address"
+    else:
+        view = current_app.view_functions.get(request.endpoint or "")
+        scope, key, whom = getattr(view, "limited_as", "other"), f"user:{g.user.id}", "person"
     for limit in _LIMITS[scope]:
         try:
-            may, left, milliseconds = _hit(limit, scope)
+            may, left, milliseconds = _hit(limit, key, scope)
         except RedisError as error:
             log.warning("Redis is out of reach, nobody is counted: %s", error)
             return
@@ -100,15 +114,45 @@ def _count() -> None:
         if "limit" not in g or not may or left < g.limit[1]:
             g.limit = limit.amount, left, seconds
         if not may:
-            detail = f"Too many requests: {limit} for one person."
+            detail = f"Too many requests: {limit} for one {whom}."
             raise HttpProblem(429, detail, {"Retry-After": str(seconds)})
 
 
-def _hit(limit: RateLimitItem, scope: str) -> tuple[int, int, int]:
+def _hit(limit: RateLimitItem, key: str, scope: str) -> tuple[int, int, int]:
     """Whether it may, how many are left, and in how many milliseconds there is one more."""
-    key = limit.key_for("belfry", f"user:{g.user.id}", scope)
+    key = limit.key_for("belfry", key, scope)
     may, left, milliseconds = _script()([key], [limit.amount, limit.get_expiry()])
     return may, left, milliseconds
+
+
+def client_address() -> str:
+    """The client's IPv4 address, or the /64 of its IPv6 address, as far as TRUSTED_PROXIES can be believed.
+
+    With 0 the peer's. With n the n-th of X-Forwarded-For from the right, which the n-th proxy wrote: clients can put
+    anything to the left of it. Where that is missing or no address, the peer's; `unknown` for a Unix socket.
+    """
+    proxies, peer = settings.trusted_proxies, request.environ.get("REMOTE_ADDR", "")
+    forwarded = request.headers.get("X-Forwarded-For", "").rsplit(",", proxies) if proxies else []
+    named = forwarded[-proxies] if 0 < proxies <= len(forwarded) else peer
+    return _network(named) or _network(peer) or "unknown"
+
+
+def _network(text: str) -> str | None:
+    """An address in its one spelling, without a port, an IPv6 address as its /64; None for what is no address."""
+    text = text.strip()
+    if text.startswith("["):
+        text = text[1:].partition("]")[0]
+    elif text.count(":") == 1:
+        text = text.partition(":")[0]
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        return None
+    if isinstance(address, ipaddress.IPv4Address):
+        return str(address)
+    if address.ipv4_mapped:
+        return str(address.ipv4_mapped)
+    return f"{ipaddress.IPv6Address(int(address) >> 64 << 64)}/64"
 
 
 def _tell(answer: Response) -> Response:
