@@ -5,9 +5,12 @@ PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
-PIP    := --disable-pip-version-check install --no-cache-dir --quiet -r requirements-dev.txt
+PIP    := --disable-pip-version-check install --no-cache-dir --quiet
+LOCKED := --require-hashes -r requirements-dev.lock
+UV     := .belfry/uv/bin/uv pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest \
+          --generate-hashes --no-emit-index-url --no-emit-find-links --custom-compile-command 'make lock'
 
-.PHONY: help setup demo run web worker test bench chaos drill lint screenshots clean
+.PHONY: help setup demo run web worker test bench chaos drill lint screenshots lock clean
 
 help:
 	@echo 'make demo     the whole way once: 10,000 members, a real message, who was told; leaves nothing behind'
@@ -20,6 +23,7 @@ help:
 	@echo 'make drill    fan-outs to 1,000,000, SIGTERM, Redis down, a backlog    (ARGS="mention stop outage backlog")'
 	@echo 'make lint     ruff and mypy'
 	@echo 'make screenshots   docs/screenshots/ made anew, by Chromium'
+	@echo 'make lock     requirements*.lock anew from requirements*.txt   (ARGS="--upgrade" for newer versions of the rest)'
 	@echo 'make setup    .venv only; the others do it when it is missing or out of date'
 	@echo 'make clean    remove .venv, .belfry (the data of `make run`) and caches'
 	@echo
@@ -47,6 +51,12 @@ lint: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m mypy .
 
+# The short lists stay as they are; the lock files get the versions and hashes of all that they pull in.
+lock:
+	$(PYTHON) -m pip $(PIP) --upgrade --target .belfry/uv uv==0.13.9
+	$(UV) $(ARGS) requirements.txt -o requirements.lock
+	$(UV) $(ARGS) -c requirements.lock requirements-dev.txt -o requirements-dev.lock
+
 # A .venv whose interpreter is gone (removed, or upgraded in its place) is made anew.
 $(PY):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -55,13 +65,13 @@ $(PY):
 
 # The interpreter's own pip installs into .venv: works where ensurepip, which would put one into it, is
 # missing, as on Debian without python3-venv. A pip older than 22.3 cannot do that, and needs ensurepip.
-$(STAMP): requirements.txt requirements-dev.txt $(PY)
+$(STAMP): requirements-dev.lock $(PY)
 	@$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo 'Belfry needs Python 3.11 or newer, and $(VENV) has an older one. Run: make clean'; exit 1; }
-	@echo 'Installing what requirements-dev.txt lists …'
+	@echo 'Installing what requirements-dev.lock lists …'
 	@if $(PYTHON) -m pip --python $(PY) --version >/dev/null 2>&1; \
-	  then $(PYTHON) -m pip --python $(PY) $(PIP); \
-	  else $(PY) -m ensurepip >/dev/null && $(PY) -m pip $(PIP); \
+	  then $(PYTHON) -m pip --python $(PY) $(PIP) $(LOCKED); \
+	  else $(PY) -m ensurepip >/dev/null && $(PY) -m pip $(PIP) $(LOCKED); \
 	  fi || { echo 'Installing failed. Belfry needs a $(PYTHON) with pip, and the package index in reach.'; exit 1; }
 	@touch $(STAMP)
 
