@@ -253,10 +253,16 @@ def _recover() -> int | None:
 
 
 def _look_after_partitions() -> bool | None:
-    """Make, leave and drop partitions, once in PARTITIONS_SECONDS; None in between. Raises OperationalError where
-    somebody who reads for long stands in the way."""
+    """Make, leave and drop partitions, once in PARTITIONS_SECONDS, and at once where one is missing; None in between.
+
+    Raises OperationalError where somebody who reads for long stands in the way.
+    """
     global _partitions_looked_at, _indexing
-    if time.monotonic() - _partitions_looked_at < PARTITIONS_SECONDS:
+    gaps = partitions.missing()
+    for gap in gaps:
+        log.error("message ids from %s to below %s have no partition: their runs fail until it is made",
+                  gap.after_or_at or "the lowest", gap.below)  # fmt: skip
+    if not gaps and time.monotonic() - _partitions_looked_at < PARTITIONS_SECONDS:
         return None
     _partitions_looked_at = time.monotonic()
     partitions.care()

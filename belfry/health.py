@@ -5,21 +5,25 @@ from collections.abc import Callable
 from peewee import InterfaceError, OperationalError
 from playhouse.pool import MaxConnectionsExceeded
 
+from belfry import partitions
 from belfry.schema import missing_migrations
 from belfry.sql import row
 
 
 def check(redis_answers: Callable[[], bool]) -> dict[str, str]:
-    """{"database", "redis", "migrations"}: "ok", or what is wrong in a few words."""
-    parts = {"database": "ok", "redis": "ok", "migrations": "ok"}
+    """{"database", "redis", "migrations", "partitions"}: "ok", or what is wrong in a few words."""
+    parts = {"database": "ok", "redis": "ok", "migrations": "ok", "partitions": "ok"}
     try:
         row("SELECT 1")
         missing = missing_migrations()
         if missing:
             parts["migrations"] = f"missing: {', '.join(missing)}"
+            parts["partitions"] = "unknown until the migrations are done"
+        elif gaps := partitions.missing():
+            parts["partitions"] = f"{len(gaps)} missing: some messages notify nobody; the worker's log says why"
     except (OperationalError, InterfaceError, MaxConnectionsExceeded):
         parts["database"] = "out of reach"
-        parts["migrations"] = "unknown while the database is out of reach"
+        parts["migrations"] = parts["partitions"] = "unknown while the database is out of reach"
     if not redis_answers():
         parts["redis"] = "out of reach"
     return parts

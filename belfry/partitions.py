@@ -9,18 +9,22 @@ touches a page for each recipient, in the end. So a partition is left when it is
   with time, and have gaps.
 - One that was left gets an index of what is unread in it: who has read nearly all of 100,000 is not counted row by row.
   Nobody is told there any more, so nobody waits for it; the one in use has none.
+- Where one is missing (somebody detached or dropped it, or the sequence is far ahead), it is made at the next sweep.
+  Which there are is read from the catalogue's bounds, not from their names: another table may have the name.
 - RETENTION_DAYS after its newest message a partition is dropped whole: no row is deleted one by one. The lowest one has
   no lower bound, and takes what is still written about messages that old, until the next one goes.
 """
 
 import logging
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 
 import psycopg
+from peewee import IntegrityError, NotSupportedError, ProgrammingError
 
 from belfry.sql import execute, lock_for_this_transaction, row, rows, transaction
 from config import settings
-from models import connect_parameters, prepare
+from models import connect_parameters, db, prepare
 
 log = logging.getLogger(__name__)
 
@@ -42,30 +46,45 @@ class Partition:
 
     after_or_at: int | None
     below: int
+    name: str = field(default="", compare=False)  # the table's; of one that is to be made there is none yet
 
-    @property
-    def name(self) -> str:
-        """The table's."""
-        return f"notification_to_{self.below}"
+
+_BOUNDS = re.compile(r"FOR VALUES FROM \((?:MINVALUE|'?(-?[0-9]+)'?)\) TO \('?(-?[0-9]+)'?\)")
 
 
 def partitions() -> list[Partition]:
-    """All there are, lowest first."""
+    """All that have an upper bound, lowest first. A default partition is not among them."""
     found = rows(
-        "SELECT substring(c.relname FROM '^notification_to_([0-9]+)$')::bigint AS below"
+        "SELECT quote_ident(c.relname) AS name, pg_get_expr(c.relpartbound, c.oid) AS bounds"
         " FROM pg_inherits i"
         " JOIN pg_class c ON c.oid = i.inhrelid"
         " WHERE i.inhparent = 'notification'::regclass"
-        " AND c.relname ~ '^notification_to_[0-9]+$'"
-        " ORDER BY 1"
+        " AND NOT i.inhdetachpending"
     )
-    bounds = [one["below"] for one in found]
-    return [Partition(lower, below) for lower, below in zip([None, *bounds], bounds, strict=False)]
+    bounds = [(one["name"], _BOUNDS.fullmatch(one["bounds"] or "")) for one in found]
+    there = [Partition(int(two[1]) if two[1] else None, int(two[2]), name) for name, two in bounds if two]
+    return sorted(there, key=lambda one: one.below)
+
+
+def missing(newest: int | None = None) -> list[Partition]:
+    """The ranges of message ids, up to the next after `newest`, for which no partition is there.
+
+    `newest` is the sequence's value, which is read unless it is given.
+    """
+    next_message = (_newest_message() if newest is None else newest) + 1
+    found: list[Partition] = []
+    end: int | None = None
+    for one in [*partitions(), Partition(next_message + 1, next_message + 1)]:
+        if one.after_or_at is not None and (end is None or end < one.after_or_at):
+            found.append(Partition(end, one.after_or_at))
+        end = one.below if end is None else max(end, one.below)
+    return found
 
 
 def kept_from() -> int:
     """The message id from which on notifications are kept: those of older messages are gone, if there were any."""
-    return partitions()[0].below
+    lowest = partitions()[0]
+    return lowest.below if lowest.after_or_at is None else lowest.after_or_at
 
 
 def keep_from_dropping(*, writing: bool) -> None:
@@ -87,6 +106,9 @@ def care() -> None:
     with transaction(lock_timeout="500ms", statement_timeout="20s"):
         if not lock_for_this_transaction(PARTITION_LOCK):
             return
+        newest = _newest_message()
+        for gap in missing(newest):
+            _fill(gap, newest)
         there = partitions()
         used = _in_use(there)
         for below in range(there[-1].below, used.below + AHEAD * WIDTH, WIDTH):
@@ -112,12 +134,55 @@ def _newest_message() -> int:
     return int(found["last_value"])
 
 
+def _fill(gap: Partition, newest: int) -> None:
+    """Make what one of `missing(newest)` needs: one partition, or two where it reaches to the next message.
+
+    That one has its whole million; what lies before it, since the sequence was set far ahead, is in another.
+    """
+    if gap.below > newest + 1:
+        start = (newest + 1) // WIDTH * WIDTH
+        if gap.after_or_at is not None and start > gap.after_or_at:
+            _make(Partition(gap.after_or_at, start))
+            gap = Partition(start, gap.below)
+        gap = Partition(gap.after_or_at, start + WIDTH)
+    _make(gap)
+
+
 def _make(new: Partition) -> None:
-    """Attached, not created as a part of the table: that would wait for everybody who reads or writes it."""
+    """Make a partition, or attach the table that has its name: one that was detached keeps who was notified.
+
+    It is attached, not created as a part of the table: that would wait for everybody who reads or writes it. What has
+    the name and cannot be attached stays as it is, and the partition has another name.
+    """
     lower = "MINVALUE" if new.after_or_at is None else new.after_or_at
-    execute(f"CREATE TABLE {new.name} (LIKE notification INCLUDING ALL)")
-    execute(f"ALTER TABLE notification ATTACH PARTITION {new.name} FOR VALUES FROM ({lower}) TO ({new.below})")
-    log.info("made %s", new.name)
+    bounds = f"FOR VALUES FROM ({lower}) TO ({new.below})"
+    wanted = name = f"notification_to_{new.below}"
+    number = 1
+    while _is_taken(name):
+        if number == 1 and _attach(name, bounds):
+            log.warning("%s was no partition any more, and is attached again", name)
+            return
+        number += 1
+        name = f"{wanted}_{number}"
+    execute(f"CREATE TABLE {name} (LIKE notification INCLUDING ALL)")
+    execute(f"ALTER TABLE notification ATTACH PARTITION {name} {bounds}")
+    log.info("made %s", name)
+
+
+def _is_taken(name: str) -> bool:
+    found = row("SELECT to_regclass(%(name)s) IS NOT NULL OR to_regtype(%(name)s) IS NOT NULL AS taken", {"name": name})
+    return bool(found and found["taken"])
+
+
+def _attach(name: str, bounds: str) -> bool:
+    """Attach a table; False, and logged, where it does not fit. Raises OperationalError where that takes too long."""
+    try:
+        with db.atomic():
+            execute(f"ALTER TABLE notification ATTACH PARTITION {name} {bounds}")
+    except (ProgrammingError, IntegrityError, NotSupportedError) as error:
+        log.error("%s is in the way of a partition, which gets another name: %s", name, error)
+        return False
+    return True
 
 
 def _is_full(used: Partition) -> bool:
@@ -173,7 +238,7 @@ def without_index() -> list[str]:
         " LEFT JOIN pg_index i ON i.indexrelid = to_regclass(name || '_unread')"
         " WHERE i.indisvalid IS NOT TRUE"
         " ORDER BY number",
-        {"left": [one.name for one in there if one.below < used.below]},
+        {"left": [one.name for one in there if one.below < used.below and re.fullmatch("[a-z0-9_]+", one.name)]},
     )
     return [one["name"] for one in found]
 

@@ -275,7 +275,8 @@ def readiness(client) -> dict:
 
 
 def test_ready_says_which_part_is_not(client, monkeypatch, tmp_path):
-    ready = {"status": "ok", **dict.fromkeys(("database", "redis", "migrations", "recovery"), "ok"), "warnings": []}
+    parts = ("database", "redis", "migrations", "partitions", "recovery")
+    ready = {"status": "ok", **dict.fromkeys(parts, "ok"), "warnings": []}
     assert (client.get("/readyz").status_code, client.get("/readyz").get_json()) == (200, ready)
     with monkeypatch.context() as patched:
         nowhere = Redis(host="127.0.0.1", port=1, retry=Retry(NoBackoff(), 0))
@@ -284,13 +285,16 @@ def test_ready_says_which_part_is_not(client, monkeypatch, tmp_path):
     with monkeypatch.context() as patched:
         (tmp_path / "0002_later.py").touch()
         patched.setattr(schema, "MIGRATIONS", tmp_path)
-        assert readiness(client) == {"migrations": ["missing: 0002_later"]}
+        assert readiness(client) == {
+            "migrations": ["missing: 0002_later"],
+            "partitions": ["unknown until the migrations are done"],
+        }
     with monkeypatch.context() as patched, socket.socket() as deaf:
         deaf.bind(("127.0.0.1", 0))
         db.close_all()
         patched.setitem(db.connect_params, "host", "127.0.0.1")
         patched.setitem(db.connect_params, "port", deaf.getsockname()[1])
-        assert list(readiness(client)) == ["database", "migrations"]
+        assert list(readiness(client)) == ["database", "migrations", "partitions"]
         assert (client.get("/healthz").status_code, client.get("/healthz").get_json()) == (200, {"status": "ok"})
     assert client.get("/readyz").status_code == 200
 

@@ -2,12 +2,13 @@
 
 import contextlib
 import threading
+import time
 from dataclasses import replace
 from importlib import import_module
 
 import psycopg
 import pytest
-from peewee import OperationalError
+from peewee import IntegrityError, OperationalError
 
 import jobs
 from belfry import inbox, leases, messages, partitions, runs, schema
@@ -26,6 +27,8 @@ from tests.telling import post as write
 def _as_migrated():
     """What a test does to the table is undone after it."""
     yield
+    if jobs._indexing:
+        jobs._indexing.join()
     execute("TRUNCATE message, notification RESTART IDENTITY CASCADE")
     runner = schema._runner()
     runner.down("0003_partitions")
@@ -344,15 +347,126 @@ def test_a_new_message_does_not_ask_what_is_kept(cast):
 
 def test_what_is_no_partition_of_ours_is_passed_over_and_what_goes_wrong_stops_no_sweep(cast, monkeypatch, caplog):
     execute("CREATE TABLE notification_of_others PARTITION OF notification DEFAULT")
-    execute("ALTER SEQUENCE message_id_seq RESTART WITH 1000000")
-    execute("CREATE TABLE notification_to_4000000 ()")
+    execute("ALTER SEQUENCE message_id_seq RESTART WITH 3000000")
     try:
         assert len(partitions.partitions()) == 4
-        monkeypatch.setattr(jobs, "_partitions_looked_at", float("-inf"))
-        jobs.sweep()
+        assert len(told_of(post(cast))) == 3
+        jobs.sweep()  # what is in the default partition is in the way of the one that is missing
         assert "partitions failed" in caplog.text
     finally:
-        execute("DROP TABLE notification_of_others, notification_to_4000000")
+        execute("DROP TABLE notification_of_others")
+
+
+# Missing partitions ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def looked_after(monkeypatch):
+    """The workers looked after the partitions a moment ago."""
+    monkeypatch.setattr(jobs, "_partitions_looked_at", time.monotonic())
+
+
+def failing_post(cast):
+    """A message of which nobody can be notified, for lack of a partition: ids of message and run."""
+    message_id, run_id = write(cast.subscriber, cast.general)
+    with pytest.raises(IntegrityError, match="no partition of relation"):
+        run_to_end(run_id)
+    return message_id, run_id
+
+
+def assert_missing(api, cast, client, number):
+    """What /readyz and /metrics say."""
+    answer = client.get("/readyz")
+    assert answer.status_code == (503 if number else 200)
+    if number:
+        assert [why.split(":")[0] for why in answer.get_json()["errors"]["partitions"]] == [f"{number} missing"]
+    assert f"belfry_partitions_missing {float(number)}" in api(cast.admin).get("/metrics").text
+
+
+@pytest.mark.parametrize("ahead", [3_000_000, 123_456_789, 10**15 + 5])
+def test_where_the_sequence_is_far_ahead_one_sweep_makes_the_partitions(api, cast, client, looked_after, ahead):
+    execute(f"ALTER SEQUENCE message_id_seq RESTART WITH {ahead}")
+    message_id, run_id = failing_post(cast)
+    assert_missing(api, cast, client, 1)
+    jobs.sweep()
+    assert_missing(api, cast, client, 0)
+    assert run_to_end(run_id) == "succeeded"
+    assert (message_id, len(told_of(message_id))) == (ahead, 3)
+    assert len(bounds()) <= 8
+    assert bounds()[-1] >= ahead // 1_000_000 * 1_000_000 + 2_000_000
+    assert verify() == []
+
+
+@pytest.mark.parametrize(
+    "kind", ["TABLE {} (user_id bigint)", "VIEW {} AS SELECT 1", "SEQUENCE {}", "TYPE {} AS ENUM ()"]
+)
+def test_what_has_a_partitions_name_is_not_in_its_way(api, cast, client, looked_after, kind):
+    name = "notification_to_4000000"
+    execute(f"CREATE {kind.format(name)}")
+    try:
+        execute("ALTER SEQUENCE message_id_seq RESTART WITH 3000000")
+        _, run_id = failing_post(cast)
+        jobs.sweep()
+        assert_missing(api, cast, client, 0)
+        assert run_to_end(run_id) == "succeeded"
+        assert f"{name}_2" in [one.name for one in partitions.partitions()]
+        assert verify() == []
+    finally:
+        execute(f"DROP {kind.split()[0]} {name}")
+
+
+def test_a_partition_that_was_detached_is_attached_again_with_what_is_in_it(
+    api, cast, client, looked_after, caplog
+):
+    first = post(cast)
+    before = told_of(first)
+    execute("ALTER TABLE notification DETACH PARTITION notification_to_1000000")
+    _, run_id = failing_post(cast)
+    assert_missing(api, cast, client, 1)
+    jobs.sweep()
+    assert_missing(api, cast, client, 0)
+    assert "notification_to_1000000 was no partition any more" in caplog.text
+    assert told_of(first) == before
+    assert run_to_end(run_id) == "succeeded"
+    assert bounds() == [1, 1_000_000, 2_000_000, 3_000_000]
+    assert verify() == []
+
+
+def test_one_that_was_detached_and_does_not_fit_any_more_is_left_and_said_to_be_in_the_way(
+    api, cast, client, looked_after, caplog
+):
+    execute("ALTER TABLE notification DETACH PARTITION notification_to_1000000")
+    execute("INSERT INTO notification_to_1000000 (user_id, message_id, reason) VALUES (1, 5000000, 'message')")
+    try:
+        jobs.sweep()
+        assert "notification_to_1000000 is in the way" in caplog.text
+        assert_missing(api, cast, client, 0)
+        assert len(told_of(post(cast))) == 3
+    finally:
+        execute("DROP TABLE notification_to_1000000")
+
+
+def test_the_lowest_and_one_in_the_middle_are_missed_as_well(api, cast, client, looked_after):
+    execute("DROP TABLE notification_to_1, notification_to_2000000")
+    execute("ALTER SEQUENCE message_id_seq RESTART WITH 2500000")
+    assert partitions.missing() == [Partition(None, 1), Partition(1_000_000, 2_000_000)]
+    assert_missing(api, cast, client, 2)
+    jobs.sweep()
+    assert_missing(api, cast, client, 0)
+    assert bounds()[:4] == [1, 1_000_000, 2_000_000, 3_000_000]
+
+
+def test_what_cannot_be_made_is_said_so(api, cast, client, looked_after, caplog):
+    execute("CREATE TABLE notification_rest PARTITION OF notification DEFAULT")
+    try:
+        execute("INSERT INTO notification (user_id, message_id, reason) VALUES (1, 3000001, 'message')")
+        execute("ALTER SEQUENCE message_id_seq RESTART WITH 3000000")
+        jobs.sweep()
+        assert "have no partition: their runs fail until it is made" in caplog.text
+        assert "partitions failed" in caplog.text
+        assert_missing(api, cast, client, 1)
+    finally:
+        execute("DROP TABLE notification_rest")
 
 
 def test_an_old_message_can_still_be_edited_and_whom_it_newly_mentions_is_told(api, cast, keeping, full_at):

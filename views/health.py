@@ -16,7 +16,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from rq import Worker
 
 import queues
-from belfry import runs
+from belfry import partitions, runs
 from belfry.health import check
 from config import settings
 from views.endpoint import bearer_token, json_response
@@ -64,7 +64,8 @@ _readiness = _Readiness()
 
 @blueprint.get("/readyz")
 def readyz() -> Response:
-    """200 when database and Redis answer, migrations are done and lost work is recovered; else 503, and what is not.
+    """200 when database and Redis answer, migrations are done, no partition is missing and lost work is recovered; else
+    503, and what is not.
 
     `warnings` are parts of the sweep that fail: nobody waits for them, but an operator has to look into it. Recovery is
     among them at first, and an error once lost work waits longer than RECOVERY_SECONDS.
@@ -105,8 +106,10 @@ def _readings() -> list[Reading]:
                 waiting.append(([name, state], registry.get_job_count(cleanup=False)))
         workers.append(([], Worker.count(connection=queues.redis_connection())))
     unfinished: dict[str, Any] | None = None
+    missing: int | None = None
     with suppress(OperationalError, InterfaceError):
         unfinished = runs.count_unfinished()
+        missing = len(partitions.missing())
     return [
         (
             "belfry_up",
@@ -127,6 +130,12 @@ def _readings() -> list[Reading]:
             "Age of the oldest unfinished run; 0 when all is done",
             [],
             [([], unfinished["oldest_seconds"])] if unfinished else [],
+        ),
+        (
+            "belfry_partitions_missing",
+            "Ranges of message ids of which nobody can be notified, for lack of a partition",
+            [],
+            [([], missing)] if missing is not None else [],
         ),
         (
             "belfry_sweep_part_failing",
