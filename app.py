@@ -76,7 +76,8 @@ def create_app() -> Flask:
     app.config.update(
         SECRET_KEY=secret_key(),
         MAX_CONTENT_LENGTH=BODY_BYTES + 1,  # what is cut there is seen to be too long
-        SESSION_COOKIE_NAME="belfry",
+        SESSION_COOKIE_NAME="__Host-belfry" if settings.secure_cookies else "belfry",
+        SESSION_COOKIE_PATH="/",  # `__Host-` asks for this path, `Secure` and no domain
         SESSION_COOKIE_HTTPONLY=True,
         SESSION_COOKIE_SAMESITE="Lax",
         SESSION_COOKIE_SECURE=settings.secure_cookies,

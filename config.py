@@ -21,10 +21,6 @@ class ConfigError(ValueError):
     """A variable's value cannot be meant. The message names the variable."""
 
 
-def _text(value: str) -> str:
-    return value
-
-
 def _postgresql_url(value: str) -> str:
     if not value.startswith(("postgres://", "postgresql://")):
         raise ValueError("must begin with postgres:// or postgresql://")
@@ -124,7 +120,7 @@ class Settings:
     rate_limit_anonymous: str = _variable(_rate, "1200 per minute", "requests without a user, of one client address")
     trusted_proxies: int = _variable(_number(0, 32), 0, "proxies in front that append to X-Forwarded-For")
     past_due_grace_days: int = _variable(_number(0, 366), 7, "days that a past_due subscription still counts")
-    metrics_token: str = _variable(_text, "", "opens /metrics to a scraper; empty: admins' tokens only")
+    metrics_token: str = _variable(_secret, "", "opens /metrics to a scraper; at least 32 characters")
     slice_members: int = _variable(_number(1, 1_000_000), 20_000, "members in one slice of a fan-out")
     job_timeout: int = _variable(_number(5, 86_400), 300, "seconds that one job may run")
     sweep_seconds: int = _variable(_number(1, 3_600), 2, "seconds between two looks for work that was lost")

@@ -351,6 +351,7 @@ def test_the_api_document_has_every_route_and_resolves(app, client):
 
 def test_the_document_for_people_loads_nothing_from_elsewhere(app, client):
     page = client.get("/docs")
+    assert "frame-ancestors 'none'" in page.headers["Content-Security-Policy"]
     assert (page.status_code, page.mimetype) == (200, "text/html")
     assert not re.search(r"<script|<iframe|javascript:|\son\w+=|style=", page.text)
     assert all(re.match(r"[/#](?!/)", target) for target in re.findall(r'(?:src|href)="([^"]*)"', page.text))

@@ -45,6 +45,7 @@ def test_a_value_is_read(name, value, meant):
         ("REDIS_URL", "localhost:6379"),
         ("REDIS_URL", "redis://localhost:port/0"),
         ("SECRET_KEY", "short"),
+        ("METRICS_TOKEN", "x" * 31),
         ("PORT", "0"),
         ("PORT", "70000"),
         ("PORT", "http"),

@@ -8,6 +8,7 @@ import json
 import pickle
 import re
 import zlib
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from rq.job import Job
 from rq.serializers import JSONSerializer
 from rq_dashboard import web
 
+import app as app_module
 import queues
 from config import settings
 from models import ApiToken, User
@@ -238,6 +240,14 @@ def test_the_cookie_keeps_to_itself(app, client, cast, monkeypatch, secure):
     with client.session_transaction(base_url=base_url) as session:
         assert list(session) == ["id"]
         assert cast.admin.token not in str(session)
+
+
+def test_a_secure_cookie_is_one_that_no_other_host_can_set(cast, monkeypatch):
+    monkeypatch.setattr(app_module, "settings", replace(settings, secure_cookies=True))
+    answer = sign_in(app_module.create_app().test_client(), cast.admin.token, base_url="https://localhost")
+    name, *attributes = answer.headers["Set-Cookie"].split("; ")
+    assert name.startswith("__Host-belfry=")
+    assert {"Secure", "HttpOnly", "Path=/", "SameSite=Lax"} == set(attributes), "and no Domain"
 
 
 @pytest.mark.parametrize("path", ["/rq/", "/rq/0/view/workers", "/docs", "/rq/0/view/job/x?y=1#z"])

@@ -216,6 +216,26 @@ def test_with_a_token_that_ended_nobody_uses_up_its_persons_limit(api, cast, pos
         assert "RateLimit-Limit" not in answer.headers
 
 
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        ({"data": b"{", "content_type": "application/json"}, 400),
+        ({"data": b"{}", "content_type": "text/plain"}, 415),
+        ({"data": b"x" * 70_000, "content_type": "application/json"}, 413),
+        ({"json": {"content": 7}}, 422),
+        ({"json": {"channel_id": 1, "content": "x"}, "headers": {"Idempotency-Key": "ü"}}, 422),
+    ],
+)
+def test_a_revoked_token_is_reported_before_what_is_wrong_with_the_body(api, cast, post, arguments, status):
+    sam = api(cast.subscriber)
+    for _ in range(2):
+        assert post("gold").status_code == 201  # from here on sam is remembered
+        assert sam.post("/api/messages", **arguments).status_code == status
+    assert post("gold").status_code == 201
+    ApiToken.update(revoked_at=datetime.now(UTC)).where(ApiToken.user == cast.subscriber.id).execute()
+    assert sam.post("/api/messages", **arguments).status_code == 401
+
+
 def test_what_a_person_may_and_how_they_are_called_is_not_remembered(cast, post):
     assert post("gold", cast.admin, cast.announcements).status_code == 201
     accounts.update_user(cast.admin.id, {"name": "Ada L."})

@@ -10,9 +10,10 @@ from typing import Any, TypeVar
 
 from flask import Blueprint, Response, g, json, request
 from marshmallow import Schema, ValidationError
-from werkzeug.exceptions import RequestEntityTooLarge
+from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
-from belfry.errors import Invalid, Unauthenticated
+from belfry.accounts import require_token
+from belfry.errors import Invalid, Refused, Unauthenticated
 from models import LARGEST_ID, User
 from schemas import Page
 from views.problems import HttpProblem
@@ -72,11 +73,16 @@ def endpoint(
             current_user()
             if admin:
                 require_admin()
-            if load_query:
-                parts["query"] = _load(load_query, _query())
-            if load_body:
-                parts["body"] = _load(load_body, _json_body(optional_body))
-            given = view(**parts)
+            try:
+                if load_query:
+                    parts["query"] = _load(load_query, _query())
+                if load_body:
+                    parts["body"] = _load(load_body, _json_body(optional_body))
+                given = view(**parts)
+            except (Refused, HttpProblem, HTTPException):
+                if g.get("token_hash"):  # of a token that has ended since it was remembered, that is what is reported: 401
+                    require_token(g.token_hash)
+                raise
             if isinstance(given, Response):
                 return given
             answer = given if isinstance(given, Answer) else Answer(given)

@@ -125,6 +125,6 @@ def openapi_json() -> Response:
 def docs() -> Response:
     """The API document for people: one page, nothing loaded from elsewhere, no script."""
     page = Response(render_template("docs.html", document=document()))
-    policy = "default-src 'none'; style-src 'self'; base-uri 'none'; form-action 'none'"
+    policy = "default-src 'none'; style-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     page.headers["Content-Security-Policy"] = policy
     return page
