@@ -80,7 +80,7 @@ def endpoint(
                     parts["body"] = _load(load_body, _json_body(optional_body))
                 given = view(**parts)
             except (Refused, HttpProblem, HTTPException):
-                if g.get("token_hash"):  # of a token that has ended since it was remembered, that is what is reported: 401
+                if g.get("token_hash"):  # a token that has ended since it was remembered is reported first: 401
                     require_token(g.token_hash)
                 raise
             if isinstance(given, Response):
