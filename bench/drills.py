@@ -24,6 +24,7 @@ import redis
 from bench.cleanup import cleanup
 from bench.reconnect import reconnect
 from bench.rendering import rendering
+from bench.slow_clients import slow_clients
 from dev import CommandError, ports, say, stack, valkey
 from dev import stop as asked
 from dev.client import Client
@@ -253,7 +254,8 @@ def _percentile(seconds: list[float], percent: int, factor: int = 1) -> float:
 
 
 DRILLS = {
-    drill.__name__: drill for drill in (mention, stop, outage, backlog, reconnect, cleanup, rendering)
+    drill.__name__: drill
+    for drill in (mention, stop, outage, backlog, reconnect, cleanup, rendering, slow_clients)
 }
 
 

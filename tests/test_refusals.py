@@ -338,7 +338,7 @@ def test_filters_that_cannot_be_meant(api, cast, subtests):
 def web() -> Iterator[tuple[str, int]]:
     """A web process of its own, with a low limit; its address."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        command = ["-m", "gunicorn", "--bind", f"fd://{listening.fileno()}", "--worker-class", "gthread"]
+        command = ["-m", "gunicorn", "--bind", f"fd://{listening.fileno()}"]
         process = subprocess.Popen(
             [sys.executable, *command, "--log-level", "critical", "app:create_app()"],
             cwd=ROOT,

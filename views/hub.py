@@ -16,7 +16,6 @@
 import json
 import logging
 import os
-import resource
 import selectors
 import socket
 import threading
@@ -35,9 +34,9 @@ from redis.exceptions import RedisError
 from belfry import inbox, live, resuming
 from belfry.live import News
 from belfry.positions import Position
-from config import settings
 from queues import live_channel, redis_connection
 from views.events import event, events_of
+from views.open_files import streams_limit
 from views.reader import Reader, Unread
 
 log = logging.getLogger(__name__)
@@ -52,7 +51,6 @@ RECOUNT_SECONDS = 300
 COUNT_SECONDS = 0.1  # in one look, for counts: one takes a millisecond or two, and all others wait meanwhile
 NEW_AT_ONCE = 100  # clients that are met in one look
 RESUMED_AT_ONCE = 50_000  # messages times clients that wait: who missed more than their part of it is sent `reset`
-OTHER_FILES = 200  # that a process has open beside its streams
 READERS_OF_ONE = 20  # of one person, in one process; the oldest ends
 
 OUT_OF_REACH = (OperationalError, InterfaceError, MaxConnectionsExceeded)
@@ -80,7 +78,7 @@ class Hub:
         self._position: Position | None = None  # of all readers
         self._due = self._looked_at = self._checked_at = self._pinged_at = 0.0
         self._redis_answers = False
-        self._most = min(settings.streams, _open_files(settings.streams + OTHER_FILES) - OTHER_FILES)
+        self._most = streams_limit()
         for work in (self._run, self._listen):
             threading.Thread(target=work, name=f"hub{work.__name__}", daemon=True).start()
 
@@ -347,15 +345,6 @@ def _drain(waiting: "SimpleQueue[T]") -> list[T]:
 @cache
 def _hub(process: int) -> Hub:
     return Hub()
-
-
-def _open_files(wanted: int) -> int:
-    """Let this process have so many files open, as far as it may; how many. Most systems begin with 1,024."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-    if soft < most:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-    return max(soft, most)
 
 
 _making = threading.Lock()

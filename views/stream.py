@@ -2,7 +2,6 @@
 
 import errno
 import random
-import socket
 from collections.abc import Iterator
 
 from flask import Flask, Response, g, request
@@ -12,6 +11,7 @@ from belfry.errors import Forbidden, Invalid, SubscriptionRequired
 from belfry.positions import Position
 from queues import announce
 from views import sign_in
+from views.connection import ClientSocket
 from views.endpoint import READS, api, bearer_token, current_user, endpoint
 from views.hub import hub
 from views.limits import limit_streams
@@ -59,7 +59,7 @@ def stream() -> Response:
     if request.method == "HEAD":
         return answer
     connection = request.environ.get("gunicorn.socket")
-    if type(connection) is not socket.socket:  # of TLS there is more to a connection than its socket
+    if not isinstance(connection, ClientSocket):
         raise HttpProblem(501, "The stream needs gunicorn, with TLS ended in front of it: the Procfile's `web`.")
     if hub().is_full():
         raise HttpProblem(503, "This process has as many streams as it can. Try again soon.")
@@ -71,7 +71,7 @@ def stream() -> Response:
         since,
         chunked=request.environ["SERVER_PROTOCOL"] != "HTTP/1.0",
     )
-    answer.response = _hand_over(reader)
+    answer.response = _hand_over(reader, connection)
     return answer
 
 
@@ -88,13 +88,14 @@ def _since() -> Position | None:
         raise Invalid({"Last-Event-ID": ["Is not one that was given out."]}) from None
 
 
-def _hand_over(reader: Reader) -> Iterator[bytes]:
+def _hand_over(reader: Reader, connection: ClientSocket) -> Iterator[bytes]:
     """The beginning of the stream, which gunicorn sends with its head; then the connection is the hub's.
 
     gunicorn is left a socket without a connection, and an error that it takes for a reader who went away: it lets go,
     and neither ends the answer nor closes what it does not have. A test holds the pinned version to that.
     """
     yield f"retry: {random.randint(*RETRY_MILLISECONDS)}\n\n".encode()  # noqa: S311
+    reader.unsent += connection.unsent
     reader.take_over()
     hub().add(reader)
     raise ConnectionResetError(errno.ECONNRESET, "handed over")

@@ -1,0 +1,232 @@
+"""One client's connection: its request until it is complete, and its answer until it is sent.
+
+gunicorn's own parser reads every request and decides what is valid. What is here only finds out whether the parser
+can read the request without waiting for the client. Where the two disagree, the parser finds no more bytes
+(RequestIncomplete) and the connection is closed: nothing is read twice or in another way.
+"""
+
+import os
+import socket
+from typing import Any
+
+from gunicorn.http.body import ChunkedReader, LengthReader
+from gunicorn.http.errors import InvalidHeader
+from gunicorn.http.parser import RequestParser
+from gunicorn.http.unreader import Unreader
+from gunicorn.workers.gthread import TConn
+
+from views.endpoint import BODY_BYTES
+from views.problems import HttpProblem
+
+HEAD_BYTES = 32 * 1024  # of a request line with its header fields; gunicorn's own limits allow 800 KB
+CHUNKED_BYTES = 4 * BODY_BYTES  # of a chunked body with its framing: chunks of one byte have six bytes each
+READ_AHEAD = 2 * 1024  # more than the application asks for, gunicorn reads a chunked body in steps of 1 KiB
+LINE_END = 2
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
+class RequestIncomplete(TimeoutError):
+    """The parser wants more of a request than has arrived. gunicorn takes a TimeoutError for a body that stalls."""
+
+
+class ClientSocket(socket.socket):
+    """A connection to a client, on which no thread waits: what the client does not take at once is kept in `unsent`."""
+
+    def __init__(self, accepted: socket.socket) -> None:
+        super().__init__(accepted.family, accepted.type, accepted.proto, accepted.detach())
+        self.unsent = bytearray()
+
+    def sendall(self, data: Any, flags: int = 0, /) -> None:
+        """Send what the kernel takes at once, and keep the rest. Raises OSError when the client is gone."""
+        sent = 0 if self.unsent else self._send(data)
+        if sent < len(data):
+            self.unsent += memoryview(data)[sent:]
+
+    def send_rest(self) -> bool:
+        """Send more of `unsent`; return whether nothing is left. Raises OSError when the client is gone."""
+        del self.unsent[: self._send(self.unsent)]
+        return not self.unsent
+
+    def send_at_once(self, data: bytes) -> bool:
+        """Send these bytes if the kernel takes them now; return whether it took all of them."""
+        return self._send(data) == len(data)
+
+    def _send(self, data: Any) -> int:
+        try:
+            return self.send(data, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return 0
+
+
+class ReceivedBytes(Unreader):  # type: ignore[misc]
+    """What gunicorn's parser reads from: bytes that have arrived, and never the socket."""
+
+    def chunk(self, size_hint: int | None = None) -> bytes:
+        raise RequestIncomplete("The request ends before it is complete.")
+
+    def append(self, data: bytes | bytearray) -> None:
+        self.buf.seek(0, os.SEEK_END)
+        self.buf.write(data)
+
+    def __len__(self) -> int:
+        return int(self.buf.seek(0, os.SEEK_END))
+
+
+class ReceivedRequest(RequestParser):  # type: ignore[misc]
+    """gunicorn's parser in two steps: `parse` in the worker's main loop, `next` in the thread that answers."""
+
+    def __init__(self, cfg: Any, client: Any) -> None:
+        super().__init__(cfg, (), client)
+        self.unreader = ReceivedBytes()
+        self._outcome: Any = None
+
+    def parse(self) -> Any:
+        """Parse the head of the next request; return the request. None when it is invalid: `next` raises why."""
+        try:
+            self._outcome = super().__next__()
+        except RequestIncomplete:
+            self._outcome = InvalidHeader("incomplete head")
+        except Exception as error:  # whatever it is, gunicorn's `handle` answers it as it answers the parser's errors
+            self._outcome = error
+        return None if isinstance(self._outcome, Exception) else self._outcome
+
+    def __next__(self) -> Any:
+        if isinstance(self._outcome, Exception):
+            raise self._outcome
+        return self._outcome
+
+
+class LengthScanner:
+    """Counts the bytes that a body of known length still lacks."""
+
+    def __init__(self, length: int) -> None:
+        self._missing = length
+
+    def is_complete(self, data: bytes) -> bool:
+        """Count more of the body; return whether it is complete."""
+        self._missing -= len(data)
+        return self._missing <= 0
+
+
+class ChunkScanner:
+    """Finds the end of a chunked body. What it cannot make sense of counts as the end: the parser refuses it."""
+
+    def __init__(self) -> None:
+        self._line = bytearray()
+        self._skip = 0  # bytes of the current chunk, with its line end, that are still to come
+        self._data_bytes = self._bytes = 0
+        self._in_trailer = False
+
+    def is_complete(self, data: bytes) -> bool:
+        """Look at more of the body; return whether it is complete, or larger than is read. Raises 413."""
+        self._bytes += len(data)
+        position = 0
+        while position < len(data):
+            if self._skip:
+                step = min(self._skip, len(data) - position)
+                self._data_bytes += max(0, min(step, self._skip - LINE_END))
+                position += step
+                self._skip -= step
+                continue
+            end = data.find(b"\n", position) + 1
+            self._line += data[position : end or None]
+            if not end:
+                break
+            position = end
+            if self._ends(bytes(self._line)):
+                return True
+            self._line.clear()
+        if self._data_bytes > BODY_BYTES + READ_AHEAD:  # enough for the application to see that it is too large
+            return True
+        if self._bytes > CHUNKED_BYTES:
+            raise HttpProblem(413, "The body is larger than 64 KiB.")
+        return False
+
+    def _ends(self, line: bytes) -> bool:
+        if self._in_trailer:
+            return line == b"\r\n"
+        try:
+            size = int(line.partition(b";")[0], 16)
+        except ValueError:
+            return True
+        self._skip = size + LINE_END
+        if size == 0:
+            self._skip, self._in_trailer = 0, True
+        return size < 0
+
+
+class Connection(TConn):  # type: ignore[misc]
+    """A connection as gunicorn's thread worker has it, whose requests are complete before a thread gets them."""
+
+    def __init__(self, cfg: Any, accepted: socket.socket, client: Any, server: Any) -> None:
+        super().__init__(cfg, ClientSocket(accepted), client, server)
+        self.initialized = True  # nothing is left to be done in the thread
+        self.parser = ReceivedRequest(cfg, client)
+        self.deadline = 0.0  # time.monotonic() until which the client has to do what is waited for
+        self.last_deadline = 0.0  # until which the whole request has to be there
+        self.held = 0  # bytes of `size` that the worker has counted
+        self.keep = False  # whether another request may follow the answer
+        self.lingers = False
+        self.discarded = 0
+        self._head = bytearray()
+        self._body: LengthScanner | ChunkScanner | None = None
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a part of a request has arrived."""
+        return bool(self._head) or self.awaits_body
+
+    @property
+    def awaits_body(self) -> bool:
+        """Whether the head of a request has arrived."""
+        return self._body is not None
+
+    @property
+    def size(self) -> int:
+        """Bytes in memory that came from the client or are to be sent to it."""
+        return len(self._head) + len(self.parser.unreader) + len(self.sock.unsent)
+
+    def next_request(self) -> bytes:
+        """Begin with the next request; return what has arrived of it."""
+        self._body = None
+        received: bytes = self.parser.unreader.take_buffered()
+        return received
+
+    def receive(self, data: bytes) -> bool:
+        """Take bytes from the client; return whether a thread can answer. Raises 413 or 431 for what is too large,
+        OSError when the client is gone.
+
+        A request that the parser finds invalid, or whose body is announced as too large, can be answered at once.
+        """
+        if self._body is not None:
+            self.parser.unreader.append(data)
+            return self._body.is_complete(data)
+        line_ends = data.count(b"\r\n") + (data[:1] == b"\n" and self._head[-1:] == b"\r")
+        has_bare_line_feed = data.count(b"\n") != line_ends  # such a head has no end, and the parser says so at once
+        searched = max(0, len(self._head) - 3)
+        self._head += data
+        if self._head.find(b"\r\n\r\n", searched) < 0 and not has_bare_line_feed:
+            if len(self._head) > HEAD_BYTES:
+                raise HttpProblem(431, "The request line and header fields are larger than 32 KiB.")
+            return False
+        self.parser.unreader.append(self._head)
+        self._head = bytearray()
+        request = self.parser.parse()
+        return request is None or self._has_body(request)
+
+    def _has_body(self, request: Any) -> bool:
+        """Whether the body of a request whose head has just been parsed is complete, or is not going to be read."""
+        expects_continue, request._expected_100_continue = request._expected_100_continue, False
+        reader, received = request.body.reader, self.parser.unreader.buf.getvalue()
+        if isinstance(reader, ChunkedReader):
+            self._body = ChunkScanner()
+        else:
+            assert isinstance(reader, LengthReader)
+            if reader.length > BODY_BYTES + 1:  # the application refuses it by its announced length
+                return True
+            self._body = LengthScanner(reader.length)
+        if self._body.is_complete(received):
+            return True
+        if expects_continue and not received and not self.sock.send_at_once(CONTINUE):
+            raise ConnectionResetError("The client does not read.")
+        return False

@@ -1,0 +1,31 @@
+"""How many files this process may have open, and what they are for: each connection is one."""
+
+import resource
+
+from config import settings
+
+CONNECTIONS = 4_000  # that wait for their clients or for a thread; streams are counted apart
+OTHER_FILES = 200  # listeners, the database, Redis, logs, static files
+
+
+def connections_limit() -> int:
+    """How many connections that are not streams this process may have. Half of what is there, at most CONNECTIONS."""
+    return min(CONNECTIONS, (_limit() - OTHER_FILES) // 2)
+
+
+def streams_limit() -> int:
+    """How many streams this process may have: STREAMS, or as many as the other connections leave room for."""
+    return min(settings.streams, _limit() - OTHER_FILES - connections_limit())
+
+
+def _limit() -> int:
+    """Raise the soft limit of open files to what is needed, as far as the hard limit allows; return it.
+
+    Most systems begin with a soft limit of 1,024.
+    """
+    wanted = settings.streams + CONNECTIONS + OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    possible = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft < possible:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (possible, hard))
+    return max(soft, possible)

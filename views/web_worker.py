@@ -1,0 +1,230 @@
+"""gunicorn's thread worker, in which no thread ever waits for a client.
+
+gunicorn gives a connection to a thread as soon as a byte has arrived, and the thread waits for the rest and until the
+answer is taken: as many slow clients as there are threads stop everybody. Here the main loop, which waits for all
+connections at once, collects each request and sends what is left of each answer:
+
+- A head has HEAD_SECONDS from its first byte, a whole request REQUEST_SECONDS, an answer SEND_SECONDS; then the client
+  gets 408, or the connection is closed. A connection without a request is closed after `keepalive` seconds.
+- When there are too many connections, or too many bytes are held for them, the one that has waited longest is closed.
+  An honest request is complete within milliseconds, so it is never the oldest.
+- A connection that ends is closed without blocking the loop. gunicorn waits there up to 2 s for the client to close.
+
+TLS, HTTP/2 and the PROXY protocol are the proxy's in front. A test holds the pinned version of gunicorn to all this.
+"""
+
+import errno
+import logging
+import selectors
+import socket
+import time
+from functools import partial
+from typing import Any
+
+from gunicorn.workers.gthread import STOP_KEEPALIVE_LINGER, ThreadWorker
+
+from views.connection import Connection
+from views.open_files import connections_limit
+from views.problems import HttpProblem, problem
+
+log = logging.getLogger(__name__)
+
+HEAD_SECONDS = 10
+REQUEST_SECONDS = 30
+SEND_SECONDS = 60
+LINGER_SECONDS = 2  # after an answer that ends the connection: a close with bytes unread would take the answer back
+LINGER_BYTES = 64 * 1024
+RECEIVE_BYTES = 16 * 1024
+HELD_BYTES = 64 * 1024 * 1024  # of requests that are not complete and answers that are not sent, in one process
+REPORT_SECONDS = 60  # between two warnings that connections are closed for others
+OUT_OF_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
+
+class WebWorker(ThreadWorker):  # type: ignore[misc]
+    """See the module. Everything but `handle`, which is gunicorn's own, runs in the main loop."""
+
+    def init_process(self) -> None:
+        self.worker_connections = connections_limit()
+        self._polled: dict[Connection, None] = {}  # what the loop waits for; what has waited longest is first
+        self._held = 0  # bytes, of all that are polled
+        self._checked_at = self._reported_at = float("-inf")
+        super().init_process()
+
+    # --- connections come and go
+
+    def accept(self, listener: Any) -> None:
+        """Accept a connection and wait for its request."""
+        try:
+            accepted, client = listener.accept()
+        except OSError as error:
+            if error.errno in OUT_OF_FILES:
+                self._close_oldest()
+                time.sleep(0.01)  # the listener stays readable: not at full speed where nothing could be closed
+            elif error.errno not in (errno.EAGAIN, errno.ECONNABORTED):
+                raise
+            return
+        self.nr_conns += 1
+        conn = Connection(self.cfg, accepted, client, listener.getsockname())
+        self._wait(conn, time.monotonic() + self.cfg.keepalive)
+        if self.nr_conns >= self.worker_connections:
+            self._close_oldest()
+
+    def _close_oldest(self) -> None:
+        self._report()
+        if self._polled:
+            self._drop(next(iter(self._polled)))
+
+    def _report(self) -> None:
+        if time.monotonic() >= self._reported_at + REPORT_SECONDS:
+            self._reported_at = time.monotonic()
+            log.warning(
+                "Too many connections: %d open, %d bytes held for them. The oldest are closed.",
+                self.nr_conns,
+                self._held,
+            )
+
+    def _drop(self, conn: Connection) -> None:
+        self._forget(conn)
+        self.nr_conns -= 1
+        conn.sock.close()
+
+    def _linger(self, conn: Connection) -> None:
+        """Say that nothing more comes, and close when the client has closed, or soon."""
+        try:
+            conn.sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            self._drop(conn)
+            return
+        conn.lingers = True
+        self._wait(conn, time.monotonic() + LINGER_SECONDS)
+
+    # --- what the loop waits for
+
+    def _wait(self, conn: Connection, deadline: float, event: int = selectors.EVENT_READ) -> None:
+        conn.deadline = deadline
+        self._polled[conn] = None
+        self.poller.register(conn.sock, event, partial(self._on_event, conn))
+        self._count(conn)
+
+    def _forget(self, conn: Connection) -> None:
+        if conn in self._polled:
+            del self._polled[conn]
+            self.poller.unregister(conn.sock)
+            self._held -= conn.held
+            conn.held = 0
+
+    def _count(self, conn: Connection) -> None:
+        """Count what is held for a connection. Above HELD_BYTES the oldest that hold something are closed."""
+        size = conn.size
+        self._held += size - conn.held
+        conn.held = size
+        while self._held > HELD_BYTES:
+            self._report()
+            self._drop(next(one for one in self._polled if one.held))
+
+    def _on_event(self, conn: Connection, _: Any) -> None:
+        if conn not in self._polled:  # closed by an event of the same turn
+            return
+        try:
+            if conn.sock.unsent:
+                if conn.sock.send_rest():
+                    self._forget(conn)
+                    self._go_on(conn)
+                return
+            data = conn.sock.recv(RECEIVE_BYTES, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._drop(conn)
+        elif conn.lingers:
+            conn.discarded += len(data)
+            if conn.discarded > LINGER_BYTES:
+                self._drop(conn)
+        else:
+            self._receive(conn, data)
+
+    def murder_keepalived(self, force: bool = False) -> None:
+        """Once a second: end what has waited too long. `force`: everything."""
+        now = time.monotonic()
+        if now < self._checked_at + 1 and not force:
+            return
+        self._checked_at = now
+        for conn in [one for one in self._polled if one.deadline <= now or force]:
+            if conn.has_begun and not conn.sock.unsent and not conn.lingers and not force:
+                self._refuse(conn, HttpProblem(408, "The request was not complete in time."))
+            else:
+                self._drop(conn)
+
+    def _cap_keepalive(self, deadline: float) -> None:
+        """The worker stops: what is not a complete request by then is dropped. Answers are sent to their end."""
+        for conn in self._polled:
+            if not conn.sock.unsent:
+                conn.deadline = min(conn.deadline, deadline)
+
+    # --- requests and answers
+
+    def _receive(self, conn: Connection, data: bytes) -> None:
+        """Take bytes of a request; when it is complete, a thread answers it."""
+        if not conn.has_begun:
+            now = time.monotonic()
+            conn.deadline, conn.last_deadline = now + HEAD_SECONDS, now + REQUEST_SECONDS
+        try:
+            is_complete = conn.receive(data)
+        except HttpProblem as refusal:
+            self._refuse(conn, refusal)
+            return
+        except OSError:
+            self._drop(conn)
+            return
+        if is_complete:
+            self._forget(conn)
+            self.enqueue_req(conn)
+            return
+        if conn.awaits_body:
+            conn.deadline = conn.last_deadline
+        self._count(conn)
+
+    def _refuse(self, conn: Connection, refusal: HttpProblem) -> None:
+        self._forget(conn)
+        answer = problem(refusal.status, refusal.detail)
+        head = (
+            f"HTTP/1.1 {answer.status}\r\nConnection: close\r\nContent-Type: {answer.content_type}\r\n"
+            f"Content-Length: {answer.content_length}\r\n\r\n"
+        )
+        try:
+            conn.sock.sendall(head.encode() + answer.get_data())
+        except OSError:
+            self._drop(conn)
+            return
+        conn.keep = False
+        self._send_rest(conn)
+
+    def finish_request(self, conn: Connection, fs: Any) -> None:
+        """A thread is done with a request: send what is left of the answer, then go on with the connection."""
+        try:
+            conn.keep = not fs.cancelled() and fs.result() is True
+        except Exception:
+            conn.keep = False
+        if conn.sock.fileno() < 0:  # a stream, handed over
+            self.nr_conns -= 1
+        else:
+            self._send_rest(conn)
+
+    def _send_rest(self, conn: Connection) -> None:
+        if conn.sock.unsent:
+            self._wait(conn, time.monotonic() + SEND_SECONDS, selectors.EVENT_WRITE)
+        else:
+            self._go_on(conn)
+
+    def _go_on(self, conn: Connection) -> None:
+        """The answer is sent: wait for the next request, of which a part may have arrived, or close."""
+        if not conn.keep:
+            self._linger(conn)
+            return
+        received = conn.next_request()
+        seconds = self.cfg.keepalive if self.alive else STOP_KEEPALIVE_LINGER
+        self._wait(conn, time.monotonic() + seconds)
+        if received:
+            self._receive(conn, received)
