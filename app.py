@@ -51,6 +51,7 @@ from views.problems import HttpProblem
 log = logging.getLogger(__name__)
 
 RETRY_AFTER_SECONDS = 5  # of a 503: a restart of PostgreSQL takes about that
+HSTS_SECONDS = 31_536_000  # a year, for which a browser comes by https:// only
 API_SUBJECTS = (messages, runs, inbox, people, servers, stream)  # importing them puts their endpoints on `api`
 
 
@@ -157,6 +158,8 @@ def _sign(answer: Response) -> Response:
         (time.perf_counter() - g.began) * 1000,
     )
     answer.headers.setdefault("X-Content-Type-Options", "nosniff")
+    if settings.secure_cookies and settings.public_url.startswith("https://"):
+        answer.headers["Strict-Transport-Security"] = f"max-age={HSTS_SECONDS}"
     if answer.status_code == 503:
         answer.headers["Retry-After"] = str(RETRY_AFTER_SECONDS)  # whoever says 503
     if request.path.startswith("/api/"):

@@ -1,6 +1,9 @@
 """The API as a page of this site asks it: by the session's cookie, and to write with its CSRF token."""
 
 from collections.abc import Callable
+from contextlib import closing
+from http.client import HTTPConnection
+from urllib.parse import urlsplit
 
 import pytest
 from flask import Flask
@@ -11,6 +14,7 @@ from belfry import accounts, sessions
 from belfry.sql import execute
 from models import ApiToken, Session
 from tests.people import csrf_of
+from tests.processes import a_web_process
 from tests.telling import statements
 
 
@@ -266,3 +270,17 @@ def test_anothers_token_does_not_exist(api, cast):
         assert api(person).delete(f"/api/me/tokens/{token.id}").status_code == 404
         assert token.id not in [one["id"] for one in api(person).get("/api/me/tokens").json["items"]]
     assert api(cast.subscriber).get("/api/me").status_code == 200
+
+
+def test_browsers_are_told_to_come_by_https_only_where_the_address_is_one():
+    for secure, address, expected in (
+        ("1", "https://chat.example.com", "max-age=31536000"),
+        ("1", "http://chat.example.com", None),
+        ("0", "https://chat.example.com", None),
+    ):
+        with a_web_process(SECURE_COOKIES=secure, PUBLIC_URL=address) as web:
+            for path in ("/healthz", "/login", "/nowhere"):
+                connection = HTTPConnection(urlsplit(web).netloc, timeout=30)
+                with closing(connection):
+                    connection.request("GET", path, headers={"X-Forwarded-Proto": "https"})
+                    assert connection.getresponse().headers["Strict-Transport-Security"] == expected
