@@ -145,6 +145,12 @@ class TransactionField(Field):
     field_type = "XID8"
 
 
+class SnapshotField(Field):
+    """Which transactions can be seen."""
+
+    field_type = "PG_SNAPSHOT"
+
+
 def _now() -> list[SQL]:
     return [SQL("DEFAULT now()")]
 
@@ -380,13 +386,15 @@ class Telling(Table):
 
     Which of them a reader knows already is said by PostgreSQL's own snapshot, of which `xid` is part or not: exactly,
     whatever order they are committed in. Their notifications are those with the same `created_at` as `told_at`.
-    `recount`: some had theirs withdrawn, or made unread again, as well.
+    `recount`: some had theirs withdrawn, or made unread again, as well. `snapshot`: the transactions that this one saw,
+    all of which are in each list that shows what this one wrote.
     """
 
     xid = TransactionField(primary_key=True, constraints=[SQL("DEFAULT pg_current_xact_id()")])
     message_ids = ArrayField(BigIntegerField, index=False)
     recount = BooleanField(constraints=[SQL("DEFAULT false")])
-    told_at = TimeField(constraints=_now())
+    told_at = TimeField(constraints=_now(), index=True)
+    snapshot = SnapshotField(constraints=[SQL("DEFAULT pg_current_snapshot()")])
 
 
 class StreamEpoch(Table):

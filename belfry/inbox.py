@@ -228,6 +228,36 @@ def unread_count(user: User) -> dict[str, Any]:
     }
 
 
+_LATER = """
+    up_to AS MATERIALIZED (
+        SELECT log.xid, COALESCE(log.snapshot, '1:1:'::pg_snapshot) AS snapshot  -- the log does not reach back so far
+        FROM (
+            SELECT n.message_id, n.created_at
+            FROM notification n
+            WHERE n.user_id = %(user_id)s
+            AND n.message_id <= %(up_to)s
+            ORDER BY n.message_id DESC
+            LIMIT 1
+        ) last
+        LEFT JOIN telling log ON log.told_at = last.created_at AND last.message_id = ANY(log.message_ids)
+        LIMIT 1
+    ),
+    later AS MATERIALIZED (
+        SELECT announced.message_id, log.told_at
+        FROM up_to
+        JOIN telling log ON log.xid >= pg_snapshot_xmin(up_to.snapshot)
+        CROSS JOIN unnest(log.message_ids) AS announced (message_id)
+        WHERE NOT pg_visible_in_snapshot(log.xid, up_to.snapshot)
+        AND log.xid IS DISTINCT FROM up_to.xid
+        AND announced.message_id <= %(up_to)s
+    ),
+"""
+"""What came later than the notification `up_to` which a mark goes, though its id is lower: what the transaction that
+wrote that one did not see. A list that shows the one need not have shown these. Nothing is locked."""
+
+_IS_LATER = "EXISTS (SELECT FROM later WHERE later.message_id = n.message_id AND later.told_at = n.created_at)"
+
+
 def mark_read(
     user: User,
     *,
@@ -237,6 +267,9 @@ def mark_read(
 ) -> dict[str, int]:
     """Mark the named notifications read, those up to one, a channel's, a channel's up to one, or (nothing given) all.
 
+    With `up_to` alone only those are marked that any list contained which shows that one: one with a lower id that was
+    committed later stays unread. Where there is no such notification, that of the last message before it counts. (A
+    channel's `up_to` is a message, of which one need not have been notified.)
     Answers {"marked", "unread"}. Ids of other people are passed over, and so is what is read already.
     Raises NotFound for a channel that the user may not see, Invalid where `up_to` is another person's.
     """
@@ -246,16 +279,19 @@ def mark_read(
         channel_for(user, channel_id)
     which = "AND n.message_id = ANY(%(message_ids)s::bigint[])" if ids is not None else ""
     own = [message_id for user_id, message_id in ids or () if user_id == user.id]
+    bounded = up_to is not None and channel_id is None
     with transaction():
         found = row(
             f"""
-            WITH shown AS (
+            WITH {_LATER if bounded else ""}
+            shown AS (
                 SELECT n.message_id
                 FROM notification n
                 JOIN message g ON g.id = n.message_id
                 WHERE {_OWN}
                 AND {_UNREAD}
                 AND n.message_id <= %(up_to)s
+                {f"AND NOT {_IS_LATER}" if bounded else ""}
                 {which}
                 AND {_IN_SIGHT}
                 AND EXISTS ({_PERMITTED})

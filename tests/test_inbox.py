@@ -4,12 +4,15 @@ import json
 import re
 from datetime import UTC, datetime, timedelta, timezone
 
+import psycopg
 import pytest
 
-from belfry import communities
+from belfry import communities, fanout, leases
 from belfry.accounts import set_subscription
+from config import settings
 from models import Message, Notification, Preference
 from tests.people import make_person
+from tests.telling import post, posted_and_told, run_to_end, statements
 from tests.test_refusals import assert_problem
 
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z")
@@ -185,6 +188,53 @@ def test_reading_up_to_one(cast, tell, inbox, read):
     ids = [tell(f"{number}") for number in range(3)]
     assert read(cast.vip, up_to=f"{cast.vip.id}-{ids[1]}").get_json() == {"marked": 2, "unread": 1}
     assert bodies(inbox(cast.vip, "unread=1")) == ["2"]
+
+
+def test_reading_up_to_one_leaves_what_was_committed_after_it_and_has_a_lower_id(cast, read, inbox):
+    """Somebody whose list shows `up_to` cannot have seen what was still in progress when that was written."""
+    late_id, _ = post(cast.subscriber, cast.general, "late")
+    with psycopg.connect(settings.database_url) as late:
+        late.execute("INSERT INTO notification VALUES (%s, %s, now(), NULL, NULL, 'message')", [cast.vip.id, late_id])
+        late.execute("INSERT INTO telling (message_ids) VALUES (%s)", [[late_id]])
+        early_id = posted_and_told(cast.subscriber, cast.general, "early")
+        [shown] = inbox(cast.vip)
+        late.commit()
+    assert read(cast.vip, up_to=shown["id"]).get_json() == {"marked": 1, "unread": 1}
+    assert bodies(inbox(cast.vip, "unread=1")) == ["late"]
+    last_id = posted_and_told(cast.subscriber, cast.general, "last")
+    assert early_id < last_id
+    assert read(cast.vip, up_to=f"{cast.vip.id}-{last_id}").get_json() == {"marked": 2, "unread": 0}
+
+
+@pytest.mark.parametrize("members", [2, 100])
+def test_reading_up_to_one_goes_by_the_transaction_that_wrote_the_readers_own(cast, read, slices_of, members):
+    """In slices as well as in one part."""
+    slices_of(members)
+    (_, first_run), (second, second_run) = [post(cast.subscriber, cast.general, "gold") for _ in range(2)]
+    run_to_end(second_run)
+    run_to_end(first_run)
+    assert read(cast.vip, up_to=f"{cast.vip.id}-{second}").get_json() == {"marked": 1, "unread": 1}
+    (_, third_run), (fourth, fourth_run) = [post(cast.subscriber, cast.general, "gold") for _ in range(2)]
+    run_to_end(third_run)
+    run_to_end(fourth_run)
+    assert read(cast.vip, up_to=f"{cast.vip.id}-{fourth}").get_json() == {"marked": 3, "unread": 0}
+
+
+def test_reading_up_to_one_of_several_that_were_written_together_reads_all_before_it(cast, read):
+    posted = [post(cast.subscriber, cast.general, "gold") for _ in range(3)]
+    first, *others = [run_id for _, run_id in posted]
+    fanout.tell_together(leases.take_together(first, others, 1_000))
+    assert read(cast.vip, up_to=f"{cast.vip.id}-{posted[1][0]}").get_json() == {"marked": 2, "unread": 1}
+
+
+def test_reading_up_to_one_takes_as_many_statements_whatever_there_is(cast, read):
+    asked = []
+    for number in (1, 5):
+        last = [posted_and_told(cast.subscriber, cast.general, "gold") for _ in range(number)][-1]
+        with statements() as seen:
+            assert read(cast.vip, up_to=f"{cast.vip.id}-{last}").get_json()["marked"] == number
+        asked.append(len(seen))
+    assert asked[0] == asked[1]
 
 
 def test_reading_a_channel_and_everything(cast, tell, read):

@@ -238,6 +238,7 @@ class Unread(RuleBasedStateMachine):
         done = fanout.tell_together(leases.take_together(first, others, 1_000))
         expected = [id_ for id_, run in self.world.runs.items() if run.kind == "message" and run.slices is None]
         assert done == expected
+        self.world.transaction += 1
         for run_id in done:
             self.world.do_whole(run_id, self.now)
 
@@ -264,7 +265,7 @@ class Unread(RuleBasedStateMachine):
         number = self.reader(data)
         unread = self.world.shown(number, unread=True)
         last = self.one_of(data, "last", unread, self.world.messages)
-        self._read(number, {"up_to": f"{number}-{last}"}, [one for one in unread if one <= last])
+        self._read(number, {"up_to": f"{number}-{last}"}, self.world.read_up_to(number, last))
 
     @rule(data=st.data())
     def read_channel(self, data: Any) -> None:

@@ -66,6 +66,7 @@ class Notification:
     reason: str
     read: bool = False
     dismissed: bool = False
+    transaction: int = 0  # which wrote it
 
 
 @dataclass
@@ -77,6 +78,7 @@ class World:
     messages: dict[int, Message] = field(default_factory=dict)
     runs: dict[int, Run] = field(default_factory=dict)  # unfinished
     told: dict[tuple[int, int], Notification] = field(default_factory=dict)  # by person and message
+    transaction: int = 0  # of the fan-outs, one after the other
 
     # Who may what ------------------------------------------------------------------------------------------
 
@@ -131,6 +133,7 @@ class World:
 
     def do_part(self, run_id: int, after: int | None, now: object) -> None:
         """The run's own part (None), or the slice that begins after a number."""
+        self.transaction += 1
         run = self.runs[run_id]
         message, members = self.messages[run.message], self.members()
         if after is not None:
@@ -155,6 +158,13 @@ class World:
         if not run.slices:
             del self.runs[run_id]
 
+    def read_up_to(self, number: int, last: int) -> list[int]:
+        """What a mark up to a message reads: of what is not newer only what no later transaction wrote."""
+        own = [id_ for user_id, id_ in self.told if user_id == number and id_ <= last]
+        latest = self.told[number, max(own)].transaction if own else 0
+        unread = self.shown(number, unread=True)
+        return [one for one in unread if one <= last and self.told[number, one].transaction <= latest]
+
     def do_whole(self, run_id: int, now: object) -> None:
         """All members at once, however many."""
         run = self.runs.pop(run_id)
@@ -168,7 +178,7 @@ class World:
             if run.kind == "edit":
                 self._tell_of_edit(run, number, decision, there)
             elif decision in oracle.TELLING and there is None:
-                self.told[number, run.message] = Notification(decision)
+                self.told[number, run.message] = Notification(decision, transaction=self.transaction)
 
     def _tell_of_edit(self, run: Run, number: int, decision: str, there: Notification | None) -> None:
         """An edit tells the newly mentioned only, and takes back what is unread of those mentioned no more."""
@@ -180,7 +190,7 @@ class World:
             return
         if there is None:
             if newly and telling and decision != "message":
-                self.told[number, run.message] = Notification(decision)
+                self.told[number, run.message] = Notification(decision, transaction=self.transaction)
         elif telling:
             if there.reason == "message" != decision:
                 there.read = False
