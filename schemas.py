@@ -516,7 +516,7 @@ class UnreadCount(Shape):
 
 
 class MarkRead(Shape):
-    """Exactly one of the four. `up_to` leaves unread what was committed after that notification, though its id is lower."""
+    """Exactly one of the four. `up_to` leaves unread what was committed later, though its id is lower."""
 
     ids = fields.List(NotificationId(), validate=Length(1, 1000))
     up_to = NotificationId()
