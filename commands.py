@@ -239,15 +239,38 @@ def explain(message_id: int, username: str, as_json: bool) -> None:
 
 
 @command(COMMANDS, "verify")
+@click.option("--decisions", is_flag=True, help="Also make recent decisions again, and compare them member by member.")
+@click.option(
+    "--limit",
+    type=click.IntRange(1, 1_000_000),
+    default=100,
+    show_default=True,
+    help="Runs for --decisions, newest first.",
+)
+@click.option(
+    "--since", type=click.IntRange(1, LARGEST_ID), default=1, help="Read no notification of a message with a lower id."
+)
 @json_option
-def verify(as_json: bool) -> None:
-    """Check the stored runs and notifications against the rules; exits 1 if anything is off."""
-    findings = verification.verify()
+def verify(decisions: bool, limit: int, since: int, as_json: bool) -> None:
+    """Check the stored data for contradictions, and against the rules; exits 1 if anything is wrong.
+
+    Nothing is locked or changed: it can run beside everything else.
+    """
+    with click.progressbar(length=1, label="notifications", file=sys.stderr) as bar:
+
+        def show(done: int, partitions: int) -> None:
+            bar.length = partitions
+            bar.update(done - bar.pos)
+
+        report = verification.check(since=since, decisions=limit if decisions else 0, on_partition=show)
     if as_json:
-        _print_json({"findings": findings})
+        _print_json({"findings": [finding._asdict() for finding in report.findings], "notes": report.notes})
     else:
-        click.echo("\n".join(findings) or f"all is well: {len(verification.CHECKS)} checks")
-    if findings:
+        texts = [finding.text for finding in report.findings]
+        checks = len(verification.CHECKS) + decisions
+        click.echo("\n".join(texts or [f"nothing is wrong: {checks} checks"]))
+        click.echo("\n".join(report.notes))
+    if report.findings:
         raise SystemExit(1)
 
 

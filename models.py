@@ -173,6 +173,7 @@ class User(Table):
     email = TextField(null=True)
     is_admin = BooleanField(constraints=[SQL("DEFAULT false")])
     created_at = TimeField(constraints=_now())
+    admin_changed_at = TimeField(null=True)  # when `is_admin` last changed; NULL where it never did
 
     class Meta:
         table_name = "user_account"  # `user` is a reserved word
@@ -239,6 +240,7 @@ class MemberRole(Table):
     role_id = BigIntegerField()
     user_id = BigIntegerField()
     server_id = BigIntegerField()
+    added_at = TimeField(constraints=_now())
 
     class Meta:
         table_name = "member_role"
@@ -263,6 +265,7 @@ class ChannelRole(Table):
     channel_id = BigIntegerField()
     role_id = BigIntegerField()
     server_id = BigIntegerField()
+    added_at = TimeField(constraints=_now())
 
     class Meta:
         table_name = "channel_role"
@@ -277,6 +280,7 @@ class Preference(Table):
     user = ForeignKeyField(User, on_delete="CASCADE", index=False)
     level = TextField(constraints=[_among("level", LEVELS), SQL("DEFAULT 'all'")])
     muted_until = TimeField(null=True)
+    updated_at = TimeField(constraints=_now())
 
     class Meta:
         primary_key = CompositeKey("channel", "user")

@@ -5,7 +5,7 @@ import secrets
 from datetime import datetime
 from typing import Any
 
-from peewee import IntegrityError
+from peewee import IntegrityError, fn
 
 from belfry.errors import Conflict, Forbidden, NotFound, Unauthenticated
 from belfry.sql import Row, execute, row, rows
@@ -52,6 +52,8 @@ def find_username(username: str) -> User:
 def update_user(user_id: int, changes: dict[str, Any]) -> User:
     """Change name, email or is_admin. Raises NotFound."""
     user = find_user(user_id)
+    if changes.get("is_admin", user.is_admin) != user.is_admin:
+        user.admin_changed_at = fn.now()  # the database's clock
     for column, value in changes.items():
         setattr(user, column, value)
     user.save()

@@ -26,7 +26,7 @@ def set_preference(user: User, channel_id: int, level: str, muted_until: datetim
         "INSERT INTO preference (channel_id, user_id, level, muted_until)"
         " VALUES (%(channel_id)s, %(user_id)s, %(level)s, %(muted_until)s)"
         " ON CONFLICT (channel_id, user_id) DO UPDATE"
-        " SET level = EXCLUDED.level, muted_until = EXCLUDED.muted_until",
+        " SET level = EXCLUDED.level, muted_until = EXCLUDED.muted_until, updated_at = now()",
         {"channel_id": channel_id, "user_id": user.id, "level": level, "muted_until": muted_until},
     )
     reach("preference.written")

@@ -1,0 +1,123 @@
+"""`verify --decisions`: recent decisions made again, and compared with the notifications, member by member.
+
+A decision can be compared only as long as what it was made of is as it was. What was inserted or updated since has a
+time. What was removed leaves none, but changes how many members have which decision:
+
+1. A run is skipped whose message was deleted, edited or replayed since.
+2. A member is skipped whose own membership, subscription, preference, roles or rights changed since, or would change by
+   time alone (a period or a mute that ended); or whose subscription is past due: the grace is a setting.
+3. Where roles matter (a private channel, a mentioned role), a run is skipped as soon as anything of 2 applies to
+   anybody, a role was given to the channel, or the decisions now have other counts than those stored: then a role or a
+   member may have been removed. Without a removal or an addition that has a time, equal counts are equal decisions:
+   removing only takes access away, and nobody else gets it by that.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from belfry.findings import TOLERANCE_SECONDS, Finding, Report
+from belfry.notification_checks import KEPT_FROM
+from belfry.recipients import DECIDED, TELLING, Subject, subject_of
+from belfry.sql import Row, rows
+
+CHECK = "the notifications are those that the rules decide"
+
+_RUNS = """
+    SELECT run.id, run.message_id, run.decisions,
+        run.started_at - make_interval(secs => %(tolerance)s) AS since
+    FROM run
+    WHERE run.state = 'succeeded'
+    AND run.kind IN ('message', 'test')
+    AND run.started_at IS NOT NULL
+    ORDER BY run.id DESC
+    LIMIT %(limit)s
+"""
+
+_COMPARE = f"""
+    WITH decided AS MATERIALIZED ({DECIDED}),
+    changed AS MATERIALIZED (
+        SELECT member.user_id
+        FROM member
+        JOIN user_account usr ON usr.id = member.user_id
+        LEFT JOIN subscription sub ON sub.user_id = member.user_id
+        LEFT JOIN preference pref ON pref.channel_id = %(channel_id)s AND pref.user_id = member.user_id
+        WHERE member.server_id = %(server_id)s
+        AND (member.joined_at > %(since)s
+            OR usr.admin_changed_at > %(since)s
+            OR sub.updated_at > %(since)s
+            OR sub.current_period_end + interval '24 hours' BETWEEN %(since)s AND now()
+            OR (sub.status = 'past_due' AND sub.current_period_end IS NOT NULL)
+            OR pref.updated_at > %(since)s
+            OR pref.muted_until BETWEEN %(since)s AND now())
+        UNION
+        SELECT user_id FROM member_role WHERE server_id = %(server_id)s AND added_at > %(since)s
+    )
+    SELECT decided.decision, note.reason::text AS reason, changed.user_id IS NOT NULL AS is_changed,
+        count(*) AS members, min(decided.user_id) AS first_user_id,
+        EXISTS (SELECT FROM run WHERE message_id = %(message_id)s AND id <> %(run_id)s)
+            OR (SELECT deleted_at IS NOT NULL FROM message WHERE id = %(message_id)s)
+            OR %(message_id)s < {KEPT_FROM} AS is_over,
+        EXISTS (SELECT FROM channel_role WHERE channel_id = %(channel_id)s AND added_at > %(since)s) AS is_opened
+    FROM decided
+    LEFT JOIN notification note ON note.message_id = %(message_id)s AND note.user_id = decided.user_id
+    LEFT JOIN changed ON changed.user_id = decided.user_id
+    GROUP BY 1, 2, 3
+"""
+"""The decisions of now beside the notifications, counted; one snapshot."""
+
+
+@dataclass
+class _Progress:
+    runs: int = 0
+    members: int = 0
+    changed: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+
+
+def check_decisions(report: Report, limit: int) -> None:
+    """Compare the newest `limit` runs of messages that succeeded, and say in the notes what was skipped, and why."""
+    progress = _Progress()
+    found = rows(_RUNS, {"limit": limit, "tolerance": TOLERANCE_SECONDS})
+    for run in found:
+        subject = subject_of(run["message_id"])
+        assert subject is not None  # run.message_id is a foreign key
+        _compare(run, subject, report, progress)
+    report.notes.append(
+        f"decisions compared: of {progress.members} members in {progress.runs} runs, the newest"
+        + (f"; of none before run {found[-1]['id']}" if len(found) == limit else "")
+    )
+    report.notes += [f"decisions not compared: {number} runs {why}" for why, number in progress.skipped.items()]
+    if progress.changed:
+        report.notes.append(f"decisions not compared: of {progress.changed} members of whom something changed since")
+
+
+def _compare(run: Row, subject: Subject, report: Report, progress: _Progress) -> None:
+    groups = rows(_COMPARE, {**subject.parameters(), "since": run["since"], "run_id": run["id"]})
+    if any(group["is_over"] for group in groups):
+        progress.skipped["of messages that were deleted, edited, replayed, or are older than RETENTION_DAYS"] += 1
+        return
+    stored = {decision: members for decision, members in run["decisions"].items() if members}
+    if subject.private or subject.mentioned_roles or "no_channel_access" in stored:
+        now: Counter[str] = Counter()
+        for group in groups:
+            now[group["decision"]] += group["members"]
+        if now != stored or any(group["is_changed"] or group["is_opened"] for group in groups):
+            progress.skipped["for which roles count, since which something changed"] += 1
+            return
+    progress.runs += 1
+    for group in groups:
+        if group["is_changed"]:
+            progress.changed += group["members"]
+            continue
+        progress.members += group["members"]
+        expected = group["decision"] if group["decision"] in TELLING else None
+        if group["reason"] != expected:
+            report.add([Finding(CHECK, _described(run, group))])
+
+
+def _described(run: Row, group: Row) -> str:
+    stored = f"have a notification for {group['reason']}" if group["reason"] else "have no notification"
+    return (
+        f"run {run['id']}, message {run['message_id']}: {group['members']} members {stored}, and the rules decide"
+        f" {group['decision']}; the first is user {group['first_user_id']}"
+    )

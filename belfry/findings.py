@@ -1,0 +1,78 @@
+"""What the checks of `verify` share: the shape of a finding, and how a check is run.
+
+A check is one SQL statement that returns (check, finding) and no row where everything is right. One statement sees one
+snapshot, so nothing that a running system changes meanwhile can look inconsistent, and nothing is locked.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from belfry.sql import rows, set_locally
+from models import db
+
+SHOWN = 100
+"""Findings of one check that are shown; of the others only how many there are."""
+TOLERANCE_SECONDS = 60
+"""How far two times may contradict each other without a finding: PostgreSQL's now() is the start of a transaction, not
+its commit, and a clock may be set back a little."""
+_RESOURCES = {
+    "jit": "off",  # compiling takes longer than most of the checks
+    "work_mem": "64MB",  # a hash of the members, and of the messages of a partition
+    "max_parallel_workers_per_gather": "4",
+}
+
+
+class Finding(NamedTuple):
+    """One thing that is wrong, in a sentence, and the name of the check that found it."""
+
+    check: str
+    text: str
+
+
+@dataclass
+class Report:
+    """What `verify` found; and in `notes`, a sentence each, what it compared, and what it did not look at or show."""
+
+    findings: list[Finding] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    _hidden: dict[str, int] = field(default_factory=dict)
+
+    def add(self, found: list[Finding]) -> None:
+        """Add findings; of one check SHOWN at most are kept."""
+        for one in found:
+            if sum(other.check == one.check for other in self.findings) < SHOWN:
+                self.findings.append(one)
+            else:
+                self._hidden[one.check] = self._hidden.get(one.check, 0) + 1
+
+    def run(self, statement: str, parameters: Mapping[str, Any] | None = None) -> None:
+        """Run the statement of one or more checks and add what it finds."""
+        with db.atomic():
+            rows(f"SELECT {set_locally(_RESOURCES)}")
+            found = rows(
+                f"""
+                SELECT check_name, finding, total
+                FROM (
+                    SELECT check_name, finding,
+                        count(*) OVER (PARTITION BY check_name) AS total,
+                        row_number() OVER (PARTITION BY check_name) AS number
+                    FROM ({statement}) AS found (check_name, finding)
+                ) numbered
+                WHERE number <= {SHOWN}
+                ORDER BY check_name, number
+                """,
+                {"tolerance": TOLERANCE_SECONDS, **(parameters or {})},
+            )
+        self.add([Finding(one["check_name"], one["finding"]) for one in found])
+        for name, total in {one["check_name"]: one["total"] for one in found}.items():
+            if total > SHOWN:
+                self._hidden[name] = self._hidden.get(name, 0) + total - SHOWN
+
+    def finish(self) -> "Report":
+        """Say how many findings are not shown."""
+        self.notes += [
+            f"not shown: {number} more findings of the check '{name}'" for name, number in self._hidden.items()
+        ]
+        self._hidden.clear()
+        return self
