@@ -8,7 +8,7 @@
 | `/api/notifications/stream` | views/stream.py, views/hub.py |
 | `/api/me`, `/api/users`, `/api/channels` | views/people.py |
 | `/api/servers`, `/api/channels/N` | views/servers.py |
-| `/`, `/servers/N/channels/N`, `/servers/N/channels/N/read`, `/inbox` | views/pages.py |
+| `/`, `/servers/N/channels/N`, `/inbox` | views/pages.py |
 | `/rq` | views/dashboard.py, views/queue_pages.py |
 | `/login`, `/logout` | views/sign_in.py |
 | `/healthz`, `/readyz`, `/metrics` | views/health.py |

@@ -265,11 +265,10 @@ def mark_read(
     up_to: tuple[int, int] | None = None,
     channel_id: int | None = None,
 ) -> dict[str, int]:
-    """Mark the named notifications read, those up to one, a channel's, a channel's up to one, or (nothing given) all.
+    """Mark the named notifications read, those up to one, a channel's, or (nothing given) all.
 
-    With `up_to` alone only those are marked that any list contained which shows that one: one with a lower id that was
-    committed later stays unread. Where there is no such notification, that of the last message before it counts. (A
-    channel's `up_to` is a message, of which one need not have been notified.)
+    With `up_to` only those are marked that any list contained which shows that one: one with a lower id that was
+    committed later stays unread. Where there is no such notification, that of the last message before it counts.
     Answers {"marked", "unread"}. Ids of other people are passed over, and so is what is read already.
     Raises NotFound for a channel that the user may not see, Invalid where `up_to` is another person's.
     """
@@ -279,11 +278,10 @@ def mark_read(
         channel_for(user, channel_id)
     which = "AND n.message_id = ANY(%(message_ids)s::bigint[])" if ids is not None else ""
     own = [message_id for user_id, message_id in ids or () if user_id == user.id]
-    bounded = up_to is not None and channel_id is None
     with transaction():
         found = row(
             f"""
-            WITH {_LATER if bounded else ""}
+            WITH {_LATER if up_to else ""}
             shown AS (
                 SELECT n.message_id
                 FROM notification n
@@ -291,7 +289,7 @@ def mark_read(
                 WHERE {_OWN}
                 AND {_UNREAD}
                 AND n.message_id <= %(up_to)s
-                {f"AND NOT {_IS_LATER}" if bounded else ""}
+                {f"AND NOT {_IS_LATER}" if up_to else ""}
                 {which}
                 AND {_IN_SIGHT}
                 AND EXISTS ({_PERMITTED})

@@ -355,32 +355,6 @@ def test_a_form_of_another_session_marks_nothing(browser, cast, post, run_jobs):
     assert "<title>(1)" in vera.get("/inbox").text
 
 
-def test_a_channel_is_marked_read_up_to_what_was_seen(browser, cast, post, run_jobs):
-    elsewhere, first, second = post("x", cast.announcements, cast.admin), post("one"), post("two")
-    run_jobs()
-    vera = browser(cast.vip)
-    form = {"csrf": csrf_of(vera.get("/inbox").text)}
-    path = address(cast, cast.general, "/read")
-
-    def unread():
-        return [int(id_) for id_ in re.findall(r'<li id="notification-\d+-(\d+)"', vera.get("/inbox?unread=1").text)]
-
-    for refused in ({}, {"up_to": ""}, {"up_to": "-1"}, {"up_to": "x"}, {"up_to": "9" * 20}):
-        assert vera.post(path, data={**form, **refused}).status_code == 422
-    assert vera.post(path, data={"up_to": first}).status_code == 403
-    assert browser().post(path, data={**form, "up_to": first}).status_code == 401
-    assert vera.post(f"/servers/{cast.server_id + 1}/channels/{cast.general}/read", data=form).status_code == 404
-    assert vera.post(address(cast, 987_654, "/read"), data={**form, "up_to": first}).status_code == 404
-    assert unread() == [second, first, elsewhere]
-    assert vera.post(path, data={**form, "up_to": first}).status_code == 204
-    assert unread() == [second, elsewhere]
-    assert vera.post(path, data={**form, "up_to": "9" * 19}).status_code == 204
-    assert unread() == [elsewhere]
-    stan = browser(cast.stranger)
-    refused = stan.post(path, data={"csrf": csrf_of(stan.get("/").text), "up_to": first})
-    assert refused.status_code == 404
-
-
 def test_the_inbox_goes_on_by_a_link(browser, cast, post, run_jobs):
     ids = [post(str(number)) for number in range(60)]
     run_jobs()

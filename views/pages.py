@@ -90,16 +90,6 @@ def messages(server_id: int, channel_id: int) -> str:
     return render_template("messages.html", channel=seen, **_stretch(seen))
 
 
-@blueprint.post("/servers/<id:server_id>/channels/<id:channel_id>/read")
-def read(server_id: int, channel_id: int) -> AnyResponse:
-    """Mark read what one was told of a channel `up_to` a message, which is the last that one has seen: 204."""
-    seen, up_to = _channel(server_id, channel_id), _id(request.form.get("up_to", ""))
-    if up_to is None:
-        raise HttpProblem(422, "Say up to which message you have read.")
-    inbox.mark_read(g.user, channel_id=seen.id, up_to=(g.user.id, up_to))
-    return Response(status=204)
-
-
 @blueprint.get("/inbox")
 def inbox_page() -> str:
     """What one was told, newest first: all or what is `unread`, from the top or `before` one."""

@@ -26,7 +26,7 @@ HEADERS = {
 }
 OF_MESSAGES = ("api.post_message", "api.edit_message", "api.test_notification", "api.replay")
 """What these change is told by a job, which announces it."""
-OF_ONESELF = ("api.mark_read", "api.dismiss", "pages.read", "pages.mark_read")
+OF_ONESELF = ("api.mark_read", "api.dismiss", "pages.mark_read")
 
 OF_OWN_ACCESS = ("api.revoke_own_token", "api.end_own_sessions")
 

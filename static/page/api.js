@@ -31,12 +31,6 @@ export async function call(method, address, body, headers = {}) {
   return given;
 }
 
-// A form of the page's own, sent by its script.
-export async function send(address, fields) {
-  const answer = await fetch(address, { method: 'POST', body: new URLSearchParams({ csrf, ...fields }) });
-  if (!answer.ok) throw new Problem(answer.status, { detail: `The answer was ${answer.status}.` });
-}
-
 // `work`, once at a time: asked while it is under way, however often, it is done once more; and it begins no sooner than
 // `gap` milliseconds after it began the last time. So what comes in crowds asks for little.
 export function inTurn(work, gap) {

@@ -2,14 +2,16 @@
 //
 // - Seen is what is in view while the reader's attention is on the window: it is visible, and has the focus.
 // - Who sees the newest message of the list has read all of the list. Before that, only what was seen is.
-// - What the list does not have yet nobody has seen: nothing is marked read beyond its last message.
+// - Messages are marked by their ids: one that the list does not have, since it is older or was committed later than its
+//   neighbours, stays unread.
 
-import { call, send } from './api.js';
+import { call } from './api.js';
 import { live, recount } from './live.js';
-import { address, completeTo, isAtEnd, channelId, timeline } from './timeline.js';
+import { channelId, isAtEnd, listedIds, timeline } from './timeline.js';
 import { unreadIn } from './unread.js';
 
 const PAUSE = 400;
+const AT_ONCE = 1_000; // notifications that one request marks at most
 const APART = 2_000; // milliseconds between two times, in a channel in which there is always something new
 const me = document.body.dataset.user;
 const log = document.getElementById('log');
@@ -29,17 +31,15 @@ async function mark() {
   waiting = null;
   if (!isWatched() || !unreadIn(channelId)) return;
   see();
-  const ids = [...seen].slice(0, 1_000);
-  const all = isAtEnd() && completeTo();
-  if (!all && !ids.length) return;
-  const now = `${all || ids} ${unreadIn(channelId)}`;
+  const ids = isAtEnd() ? listedIds().slice(-AT_ONCE) : [...seen].slice(0, AT_ONCE);
+  if (!ids.length) return;
+  const now = `${ids} ${unreadIn(channelId)}`;
   if (now === before) return;
   before = now;
   next = performance.now() + APART;
   for (const id of ids) seen.delete(id);
   try {
-    if (all) await send(`${address}/read`, { up_to: all });
-    else await call('POST', '/api/notifications/read', { ids: ids.map((id) => `${me}-${id}`) });
+    await call('POST', '/api/notifications/read', { ids: ids.map((id) => `${me}-${id}`) });
     await recount();
   } catch {
     before = null;

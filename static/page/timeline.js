@@ -19,11 +19,8 @@ export const channelId = Number(log.dataset.channel);
 export const reachesNewest = () => !('newer' in list.dataset);
 export const isAtEnd = () => reachesNewest() && Math.abs(log.scrollTop) < 48;
 
-// Up to which message the list has all that there is, as far as is known.
-export function completeTo() {
-  const missing = [...awaited].filter((id) => !document.getElementById(`message-${id}`));
-  return Math.min(idOf(list.lastElementChild), ...missing.map((id) => id - 1));
-}
+// The ids of the messages that the list has, the oldest first.
+export const listedIds = () => [...list.children].map(idOf);
 
 // Whether a message is told of that is not in the list: looking for it went wrong, or is under way.
 export const isBehind = () => awaited.size > 0;

@@ -3,8 +3,13 @@
 import re
 from statistics import median
 
+import psycopg
 from playwright.sync_api import Page, expect
 
+import queues
+from belfry.leases import Part
+from config import settings
+from models import Run
 from tests.browser.browsing import address, bell, composer, message, wait_until_live
 
 POSTS = 7
@@ -130,6 +135,33 @@ def test_a_message_that_is_longer_than_the_window_is_read(visit, cast, post, run
     expect(bell(page)).to_have_text("1")
     unread = api(cast.vip).get("/api/notifications?unread=1").json["items"]
     assert [one["message_id"] for one in unread] == [end]
+
+
+def test_what_the_list_does_not_have_is_not_read(visit, faults, cast, post, run_jobs, api) -> None:
+    """Neither what is older than the list, nor what was committed later than its neighbours."""
+    faults.expect("status of 429")
+    mention, *_ = [post(f"number {number}, @vera" if number == 0 else f"number {number}") for number in range(60)]
+    run_jobs()
+    with psycopg.connect(settings.database_url) as late:
+        late_id = late.execute(
+            "INSERT INTO message (channel_id, author_id, content) VALUES (%s, %s, 'late') RETURNING id",
+            [cast.general, cast.subscriber.id],
+        ).fetchone()[0]
+        post("the last one")
+        run_jobs()
+        page = visit("/login", cast.vip)
+        page.add_init_script(WITHOUT_FOCUS)
+        page.goto(address(cast, cast.general))
+        expect(bell(page)).to_have_text("61")
+        late.execute("INSERT INTO run (message_id, kind) VALUES (%s, 'message')", [late_id])
+        late.commit()
+    queues.enqueue([Part(Run.get(Run.message == late_id).id)])
+    page.route(re.compile(r"/messages\?"), lambda route: route.fulfill(status=429))  # so the list does not get it
+    run_jobs()
+    page.evaluate("() => { document.hasFocus = () => true; window.dispatchEvent(new Event('focus')); }")
+    expect(bell(page)).to_have_text("12")
+    unread = [one["message_id"] for one in api(cast.vip).get("/api/notifications?unread=1").json["items"]]
+    assert (unread[0], unread[-1]) == (late_id, mention)
 
 
 def test_who_reads_in_a_busy_channel_has_read_it(visit, worker, cast, post) -> None:
