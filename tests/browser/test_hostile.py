@@ -54,7 +54,7 @@ def look(page: Page) -> list[str]:
 @pytest.fixture(autouse=True)
 def _as_many_as_there_are(monkeypatch) -> None:
     """The limit of messages is not what these tests are about."""
-    monkeypatch.setattr(limits, "_hit", lambda limit, scope: (1, 1, 0))
+    monkeypatch.setattr(limits, "_hit", lambda limit, key, scope: (1, 1, 0))
 
 
 def in_the_list(vector: str) -> str:
