@@ -20,7 +20,7 @@ help:
 	@echo 'make test     the test suite                   (ARGS="-k inbox -x" goes to pytest)'
 	@echo 'make bench    the benchmarks                   (ARGS="--only large small --json FILE --charts DIR")'
 	@echo 'make chaos    kill everything, again and again, and then an audit   (ARGS="--kills 1000 --seed 7")'
-	@echo 'make drill    fan-outs to 1,000,000, SIGTERM, Redis down, a backlog    (ARGS="mention stop outage backlog")'
+	@echo 'make drill    fan-outs to 1,000,000, SIGTERM, Redis down, attacks, …       (ARGS="stop slow_clients"; see README.md)'
 	@echo 'make lint     ruff and mypy'
 	@echo 'make screenshots   docs/screenshots/ made anew, by Chromium'
 	@echo 'make lock     requirements*.lock anew from requirements*.txt   (ARGS="--upgrade" for newer versions of the rest)'

@@ -1,4 +1,4 @@
-"""`make drill ARGS="mention stop outage backlog"`: what docs/reliability.md says of a busy and of a broken Belfry.
+"""`make drill ARGS="mention stop outage backlog"`: what the documents say of a busy, a broken and an attacked Belfry.
 
 It sets up servers of its own, as the demo does, checks every notification after each as `verify` does, and prints
 the figures, and them as JSON in the last line. Without a name, all of them.
@@ -25,6 +25,7 @@ from bench.cleanup import cleanup
 from bench.reconnect import reconnect
 from bench.rendering import rendering
 from bench.slow_clients import slow_clients
+from bench.verify import verify
 from dev import CommandError, ports, say, stack, valkey
 from dev import stop as asked
 from dev.client import Client
@@ -255,7 +256,7 @@ def _percentile(seconds: list[float], percent: int, factor: int = 1) -> float:
 
 DRILLS = {
     drill.__name__: drill
-    for drill in (mention, stop, outage, backlog, reconnect, cleanup, rendering, slow_clients)
+    for drill in (mention, stop, outage, backlog, reconnect, cleanup, rendering, slow_clients, verify)
 }
 
 
@@ -278,12 +279,12 @@ def main() -> int:
 def _drill(arguments: argparse.Namespace) -> int:
     results = {}
     with _ground() as ground:
-        from belfry.verification import verify  # reads the environment that was just made
+        from belfry import verification  # reads the environment that was just made
 
         for name in arguments.names or DRILLS:
             say(f"{name}: {' '.join((DRILLS[name].__doc__ or '').split())}")
             results[name] = DRILLS[name](ground, arguments.members, arguments.posts)
-            findings = verify()
+            findings = verification.verify()
             assert findings == [], findings
             for figure, value in results[name].items():
                 say(f"  {figure:30} {value}")
