@@ -205,6 +205,7 @@ def check_partitions(report: Report) -> None:
         WHERE link.inhrelid IS NOT NULL
         OR (part.relname ~ '^notification_to_[0-9]+(_[0-9]+)?$'
             AND part.relkind = 'r'
+            AND EXISTS (SELECT FROM pg_attribute WHERE attrelid = part.oid AND attname = 'message_id')
             AND part.relnamespace = (SELECT relnamespace FROM pg_class WHERE oid = 'notification'::regclass))
         ORDER BY part.relname
         """

@@ -191,7 +191,7 @@ def test_the_audit_finds_nothing_where_nothing_is_off(play):
     ("fault", "kinds"),
     [
         ("DELETE FROM notification WHERE user_id = {told}", {"missing": 1, "wrong_decision": 1}),
-        ("UPDATE notification SET reason = 'mention' WHERE user_id = {told}", {"wrong_decision": 2}),
+        ("UPDATE notification SET reason = 'mention' WHERE user_id = {told}", {"wrong_decision": 4}),
         (
             "INSERT INTO notification (user_id, message_id, reason)"
             " SELECT {outsider}, message_id, reason FROM notification LIMIT 1",
@@ -200,7 +200,7 @@ def test_the_audit_finds_nothing_where_nothing_is_off(play):
         ("UPDATE message SET content = 'lead'", {"wrong_decision": 1}),
         ("UPDATE message SET deleted_at = now()", {"wrong_decision": 1}),
         ("UPDATE run SET state = 'failed', error = 'a bug', finished_at = now()", {"unresolved_runs": 1}),
-        ("UPDATE run SET decisions = decisions || '{{\"message\": 1}}'", {"wrong_decision": 4}),
+        ("UPDATE run SET decisions = decisions || '{{\"message\": 1}}'", {"wrong_decision": 5}),
     ],
     ids=["missing", "reason", "outsider", "edited", "deleted", "failed", "counted"],
 )
