@@ -17,7 +17,7 @@ help:
 	@echo 'make run      a web process and a worker until Ctrl-C; prints tokens and commands to paste'
 	@echo 'make web      the web process alone; it shares its data with `make worker` and `make run`'
 	@echo 'make worker   a worker alone, for a second terminal'
-	@echo 'make test     the test suite                   (ARGS="-k inbox -x" goes to pytest)'
+	@echo 'make test     the test suite, three files at once   (ARGS="-k inbox -x" goes to pytest, which runs one at a time)'
 	@echo 'make bench    the benchmarks                   (ARGS="--only large small --json FILE --charts DIR")'
 	@echo 'make chaos    kill everything, again and again, and then an audit   (ARGS="--kills 1000 --seed 7")'
 	@echo 'make drill    fan-outs to 1,000,000, SIGTERM, Redis down, attacks, …       (ARGS="stop slow_clients"; see README.md)'
@@ -36,7 +36,7 @@ demo run web worker screenshots: $(STAMP)
 	@$(PY) -m dev $@
 
 test: $(STAMP)
-	@$(PY) -m dev test $(ARGS)
+	@$(PY) -m dev test $(or $(ARGS),-n 3 --dist loadfile)
 
 bench: $(STAMP)
 	@$(PY) -m bench $(ARGS)

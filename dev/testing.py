@@ -2,13 +2,25 @@
 
 import os
 import secrets
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 from dev.own import private
 from dev.places import temporary_data_dir
 from dev.processes import in_foreground
 from dev.servers import named, servers
+
+process_stack = ExitStack()
+"""What one of several processes that run the suite has to give back at its end."""
+
+
+@contextmanager
+def own_databases() -> Iterator[None]:
+    """While the block runs, DATABASE_URL and REDIS_URL of this process name databases of its own, empty, on the same
+    servers as before."""
+    with private(os.environ, "test") as own:
+        os.environ.update(own)
+        yield
 
 
 def test(arguments: Sequence[str]) -> int:

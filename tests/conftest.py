@@ -13,8 +13,12 @@ from types import SimpleNamespace
 import psycopg
 import pytest
 
+from dev import testing
+
 if "DATABASE_URL" not in os.environ or "REDIS_URL" not in os.environ:
     pytest.exit("Run the tests by `make test`: it sets up the database and the Redis that they empty.", returncode=2)
+if "PYTEST_XDIST_WORKER" in os.environ:  # several processes run the suite: each has a database and a Redis of its own
+    testing.process_stack.enter_context(testing.own_databases())
 os.environ.setdefault("SECRET_KEY", "a key for the tests, of no use to anybody else")
 os.environ.setdefault("SECURE_COOKIES", "0")
 
@@ -37,9 +41,10 @@ from views import health
 
 @pytest.fixture(scope="session", autouse=True)
 def _schema() -> Iterator[None]:
-    schema.migrate()
-    yield
-    db.close_all()
+    with testing.process_stack:
+        schema.migrate()
+        yield
+        db.close_all()
 
 
 @pytest.fixture(autouse=True)
