@@ -127,10 +127,11 @@ def _authenticate() -> None:
     token = None if request.blueprint in (pages.blueprint.name, sign_in.blueprint.name) else bearer_token()
     if token:
         token_hash = accounts.hash_token(token)
-        if request.endpoint and hasattr(current_app.view_functions[request.endpoint], "asks_for_itself"):
+        view = current_app.view_functions.get(request.endpoint or "")
+        if hasattr(view, "asks_for_itself"):
             g.user = accounts.remembered(token_hash)
             g.token_hash = token_hash if g.user else None
-        g.user = g.user or accounts.authenticate_hash(token_hash)
+        g.user = g.user or getattr(view, "find_user", accounts.authenticate_hash)(token_hash)
     elif not (_is_api() and "Authorization" in request.headers):
         g.user = sign_in.signed_in()
 

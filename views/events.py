@@ -9,6 +9,8 @@ from belfry.live import News
 from belfry.positions import Position
 from belfry.resuming import SENT_AT_ONCE
 
+Dumped = dict[tuple[Any, ...], str]
+
 _notification = schemas.Notification()
 
 
@@ -17,11 +19,11 @@ def event(kind: str, text: str, position: Position) -> bytes:
     return f"event: {kind}\nid: {position}\ndata: {text}\n\n".encode()
 
 
-def events_of(found: News, here: Position, user_ids: Iterable[int]) -> dict[int, list[bytes]]:
-    """What to send to whom. What many are told of alike is put into words once, but for its id."""
+def events_of(found: News, here: Position, user_ids: Iterable[int], dumped: Dumped) -> dict[int, list[bytes]]:
+    """What to send to whom. A notification that many users have alike is serialized once, but for its id, and kept in
+    `dumped` for further calls."""
     if found.too_much:
         return {user_id: [event("reset", "{}", here)] for user_id in user_ids}
-    dumped: dict[tuple[Any, ...], str] = {}
     events: dict[int, list[bytes]] = {}
     for user_id, sent in found.notifications.items():
         if len(sent) > SENT_AT_ONCE:

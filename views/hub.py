@@ -35,7 +35,7 @@ from belfry import inbox, live, resuming
 from belfry.live import News
 from belfry.positions import Position
 from queues import live_channel, redis_connection
-from views.events import event, events_of
+from views.events import Dumped, event, events_of
 from views.open_files import streams_limit
 from views.reader import Reader, Unread
 
@@ -49,6 +49,7 @@ LOOK_SECONDS = 5  # at least so often, whatever Redis says; each second while it
 GAP_SECONDS = 0.05  # between two looks: what is told meanwhile is one look's
 RECOUNT_SECONDS = 300
 COUNT_SECONDS = 0.1  # in one look, for counts: one takes a millisecond or two, and all others wait meanwhile
+MANY_NEW = 10  # clients in one look: while so many come, nobody is counted
 NEW_AT_ONCE = 100  # clients that are met in one look
 RESUMED_AT_ONCE = 50_000  # messages times clients that wait: who missed more than their part of it is sent `reset`
 READERS_OF_ONE = 20  # of one person, in one process; the oldest ends
@@ -179,7 +180,9 @@ class Hub:
                         reader.close()
                 raise
         more = self._uncounted or self._stale or self._deleted or self._waiting or not self._new.empty()
-        self._due = self._looked_at + (GAP_SECONDS if more else LOOK_SECONDS if self._redis_answers else 1)
+        now = time.monotonic()
+        gap = max(GAP_SECONDS, 2 * (now - self._looked_at))  # the other threads get half of the time at least
+        self._due = self._looked_at + (gap if more else LOOK_SECONDS if self._redis_answers else 1)
         if self._check_wanted:
             self._due = min(self._due, self._checked_at + CHECK_AGAIN_SECONDS)
 
@@ -230,15 +233,16 @@ class Hub:
         for reader in checked:
             if not reader.may_go_on(listeners):
                 self._cut(reader)  # they come back, and go on or are told why not
-        self._tell(found, here)
+        dumped: Dumped = {}
+        self._tell(found, here, dumped)
         later = []
         for reader in new:
             if not reader.may_go_on(listeners) or reader.session in gone:
                 reader.close()
             elif reader.since is None:
-                self._join(reader, News(), here)
+                self._join(reader, News(), here, dumped)
             elif client_missed := missed.get((reader.user.id, reader.since)):
-                self._join(reader, client_missed, here)
+                self._join(reader, client_missed, here, dumped)
             else:
                 later.append(reader)
         self._waiting.extendleft(reversed(later))
@@ -255,7 +259,7 @@ class Hub:
         share = RESUMED_AT_ONCE // (len(self._waiting) + len(new)) if new else 0
         return resuming.missed(list(clients), here, min(resuming.SENT_AT_ONCE, share))
 
-    def _join(self, reader: Reader, missed: News, here: Position) -> None:
+    def _join(self, reader: Reader, missed: News, here: Position, dumped: Dumped) -> None:
         """From now on the reader is one of all, who are here."""
         readers = self._readers.setdefault(reader.user.id, [])
         if len(readers) >= READERS_OF_ONE:
@@ -263,7 +267,7 @@ class Hub:
         readers.append(reader)
         reader.joined = True
         self._selector.register(reader.socket, selectors.EVENT_READ, reader)
-        reader.say(*events_of(missed, here, [reader.user.id]).get(reader.user.id, []))
+        reader.say(*events_of(missed, here, [reader.user.id], dumped).get(reader.user.id, []))
 
     def _cut(self, reader: Reader) -> None:
         readers = self._readers[reader.user.id]
@@ -290,6 +294,8 @@ class Hub:
         """Of those who came, who come, and who are stale, for COUNT_SECONDS; the rest with the next looks."""
         coming = {reader.user.id: reader.user for reader in new if reader.user.id not in self._unread}
         counted: dict[int, Unread] = {}
+        if len(new) > MANY_NEW:
+            return counted
         enough = time.monotonic() + COUNT_SECONDS
         for user_id in chain(self._uncounted, coming, self._stale):
             if user_id not in counted:
@@ -301,8 +307,8 @@ class Hub:
 
     # --- what they are sent
 
-    def _tell(self, found: News, here: Position) -> None:
-        for user_id, events in events_of(found, here, self._readers).items():
+    def _tell(self, found: News, here: Position, dumped: Dumped) -> None:
+        for user_id, events in events_of(found, here, self._readers, dumped).items():
             for reader in self._readers.get(user_id, []):
                 reader.say(*events)
 

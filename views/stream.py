@@ -9,10 +9,11 @@ from flask import Flask, Response, g, request
 from belfry import accounts, communities, live
 from belfry.errors import Forbidden, Invalid, SubscriptionRequired
 from belfry.positions import Position
+from models import User
 from queues import announce
 from views import sign_in
 from views.connection import ClientSocket
-from views.endpoint import READS, api, bearer_token, current_user, endpoint
+from views.endpoint import READS, api, authenticated_by, bearer_token, current_user, endpoint
 from views.hub import hub
 from views.limits import limit_streams
 from views.problems import HttpProblem
@@ -36,7 +37,15 @@ def register(app: Flask) -> None:
     app.after_request(_announce)
 
 
+def _find_listener(token_hash: bytes) -> User | None:
+    """Find the token's user; in `g.may_listen` is whether they may listen. One query for those who may."""
+    listener = live.listeners([token_hash]).get(token_hash)
+    g.may_listen = listener is not None
+    return listener[0] if listener else accounts.authenticate_hash(token_hash)
+
+
 @api.get("/notifications/stream")
+@authenticated_by(_find_listener)
 @limit_streams
 @endpoint()
 def stream() -> Response:
@@ -50,7 +59,7 @@ def stream() -> Response:
     token = bearer_token()
     current = None if token else sign_in.current_session()
     token_hash = current.session_hash if current else accounts.hash_token(token or "")
-    if token_hash not in live.listeners([token_hash]):
+    if not g.get("may_listen") and token_hash not in live.listeners([token_hash]):
         if not communities.servers_of(user.id):
             raise Forbidden("Who is in no server is told of nothing.")
         raise SubscriptionRequired("Live updates need an active subscription.")
