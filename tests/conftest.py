@@ -17,8 +17,8 @@ from dev import testing
 
 if "DATABASE_URL" not in os.environ or "REDIS_URL" not in os.environ:
     pytest.exit("Run the tests by `make test`: it sets up the database and the Redis that they empty.", returncode=2)
-if "PYTEST_XDIST_WORKER" in os.environ:  # several processes run the suite: each has a database and a Redis of its own
-    testing.process_stack.enter_context(testing.own_databases())
+if "PYTEST_XDIST_WORKER" in os.environ:  # several processes run the suite: each has servers of its own
+    testing.process_stack.enter_context(testing.databases_of_a_process())
 os.environ.setdefault("SECRET_KEY", "a key for the tests, of no use to anybody else")
 os.environ.setdefault("SECURE_COOKIES", "0")
 
