@@ -9,7 +9,7 @@
 - Who does not read what is sent is cut off, and goes on where they were: memory stays bounded.
 - Clients that come are met some at a time, and what they missed is looked up within bounds (belfry/resuming.py): those
   that are connected do not wait for it. A client that missed too much is sent `reset`; the more wait, the less is too
-  much. One whose count has to wait, and that missed nothing, is sent a `ping`: so it has a position at once.
+  much. While many come nobody is counted; one that missed nothing is sent a `ping` first, so it has a position at once.
 - Who may listen no longer (their token, subscription or a membership is gone) is cut off within CHECK_SECONDS.
 """
 
