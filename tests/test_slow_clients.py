@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import select
 import signal
 import socket
 from collections.abc import Iterator
@@ -131,6 +132,19 @@ def test_streams_go_on_beside_slow_clients(web, cast, connect):
         wait_until(lambda: "unread" in listener.kinds(), "the count that a stream begins with")
         with Listener(web, cast.moderator.token) as other:
             wait_until(lambda: "unread" in other.kinds(), "the count that a stream begins with")
+
+
+def test_others_are_answered_while_many_streams_are_opened(cast, connect, in_another_session):
+    opening = (
+        f"GET /api/notifications/stream HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {cast.vip.token}\r\n\r\n"
+    )
+    with in_another_session("LOCK TABLE subscription"):
+        streams = [connect(opening.encode()) for _ in range(15)]
+        for _ in range(5):
+            assert answer_on(connect(HEALTHZ)).status == 200
+        assert not select.select(streams, [], [], 0)[0], "no stream is open yet"
+    for stream in streams:
+        assert stream.recv(12) == b"HTTP/1.1 200"
 
 
 # --- slow clients are answered, and closed

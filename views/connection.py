@@ -90,6 +90,11 @@ class ReceivedRequest(RequestParser):  # type: ignore[misc]
             self._outcome = error
         return None if isinstance(self._outcome, Exception) else self._outcome
 
+    @property
+    def path(self) -> str | None:
+        """The path of the request that was parsed last; None where it is invalid."""
+        return getattr(self._outcome, "path", None)
+
     def __next__(self) -> Any:
         if isinstance(self._outcome, Exception):
             raise self._outcome

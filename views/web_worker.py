@@ -8,6 +8,8 @@ connections at once, collects each request and sends what is left of each answer
   gets 408, or the connection is closed. A connection without a request is closed after `keepalive` seconds.
 - When there are too many connections, or too many bytes are held for them, the one that has waited longest is closed.
   An honest request is complete within milliseconds, so it is never the oldest.
+- Streams are opened on STREAM_OPENINGS of the threads: after a deployment all clients come back at once, and a post
+  does not wait behind them.
 - A connection that ends is closed without blocking the loop. gunicorn waits there up to 2 s for the client to close.
 
 TLS, HTTP/2 and the PROXY protocol are the proxy's in front. A test holds the pinned version of gunicorn to all this.
@@ -18,6 +20,7 @@ import logging
 import selectors
 import socket
 import time
+from collections import deque
 from functools import partial
 from typing import Any
 
@@ -36,6 +39,8 @@ LINGER_SECONDS = 2  # after an answer that ends the connection: a close with byt
 LINGER_BYTES = 64 * 1024
 RECEIVE_BYTES = 16 * 1024
 HELD_BYTES = 64 * 1024 * 1024  # of requests that are not complete and answers that are not sent, in one process
+STREAM_PATH = "/api/notifications/stream"
+STREAM_OPENINGS = 0.25  # of the threads
 REPORT_SECONDS = 60  # between two warnings that connections are closed for others
 OUT_OF_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
@@ -47,6 +52,8 @@ class WebWorker(ThreadWorker):  # type: ignore[misc]
         self.worker_connections = connections_limit()
         self._polled: dict[Connection, None] = {}  # what the loop waits for; what has waited longest is first
         self._held = 0  # bytes, of all that are polled
+        self._openings: deque[Connection] = deque()  # requests for streams that no thread has yet
+        self._free_openings = max(1, int(self.cfg.threads * STREAM_OPENINGS))
         self._checked_at = self._reported_at = float("-inf")
         super().init_process()
 
@@ -201,8 +208,24 @@ class WebWorker(ThreadWorker):  # type: ignore[misc]
         conn.keep = False
         self._send_rest(conn)
 
+    def enqueue_req(self, conn: Connection) -> None:
+        """Give a complete request to a thread; the opening of a stream to one of few."""
+        if conn.parser.path != STREAM_PATH:
+            super().enqueue_req(conn)
+            return
+        self._openings.append(conn)
+        self._start_openings()
+
+    def _start_openings(self) -> None:
+        while self._openings and self._free_openings:
+            self._free_openings -= 1
+            super().enqueue_req(self._openings.popleft())
+
     def finish_request(self, conn: Connection, fs: Any) -> None:
         """A thread is done with a request: send what is left of the answer, then go on with the connection."""
+        if conn.parser.path == STREAM_PATH:
+            self._free_openings += 1
+            self._start_openings()
         try:
             conn.keep = not fs.cancelled() and fs.result() is True
         except Exception:
