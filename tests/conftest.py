@@ -39,6 +39,10 @@ from tests.telling import empty
 from views import health
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="write tests/golden anew")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _schema() -> Iterator[None]:
     with testing.process_stack:

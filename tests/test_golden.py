@@ -1,0 +1,255 @@
+"""What the outside relies on, and what the hot path costs, held against the files in `tests/golden`.
+
+A change that is meant shows in the diff of these files: `make test ARGS="tests/test_golden.py --update-golden"` writes
+them anew. Nothing here names a module of the product, so that moving code cannot change it unseen.
+"""
+
+import difflib
+import json
+import re
+from pathlib import Path
+
+import psycopg
+import pytest
+
+import jobs
+from models import db
+from tests.people import csrf_of
+
+GOLDEN = Path(__file__).parent / "golden"
+FLASKS_OWN = {"routes", "run", "shell"}  # commands
+
+
+@pytest.fixture
+def held(request):
+    """`held(name, text)`: the text is what `tests/golden/name` has."""
+
+    def compare(name: str, text: str) -> None:
+        path, text = GOLDEN / name, text.rstrip() + "\n"
+        if request.config.getoption("--update-golden"):
+            path.write_text(text)
+        before = path.read_text()
+        lines = difflib.unified_diff(before.splitlines(), text.splitlines(), f"golden/{name}", "now", lineterm="")
+        assert text == before, "\n".join(lines)
+
+    return compare
+
+
+@pytest.fixture
+def executed(monkeypatch):
+    """The SQL that psycopg sends from here on, each statement on one line."""
+    seen: list[str] = []
+    execute = psycopg.Cursor.execute
+
+    def record(self, query, *arguments, **named):
+        seen.append(" ".join(str(query).split()))
+        return execute(self, query, *arguments, **named)
+
+    monkeypatch.setattr(psycopg.Cursor, "execute", record)
+    return seen
+
+
+def test_the_api_document_is_as_before(client, held):
+    held("openapi.json", json.dumps(client.get("/openapi.json").get_json(), indent=1, sort_keys=True))
+
+
+def test_the_help_of_every_command_is_as_before(app, command, held):
+    def helps(group, path=()):
+        for name, one in sorted(group.commands.items()):
+            if path or name not in FLASKS_OWN:
+                yield f"$ {' '.join((*path, name))}\n{command(*path, name, '--help').output}"
+                yield from helps(one, (*path, name)) if hasattr(one, "commands") else ()
+
+    held("commands.txt", "\n".join(helps(app.cli)))
+
+
+def test_the_names_types_and_labels_of_metrics_are_as_before(api, cast, held):
+    lines = api(cast.admin).get("/metrics").text.splitlines()
+    kinds = [line for line in lines if line.startswith("# TYPE belfry")]
+    labels = {re.sub(r'="[^"]*"', "", line.rpartition(" ")[0]) for line in lines if line.startswith("belfry")}
+    held("metrics.txt", "\n".join([*sorted(kinds), *sorted(labels)]))
+
+
+def test_the_schema_is_as_before(held):
+    tables = """
+        SELECT format('%%s.%%s %%s%%s%%s', table_name, column_name, udt_name,
+            CASE is_nullable WHEN 'NO' THEN ' not null' ELSE '' END, ' default ' || column_default)
+        FROM information_schema.columns WHERE table_schema = 'public'
+        ORDER BY table_name, column_name
+    """
+    constraints = """
+        SELECT format('%%s: %%s %%s', conrelid::regclass, conname, pg_get_constraintdef(oid))
+        FROM pg_constraint WHERE connamespace = 'public'::regnamespace AND conrelid <> 0
+        ORDER BY conrelid::regclass::text, conname
+    """
+    indexes = "SELECT indexdef FROM pg_indexes WHERE schemaname = 'public' ORDER BY tablename, indexname"
+    others = """
+        SELECT format('%%s %%s: persistence %%s, options %%s', relkind, relname, relpersistence, reloptions)
+        FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'p', 'S', 'v')
+        ORDER BY relname
+    """
+    types = "SELECT format('enum %%s: %%s', enumtypid::regtype, enumlabel) FROM pg_enum ORDER BY enumtypid, enumsortorder"
+    found = [line for query in (tables, constraints, indexes, others, types) for (line,) in db.execute_sql(query)]
+    lines = [line for line in found if line is not None]
+    held("schema.txt", "\n".join(line for line in lines if not re.search("notification_to_(?!1000000)", line)))
+
+
+def test_the_statements_of_posting_and_of_fanning_out_are_as_before(api, cast, executed, slices_of, held):
+    texts = []
+
+    def section(title: str) -> None:
+        texts.append("\n".join([f"--- {title}", *executed]))
+        executed.clear()
+
+    def post(content: str) -> int:
+        answer = api(cast.subscriber).post("/api/messages", json={"channel_id": cast.general, "content": content})
+        assert answer.status_code == 201
+        return int(answer.get_json()["run"]["id"])
+
+    post("the first request opens connections")
+    executed.clear()
+    small = post("gold")
+    section("POST /api/messages")
+    jobs.notify(small)
+    section("jobs.notify: a small message, and those that wait behind it")
+    post("gold, @moira @everyone")
+    section("POST /api/messages with mentions")
+    slices_of(2)
+    large = post("gold to many, @moira")
+    executed.clear()
+    jobs.notify(large)
+    section("jobs.notify: a large message, which is divided into slices")
+    [(after,)] = db.execute_sql("SELECT min(after) FROM slice")
+    executed.clear()
+    jobs.notify_slice(large, after)
+    section("jobs.notify_slice")
+    held("statements.sql", "\n\n".join(texts))
+
+
+REQUESTS = (
+    ("ada", "GET", "/api/me", None),
+    ("ada", "GET", "/api/me/tokens", None),
+    ("ada", "GET", "/api/channels", None),
+    ("ada", "GET", "/api/channels/{general}", None),
+    ("ada", "PATCH", "/api/channels/{general}", {"name": "general-2"}),
+    ("sam", "GET", "/api/channels/{general}/members?prefix=m", None),
+    ("sam", "GET", "/api/channels/{general}/messages", None),
+    ("sam", "GET", "/api/channels/{general}/preference", None),
+    ("sam", "PUT", "/api/channels/{general}/preference", {"level": "all", "muted_until": None}),
+    ("ada", "GET", "/api/channels/{vault}/roles", None),
+    ("ada", "PUT", "/api/channels/{vault}/roles", {"role_ids": ["{vip_role}"]}),
+    ("sam", "POST", "/api/messages", {"channel_id": "{general}", "content": "gold, @moira"}),
+    ("sam", "GET", "/api/messages/{message}", None),
+    ("sam", "PATCH", "/api/messages/{message}", {"content": "silver"}),
+    ("sam", "GET", "/api/messages/{message}/explain", None),
+    ("sam", "GET", "/api/runs/{run}", None),
+    ("ada", "GET", "/api/runs", None),
+    ("ada", "POST", "/api/runs/{run}/replay", {"dry_run": True}),
+    ("ada", "POST", "/api/runs/{run}/replay", {"dry_run": False}),
+    ("moira", "GET", "/api/notifications", None),
+    ("moira", "GET", "/api/notifications/unread-count", None),
+    ("moira", "POST", "/api/notifications/read", {"ids": ["{moira}-{message}"]}),
+    ("moira", "POST", "/api/notifications/read", {"all": True}),
+    ("moira", "DELETE", "/api/notifications/{moira}-{message}", None),
+    ("moira", "HEAD", "/api/notifications/stream", None),
+    ("sam", "DELETE", "/api/messages/{message}", None),
+    ("ada", "GET", "/api/servers", None),
+    ("ada", "POST", "/api/servers", {"name": "Silver"}),
+    ("ada", "GET", "/api/servers/{server}", None),
+    ("ada", "GET", "/api/servers/{server}/channels", None),
+    ("ada", "POST", "/api/servers/{server}/channels", {"name": "extra"}),
+    ("ada", "GET", "/api/servers/{server}/members", None),
+    ("ada", "POST", "/api/servers/{server}/members", {"user_id": "{stan}"}),
+    ("ada", "PUT", "/api/servers/{server}/members/{stan}", {"role_ids": ["{vip_role}"]}),
+    ("ada", "DELETE", "/api/servers/{server}/members/{stan}", None),
+    ("ada", "GET", "/api/servers/{server}/roles", None),
+    ("ada", "POST", "/api/servers/{server}/roles", {"name": "extra"}),
+    ("ada", "GET", "/api/users", None),
+    ("ada", "POST", "/api/users", {"username": "nora", "name": "Nora"}),
+    ("ada", "GET", "/api/users/{stan}", None),
+    ("ada", "PATCH", "/api/users/{stan}", {"name": "Stanley"}),
+    ("ada", "GET", "/api/users/{stan}/subscription", None),
+    ("ada", "PUT", "/api/users/{stan}/subscription", {"status": "active"}),
+    ("ada", "GET", "/api/users/{stan}/tokens", None),
+    ("ada", "POST", "/api/users/{stan}/tokens", {}),
+    ("ada", "DELETE", "/api/users/{stan}/tokens/{token}", None),
+    ("stan", "DELETE", "/api/me/tokens/{own_token}", None),
+    ("ada", "POST", "/api/test-notifications", {}),
+    ("ada", "DELETE", "/api/me/sessions", None),
+    ("ada", "DELETE", "/api/servers/{server}/roles/{vip_role}", None),
+    ("ada", "DELETE", "/api/channels/{vault}", None),
+    ("", "GET", "/healthz", None),
+    ("", "GET", "/readyz", None),
+    ("ada", "GET", "/metrics", None),
+    ("", "GET", "/openapi.json", None),
+    ("", "GET", "/docs", None),
+    ("", "GET", "/login", None),
+)
+"""Who asks, and for what, in this order: each route of the API once at least, and what needs no session."""
+
+PAGES = (
+    ("GET", "/servers/{server}/channels/{general}"),
+    ("GET", "/servers/{server}/channels/{general}/messages"),
+    ("GET", "/inbox"),
+    ("GET", "/inbox/notifications"),
+    ("POST", "/inbox/read"),
+    ("GET", "/"),
+    ("GET", "/rq/"),
+    ("POST", "/logout"),
+)
+"""Of a signed-in admin."""
+
+
+def test_each_route_takes_as_many_statements_as_before(app, api, cast, executed, held):
+    people = {person.username: person for person in vars(cast).values() if hasattr(person, "username")}
+    names = {
+        "general": cast.general, "vault": cast.vault, "server": cast.server_id, "vip_role": cast.vip_role,
+        **{name: person.id for name, person in people.items()},
+    }  # fmt: skip
+    posted = api(cast.subscriber).post("/api/messages", json={"channel_id": cast.general, "content": "gold"}).get_json()
+    jobs.notify(posted["run"]["id"])
+    names |= {"message": posted["id"], "run": posted["run"]["id"]}
+    tokens = api(cast.admin).get(f"/api/users/{cast.stranger.id}/tokens").get_json()["items"]
+    names["own_token"] = tokens[0]["id"]
+    names["token"] = api(cast.admin).post(f"/api/users/{cast.stranger.id}/tokens", json={}).get_json()["id"]
+    lines = []
+    for username, method, path, body in REQUESTS:
+        executed.clear()
+        sent = {"json": _filled(body, names)} if body is not None else {}
+        answer = api(people.get(username)).open(method, path.format(**names), **sent)
+        assert answer.status_code < 400, (method, path, answer.text)
+        lines.append(f"{len(executed):3}  {method} {path}{' ' + json.dumps(body) if body else ''}")
+    browser = app.test_client()
+    csrf = csrf_of(browser.get("/login").text)
+    executed.clear()
+    answer = browser.post("/login", data={"token": cast.admin.token, "csrf": csrf})
+    assert answer.status_code == 303, answer.text
+    lines.append(f"{len(executed):3}  POST /login")
+    csrf = csrf_of(browser.get("/inbox").text)
+    for method, path in PAGES:
+        executed.clear()
+        sent = {"data": {"csrf": csrf, "id": f"{cast.admin.id}-{posted['id']}"}} if method == "POST" else {}
+        answer = browser.open(path.format(**names), method=method, **sent)
+        assert answer.status_code < 400, (method, path, answer.text)
+        lines.append(f"{len(executed):3}  {method} {path}")
+    tried = {(method.replace("HEAD", "GET"), path.partition("?")[0]) for _, method, path, _ in REQUESTS}
+    every = {
+        (method, re.sub("<[^>]*>", "{}", rule.rule))
+        for rule in app.url_map.iter_rules()
+        for method in rule.methods - {"HEAD", "OPTIONS"}
+        if rule.rule.startswith("/api/")
+    }
+    assert not every - {(method, re.sub(r"\{[^/]*\}", "{}", path)) for method, path in tried}
+    held("statement-counts.txt", "\n".join(lines))
+
+
+def _filled(value, names):
+    """`value` with each "{name}" that stands alone replaced by what it names."""
+    if isinstance(value, dict):
+        return {key: _filled(one, names) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_filled(one, names) for one in value]
+    if isinstance(value, str) and "{" in value:
+        filled = value.format(**names)
+        return int(filled) if filled.isdigit() else filled
+    return value
