@@ -88,7 +88,10 @@ def test_the_schema_is_as_before(held):
         FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'p', 'S', 'v')
         ORDER BY relname
     """
-    types = "SELECT format('enum %%s: %%s', enumtypid::regtype, enumlabel) FROM pg_enum ORDER BY enumtypid, enumsortorder"
+    types = """
+        SELECT format('enum %%s: %%s', enumtypid::regtype, enumlabel) FROM pg_enum
+        ORDER BY enumtypid, enumsortorder
+    """
     found = [line for query in (tables, constraints, indexes, others, types) for (line,) in db.execute_sql(query)]
     lines = [line for line in found if line is not None]
     held("schema.txt", "\n".join(line for line in lines if not re.search("notification_to_(?!1000000)", line)))
