@@ -339,6 +339,11 @@ def calls_of(content: str) -> int:
     return calls
 
 
+@pytest.mark.parametrize("piece", ["![![a](b", "[", ">#\n;\n", "- a\n", "\n#"])
+def test_a_crafted_text_costs_at_most_twice_what_the_longest_list_does(piece: str) -> None:
+    assert calls_of((piece * 10_000)[:10_000]) < 80 * 10_000
+
+
 @pytest.mark.parametrize("piece", ["![](", "[a](b", "![a](", "[a](\\((b", f"[x](a{'b' * 100}"])
 def test_destinations_of_links_are_not_read_again_and_again(piece: str) -> None:
     content = (piece * 10_000)[:9_000]
