@@ -6,7 +6,7 @@ import psycopg
 import pytest
 from hypothesis import given, settings, strategies
 
-from belfry import communities, live, positions, resuming, runs
+from belfry import communities, fanout, leases, live, positions, resuming, runs
 from belfry.inbox import dismiss, list_notifications
 from belfry.live import news
 from belfry.messages import delete_message
@@ -276,6 +276,19 @@ def test_of_those_who_come_back_the_log_is_read_once_and_no_further_than_its_bou
     assert [len(found) for found in read] == [3]
     assert [found[client].too_much for client in clients[::2]] == [True] * 5 + [False] * 3
     assert [len(_messages(found[client], client[0])) for client in clients[10::2]] == [3, 2, 1]
+
+
+def test_of_a_transaction_with_many_messages_no_more_are_read_than_the_bound(cast, monkeypatch):
+    here, _ = _look(None)
+    run_ids = [post(cast.subscriber, cast.general)[1] for _ in range(5)]
+    assert len(fanout.tell_together(leases.take_together(run_ids[0], run_ids[1:], 1_000))) == 5
+    read = []
+    real = resuming.rows
+    monkeypatch.setattr(resuming, "rows", lambda *asked: read.append(real(*asked)) or read[-1])
+    monkeypatch.setattr(resuming, "LOG_AT_MOST", 3)
+    client = (cast.vip.id, given_back(here))
+    assert _back(client)[client].too_much
+    assert [len(found) for found in read] == [4]
 
 
 def test_clients_that_come_back_are_looked_up_within_a_bound_and_the_others_later(cast, monkeypatch):
