@@ -6,8 +6,7 @@ deleted before each test.
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import SimpleNamespace
 
 import psycopg
@@ -28,12 +27,12 @@ from flask.testing import FlaskClient
 from redis import Redis
 from rq import SimpleWorker
 
-import jobs
 import queues
 from app import create_app
-from belfry import fanout, runs, schema
+from belfry import schema
 from config import settings
 from models import db
+from tests.overrides import overridden
 from tests.people import Api, Cast, make_cast
 from tests.telling import empty
 from views import health
@@ -124,16 +123,16 @@ def run_jobs() -> Callable[[], int]:
 
 
 @pytest.fixture
-def slices_of(monkeypatch) -> Callable[[int], None]:
+def override() -> Iterator[Callable[..., None]]:
+    """`override(slice_members=7)`: another value of a setting from here on, in this process."""
+    with ExitStack() as overrides:
+        yield lambda **values: overrides.enter_context(overridden(**values))
+
+
+@pytest.fixture
+def slices_of(override) -> Callable[[int], None]:
     """`slices_of(7)`: slices of seven members from here on."""
-
-    def set_slice_members(members: int) -> None:
-        small = replace(settings, slice_members=members)
-        monkeypatch.setattr(fanout, "settings", small)
-        monkeypatch.setattr(runs, "settings", small)
-        monkeypatch.setattr(jobs, "settings", small)
-
-    return set_slice_members
+    return lambda members: override(slice_members=members)
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import json
 import re
 import socket
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -15,7 +14,6 @@ from redis.retry import Retry
 
 import queues
 from belfry import accounts, schema
-from config import settings
 from models import ApiToken, ChannelRole, Member, MemberRole, Subscription, User, db
 from tests.telling import statements
 from tests.test_refusals import METHODS, SHAPE, assert_problem
@@ -308,7 +306,7 @@ def test_many_who_ask_at_once_whether_it_is_ready_share_one_check(app, monkeypat
     assert sum("SELECT 1" in sql for sql in asked) == 1
 
 
-def test_metrics(api, cast, client, monkeypatch):
+def test_metrics(api, cast, client, override):
     assert_problem(client.get("/metrics"), 401, "unauthenticated")
     assert_problem(client.get("/metrics", headers={"Authorization": "Bearer "}), 401, "unauthenticated")
     assert_problem(api(cast.subscriber).get("/metrics"), 403, "forbidden")
@@ -319,7 +317,7 @@ def test_metrics(api, cast, client, monkeypatch):
     assert (queued["notifications", "queued"], queued["bulk", "queued"]) == (1, 0)
     states = {sample.labels["state"]: sample.value for sample in families["belfry_runs"].samples}
     assert states == {"pending": 0, "queued": 1, "running": 0, "failed": 0}
-    monkeypatch.setattr("views.health.settings", replace(settings, metrics_token="scrape-me"))
+    override(metrics_token="scrape-me")
     scraped = client.get("/metrics", headers={"Authorization": "Bearer scrape-me"})
     assert (scraped.status_code, scraped.mimetype) == (200, "text/plain")
     assert_problem(client.get("/metrics", headers={"Authorization": "Bearer scrape-m"}), 401, "unauthenticated")

@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -18,6 +17,7 @@ from belfry.preferences import set_preference
 from belfry.sql import execute, rows
 from belfry.verification import verify
 from models import User, db
+from tests.overrides import overridden
 from tests.people import Cast, make_cast
 from tests.telling import crowd, do, parts_of, post, posted_and_told, run_to_end, told, wants_mentions_only
 
@@ -57,8 +57,8 @@ def unfinished() -> list[Part]:
 @settings(max_examples=120, deadline=None, database=None, derandomize=True)
 @given(st.data())
 def test_it_ends_as_the_last_revision_says_whatever_the_order_of_the_jobs(data):
-    with a_community() as (cast, _), pytest.MonkeyPatch.context() as patch:
-        small_slices(patch, data.draw(st.integers(1, 14), label="members of a slice"))
+    members = data.draw(st.integers(1, 14), label="members of a slice")
+    with a_community() as (cast, _), overridden(slice_members=members):
         author = cast.moderator
         text = data.draw(st.sampled_from(TEXTS), label="post")
         message_id, _ = post(author, cast.general, text)
@@ -93,10 +93,6 @@ def test_it_ends_as_the_last_revision_says_whatever_the_order_of_the_jobs(data):
         for person in cast.everybody.values():
             shown = inbox.list_notifications(person.user, before=None, limit=100)
             assert [item["message_id"] for item in shown if item["message_id"] == message_id] == []
-
-
-def small_slices(patch: pytest.MonkeyPatch, members: int) -> None:
-    patch.setattr(fanout, "settings", replace(fanout.settings, slice_members=members))
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -8,7 +8,6 @@ import json
 import pickle
 import re
 import zlib
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -242,8 +241,8 @@ def test_the_cookie_keeps_to_itself(app, client, cast, monkeypatch, secure):
         assert cast.admin.token not in str(session)
 
 
-def test_a_secure_cookie_is_one_that_no_other_host_can_set(cast, monkeypatch):
-    monkeypatch.setattr(app_module, "settings", replace(settings, secure_cookies=True))
+def test_a_secure_cookie_is_one_that_no_other_host_can_set(cast, override):
+    override(secure_cookies=True)
     answer = sign_in(app_module.create_app().test_client(), cast.admin.token, base_url="https://localhost")
     name, *attributes = answer.headers["Set-Cookie"].split("; ")
     assert name.startswith("__Host-belfry=")

@@ -17,13 +17,13 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from psycopg.types.json import Jsonb
 
-from belfry import fanout, recipients, runs
+from belfry import runs
 from belfry.explanation import explain
 from belfry.recipients import DECIDED, DECISIONS, decide, subject_of
 from belfry.sql import execute, row, rows
-from config import settings as configured
 from models import SUBSCRIPTION_STATUSES, db
 from tests.oracle import TELLING, Community, Member, Preference, Subscription, decision, decisions, statistics
+from tests.overrides import overridden
 from tests.telling import run_to_end
 
 HERE, ELSEWHERE = 1, 2
@@ -199,8 +199,7 @@ ON_RANDOM_COMMUNITIES = settings(
 @settings(ON_RANDOM_COMMUNITIES, max_examples=175)
 @given(st.data(), st.integers(1, 20))
 def test_the_right_ones_are_told_and_all_are_counted_however_it_is_sliced(data, slice_members):
-    with one_moment() as now, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fanout, "settings", replace(configured, slice_members=slice_members))
+    with one_moment() as now, overridden(slice_members=slice_members):
         community = data.draw(communities(now))
         store(community)
         expected = decisions(community, now)
@@ -246,8 +245,7 @@ def may_post(community: Community) -> bool:
 @settings(ON_RANDOM_COMMUNITIES, max_examples=100)
 @given(st.data(), st.integers(1, 20))
 def test_an_edit_leaves_told_whom_the_new_text_would_have_told_at_once(data, slice_members):
-    with one_moment() as now, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fanout, "settings", replace(configured, slice_members=slice_members))
+    with one_moment() as now, overridden(slice_members=slice_members):
         first, other = data.draw(communities(now)), data.draw(communities(now))
         edited = replace(first, named=other.named, named_roles=other.named_roles, everyone=other.everyone)
         store(first)
@@ -454,8 +452,8 @@ def test_the_cases_have_every_status_and_every_decision():
 
 
 @pytest.mark.parametrize("days", [0, 1, 30])
-def test_the_grace_is_as_long_as_configured(monkeypatch, days):
-    monkeypatch.setattr(recipients, "settings", replace(configured, past_due_grace_days=days))
+def test_the_grace_is_as_long_as_configured(override, days):
+    override(past_due_grace_days=days)
     grace = timedelta(days=days)
     Case(ENTITLED, subscribed("past_due", -grace), {}).check(grace=grace)
     Case(NOT, subscribed("past_due", -grace - INSTANT), {}).check(grace=grace)

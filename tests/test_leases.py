@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
 
 import pytest
 from peewee import OperationalError
@@ -13,7 +12,6 @@ from belfry import cleanup, fanout, leases, points
 from belfry.leases import Part
 from belfry.sql import IDLE_SECONDS, execute, row
 from belfry.verification import verify
-from config import settings
 from models import TRIES, db
 from tests.processes import wait_until
 from tests.telling import (
@@ -458,8 +456,8 @@ def test_retrying_is_a_transaction_that_a_process_that_hangs_loses(run):
 # Statements that take too long ----------------------------------------------------------------------------
 
 
-def test_a_statement_ends_before_rq_would_break_its_job_off(run, monkeypatch):
-    monkeypatch.setattr(fanout, "settings", replace(settings, job_timeout=2))
+def test_a_statement_ends_before_rq_would_break_its_job_off(run, override):
+    override(job_timeout=2)
     with notifications_that("PERFORM pg_sleep(3);"), pytest.raises(OperationalError, match="statement timeout"):
         do(Part(run))
     assert parts_of(run) == [Part(run)], "and nothing has changed"

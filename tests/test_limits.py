@@ -1,7 +1,6 @@
 """Rate limits: what is counted, whose it is, and when there is more."""
 
 import time
-from dataclasses import replace
 
 import pytest
 from limits import parse_many
@@ -9,11 +8,10 @@ from redis import Redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from config import settings
 from tests.people import csrf_of
 from tests.telling import statements
 from tests.test_refusals import assert_problem
-from views import health, limits
+from views import limits
 
 
 @pytest.fixture
@@ -163,8 +161,8 @@ def test_what_asks_nothing_does_not_count(client, redis):
     assert redis.keys("*") == []
 
 
-def test_a_scraper_counts_by_address_and_asks_for_no_user(client, limit, monkeypatch):
-    monkeypatch.setattr(health, "settings", replace(settings, metrics_token="s" * 32))
+def test_a_scraper_counts_by_address_and_asks_for_no_user(client, limit, override):
+    override(metrics_token="s" * 32)
     limit("anonymous", "1 per minute")
     with statements() as asked:
         answers = [client.get("/metrics", headers={"Authorization": f"Bearer {'s' * 32}"}) for _ in range(2)]
@@ -204,8 +202,8 @@ def test_an_unknown_path_costs_one_statement_at_most(client, api, cast):
         (1, "", "x" * 5_000, "unknown"),
     ],
 )
-def test_the_address_is_the_one_that_a_trusted_proxy_wrote(app, monkeypatch, proxies, peer, forwarded, expected):
-    monkeypatch.setattr(limits, "settings", replace(settings, trusted_proxies=proxies))
+def test_the_address_is_the_one_that_a_trusted_proxy_wrote(app, override, proxies, peer, forwarded, expected):
+    override(trusted_proxies=proxies)
     headers = {} if forwarded is None else {"X-Forwarded-For": forwarded}
     with app.test_request_context("/", headers=headers, environ_base={"REMOTE_ADDR": peer}):
         assert limits.client_address() == expected

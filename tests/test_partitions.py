@@ -3,7 +3,6 @@
 import contextlib
 import threading
 import time
-from dataclasses import replace
 from importlib import import_module
 
 import psycopg
@@ -36,11 +35,9 @@ def _as_migrated():
 
 
 @pytest.fixture
-def keeping(monkeypatch):
+def keeping(override):
     """`keeping(30)`: RETENTION_DAYS from here on."""
-    return lambda days: monkeypatch.setattr(
-        partitions, "settings", replace(partitions.settings, retention_days=days)
-    )
+    return lambda days: override(retention_days=days)
 
 
 @pytest.fixture

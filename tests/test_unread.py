@@ -2,22 +2,21 @@
 once, what is counted is what is shown, and what a model in plain Python says."""
 
 from collections.abc import Iterable
-from dataclasses import replace
+from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from itertools import cycle
 from typing import Any
 
-import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-import jobs
-from belfry import communities, fanout, leases, runs
+from belfry import communities, fanout, leases
 from belfry.leases import Part
 from belfry.sql import rows
 from belfry.verification import verify
 from tests import oracle
+from tests.overrides import overridden
 from tests.people import Api, Person, make_cast, make_person
 from tests.telling import do, empty, parts_of
 from tests.unread_model import Channel, Mentions, Message, Run, World
@@ -57,10 +56,8 @@ class Unread(RuleBasedStateMachine):
     @initialize(data=st.data(), slice_members=st.sampled_from([2, 4, 100]))
     def begin(self, data: Any, slice_members: int) -> None:
         empty()
-        self.patch = pytest.MonkeyPatch()
-        small = replace(fanout.settings, slice_members=slice_members)
-        for module in (fanout, runs, jobs):
-            self.patch.setattr(module, "settings", small)
+        self.overrides = ExitStack()
+        self.overrides.enter_context(overridden(slice_members=slice_members))
         cast = make_cast()
         root = make_person("root", admin=True)  # who governs, and is in no server
         persons = [*cast.everybody.values(), make_person("quentin"), make_person("xenia", admin=True)]
@@ -386,7 +383,7 @@ class Unread(RuleBasedStateMachine):
                 self.check(number)
             assert verify() == []
         finally:
-            self.patch.undo()
+            self.overrides.close()
 
 
 def test_the_unread_are_what_the_model_says_whatever_happens(app):

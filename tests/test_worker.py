@@ -7,7 +7,6 @@ import signal
 import time
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -21,7 +20,6 @@ from belfry import leases, messages
 from belfry.leases import Part
 from belfry.sql import execute, row
 from belfry.verification import verify
-from config import settings
 from models import Notification, Run
 from tests.processes import RQ_WORKER, a_gate, a_web_process, a_worker, running, wait_until
 from tests.telling import advance, crowd, notifications_that, parts_of, statements
@@ -240,9 +238,9 @@ def test_a_work_horse_that_dies_is_followed_by_another(cast):
         wait_until(lambda: state_of(run_id) == "succeeded", "the run to succeed")
 
 
-def test_a_job_that_cannot_be_broken_off_ends_with_its_process(cast, monkeypatch):
+def test_a_job_that_cannot_be_broken_off_ends_with_its_process(cast, override, monkeypatch):
     """RQ breaks off what hears signals; this one does not."""
-    monkeypatch.setattr(queues, "settings", replace(settings, job_timeout=1))
+    override(job_timeout=1)
     monkeypatch.setattr(queues, "_enqueuing", queues._enqueuing.__wrapped__)  # which has the time-out in it
     with a_worker(through=("tests.deaf",)) as process:
         (horse,) = horses_of(process.pid)
