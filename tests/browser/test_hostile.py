@@ -125,7 +125,7 @@ def test_names(visit, worker, cast, post, api, kind) -> None:
     expect(message(page, number).locator(".by strong")).to_have_text(hostile)
     expect(page).to_have_title(f"#{hostile} – Belfry")
     composer(page).press_sequentially("@sa")
-    expect(page.get_by_role("option").locator("span")).to_have_text([hostile])  # a list: "@" alone shows everybody first
+    expect(page.get_by_role("option").locator("span")).to_have_text([hostile])  # a list, which is waited for
     look(page)
     composer(page).fill("")
     page.locator("#setting-button").click()
