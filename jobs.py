@@ -207,18 +207,19 @@ def sweep() -> int:
     failures: dict[str, bool] = {}
     try:
         for name, part in SWEEP_PARTS.items():
+            failures[name] = True  # unless it gets to its end
             with _connection():
                 try:
                     found = part()
-                    if found is not None:
+                    if found is None:
+                        del failures[name]
+                    else:
                         failures[name] = False
                     if name == queues.RECOVERY:
                         swept = found or 0
                 except (RedisError, OperationalError, InterfaceError) as error:
-                    failures[name] = True
                     log.warning("%s has to wait for the next sweep: %s", name, error)
                 except Exception:
-                    failures[name] = True
                     log.exception("%s failed", name)
     finally:
         queues.record_sweep(failures)

@@ -164,6 +164,7 @@ class Table(Model):
     class Meta:
         database = db
         legacy_table_names = False
+        only_save_dirty = True  # what another request changed meanwhile stays
 
 
 class User(Table):
@@ -399,6 +400,9 @@ class Telling(Table):
     recount = BooleanField(constraints=[SQL("DEFAULT false")])
     told_at = TimeField(constraints=_now(), index=True)
     snapshot = SnapshotField(constraints=[SQL("DEFAULT pg_current_snapshot()")])
+
+
+Telling.add_index(Telling.xid, where=SQL("recount"), name="telling_recount")
 
 
 class StreamEpoch(Table):

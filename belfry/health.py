@@ -19,7 +19,7 @@ def check(redis_answers: Callable[[], bool]) -> dict[str, str]:
         if missing:
             parts["migrations"] = f"missing: {', '.join(missing)}"
             parts["partitions"] = "unknown until the migrations are done"
-        elif gaps := partitions.missing():
+        elif gaps := partitions.missing(ahead=False):
             parts["partitions"] = f"{len(gaps)} missing: some messages notify nobody; the worker's log says why"
     except (OperationalError, InterfaceError, MaxConnectionsExceeded):
         parts["database"] = "out of reach"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from belfry.errors import Conflict, IdempotencyMismatch
-from belfry.sql import NOT_FOR_LONG, execute, row, set_locally
+from belfry.sql import execute, not_for_long, row, set_locally
 
 KEPT = "24 hours"  # that a key counts; belfry/cleanup.py deletes what is older
 
@@ -27,14 +27,15 @@ class Once:
         return hashlib.sha256(json.dumps(self.body, sort_keys=True).encode()).digest()
 
 
-def claim(once: Once) -> str | None:
+def claim(once: Once, round_trip: float) -> str | None:
     """The answer that this key was given before, or None: then the request is the first, and goes on.
 
-    Holds the key until the transaction ends. Raises Conflict while another request holds it, and
-    IdempotencyMismatch where it came before with another body.
+    Holds the key until the transaction ends; `timed_transaction` began it, and gave the `round_trip`. Raises Conflict
+    while another request holds the key, and IdempotencyMismatch where it came before with another body.
     """
+    limit = set_locally(not_for_long(round_trip))
     held = row(
-        f"SELECT pg_try_advisory_xact_lock(hashtextextended(%(name)s, 0)) AS held, {set_locally(NOT_FOR_LONG)}",
+        f"SELECT pg_try_advisory_xact_lock(hashtextextended(%(name)s, 0)) AS held, {limit}",
         {"name": f"idempotency {once.user_id} {once.key}"},
     )
     if not held or not held["held"]:

@@ -230,7 +230,8 @@ def unread_count(user: User) -> dict[str, Any]:
 
 _LATER = """
     up_to AS MATERIALIZED (
-        SELECT log.xid, COALESCE(log.snapshot, '1:1:'::pg_snapshot) AS snapshot  -- the log does not reach back so far
+        SELECT last.message_id, log.xid,
+            COALESCE(log.snapshot, '1:1:'::pg_snapshot) AS snapshot  -- the log does not reach back so far
         FROM (
             SELECT n.message_id, n.created_at
             FROM notification n
@@ -242,20 +243,29 @@ _LATER = """
         LEFT JOIN telling log ON log.told_at = last.created_at AND last.message_id = ANY(log.message_ids)
         LIMIT 1
     ),
-    later AS MATERIALIZED (
-        SELECT announced.message_id, log.told_at
+    edited_later AS MATERIALIZED (
+        SELECT log.xid::xid AS xid
         FROM up_to
-        JOIN telling log ON log.xid >= pg_snapshot_xmin(up_to.snapshot)
-        CROSS JOIN unnest(log.message_ids) AS announced (message_id)
+        JOIN telling log ON log.recount AND log.xid >= pg_snapshot_xmin(up_to.snapshot)
         WHERE NOT pg_visible_in_snapshot(log.xid, up_to.snapshot)
         AND log.xid IS DISTINCT FROM up_to.xid
-        AND announced.message_id <= %(up_to)s
     ),
 """
-"""What came later than the notification `up_to` which a mark goes, though its id is lower: what the transaction that
-wrote that one did not see. A list that shows the one need not have shown these. Nothing is locked."""
+"""The transaction that wrote the notification `up_to` which a mark goes, and the edits that it did not see."""
 
-_IS_LATER = "EXISTS (SELECT FROM later WHERE later.message_id = n.message_id AND later.told_at = n.created_at)"
+_IS_LATER = """(
+    EXISTS (
+        SELECT FROM up_to
+        JOIN telling log ON log.told_at = n.created_at
+        WHERE n.message_id = ANY(log.message_ids)
+        AND NOT pg_visible_in_snapshot(log.xid, up_to.snapshot)
+        AND log.xid IS DISTINCT FROM up_to.xid
+    )
+    OR (n.xmin IN (SELECT xid FROM edited_later) AND n.message_id <> (SELECT message_id FROM up_to))
+)"""
+"""Whether a notification was written, or changed by an edit, later than the one `up_to` which a mark goes: a list that
+shows that one need not have shown it, though its id is lower. Nothing is locked. Of one that is unread, `xmin` is the
+transaction that told of it, or the edit that changed it: nothing else writes it."""
 
 
 def mark_read(

@@ -21,8 +21,8 @@ from belfry.idempotency import Once
 from belfry.leases import hold_message
 from belfry.points import reach
 from belfry.runs import create_run, runs_of_messages
-from belfry.sql import Row, execute, row, rows, transaction
-from models import User, db
+from belfry.sql import Row, execute, row, rows, timed_transaction, transaction
+from models import User
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ def post_message(
     candidates = mentions.find_mentions(content)
     if token_hash and (once or candidates):  # there is more to read than the one statement
         author, token_hash = accounts.require_token(token_hash), None
-    with db.atomic() if once else nullcontext():  # one statement needs no transaction around it
-        if once and (answer := idempotency.claim(once)):
+    with timed_transaction() if once else nullcontext(0.0) as round_trip:  # one statement needs no transaction
+        if once and (answer := idempotency.claim(once, round_trip)):
             return Posted(answer=answer)
         found = mentions.NOBODY
         if candidates:

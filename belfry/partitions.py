@@ -66,10 +66,11 @@ def partitions() -> list[Partition]:
     return sorted(there, key=lambda one: one.below)
 
 
-def missing(newest: int | None = None) -> list[Partition]:
-    """The ranges of message ids, up to the next after `newest`, for which no partition is there.
+def missing(newest: int | None = None, *, ahead: bool = True) -> list[Partition]:
+    """The ranges of message ids for which no partition is there: up to the next after `newest`, and between any two.
 
-    `newest` is the sequence's value, which is read unless it is given.
+    `newest` is the sequence's value, which is read unless it is given. Without `ahead` only those that the next
+    message needs, or an older one.
     """
     next_message = (_newest_message() if newest is None else newest) + 1
     found: list[Partition] = []
@@ -78,13 +79,18 @@ def missing(newest: int | None = None) -> list[Partition]:
         if one.after_or_at is not None and (end is None or end < one.after_or_at):
             found.append(Partition(end, one.after_or_at))
         end = one.below if end is None else max(end, one.below)
-    return found
+    return [gap for gap in found if ahead or gap.after_or_at is None or gap.after_or_at <= next_message]
 
 
 def kept_from() -> int:
-    """The message id from which on notifications are kept: those of older messages are gone, if there were any."""
-    lowest = partitions()[0]
-    return lowest.below if lowest.after_or_at is None else lowest.after_or_at
+    """The message id from which on notifications are kept: those of older messages are gone, if there were any.
+
+    1 where there is no partition at all.
+    """
+    there = partitions()
+    if not there:
+        return 1
+    return there[0].below if there[0].after_or_at is None else there[0].after_or_at
 
 
 def keep_from_dropping(*, writing: bool) -> None:
@@ -135,16 +141,18 @@ def _newest_message() -> int:
 
 
 def _fill(gap: Partition, newest: int) -> None:
-    """Make what one of `missing(newest)` needs: one partition, or two where it reaches to the next message.
+    """Make what one of `missing(newest)` needs: one partition, or two where the next message is in it.
 
     That one has its whole million; what lies before it, since the sequence was set far ahead, is in another.
     """
-    if gap.below > newest + 1:
-        start = (newest + 1) // WIDTH * WIDTH
+    next_message = newest + 1
+    if (gap.after_or_at is None or gap.after_or_at <= next_message) and next_message < gap.below:
+        start = next_message // WIDTH * WIDTH
+        below = start + WIDTH if gap.below == next_message + 1 else min(start + WIDTH, gap.below)
         if gap.after_or_at is not None and start > gap.after_or_at:
             _make(Partition(gap.after_or_at, start))
             gap = Partition(start, gap.below)
-        gap = Partition(gap.after_or_at, start + WIDTH)
+        gap = Partition(gap.after_or_at, below)
     _make(gap)
 
 

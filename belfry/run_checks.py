@@ -185,6 +185,7 @@ MEMBERS_SQL = f"""
         WHERE slice.run_id = run.id
     ) to_do
     WHERE run.slices_left > 0
+    AND (run.kind = 'edit' OR run.message_id >= %(kept_from)s)
     AND run.done + to_do.members < present.members
     UNION ALL
     SELECT 'a run that succeeded processed every member',
@@ -195,7 +196,7 @@ MEMBERS_SQL = f"""
         SELECT server_id, array_agg(joined_at ORDER BY joined_at) AS joined FROM member GROUP BY server_id
     ) srv ON srv.server_id = chan.server_id
     WHERE run.state = 'succeeded'
-    AND (run.kind <> 'replay' OR run.message_id >= %(kept_from)s)
+    AND (run.kind = 'edit' OR run.message_id >= %(kept_from)s)
     AND run.total < width_bucket(run.created_at - {_TOLERANCE}, srv.joined)
 """
 """Who is a member now, and joined before the run, was one then: so at least so many were processed, or are still to be.

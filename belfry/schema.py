@@ -1,11 +1,12 @@
 """Bringing the database to the shape that this release needs, and asking whether it is there."""
 
 import logging
+import time
 from pathlib import Path
 
 from playhouse.migrations import Runner
 
-from belfry.sql import execute, row
+from belfry.sql import execute, row, rows
 from models import db
 
 log = logging.getLogger(__name__)
@@ -21,10 +22,12 @@ def _runner() -> Runner:
 def migrate() -> list[str]:
     """Apply what is missing, in order; the names of those applied, [] when all were there.
 
-    Two at once take turns: the second waits, and finds nothing left to do.
+    Two at once take turns: the second waits, and finds nothing left to do. It waits between statements, not in one: an
+    index that is made CONCURRENTLY waits for every statement that runs.
     """
     with db.connection_context():
-        execute("SELECT pg_advisory_lock(%(key)s)", {"key": MIGRATION_LOCK})
+        while rows("SELECT pg_try_advisory_lock(%(key)s) AS held", {"key": MIGRATION_LOCK}) == [{"held": False}]:
+            time.sleep(0.1)
         try:
             applied: list[str] = _runner().up()
         finally:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
+from config import settings
 from models import db
 
 Row = dict[str, Any]
@@ -25,12 +26,10 @@ def not_for_long(round_trip: float) -> dict[str, str]:
     """PostgreSQL's parameters for a transaction that does not keep its locks when its process hangs.
 
     `round_trip` is how many seconds PostgreSQL took for an answer just now: the silence between two statements is at
-    least as long.
+    least as long. No longer than a job may run, however long that was.
     """
-    return {"idle_in_transaction_session_timeout": f"{max(IDLE_SECONDS, ROUND_TRIPS * round_trip) * 1000:.0f}ms"}
-
-
-NOT_FOR_LONG = not_for_long(0)
+    seconds = max(IDLE_SECONDS, min(ROUND_TRIPS * round_trip, settings.job_timeout))
+    return {"idle_in_transaction_session_timeout": f"{seconds * 1000:.0f}ms"}
 
 
 def _utc(value: Any) -> Any:

@@ -26,16 +26,17 @@ CONSTRAINTS = {
     "slice_is_found": ("slice", "due_at IS NOT NULL OR tries_left = 0"),
 }
 
-COLUMNS = """
-ALTER TABLE preference ADD COLUMN IF NOT EXISTS updated_at timestamptz NOT NULL DEFAULT now();
-ALTER TABLE member_role ADD COLUMN IF NOT EXISTS added_at timestamptz NOT NULL DEFAULT now();
-ALTER TABLE channel_role ADD COLUMN IF NOT EXISTS added_at timestamptz NOT NULL DEFAULT now();
-ALTER TABLE user_account ADD COLUMN IF NOT EXISTS admin_changed_at timestamptz;
-"""
+COLUMNS = {
+    "preference": "updated_at timestamptz NOT NULL DEFAULT now()",
+    "member_role": "added_at timestamptz NOT NULL DEFAULT now()",
+    "channel_role": "added_at timestamptz NOT NULL DEFAULT now()",
+    "user_account": "admin_changed_at timestamptz",
+}
 
 
 def up(migrator: Any, db: Any) -> None:
-    db.execute_sql(COLUMNS)
+    for table, column in COLUMNS.items():  # one lock at a time: two at once can be a deadlock with somebody who writes
+        db.execute_sql(f"ALTER TABLE {table} ADD COLUMN IF NOT EXISTS {column}")
     for name, (table, condition) in CONSTRAINTS.items():
         db.execute_sql(
             f"ALTER TABLE {table} DROP CONSTRAINT IF EXISTS {name},"
@@ -51,9 +52,5 @@ def up(migrator: Any, db: Any) -> None:
 def down(migrator: Any, db: Any) -> None:
     for name, (table, _) in CONSTRAINTS.items():
         db.execute_sql(f"ALTER TABLE {table} DROP CONSTRAINT IF EXISTS {name}")
-    db.execute_sql(
-        "ALTER TABLE preference DROP COLUMN updated_at;"
-        "ALTER TABLE member_role DROP COLUMN added_at;"
-        "ALTER TABLE channel_role DROP COLUMN added_at;"
-        "ALTER TABLE user_account DROP COLUMN admin_changed_at"
-    )
+    for table, column in COLUMNS.items():
+        db.execute_sql(f"ALTER TABLE {table} DROP COLUMN IF EXISTS {column.split()[0]}")

@@ -14,6 +14,7 @@ from redis.retry import Retry
 
 import queues
 from belfry import accounts, schema
+from belfry.sql import execute, row
 from models import ApiToken, ChannelRole, Member, MemberRole, Subscription, User, db
 from tests.telling import statements
 from tests.test_refusals import METHODS, SHAPE, assert_problem
@@ -55,6 +56,20 @@ def test_a_person_is_made_found_and_changed(admin, cast):
     assert admin.patch(path, json={}).get_json() == changed
     assert_problem(admin.patch(path, json={"username": "rob"}), 422, "invalid")
     assert admin.post("/api/users", json={"username": "rob"}).get_json()["name"] == "rob"
+
+
+def test_a_change_of_one_field_keeps_what_another_request_changed_meanwhile(cast, monkeypatch):
+    read = accounts.find_user
+
+    def read_and_overtaken(user_id: int) -> User:
+        user = read(user_id)
+        execute("UPDATE user_account SET is_admin = true, email = 'new@example.org' WHERE id = %(id)s", {"id": user_id})
+        return user
+
+    monkeypatch.setattr(accounts, "find_user", read_and_overtaken)
+    accounts.update_user(cast.vip.id, {"name": "Another"})
+    stored = row("SELECT name, email, is_admin FROM user_account WHERE id = %(id)s", {"id": cast.vip.id})
+    assert stored == {"name": "Another", "email": "new@example.org", "is_admin": True}
 
 
 def test_people_are_listed_page_by_page(admin, cast):

@@ -12,7 +12,7 @@ from belfry.accounts import set_subscription
 from config import settings
 from models import Message, Notification, Preference
 from tests.people import make_person
-from tests.telling import post, posted_and_told, run_to_end, statements
+from tests.telling import edit, post, posted_and_told, run_to_end, statements
 from tests.test_refusals import assert_problem
 
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z")
@@ -225,6 +225,16 @@ def test_reading_up_to_one_of_several_that_were_written_together_reads_all_befor
     first, *others = [run_id for _, run_id in posted]
     fanout.tell_together(leases.take_together(first, others, 1_000))
     assert read(cast.vip, up_to=f"{cast.vip.id}-{posted[1][0]}").get_json() == {"marked": 2, "unread": 1}
+
+
+def test_reading_up_to_one_leaves_an_older_one_that_an_edit_made_a_mention_after_it(cast, read):
+    """It was read, and is unread again; the list that showed `up_to` had it as no mention."""
+    first, second = [posted_and_told(cast.subscriber, cast.general, "gold") for _ in range(2)]
+    assert read(cast.vip, ids=[f"{cast.vip.id}-{first}"]).get_json() == {"marked": 1, "unread": 1}
+    edit(cast.subscriber, first, "gold for @vera")
+    assert read(cast.vip, up_to=f"{cast.vip.id}-{second}").get_json() == {"marked": 1, "unread": 1}
+    third = posted_and_told(cast.subscriber, cast.general, "gold")
+    assert read(cast.vip, up_to=f"{cast.vip.id}-{third}").get_json() == {"marked": 2, "unread": 0}
 
 
 def test_reading_up_to_one_takes_as_many_statements_whatever_there_is(cast, read):

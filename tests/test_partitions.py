@@ -326,6 +326,7 @@ def test_a_message_that_is_retried_after_its_replay_was_dropped_notifies_nobody_
     for table in ("message", "run"):
         execute(f"UPDATE {table} SET created_at = now() - interval '40 days' WHERE id IN (%(id)s, %(run)s)",
                 {"id": old, "run": run_id})  # fmt: skip
+    execute("UPDATE member SET joined_at = now() - interval '50 days'")
     keeping(30)
     partitions.care()
     assert told_of(old) == []
@@ -451,6 +452,14 @@ def test_the_lowest_and_one_in_the_middle_are_missed_as_well(api, cast, client, 
     jobs.sweep()
     assert_missing(api, cast, client, 0)
     assert bounds()[:4] == [1, 1_000_000, 2_000_000, 3_000_000]
+
+
+def test_one_that_is_missing_ahead_of_the_next_message_is_made_before_it_is_needed(api, cast, client, looked_after):
+    execute("DROP TABLE notification_to_2000000")
+    assert_missing(api, cast, client, 0)
+    jobs.sweep()
+    assert partitions.missing() == []
+    assert bounds() == [1, 1_000_000, 2_000_000, 3_000_000]
 
 
 def test_what_cannot_be_made_is_said_so(api, cast, client, looked_after, caplog):

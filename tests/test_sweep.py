@@ -4,6 +4,7 @@ import time
 
 import psycopg
 import pytest
+from peewee import OperationalError
 from prometheus_client.parser import text_string_to_metric_families
 from redis import Redis
 from redis.backoff import NoBackoff
@@ -106,6 +107,23 @@ def test_recovery_that_fails_stops_no_other_part_and_is_an_error_once_lost_work_
         assert (status, list(problem["errors"])) == (503, ["recovery"])
     jobs.sweep()
     assert readiness(client)[0] == 200
+
+
+def test_a_part_that_gets_no_connection_is_reported_as_failed(cast, client, monkeypatch):
+    """Recovery most of all: nothing is recovered then."""
+
+    def none_free() -> None:
+        raise OperationalError("too many clients already")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(jobs, "_connection", none_free)
+        with pytest.raises(OperationalError):
+            jobs.sweep()
+    status, ready = readiness(client)
+    (warning,) = ready["warnings"]
+    assert (status, warning.split(" has failed ")[0]) == (200, "The worker's recovery")
+    jobs.sweep()
+    assert readiness(client)[1]["warnings"] == []
 
 
 def test_while_redis_is_away_what_needs_postgresql_alone_goes_on(cast, monkeypatch):

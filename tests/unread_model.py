@@ -67,6 +67,7 @@ class Notification:
     read: bool = False
     dismissed: bool = False
     transaction: int = 0  # which wrote it
+    changed: int = 0  # the last edit that changed its reason
 
 
 @dataclass
@@ -159,11 +160,14 @@ class World:
             del self.runs[run_id]
 
     def read_up_to(self, number: int, last: int) -> list[int]:
-        """What a mark up to a message reads: of what is not newer only what no later transaction wrote."""
+        """What a mark up to a message reads: of what is older only what no later transaction wrote or changed."""
         own = [id_ for user_id, id_ in self.told if user_id == number and id_ <= last]
-        latest = self.told[number, max(own)].transaction if own else 0
-        unread = self.shown(number, unread=True)
-        return [one for one in unread if one <= last and self.told[number, one].transaction <= latest]
+        newest = max(own, default=0)
+        latest = self.told[number, newest].transaction if own else 0
+        unread = [(one, self.told[number, one]) for one in self.shown(number, unread=True) if one <= last]
+        return [
+            id_ for id_, one in unread if id_ == newest or (one.transaction <= latest and one.changed <= latest)
+        ]
 
     def do_whole(self, run_id: int, now: object) -> None:
         """All members at once, however many."""
@@ -194,7 +198,8 @@ class World:
         elif telling:
             if there.reason == "message" != decision:
                 there.read = False
-            there.reason = decision
+            if there.reason != decision:
+                there.reason, there.changed = decision, self.transaction
         elif no_more and not there.read and not there.dismissed:
             del self.told[number, run.message]
 

@@ -109,7 +109,7 @@ def _readings() -> list[Reading]:
     missing: int | None = None
     with suppress(OperationalError, InterfaceError):
         unfinished = runs.count_unfinished()
-        missing = len(partitions.missing())
+        missing = len(partitions.missing(ahead=False))
     return [
         (
             "belfry_up",
