@@ -241,7 +241,8 @@ def _recover() -> int | None:
         grace = min(ROUND_TRIPS * round_trip, settings.job_timeout)
         if given_up := leases.give_up(grace):
             log.error("%s run(s) or slice(s) gave up: each attempt ended without a word", given_up)
-        lost = leases.lost_runs(oldest[queues.NOTIFICATIONS], grace) + leases.lost_slices(oldest[queues.BULK], grace)
+        lost = leases.lost_runs(oldest[queues.NOTIFICATIONS], grace)
+        lost += leases.lost_slices(oldest[queues.BULK], grace)
         pending = leases.pending_runs(room - len(lost))
         reach("sweep.marked")
     reach("sweep.committed")

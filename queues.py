@@ -1,8 +1,9 @@
 """The queues: what is wished for in them, and how full they are; and Redis, which they are in.
 
 A job names a part of a run by its ids, as JSON. That alone does not stop whoever can write to Redis from running code
-here: RQ calls any function that a job names, so every job is read by job_class.py, which accepts the entry points of
-jobs.py only. Redis may be away at any time: what is not enqueued waits in PostgreSQL, and jobs.py's sweeper finds it.
+here: RQ calls any function that a job names. So every job is read by job_class.py, which accepts the entry points of
+jobs.py only.
+Redis may be away at any time: what is not enqueued waits in PostgreSQL, and the sweeper finds it.
 """
 
 import json
@@ -76,8 +77,8 @@ def live_channel() -> str:
 def announce(**what: Any) -> None:
     """Tell the web processes that something has changed that they may have to show at once: after the commit.
 
-    `told=True`, `user_id`, `message_id`, `access` (a user id, or True for all) or `signed_out`: views/hub.py says what
-    it does with each. One that is lost does no harm: they look by themselves as well, every few seconds.
+    `told=True`, `user_id`, `message_id`, `access` (a user id, or True for all) or `signed_out`: the hub says what it
+    does with each. One that is lost does no harm: they look by themselves as well, every few seconds.
     """
     try:
         redis_connection().publish(live_channel(), json.dumps(what))

@@ -22,7 +22,7 @@ from dev import processes
 from dev.client import not_ready
 from dev.processes import Child
 
-RQ_WORKER = ("rq.cli", "worker", "-S", "json", "--job-class", "job_class.BelfryJob")  # as the README has it
+RQ_WORKER = ("rq.cli", "worker", "-S", "json", "--job-class", "job_class.BelfryJob")
 PATIENCE = 30.0  # seconds; only for what must come, never asserted as a speed
 
 
@@ -93,7 +93,7 @@ def a_doomed_worker(directory: Path, **environment: str) -> Iterator[Process]:
 
 
 def strike(directory: Path, point: str, action: str = KILL) -> Callable[[], bool]:
-    """Have the first process that comes to a point of `belfry.points` do that to itself; asks whether one came."""
+    """Have the first process that comes to a failpoint do that to itself; asks whether one came."""
     order = directory / "armed" / point
     order.write_text(action)
     return lambda: not order.exists()

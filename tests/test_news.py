@@ -98,7 +98,9 @@ def _connected(since: Position, *user_ids: int) -> live.News:
         return news(since, here, user_ids)
 
 
-def _back(*clients: tuple[int, Position], most: int = resuming.SENT_AT_ONCE) -> dict[tuple[int, Position], live.News]:
+def _back(
+    *clients: tuple[int, Position], most: int = resuming.SENT_AT_ONCE
+) -> dict[tuple[int, Position], live.News]:
     with live.look() as here:
         return resuming.missed(clients, here, most)
 

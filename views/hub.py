@@ -1,13 +1,13 @@
 """The live streams of this process: one thread, one subscription to Redis, one query for all who are connected.
 
-- gunicorn's threads answer requests, and a stream is none: its socket is handed over (views/stream.py) to the hub,
-  which waits for all of them at once. A thread for each would be a thousand threads.
+- gunicorn's threads answer requests, and a stream is none: its socket is handed over to the hub, which
+  waits for all of them at once. A thread for each would be a thousand threads.
 - Redis only says that it is time to look; what is new is asked of PostgreSQL. While Redis is away the hub looks each
   second by itself, and every few seconds in any case: an announcement may be lost.
 - What people have unread is counted when they come and when something of theirs changes. What they are told after that
   is added, as of the same moment. Everybody's is counted again every few minutes, whatever happens.
 - Who does not read what is sent is cut off, and goes on where they were: memory stays bounded.
-- Clients that come are met some at a time, and what they missed is looked up within bounds (belfry/resuming.py): those
+- Clients that come are met some at a time, and what they missed is looked up within bounds (resuming.py): those
   that are connected do not wait for it. A client that missed too much is sent `reset`; the more wait, the less is too
   much. While many come nobody is counted; one that missed nothing is sent a `ping` first, so it has a position at once.
 - Who may listen no longer (their token, subscription or a membership is gone) is cut off within CHECK_SECONDS.
