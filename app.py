@@ -27,9 +27,11 @@ from flask.sessions import SecureCookieSession, SecureCookieSessionInterface
 from werkzeug.routing import IntegerConverter
 
 import commands
-from belfry import accounts, logs
+from belfry import accounts
+from belfry.core import logging_setup
+from belfry.core.db import db
 from config import secret_key, settings
-from models import LARGEST_ID, db
+from models import LARGEST_ID
 from views import (
     dashboard,
     health,
@@ -72,7 +74,7 @@ class _Id(IntegerConverter):
 
 def create_app() -> Flask:
     """The web application, on the settings of the environment. Needs SECRET_KEY."""
-    logs.configure(settings.log_level, settings.log_format)
+    logging_setup.configure(settings.log_level, settings.log_format)
     app = Flask(__name__)
     app.config.update(
         SECRET_KEY=secret_key(),
@@ -108,7 +110,7 @@ def _identify() -> None:
     """Name the request: by the id that a proxy gave it, where that is one, else by a new one."""
     given = request.headers.get("X-Request-Id", "")
     g.request_id = given if re.fullmatch(r"[A-Za-z0-9_.-]{8,64}", given) else secrets.token_hex(16)
-    g.log_context = logs.bind(request_id=g.request_id)
+    g.log_context = logging_setup.bind(request_id=g.request_id)
     g.began = time.perf_counter()
 
 
@@ -173,4 +175,4 @@ def _leave(_: BaseException | None) -> None:
     if not db.is_closed():
         db.close()
     if token := g.pop("log_context", None):
-        logs.unbind(token)
+        logging_setup.unbind(token)

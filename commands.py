@@ -16,9 +16,11 @@ from peewee import InterfaceError, OperationalError, ProgrammingError
 import queues
 import schemas
 import worker as worker_process
-from belfry import accounts, explanation, leases, runs, schema, seeding, trials, verification
-from belfry.errors import Refused
-from models import LARGEST_ID, RUN_STATES, SUBSCRIPTION_STATUSES, User, db
+from belfry import accounts, explanation, leases, runs, seeding, trials, verification
+from belfry.core import migrations
+from belfry.core.db import db
+from belfry.core.errors import Refused
+from models import LARGEST_ID, RUN_STATES, SUBSCRIPTION_STATUSES, User
 from views.runs import describe_run
 
 WAIT_SECONDS = 600
@@ -39,7 +41,7 @@ def command(group: list[click.Command] | click.Group, name: str) -> Callable[[Ca
             except (OperationalError, InterfaceError) as error:
                 raise click.ClickException(f"The database is out of reach: {str(error).strip()}") from None
             except ProgrammingError as error:
-                if schema.missing_migrations():
+                if migrations.missing_migrations():
                     raise click.ClickException("The database has no tables yet: flask --app app migrate") from error
                 raise
             finally:
@@ -73,7 +75,7 @@ def _print_json(value: Any) -> None:
 @json_option
 def migrate(as_json: bool) -> None:
     """Bring the schema up to date. Safe to run twice, and by two at once."""
-    applied = schema.migrate()
+    applied = migrations.migrate()
     if as_json:
         _print_json({"applied": applied})
     else:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from belfry import logs
+from belfry.core import logging_setup
 from config import settings
 
 bind = f"0.0.0.0:{settings.port}"
@@ -20,4 +20,4 @@ secure_scheme_headers: dict[str, str] = {}  # PUBLIC_URL says how people reach t
 
 def on_starting(_: Any) -> None:
     """gunicorn's own lines go where all the others go, in the same form."""
-    logs.configure(settings.log_level, settings.log_format)
+    logging_setup.configure(settings.log_level, settings.log_format)

@@ -6,7 +6,6 @@ whatever function a job in Redis names.
 """
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,13 +21,13 @@ from rq.scheduler import RQScheduler
 from rq.timeouts import JobTimeoutException
 
 import queues
-from belfry import fanout, leases, logs, partitions
+from belfry import fanout, leases
 from belfry.cleanup import CLEANUPS, clean_up
+from belfry.core import logging_setup, partitions, redis
+from belfry.core.db import ROUND_TRIPS, database_connection, lock_for_this_transaction, transaction
+from belfry.core.failpoints import reach
 from belfry.leases import Part
-from belfry.points import reach
-from belfry.sql import ROUND_TRIPS, lock_for_this_transaction, transaction
 from config import settings
-from models import db
 
 log = logging.getLogger(__name__)
 
@@ -37,29 +36,10 @@ GRACE_SECONDS = 5  # after a retry should have begun, before the sweeper takes i
 TOGETHER_AT_MOST = 400  # small runs that are done in one transaction
 _at_once: Job | None = None  # the job that `do_at_once` does
 _failed: tuple[str, Exception] | None = None  # the id of the one that failed there, and why
-_process = os.getpid()
 PARTITIONS_SECONDS = 60  # between two looks of a worker at the partitions
 _partitions_looked_at = 0.0  # `time.monotonic()`
 _indexing: threading.Thread | None = None  # at the index of a partition that was left
 SWEEP_LOCK = 0x62656C66  # the advisory lock's key: "belf"
-
-
-@contextmanager
-def _connection() -> Iterator[None]:
-    """A database connection for a job or a sweep; the one that is open already, where there is one.
-
-    A work-horse is a fork: what it inherited of the pool is its parent's, and is forgotten, not closed.
-    """
-    global _process
-    if os.getpid() != _process:
-        db.dispose()
-        _process = os.getpid()
-    opened = db.connect(reuse_if_open=True)
-    try:
-        yield
-    finally:
-        if opened:
-            db.close()
 
 
 def notify(run_id: int) -> None:
@@ -124,7 +104,7 @@ def _at_work_on(part: Part) -> Iterator[None]:
     _failed = None
     if failed and job and job.id == failed[0]:
         raise failed[1]
-    with logs.context(run_id=part.run_id, job_id=job.id if job else None), _connection():
+    with logging_setup.context(run_id=part.run_id, job_id=job.id if job else None), database_connection():
         reach("job.begun", part.run_id, part.after)
         yield
 
@@ -208,7 +188,7 @@ def sweep() -> int:
     try:
         for name, part in SWEEP_PARTS.items():
             failures[name] = True  # unless it gets to its end
-            with _connection():
+            with database_connection():
                 try:
                     found = part()
                     if found is None:
@@ -278,7 +258,7 @@ def _look_after_partitions() -> bool | None:
 @cache
 def _scheduler() -> RQScheduler:
     """RQ's scheduler, without its process: that outlives a worker that is killed, and nobody ends it."""
-    scheduler = RQScheduler(queues.QUEUES, connection=queues.redis_connection(), serializer="json")
+    scheduler = RQScheduler(queues.QUEUES, connection=redis.redis_connection(), serializer="json")
     scheduler.prepare_registries(queues.QUEUES)
     return scheduler
 

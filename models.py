@@ -5,11 +5,9 @@ notification for one person and message. Times are `timestamptz` in UTC. Text wi
 has a CHECK; the four reasons for which somebody is told are a type of their own, `reason`.
 """
 
-import select
 from datetime import UTC, datetime
 from typing import Any
 
-import psycopg
 from peewee import (
     SQL,
     BigAutoField,
@@ -23,16 +21,13 @@ from peewee import (
     IntegerField,
     JSONField,
     Model,
-    Psycopg3Adapter,
     SmallIntegerField,
     TextField,
     UUIDField,
 )
-from playhouse.pool import PooledPostgresqlDatabase
 from playhouse.postgres_ext import ArrayField
-from psycopg.conninfo import conninfo_to_dict
 
-from config import settings
+from belfry.core.db import db
 
 SUBSCRIPTION_STATUSES = (
     "active", "trialing", "past_due", "canceled", "unpaid", "incomplete", "incomplete_expired", "paused",
@@ -46,82 +41,6 @@ REASONS = ("message", "mention", "mention_role", "mention_everyone")
 LARGEST_ID = 2**63 - 1  # of a bigint
 QUEUED_SECONDS = 3  # that what is in the queue is taken to be on its way, before anybody asks whether it still waits
 TRIES = 6  # attempts before a run, or a slice of it, is failed: the first, and five retries
-
-
-def connect_parameters() -> dict[str, Any]:
-    """psycopg's, of DATABASE_URL: with time-outs where it says none."""
-    parameters: dict[str, Any] = dict(conninfo_to_dict(settings.database_url))
-    parameters.setdefault("connect_timeout", 5)
-    parameters.setdefault("application_name", "belfry")
-    # A host that vanished is noticed within half a minute, not after the kernel's two hours.
-    parameters.setdefault("keepalives_idle", 10)
-    parameters.setdefault("keepalives_interval", 5)
-    parameters.setdefault("keepalives_count", 3)
-    parameters.setdefault("tcp_user_timeout", 30_000)
-    return parameters
-
-
-ISOLATION = "READ COMMITTED"
-"""Locks are waited for, and what is read afterwards must be what others committed meanwhile."""
-SESSION = {
-    "default_transaction_isolation": ISOLATION,
-    "client_encoding": "UTF8",  # any other encoding has no room for some characters of a message
-    "DateStyle": "ISO",  # the only style in which psycopg reads times with a time zone
-}
-"""PostgreSQL's parameters that the code is right only with, whatever the role or the database sets. Settings that make
-a statement fail with an error (time-outs, read-only transactions) or cost time only are the operator's to choose."""
-
-
-def prepare(connection: psycopg.Connection[Any]) -> None:
-    """Set SESSION on a new connection, in one round trip. Call it on each connection that the product opens.
-
-    It is a statement and no `options` of the connection, which PgBouncer refuses. Behind PgBouncer in transaction mode
-    it reaches one server connection of many: docs/deployment.md says what to set there.
-    """
-    parameters = ", ".join(f"set_config('{name}', '{value}', false)" for name, value in SESSION.items())
-    connection.execute(f"SELECT {parameters}")
-
-
-class _Adapter(Psycopg3Adapter):
-    """peewee's way to open a connection with psycopg 3; each new one is prepared."""
-
-    def connect(self, *arguments: Any, **parameters: Any) -> psycopg.Connection[Any]:
-        connection: psycopg.Connection[Any] = super().connect(*arguments, **parameters)  # type: ignore[no-untyped-call]
-        connection.autocommit = True  # as peewee sets it next: what is set here must not wait for a commit
-        prepare(connection)
-        return connection
-
-
-class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
-    """peewee's pool, which hands out no connection that PostgreSQL has ended meanwhile, as when it restarted."""
-
-    psycopg3_adapter = _Adapter
-
-    def _is_closed(self, conn: psycopg.Connection[Any]) -> bool:
-        if conn.closed:
-            return True
-        # Nothing is expected on a connection that nobody uses: what can be read is its end, or a word of it. peewee
-        # asks `SELECT 1`, a round trip for every request and job, and learns no more.
-        readable = select.poll()
-        readable.register(conn.fileno(), select.POLLIN)
-        return bool(readable.poll(0))
-
-
-def make_database() -> Pool:
-    """A pool of connections to DATABASE_URL, one for each thread that works; nothing is opened yet."""
-    parameters = connect_parameters()
-    return Pool(
-        parameters.pop("dbname"),
-        max_connections=settings.web_threads + 3,  # the sweeper's, the live streams', and one for the commands
-        stale_timeout=300,
-        timeout=5,
-        prefer_psycopg3=True,
-        isolation_level=ISOLATION,  # is in each BEGIN, which reaches every server connection behind PgBouncer
-        **parameters,
-    )
-
-
-db = make_database()
 
 
 class TimeField(Field):
@@ -369,7 +288,7 @@ class Slice(Table):
 class Notification(Table):
     """One row per person and message, and where people are told no other index: each is paid for by every recipient.
 
-    Partitioned by ranges of `message_id` (belfry/partitions.py): the key of the partition in use stays small.
+    Partitioned by ranges of `message_id` (belfry/core/partitions.py): the key of the partition in use stays small.
     No foreign keys, for the same reason (they halve the rate): people and messages are never removed from
     their tables, so nothing can dangle. Title and text are made from the message when read. `dismissed_at`
     rather than a DELETE, so that a run that is repeated cannot tell the person again.

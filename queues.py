@@ -18,17 +18,16 @@ from typing import Any
 
 from peewee import InterfaceError, OperationalError
 from redis import Redis
-from redis.backoff import NoBackoff
 from redis.commands.core import Script
 from redis.exceptions import RedisError
-from redis.retry import Retry as RedisRetry
 from rq import Queue, Retry
 from rq.job import JOB_ID_PATTERN, Job, JobStatus
 from rq.utils import now, utcformat
 
 from belfry import leases
+from belfry.core.failpoints import reach
+from belfry.core.redis import redis_connection
 from belfry.leases import Part
-from belfry.points import reach
 from config import settings
 from job_class import BelfryJob
 from models import LARGEST_ID, TRIES
@@ -55,18 +54,6 @@ def retry_intervals() -> list[int]:
         round(settings.retry_seconds * 3**attempt * random.uniform(1.0, 1.5))  # noqa: S311
         for attempt in range(RETRIES)
     ]
-
-
-@cache
-def redis_connection() -> Redis:
-    """The web's and the jobs' connection to Redis: short timeouts, for a request must not wait for it."""
-    return Redis.from_url(
-        settings.redis_url,
-        socket_connect_timeout=0.5,
-        socket_timeout=2,
-        retry=RedisRetry(NoBackoff(), 1),  # a connection that a restart of Redis left dead is made again once
-        health_check_interval=30,
-    )
 
 
 def live_channel() -> str:
@@ -312,11 +299,3 @@ def sweep_times(what: str) -> dict[str, int]:
         return {}
     times = {field.decode(): int(when) for field, when in found.items()}
     return {field.removesuffix(f" {what}"): when for field, when in times.items() if field.endswith(f" {what}")}
-
-
-def redis_answers() -> bool:
-    """Whether Redis is in reach."""
-    try:
-        return bool(redis_connection().ping())
-    except RedisError:
-        return False

@@ -36,7 +36,7 @@ from rq.utils import now
 
 import jobs
 import queues
-from belfry.points import reach
+from belfry.core.failpoints import reach
 from config import settings
 from job_class import BelfryJob
 

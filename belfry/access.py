@@ -8,9 +8,9 @@
 
 from dataclasses import dataclass
 
-from belfry.errors import Forbidden, NotFound, SubscriptionRequired
+from belfry.core.db import Row, row, rows
+from belfry.core.errors import Forbidden, NotFound, SubscriptionRequired
 from belfry.recipients import ACTIVE_SUBSCRIPTION
-from belfry.sql import Row, row, rows
 from config import settings
 from models import User
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from peewee import IntegrityError, fn
 
-from belfry.errors import Conflict, Forbidden, NotFound, Unauthenticated
-from belfry.sql import Row, execute, row, rows
-from models import User, db
+from belfry.core.db import Row, db, execute, row, rows
+from belfry.core.errors import Conflict, Forbidden, NotFound, Unauthenticated
+from models import User
 
 SENDER = "belfry"  # the account that Belfry's own messages come from
 IS_VALID = "(t.revoked_at IS NULL AND (t.expires_at IS NULL OR t.expires_at > now()))"

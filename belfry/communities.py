@@ -6,9 +6,9 @@ from typing import Any
 from peewee import IntegrityError
 
 from belfry.accounts import find_user
-from belfry.errors import Conflict, Invalid, NotFound
-from belfry.sql import Row, execute, row, rows
-from models import Channel, Role, Server, db
+from belfry.core.db import Row, db, execute, row, rows
+from belfry.core.errors import Conflict, Invalid, NotFound
+from models import Channel, Role, Server
 
 
 def find_server(server_id: int) -> Server:

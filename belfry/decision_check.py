@@ -15,10 +15,10 @@ time. What was removed leaves none, but changes how many members have which deci
 from collections import Counter
 from dataclasses import dataclass, field
 
+from belfry.core.db import Row, rows
 from belfry.findings import TOLERANCE_SECONDS, Finding, Report
 from belfry.notification_checks import KEPT_FROM
 from belfry.recipients import DECIDED, TELLING, Subject, subject_of
-from belfry.sql import Row, rows
 
 CHECK = "the notifications are those that the rules decide"
 

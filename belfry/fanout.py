@@ -13,9 +13,10 @@ from dataclasses import replace
 from psycopg.types.json import Jsonb
 
 from belfry import leases
+from belfry.core.db import Row, execute, not_for_long, row, rows, timed_transaction, transaction
+from belfry.core.failpoints import reach
+from belfry.core.partitions import keep_from_dropping, kept_from
 from belfry.leases import Part
-from belfry.partitions import keep_from_dropping, kept_from
-from belfry.points import reach
 from belfry.recipients import (
     DECIDED,
     DECIDED_OF_MANY,
@@ -27,7 +28,6 @@ from belfry.recipients import (
     slice_end,
     subject_of,
 )
-from belfry.sql import Row, execute, not_for_long, row, rows, timed_transaction, transaction
 from config import settings
 from models import LARGEST_ID
 

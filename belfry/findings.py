@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from belfry.sql import rows, set_locally
-from models import db
+from belfry.core.db import db, rows, set_locally
 
 SHOWN = 100
 """Findings of one check that are shown; of the others only how many there are."""

@@ -14,7 +14,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from belfry.sql import Row, execute, row, rows, set_locally, transaction
+from belfry.core.db import Row, execute, row, rows, set_locally, transaction
 from models import QUEUED_SECONDS, TRIES
 
 _LEASE = f"make_interval(secs => LEAST(15, 2 * power(2, {TRIES} - tries_left)))"

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field, replace
 
 from belfry import inbox
 from belfry.accounts import IS_VALID
+from belfry.core.db import Row, db, execute, row, rows, set_locally
 from belfry.positions import Position
 from belfry.recipients import ACTIVE_SUBSCRIPTION
 from belfry.sessions import IS_OPEN
-from belfry.sql import Row, execute, row, rows, set_locally
 from config import settings
-from models import User, db
+from models import User
 
 KEPT_HOURS = 24  # of what was told: for so long somebody may be away, and go on where they were
 LOOKUPS_AT_MOST = 100_000  # messages times members in one look: some 20 µs for each that was told

@@ -1,8 +1,8 @@
 """Whom one may mention in a channel: as one types the beginning of a name."""
 
 from belfry.access import SeenChannel
+from belfry.core.db import Row, rows
 from belfry.mentions import EVERYONE
-from belfry.sql import Row, rows
 
 FEW = 2_000
 WALK = 20_000

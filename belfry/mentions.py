@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from markdown_it.token import Token
 
 from belfry import markdown
-from belfry.errors import shortened
+from belfry.core.errors import shortened
 
 EVERYONE = "everyone"
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from psycopg.types.json import Jsonb
 
-from belfry import accounts, idempotency, mentions
+from belfry import accounts, mentions
 from belfry.access import (
     MAY_POST,
     SEEN_CHANNEL,
@@ -16,12 +16,13 @@ from belfry.access import (
     channel_for,
     require_posting,
 )
-from belfry.errors import Conflict, Forbidden, NotFound
-from belfry.idempotency import Once
+from belfry.core import idempotency
+from belfry.core.db import Row, execute, row, rows, timed_transaction, transaction
+from belfry.core.errors import Conflict, Forbidden, NotFound
+from belfry.core.failpoints import reach
+from belfry.core.idempotency import Once
 from belfry.leases import hold_message
-from belfry.points import reach
 from belfry.runs import create_run, runs_of_messages
-from belfry.sql import Row, execute, row, rows, timed_transaction, transaction
 from models import User
 
 

@@ -5,10 +5,10 @@ from collections.abc import Callable
 
 from peewee import ProgrammingError
 
+from belfry.core.db import row, rows
+from belfry.core.partitions import AHEAD, Partition, partitions
 from belfry.findings import Finding, Report
-from belfry.partitions import AHEAD, Partition, partitions
 from belfry.recipients import TELLING
-from belfry.sql import row, rows
 from models import LARGEST_ID
 
 OLD_SECONDS = 600

@@ -3,8 +3,8 @@
 from datetime import datetime
 
 from belfry.access import channel_for
-from belfry.points import reach
-from belfry.sql import Row, execute, row
+from belfry.core.db import Row, execute, row
+from belfry.core.failpoints import reach
 from models import User
 
 

@@ -7,7 +7,7 @@ for one person. The tests hold it against an oracle in plain Python on random co
 from dataclasses import dataclass
 from typing import Any
 
-from belfry.sql import Row, row, rows
+from belfry.core.db import Row, row, rows
 from config import settings
 from models import LARGEST_ID, REASONS
 

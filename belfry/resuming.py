@@ -13,9 +13,9 @@ from dataclasses import replace
 from datetime import datetime
 
 from belfry import inbox
+from belfry.core.db import Row, row, rows
 from belfry.live import News, is_resumable, possible_recipients, with_positions
 from belfry.positions import Position
-from belfry.sql import Row, row, rows
 
 SENT_AT_ONCE = 1_000  # notifications to one client, one by one
 LOG_AT_MOST = 5_000  # messages of the log, of all servers: some 15 ms

@@ -5,11 +5,11 @@ from typing import Any
 
 from psycopg.types.json import Jsonb
 
-from belfry.errors import Conflict, Forbidden, NotFound
-from belfry.partitions import keep_from_dropping, kept_from
-from belfry.points import reach
+from belfry.core.db import Row, row, rows, transaction
+from belfry.core.errors import Conflict, Forbidden, NotFound
+from belfry.core.failpoints import reach
+from belfry.core.partitions import keep_from_dropping, kept_from
 from belfry.recipients import DECISIONS, TELLING, compare, slice_end, subject_of
-from belfry.sql import Row, row, rows, transaction
 from config import settings
 from models import RUN_STATES, UNFINISHED, User
 

@@ -8,8 +8,8 @@ has the role `vip`, every thousandth moderates; every eighth has asked for less 
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from belfry.sql import execute, row, rows
-from models import Channel, ChannelRole, Role, Server, db
+from belfry.core.db import db, execute, row, rows
+from models import Channel, ChannelRole, Role, Server
 
 BATCH = 5_000
 

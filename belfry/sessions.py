@@ -12,7 +12,7 @@ import secrets
 from dataclasses import dataclass
 
 from belfry.accounts import IS_VALID, hash_token
-from belfry.sql import execute, row
+from belfry.core.db import execute, row
 from models import User
 
 IDLE_DAYS = 7

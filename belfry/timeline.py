@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from belfry.access import SeenChannel
+from belfry.core.db import Row
 from belfry.messages import describe, stored_messages
-from belfry.sql import Row
 from models import User
 
 STRETCH = 50  # messages

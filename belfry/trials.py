@@ -8,12 +8,12 @@
 
 from belfry.access import channel_for, is_member
 from belfry.accounts import SENDER
-from belfry.errors import Invalid
+from belfry.core.db import db, row
+from belfry.core.errors import Invalid
 from belfry.mentions import find_mentions
 from belfry.messages import resolve_mentions
 from belfry.runs import create_run
-from belfry.sql import row
-from models import Channel, Member, Server, User, db
+from models import Channel, Member, Server, User
 
 AUDIENCES = ("me", "channel")
 
@@ -73,4 +73,3 @@ def _first_channel(caller: User) -> int:
     server = Server.create(name="Belfry test")
     Member.create(server=server, user=caller)
     return int(Channel.create(server=server, name="test").id)
-

@@ -7,10 +7,10 @@ docs/reliability.md lists what each of them finds, and what none of them can fin
 from collections.abc import Callable
 
 from belfry import decision_check
+from belfry.core.partitions import kept_from
 from belfry.decision_check import check_decisions
 from belfry.findings import Report
 from belfry.notification_checks import FAULTS, check_notifications, check_partitions
-from belfry.partitions import kept_from
 from belfry.run_checks import MEMBERS_SQL, MESSAGES_SQL, RUN_CHECKS, RUNS_SQL, SEQUENCES_SQL, WORK_ITEMS_SQL
 
 CHECKS = (

@@ -3,6 +3,9 @@
 import time
 from typing import Any
 
+import jobs
+import queues
+from belfry.core.db import execute, row
 from dev import say
 
 KEYS = 10_000_000  # to insert them takes longer than the rest
@@ -12,9 +15,6 @@ WATCHED_SECONDS = 120.0  # of the deletion, for its rate
 
 def cleanup(ground: Any, _: int, __: int) -> dict[str, Any]:
     """One lost run and 10,000,000 old idempotency keys: until the run is in the queue, and how fast the keys go."""
-    import jobs
-    import queues
-    from belfry.sql import execute, row
     from worker import sweep_once
 
     run_id = ground.post(ground.community(20), "gold breaks out")["run"]["id"]

@@ -6,7 +6,7 @@ from typing import Any
 
 import psycopg
 
-from belfry import partitions
+from belfry.core import partitions
 
 
 def fill_partition(url: str, lower: int, people_and_messages: str, parameters: Mapping[str, Any]) -> None:

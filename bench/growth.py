@@ -11,8 +11,8 @@ import time
 from typing import Any
 
 import queues
+from belfry.core.db import row
 from belfry.leases import Part
-from belfry.sql import row
 from bench.large import end_to_end
 from bench.small import queued_runs
 from bench.stage import PATIENCE, SERVERS, Stage, give_up_after

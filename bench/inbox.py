@@ -14,8 +14,9 @@ from typing import Any
 
 import psycopg
 
-from belfry import accounts, partitions, seeding
-from belfry.sql import execute, rows
+from belfry import accounts, seeding
+from belfry.core import partitions
+from belfry.core.db import execute, rows
 from bench.filling import fill_partition, leave_partitions, timed
 from bench.stage import Stage
 from dev import ports, say

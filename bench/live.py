@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 
 from belfry import accounts
-from belfry.sql import rows
+from belfry.core.db import rows
 from bench.stage import Stage, give_up_after, reached
 from bench.web import CONNECTIONS, TEXT, Bench, Load, load, request_of
 from dev import say, stack

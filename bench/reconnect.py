@@ -16,6 +16,8 @@ from urllib.parse import urlsplit
 
 import psycopg
 
+from belfry.core import partitions
+from belfry.core.db import db
 from dev import say
 from dev.client import Client
 
@@ -188,8 +190,6 @@ class _Drill:
 
     def settle(self) -> None:
         """Do what Belfry and autovacuum would have done during the hour, so that it is not done while we measure."""
-        from belfry import partitions
-        from models import db
 
         with db.connection_context():
             partitions.care()

@@ -21,8 +21,9 @@ from typing import Any
 
 import psycopg
 
+import queues
 from belfry import recipients
-from belfry.sql import execute, row, rows
+from belfry.core.db import execute, row, rows
 from bench import machine
 from bench.large import AS_BELFRY, BARE_STATEMENT
 from bench.peers_at_work import WORKERS, peer
@@ -134,7 +135,6 @@ def queued_runs(message_ids: Iterable[int]) -> list[int]:
 
 def belfry_rate(small: Small, messages: int) -> dict[str, float]:
     """All are in the queue before the worker starts; with them what Belfry alone does: states and statistics."""
-    import queues
     from belfry.leases import Part
 
     assert queues.enqueue([Part(run_id) for run_id in queued_runs(small.messages(messages))], lost=True)
@@ -145,7 +145,6 @@ def belfry_rate(small: Small, messages: int) -> dict[str, float]:
 
 
 def belfry_lone(small: Small, number: int) -> list[float]:
-    import queues
 
     ids = small.messages(number + WARM)
     runs = dict(zip(ids, queued_runs(ids), strict=True))

@@ -16,6 +16,8 @@ from peewee import ProgrammingError
 from psycopg.rows import dict_row
 from rq import Worker
 
+from belfry.core import migrations, redis
+from belfry.core.db import db, execute, rows
 from dev import CommandError, ports, say, stack
 from dev.client import Client
 from dev.processes import Child
@@ -33,8 +35,6 @@ def _unchecked() -> Iterator[None]:
 
     What is seeded fits together, and looking takes nearly as long as the rest of the seeding.
     """
-    from belfry.sql import execute
-    from models import db
 
     db.connect(reuse_if_open=True)
     try:
@@ -68,7 +68,6 @@ class Stage:
     def populate(self, sizes: Iterable[int]) -> None:
         """Make all communities, the small ones first: each takes seconds beside a million people."""
         from belfry import seeding
-        from belfry.sql import execute
 
         with _unchecked():
             self.small = [seeding.seed(SMALL, 1)["channel_ids"][0] for _ in range(SERVERS)]
@@ -92,17 +91,14 @@ class Stage:
 
     def without_messages(self) -> None:
         """As it was before the first message, in the partitions that there were then."""
-        from belfry import schema
-        from belfry.sql import execute
 
         execute("TRUNCATE message, notification RESTART IDENTITY CASCADE")
-        runner = schema._runner()
+        runner = migrations._runner()
         runner.down("0003_partitions")
         runner.up()
 
     def new_messages(self, channel_ids: Iterable[int], each: int = 1) -> list[int]:
         """Messages that nobody has been told of, and that have no run."""
-        from belfry.sql import rows
 
         made = rows(
             "INSERT INTO message (channel_id, author_id, content)"
@@ -156,10 +152,9 @@ class Stage:
             yield children
 
     def _wait_for_workers(self, number: int) -> None:
-        import queues
 
         give_up = time.monotonic() + PATIENCE
-        while Worker.count(queues.redis_connection()) < number:
+        while Worker.count(redis.redis_connection()) < number:
             give_up_after(give_up)
             time.sleep(POLL_SECONDS)
 

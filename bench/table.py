@@ -21,8 +21,9 @@ from typing import Any
 
 import psycopg
 
-from belfry import accounts, partitions, recipients
-from belfry.sql import execute, row
+from belfry import accounts, recipients
+from belfry.core import partitions
+from belfry.core.db import execute, row
 from bench.filling import fill_partition, leave_partitions, timed
 from bench.large import AS_BELFRY, BARE_STATEMENT
 from bench.stage import Stage, reached

@@ -8,6 +8,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from belfry.core import partitions
+from belfry.core.db import db, execute, row
 from dev import say
 
 MEMBERS = 100_000
@@ -36,10 +38,8 @@ def verify(*_: Any) -> dict[str, Any]:
 
 def fill(members: int = MEMBERS, rows: int = ROWS) -> int:
     """Fill the tables; how many notifications there are then."""
-    from belfry import accounts, fanout, leases, messages, partitions, seeding
+    from belfry import accounts, fanout, leases, messages, seeding
     from belfry.leases import Part
-    from belfry.sql import execute, row
-    from models import db
 
     db.connect(reuse_if_open=True)
     author = accounts.create_user("author-of-many", is_admin=True)

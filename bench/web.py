@@ -20,7 +20,8 @@ from typing import Any
 
 import queues
 from belfry import accounts, runs, seeding
-from belfry.sql import execute, row
+from belfry.core import redis
+from belfry.core.db import execute, row
 from bench.stage import Stage, reached
 from dev import CommandError, say, stack
 from models import Channel, Message, Server
@@ -132,8 +133,8 @@ class Bench:
         before = Message.select().where(Message.channel == self.bare_channel).count()
         done = load(address, asked, connections, seconds)
         made = Message.select().where(Message.channel == self.bare_channel).count() - before
-        pushed = queues.redis_connection().llen(QUEUE)
-        queues.redis_connection().delete(QUEUE)
+        pushed = redis.redis_connection().llen(QUEUE)
+        redis.redis_connection().delete(QUEUE)
         assert made == pushed == done.answered, (made, pushed, done.answered)
         return done
 

@@ -17,7 +17,8 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from belfry.points import POINTS
+from belfry.core.db import db, execute, rows
+from belfry.core.failpoints import POINTS
 from chaos.recovery import OWN, Blow, blow_of, recoveries
 from chaos.stage import WEB, WORKERS, Stage, staged
 from chaos.victim import KILL, KILL_WITH_PARENT, STOP
@@ -140,7 +141,6 @@ def main() -> int:
 def _play(arguments: argparse.Namespace) -> int:
     say(f"Starting PostgreSQL and Redis (seed {arguments.seed}) …")
     with staged() as stage:
-        from belfry.sql import rows  # these read the environment that was just made
         from chaos.audit import audit
         from chaos.load import Load
         from chaos.world import make_world
@@ -229,7 +229,6 @@ def _wait_for(at_work: Callable[[], list[str]], stage: Stage) -> None:
 
 def _reach_database() -> None:
     """The harness's own connection, which PostgreSQL's crashes broke as well, is made anew."""
-    from models import db
 
     give_up = time.monotonic() + 60
     while True:
@@ -246,7 +245,6 @@ def _reach_database() -> None:
 
 def _break_now_and_then(percent: int) -> None:
     """Have so many of the statements that write notifications fail by themselves."""
-    from belfry.sql import execute
 
     execute("DROP TRIGGER IF EXISTS chaos_fault ON notification")
     if percent:

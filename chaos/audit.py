@@ -4,7 +4,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from belfry.sql import IDLE_SECONDS, rows
+from belfry.core.db import IDLE_SECONDS, rows
 from belfry.verification import verify
 from chaos.load import Client, Diary, Posted, Text
 from chaos.world import World

@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from belfry import points
+from belfry.core import failpoints
 
 FAILED = "failure.written"
 SIGNS_OF_LIFE = ("run.taken", "run.committed", "slice.taken", "slice.committed", FAILED)
@@ -68,7 +68,7 @@ def go_on(arguments: list[str]) -> None:
 
 def main() -> None:
     directory, *arguments = sys.argv[1:]
-    points.listener = Victim(Path(directory)).reach
+    failpoints.listener = Victim(Path(directory)).reach
     go_on(arguments)
 
 

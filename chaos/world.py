@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from belfry import accounts, seeding
-from belfry.sql import rows
+from belfry.core.db import rows
 from tests.oracle import Member, Preference, Subscription
 
 SMALL_MEMBERS, LARGE_MEMBERS = 60, 1_500

@@ -11,16 +11,6 @@ from types import SimpleNamespace
 
 import psycopg
 import pytest
-
-from dev import testing
-
-if "DATABASE_URL" not in os.environ or "REDIS_URL" not in os.environ:
-    pytest.exit("Run the tests by `make test`: it sets up the database and the Redis that they empty.", returncode=2)
-if "PYTEST_XDIST_WORKER" in os.environ:  # several processes run the suite: each has servers of its own
-    testing.process_stack.enter_context(testing.databases_of_a_process())
-os.environ.setdefault("SECRET_KEY", "a key for the tests, of no use to anybody else")
-os.environ.setdefault("SECURE_COOKIES", "0")
-
 from click.testing import Result
 from flask import Flask
 from flask.testing import FlaskClient
@@ -29,13 +19,22 @@ from rq import SimpleWorker
 
 import queues
 from app import create_app
-from belfry import schema
+from belfry.core import migrations
+from belfry.core.db import db
+from belfry.core.redis import redis_connection
 from config import settings
-from models import db
+from dev import testing
 from tests.overrides import overridden
 from tests.people import Api, Cast, make_cast
 from tests.telling import empty
 from views import health
+
+if "DATABASE_URL" not in os.environ or "REDIS_URL" not in os.environ:
+    pytest.exit("Run the tests by `make test`: it sets up the database and the Redis that they empty.", returncode=2)
+if "PYTEST_XDIST_WORKER" in os.environ:  # several processes run the suite: each has servers of its own
+    testing.process_stack.enter_context(testing.databases_of_a_process())
+os.environ.setdefault("SECRET_KEY", "a key for the tests, of no use to anybody else")
+os.environ.setdefault("SECURE_COOKIES", "0")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -45,7 +44,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _schema() -> Iterator[None]:
     with testing.process_stack:
-        schema.migrate()
+        migrations.migrate()
         yield
         db.close_all()
 
@@ -88,7 +87,7 @@ def command(app: Flask) -> Callable[..., Result]:
 
 @pytest.fixture
 def redis() -> Redis:
-    return queues.redis_connection()
+    return redis_connection()
 
 
 @pytest.fixture

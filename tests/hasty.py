@@ -3,14 +3,15 @@ allowed in a transaction last a twentieth of the time. So a database that takes 
 
 import sys
 
-from belfry import leases, sql
+from belfry import leases
+from belfry.core import db
 from chaos.victim import go_on
 
 TWENTIETH = 0.05
 
 
 def main() -> None:
-    sql.IDLE_SECONDS *= TWENTIETH
+    db.IDLE_SECONDS *= TWENTIETH
     for name in ("_TAKE_RUN", "_TAKE_SLICE", "_TAKE_TOGETHER"):
         statement = getattr(leases, name)
         assert leases._LEASE in statement

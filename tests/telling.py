@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 
-import queues
 from belfry import fanout, leases, messages, runs
+from belfry.core import redis
+from belfry.core.db import db, execute, row, rows
 from belfry.inbox import mark_read, unread_count
 from belfry.leases import Part
 from belfry.preferences import set_preference
 from belfry.recipients import DECISIONS
-from belfry.sql import execute, row, rows
-from models import TABLES, Notification, db
+from models import TABLES, Notification
 from tests.people import Person
 
 
@@ -131,7 +131,7 @@ def empty() -> None:
     """Nothing is left, in the database and in Redis."""
     tables = ", ".join(f'"{table._meta.table_name}"' for table in TABLES)
     execute(f"TRUNCATE {tables} RESTART IDENTITY")
-    queues.redis_connection().flushdb()
+    redis.redis_connection().flushdb()
 
 
 def contents() -> dict[str, list[str]]:

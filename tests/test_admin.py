@@ -13,9 +13,10 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 import queues
-from belfry import accounts, schema
-from belfry.sql import execute, row
-from models import ApiToken, ChannelRole, Member, MemberRole, Subscription, User, db
+from belfry import accounts
+from belfry.core import migrations
+from belfry.core.db import db, execute, row
+from models import ApiToken, ChannelRole, Member, MemberRole, Subscription, User
 from tests.telling import statements
 from tests.test_refusals import METHODS, SHAPE, assert_problem
 from views import health
@@ -297,7 +298,7 @@ def test_ready_says_which_part_is_not(client, monkeypatch, tmp_path):
         assert list(readiness(client)) == ["redis"]
     with monkeypatch.context() as patched:
         (tmp_path / "0002_later.py").touch()
-        patched.setattr(schema, "MIGRATIONS", tmp_path)
+        patched.setattr(migrations, "MIGRATIONS", tmp_path)
         assert readiness(client) == {
             "migrations": ["missing: 0002_later"],
             "partitions": ["unknown until the migrations are done"],

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from belfry import accounts, messages
-from belfry.points import POINTS
-from belfry.sql import execute, rows
+from belfry.core.db import execute, rows
+from belfry.core.failpoints import POINTS
 from chaos.__main__ import ends_well
 from chaos.audit import audit
 from chaos.load import Diary, Posted, Text

@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from belfry import accounts
-from belfry.sql import execute
+from belfry.core.db import execute
 from config import settings
 from dev import stack
 from models import ApiToken, Member, Notification, Run, Subscription, User

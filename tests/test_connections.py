@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 import psycopg
 import pytest
 
-from belfry import fanout, leases, partitions
+from belfry import fanout, leases
+from belfry.core import partitions
+from belfry.core.db import SESSION, connect_parameters, db, execute, prepare, row
 from belfry.leases import Part
-from belfry.sql import execute, row
 from config import settings
-from models import SESSION, connect_parameters, db, prepare
 from tests.processes import wait_until
 from tests.telling import post, told
 

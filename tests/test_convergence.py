@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from belfry import communities, fanout, inbox, leases, messages
+from belfry.core.db import db, execute, rows
 from belfry.leases import Part
 from belfry.preferences import set_preference
-from belfry.sql import execute, rows
 from belfry.verification import verify
-from models import User, db
+from models import User
 from tests.overrides import overridden
 from tests.people import Cast, make_cast
 from tests.telling import crowd, do, parts_of, post, posted_and_told, run_to_end, told, wants_mentions_only

@@ -10,12 +10,13 @@ import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict
 
-from belfry import live, resuming, schema
+from belfry import live, resuming
+from belfry.core import migrations
+from belfry.core.db import ISOLATION, db
 from belfry.positions import Position
 from config import settings
 from dev import postgres
 from dev.places import temporary_data_dir
-from models import ISOLATION, db
 from tests.listening import Listener
 from tests.people import make_cast
 from tests.processes import a_web_process, wait_until
@@ -88,7 +89,7 @@ def database() -> Iterator[Database]:
         made = Database(data_dir, sockets)
         try:
             _connect_to(made.url)
-            schema.migrate()
+            migrations.migrate()
             yield made
         finally:
             _connect_to(settings.database_url)

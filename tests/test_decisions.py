@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from psycopg.types.json import Jsonb
 
 from belfry import runs
+from belfry.core.db import db, execute, row, rows
 from belfry.explanation import explain
 from belfry.recipients import DECIDED, DECISIONS, decide, subject_of
-from belfry.sql import execute, row, rows
-from models import SUBSCRIPTION_STATUSES, db
+from models import SUBSCRIPTION_STATUSES
 from tests.oracle import TELLING, Community, Member, Preference, Subscription, decision, decisions, statistics
 from tests.overrides import overridden
 from tests.telling import run_to_end

@@ -7,12 +7,11 @@ import pytest
 
 from belfry import communities, inbox, leases, messages, runs
 from belfry.accounts import set_subscription
-from belfry.errors import Forbidden, NotFound
+from belfry.core.db import db, execute, row
+from belfry.core.errors import Forbidden, NotFound
 from belfry.inbox import dismiss, unread_count
 from belfry.preferences import set_preference
-from belfry.sql import execute, row
 from belfry.verification import verify
-from models import db
 from tests.telling import (
     advance,
     contents,

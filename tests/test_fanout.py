@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from belfry import communities, fanout, leases, messages
+from belfry.core.db import db
 from belfry.preferences import set_preference
 from belfry.seeding import seed
 from belfry.verification import verify
 from config import settings
-from models import Notification, db
+from models import Notification
 from tests.people import Person, make_person
 from tests.telling import (
     EVERYBODY,

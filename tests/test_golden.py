@@ -13,7 +13,7 @@ import psycopg
 import pytest
 
 import jobs
-from models import db
+from belfry.core.db import db
 from tests.people import csrf_of
 
 GOLDEN = Path(__file__).parent / "golden"

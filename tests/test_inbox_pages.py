@@ -5,8 +5,7 @@ import threading
 
 import pytest
 
-from belfry.sql import execute
-from models import db
+from belfry.core.db import db, execute
 from tests.telling import post, posted_and_told, run_to_end, statements
 from tests.test_refusals import assert_problem
 from tests.test_unread import COUNT

@@ -8,11 +8,13 @@ from peewee import OperationalError
 
 import jobs
 import queues
-from belfry import cleanup, fanout, leases, points
+from belfry import cleanup, fanout, leases
+from belfry.core import failpoints
+from belfry.core.db import IDLE_SECONDS, db, execute, row
+from belfry.core.redis import redis_connection
 from belfry.leases import Part
-from belfry.sql import IDLE_SECONDS, execute, row
 from belfry.verification import verify
-from models import TRIES, db
+from models import TRIES
 from tests.processes import wait_until
 from tests.telling import (
     EVERYBODY,
@@ -432,7 +434,7 @@ def test_each_retry_is_waited_for_as_long_as_it_takes(cast, monkeypatch, run_job
         intervals = queue.fetch_job(job_id).retry_intervals
         found = row("SELECT extract(epoch FROM due_at - now())::float AS seconds FROM run")
         assert intervals[retry] + jobs.GRACE_SECONDS - 2 < found["seconds"] <= intervals[retry] + jobs.GRACE_SECONDS
-        redis = queues.redis_connection()
+        redis = redis_connection()
         redis.zadd(queue.scheduled_job_registry.key, {job_id: 0})  # its time has come
         jobs.sweep()
     run_jobs()
@@ -485,7 +487,7 @@ def idle_limits(monkeypatch) -> dict[str, str]:
         found = row("SELECT current_setting('idle_in_transaction_session_timeout') AS idle")
         seen[point] = found["idle"]
 
-    monkeypatch.setattr(points, "listener", look)
+    monkeypatch.setattr(failpoints, "listener", look)
     return seen
 
 

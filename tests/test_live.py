@@ -13,11 +13,11 @@ import pytest
 
 import queues
 from belfry import accounts, communities
+from belfry.core.db import db, execute
 from belfry.inbox import dismiss, list_notifications, mark_read
 from belfry.messages import delete_message
-from belfry.sql import execute
 from config import settings
-from models import ApiToken, db
+from models import ApiToken
 from schemas import Notification
 from tests.listening import Listener
 from tests.people import csrf_of

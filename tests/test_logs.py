@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from belfry import logs
+from belfry.core import logging_setup
 from tests.processes import a_web_process_and_its_log, wait_until
 
 
@@ -24,8 +24,8 @@ def _restored():
 
 @pytest.mark.usefixtures("_restored")
 def test_json_lines_carry_the_ids_of_what_they_are_about(capsys):
-    logs.configure("INFO", "json")
-    with logs.context(run_id=7, job_id="abc"), logs.context(request_id=None):
+    logging_setup.configure("INFO", "json")
+    with logging_setup.context(run_id=7, job_id="abc"), logging_setup.context(request_id=None):
         logging.getLogger("somewhere").info("done in %s ms — ✓", 3)
     logging.getLogger("somewhere").info("later")
     first, second = (json.loads(line) for line in capsys.readouterr().err.splitlines())
@@ -38,7 +38,7 @@ def test_json_lines_carry_the_ids_of_what_they_are_about(capsys):
 
 @pytest.mark.usefixtures("_restored")
 def test_an_exception_stays_one_line_of_json(capsys):
-    logs.configure("INFO", "json")
+    logging_setup.configure("INFO", "json")
     try:
         raise ValueError("two\nlines")
     except ValueError:
@@ -50,8 +50,8 @@ def test_an_exception_stays_one_line_of_json(capsys):
 
 @pytest.mark.usefixtures("_restored")
 def test_text_lines_carry_them_too(capsys):
-    logs.configure("INFO", "text")
-    with logs.context(run_id=7):
+    logging_setup.configure("INFO", "text")
+    with logging_setup.context(run_id=7):
         logging.getLogger("somewhere").info("done")
     assert capsys.readouterr().err.rstrip().endswith("INFO somewhere: done run_id=7")
 
@@ -81,8 +81,8 @@ ESCAPED = (
 
 @pytest.mark.usefixtures("_restored")
 def test_text_from_outside_stays_on_its_line_and_commands_no_terminal(capsys):
-    logs.configure("INFO", "text")
-    with logs.context(job_id=f"id{HOSTILE}"):
+    logging_setup.configure("INFO", "text")
+    with logging_setup.context(job_id=f"id{HOSTILE}"):
         logging.getLogger("somewhere").info("GET %s is Größe ✓", HOSTILE)
     [line] = capsys.readouterr().err.removesuffix("\n").split("\n")
     assert line.endswith(f"INFO somewhere: GET {ESCAPED} is Größe ✓ job_id=id{ESCAPED}")
@@ -90,7 +90,7 @@ def test_text_from_outside_stays_on_its_line_and_commands_no_terminal(capsys):
 
 @pytest.mark.usefixtures("_restored")
 def test_a_traceback_keeps_its_lines_and_none_of_them_passes_for_an_entry(capsys):
-    logs.configure("INFO", "text")
+    logging_setup.configure("INFO", "text")
     somewhere = logging.getLogger("somewhere")
     try:
         raise ValueError(HOSTILE)
@@ -109,7 +109,7 @@ def test_a_traceback_keeps_its_lines_and_none_of_them_passes_for_an_entry(capsys
 
 @pytest.mark.usefixtures("_restored")
 def test_json_is_one_line_for_whoever_reads_it_and_means_the_same(capsys):
-    logs.configure("INFO", "json")
+    logging_setup.configure("INFO", "json")
     logging.getLogger("somewhere").info("GET %s", HOSTILE)
     printed = capsys.readouterr().err.removesuffix("\n")
     assert printed.isprintable()

@@ -4,7 +4,7 @@ import pytest
 
 from belfry import communities, mentionable
 from belfry.access import channel_for
-from belfry.sql import execute, rows
+from belfry.core.db import execute, rows
 from tests.people import make_person
 from tests.telling import statements
 from tests.test_refusals import assert_problem

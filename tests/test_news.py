@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given, settings, strategies
 
 from belfry import communities, fanout, leases, live, positions, resuming, runs
+from belfry.core.db import db
 from belfry.inbox import dismiss, list_notifications
 from belfry.live import news
 from belfry.messages import delete_message
 from belfry.positions import Position
 from belfry.preferences import set_preference
 from config import settings as belfry
-from models import db
 from tests.people import make_cast
 from tests.telling import crowd, edit, post, posted_and_told, run_to_end, statements
 

@@ -17,8 +17,8 @@ import queues
 from belfry import messages
 from belfry.accounts import create_token, hash_token, set_subscription
 from belfry.communities import put_member
+from belfry.core.db import execute, rows
 from belfry.preferences import set_preference
-from belfry.sql import execute, rows
 from models import Notification, Preference
 from tests.people import Person, make_person
 from tests.telling import advance, fail_always, parts_of

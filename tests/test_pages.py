@@ -6,8 +6,8 @@ from html.parser import HTMLParser
 import pytest
 
 from belfry import accounts, communities, inbox, navigation, rendering, sessions
+from belfry.core.db import execute
 from belfry.markdown import parse
-from belfry.sql import execute
 from models import ApiToken, Channel, Message, User
 from tests.people import csrf_of, make_person
 from tests.telling import statements

@@ -10,13 +10,14 @@ import pytest
 from peewee import IntegrityError, OperationalError
 
 import jobs
-from belfry import inbox, leases, messages, partitions, runs, schema
+from belfry import inbox, leases, messages, runs
+from belfry.core import migrations, partitions
+from belfry.core.db import db, execute, row, rows
+from belfry.core.partitions import Partition
 from belfry.leases import Part
-from belfry.partitions import Partition
-from belfry.sql import execute, row, rows
 from belfry.verification import verify
 from config import settings
-from models import User, db
+from models import User
 from tests.processes import wait_until
 from tests.telling import advance, crowd, do, generic_plans, parts_of, run_to_end, statements, stats
 from tests.telling import post as write
@@ -29,7 +30,7 @@ def _as_migrated():
     if jobs._indexing:
         jobs._indexing.join()
     execute("TRUNCATE message, notification RESTART IDENTITY CASCADE")
-    runner = schema._runner()
+    runner = migrations._runner()
     runner.down("0003_partitions")
     runner.up()
 

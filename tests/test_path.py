@@ -1,5 +1,4 @@
 """The whole path inside one process: a message is posted, its job runs, and the right people are told."""
-
 from models import Notification
 
 

@@ -17,8 +17,8 @@ import pytest
 import jobs
 import queues
 from belfry import communities, leases
+from belfry.core.db import IDLE_SECONDS, execute, row
 from belfry.leases import Part
-from belfry.sql import IDLE_SECONDS, execute, row
 from belfry.verification import verify
 from chaos.victim import KILL_WITH_PARENT, STOP
 from models import Notification, Run, Server

@@ -17,8 +17,9 @@ from marshmallow import fields
 from peewee import OperationalError
 
 from belfry import accounts, messages, preferences
+from belfry.core.db import db
 from config import settings
-from models import Message, db
+from models import Message
 
 ROOT = Path(__file__).parent.parent
 SHAPE = {"type", "title", "status", "detail", "code"}

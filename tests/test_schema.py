@@ -7,10 +7,11 @@ import pytest
 from peewee import DataError, IntegrityError, PostgresqlDatabase
 from playhouse.schema_diff import diff_models
 
-from belfry import leases, partitions, schema
+from belfry import leases
+from belfry.core import migrations, partitions
+from belfry.core.db import db, execute, row, rows
 from belfry.leases import Part
-from belfry.sql import execute, row, rows
-from models import TABLES, Notification, Role, Run, Server, Subscription, User, db
+from models import TABLES, Notification, Role, Run, Server, Subscription, User
 from tests.telling import run_to_end, stats
 
 
@@ -43,25 +44,25 @@ def test_migrating_twice_and_by_two_at_once_is_safe(monkeypatch):
     execute(f'CREATE DATABASE "{name}"')
     parameters = {key: value for key, value in db.connect_params.items() if key != "dbname"}
     fresh = PostgresqlDatabase(name, prefer_psycopg3=True, **parameters)
-    monkeypatch.setattr(schema, "db", fresh)
-    monkeypatch.setattr("belfry.sql.db", fresh)
+    monkeypatch.setattr(migrations, "db", fresh)
+    monkeypatch.setattr("belfry.core.db.db", fresh)
     try:
         applied: list[list[str]] = []
-        threads = [threading.Thread(target=lambda: applied.append(schema.migrate())) for _ in range(3)]
+        threads = [threading.Thread(target=lambda: applied.append(migrations.migrate())) for _ in range(3)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        assert sorted(applied) == [[], [], [path.stem for path in sorted(schema.MIGRATIONS.glob("0*.py"))]]
+        assert sorted(applied) == [[], [], [path.stem for path in sorted(migrations.MIGRATIONS.glob("0*.py"))]]
         with fresh.connection_context():
-            assert schema.missing_migrations() == []
+            assert migrations.missing_migrations() == []
     finally:
         monkeypatch.undo()
         execute(f'DROP DATABASE "{name}" WITH (FORCE)')
 
 
 def test_runs_that_were_half_done_before_there_were_slices_go_on_where_they_stopped(cast):
-    runner = schema._runner()
+    runner = migrations._runner()
     runner.down("0002_slices")
     try:
         execute(

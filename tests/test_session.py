@@ -11,7 +11,7 @@ from flask.testing import FlaskClient
 
 import jobs
 from belfry import accounts, sessions
-from belfry.sql import execute
+from belfry.core.db import execute
 from models import ApiToken, Session
 from tests.people import csrf_of
 from tests.processes import a_web_process

@@ -14,7 +14,7 @@ import jobs
 import queues
 from belfry import cleanup
 from belfry.cleanup import CLEANUPS
-from belfry.sql import execute, row
+from belfry.core.db import execute, row
 from config import settings
 from tests.telling import post, statements
 

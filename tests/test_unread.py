@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from belfry import communities, fanout, leases
+from belfry.core.db import rows
 from belfry.leases import Part
-from belfry.sql import rows
 from belfry.verification import verify
 from tests import oracle
 from tests.overrides import overridden

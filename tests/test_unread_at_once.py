@@ -11,10 +11,9 @@ import pytest
 from flask import Flask
 
 from belfry import communities, fanout, leases
+from belfry.core.db import db, execute, rows
 from belfry.leases import Part
-from belfry.sql import execute, rows
 from belfry.verification import verify
-from models import db
 from tests.people import Api, Cast, Person, make_person
 from tests.telling import run_to_end
 from tests.test_unread import COUNT, counted

@@ -9,14 +9,14 @@ import pytest
 from peewee import IntegrityError
 
 from belfry import accounts, communities, fanout, leases, runs
+from belfry.core.db import db, execute, row, rows
 from belfry.findings import SHOWN
 from belfry.inbox import dismiss, mark_read
 from belfry.messages import delete_message, edit_message
 from belfry.preferences import set_preference
-from belfry.sql import execute, row, rows
 from belfry.trials import send_test
 from belfry.verification import CHECKS, DECISIONS_CHECK, check, verify
-from models import Message, db
+from models import Message
 from tests.telling import advance, crowd, parts_of, post, posted_and_told, run_to_end, wants_mentions_only
 
 WHOLE = "UPDATE run SET {} WHERE id = 1"

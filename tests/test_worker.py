@@ -17,8 +17,8 @@ import jobs
 import queues
 import worker
 from belfry import leases, messages
+from belfry.core.db import execute, row
 from belfry.leases import Part
-from belfry.sql import execute, row
 from belfry.verification import verify
 from models import Notification, Run
 from tests.processes import RQ_WORKER, a_gate, a_web_process, a_worker, running, wait_until

@@ -31,7 +31,7 @@ from rq_dashboard import web
 from werkzeug.exceptions import MethodNotAllowed
 from werkzeug.wrappers import Response as AnyResponse
 
-import queues
+from belfry.core.redis import redis_connection
 from views import queue_pages, sign_in
 from views.endpoint import READS, bearer_token
 from views.problems import HttpProblem, problem
@@ -56,11 +56,11 @@ PAGE_POLICY = (
 
 def register(app: Flask) -> None:
     """Mount the dashboard at /rq, and /login and /logout. Does not connect to Redis."""
-    redis = queues.redis_connection().connection_pool.connection_kwargs
+    redis = redis_connection().connection_pool.connection_kwargs
     place = redis.get("path") or f"{redis.get('host', 'localhost')}:{redis.get('port', 6379)}"
     # Its pages show this, so it is no URL: a URL may have the password in it.
     app.config["RQ_DASHBOARD_REDIS_URL"] = (f"{place}, database {redis.get('db', 0)}",)
-    app.redis_conn = queues.redis_connection()  # type: ignore[attr-defined]  # where the library looks for it
+    app.redis_conn = redis_connection()  # type: ignore[attr-defined]  # where the library looks for it
     web.config.serializer = JSONSerializer
     app.register_blueprint(web.blueprint, url_prefix="/rq")
     app.register_blueprint(sign_in.blueprint)

@@ -13,7 +13,7 @@ from marshmallow import Schema, ValidationError
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from belfry.accounts import require_token
-from belfry.errors import Invalid, Refused, Unauthenticated
+from belfry.core.errors import Invalid, Refused, Unauthenticated
 from models import LARGEST_ID, User
 from schemas import Page
 from views.problems import HttpProblem

@@ -16,8 +16,9 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from rq import Worker
 
 import queues
-from belfry import partitions, runs
-from belfry.health import check
+from belfry import runs
+from belfry.core import partitions, redis
+from belfry.core.health import check
 from config import settings
 from views.endpoint import bearer_token, json_response
 from views.problems import HttpProblem, problem
@@ -51,7 +52,7 @@ class _Readiness:
             return self._found
 
     def _check(self) -> tuple[dict[str, str], dict[str, int]]:
-        parts = check(queues.redis_answers)
+        parts = check(redis.redis_answers)
         failing = queues.sweep_times("failing since") if parts["redis"] == "ok" else {}
         parts["recovery"] = "ok"
         if queues.RECOVERY in failing and time.time() - failing[queues.RECOVERY] > RECOVERY_SECONDS:
@@ -93,7 +94,7 @@ def _readings() -> list[Reading]:
     """
     waiting: list[tuple[list[str], float]] = []
     workers: list[tuple[list[str], float]] = []
-    redis_up = queues.redis_answers()
+    redis_up = redis.redis_answers()
     if redis_up:
         for name in queues.QUEUES:
             one = queues.queue(name)
@@ -104,7 +105,7 @@ def _readings() -> list[Reading]:
                 ("failed", one.failed_job_registry),
             ):
                 waiting.append(([name, state], registry.get_job_count(cleanup=False)))
-        workers.append(([], Worker.count(connection=queues.redis_connection())))
+        workers.append(([], Worker.count(connection=redis.redis_connection())))
     unfinished: dict[str, Any] | None = None
     missing: int | None = None
     with suppress(OperationalError, InterfaceError):
@@ -181,4 +182,3 @@ def metrics() -> Response:
     registry = CollectorRegistry()
     registry.register(_Readings())
     return Response(generate_latest(registry), mimetype="text/plain; version=0.0.4")
-

@@ -32,11 +32,12 @@ from playhouse.pool import MaxConnectionsExceeded
 from redis.exceptions import RedisError
 
 from belfry import inbox, live, resuming
+from belfry.core.open_files import streams_limit
+from belfry.core.redis import redis_connection
 from belfry.live import News
 from belfry.positions import Position
-from queues import live_channel, redis_connection
+from queues import live_channel
 from views.events import Dumped, event, events_of
-from views.open_files import streams_limit
 from views.reader import Reader, Unread
 
 log = logging.getLogger(__name__)

@@ -19,8 +19,8 @@ from limits import RateLimitItem, parse_many
 from redis.commands.core import Script
 from redis.exceptions import RedisError
 
+from belfry.core.redis import redis_connection
 from config import settings
-from queues import redis_connection
 from views.endpoint import View
 from views.problems import HttpProblem
 

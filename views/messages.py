@@ -9,8 +9,8 @@ from peewee import InterfaceError, OperationalError
 
 import schemas
 from belfry import explanation, messages
-from belfry.errors import Invalid
-from belfry.idempotency import Once, remember
+from belfry.core.errors import Invalid
+from belfry.core.idempotency import Once, remember
 from belfry.mentions import AllowedMentions
 from queues import enqueue_run, queue_is_full
 from views.endpoint import Answer, api, asks_for_itself, current_user, endpoint, json_response, paginate
@@ -108,5 +108,3 @@ def delete_message(message_id: int) -> None:
 def explain(message_id: int, query: dict[str, Any]) -> Any:
     """Why a member was, or was not, told: about oneself, or for admins about anybody."""
     return explanation.explain(current_user(), message_id, query["user_id"] or current_user().id)
-
-

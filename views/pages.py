@@ -13,13 +13,13 @@ from werkzeug.wrappers import Response as AnyResponse
 
 from belfry import communities, inbox, live, preferences
 from belfry.access import SeenChannel, channel_for, is_told_in, require_posting, visible_channels
-from belfry.errors import Forbidden, NotFound
+from belfry.core.db import Row
+from belfry.core.errors import Forbidden, NotFound
 from belfry.inbox import parse_notification_id
 from belfry.markdown import Budget
 from belfry.mentions import EVERYONE
 from belfry.navigation import listed_channels
 from belfry.rendering import budget_of_a_page, render_in_page
-from belfry.sql import Row
 from belfry.timeline import STRETCH, stretch
 from models import LARGEST_ID, User
 from views import sign_in

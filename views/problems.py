@@ -10,7 +10,7 @@ from peewee import IntegrityError, InterfaceError, OperationalError
 from playhouse.pool import MaxConnectionsExceeded
 from werkzeug.exceptions import HTTPException
 
-from belfry.errors import (
+from belfry.core.errors import (
     Conflict,
     Forbidden,
     IdempotencyMismatch,

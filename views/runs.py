@@ -4,7 +4,7 @@ from typing import Any
 
 import schemas
 from belfry import runs, trials
-from belfry.sql import Row
+from belfry.core.db import Row
 from models import User
 from queues import enqueue_run
 from views.endpoint import Answer, api, current_user, endpoint, paginate

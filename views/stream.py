@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from flask import Flask, Response, g, request
 
 from belfry import accounts, communities, live
-from belfry.errors import Forbidden, Invalid, SubscriptionRequired
+from belfry.core.errors import Forbidden, Invalid, SubscriptionRequired
 from belfry.positions import Position
 from models import User
 from queues import announce

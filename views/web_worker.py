@@ -26,8 +26,8 @@ from typing import Any
 
 from gunicorn.workers.gthread import STOP_KEEPALIVE_LINGER, ThreadWorker
 
+from belfry.core.open_files import connections_limit
 from views.connection import Connection
-from views.open_files import connections_limit
 from views.problems import HttpProblem, problem
 
 log = logging.getLogger(__name__)

@@ -5,9 +5,9 @@ from collections.abc import Callable
 from peewee import InterfaceError, OperationalError
 from playhouse.pool import MaxConnectionsExceeded
 
-from belfry import partitions
-from belfry.schema import missing_migrations
-from belfry.sql import row
+from belfry.core import partitions
+from belfry.core.db import row
+from belfry.core.migrations import missing_migrations
 
 
 def check(redis_answers: Callable[[], bool]) -> dict[str, str]:

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from belfry.errors import Conflict, IdempotencyMismatch
-from belfry.sql import execute, not_for_long, row, set_locally
+from belfry.core.db import execute, not_for_long, row, set_locally
+from belfry.core.errors import Conflict, IdempotencyMismatch
 
 KEPT = "24 hours"  # that a key counts; belfry/cleanup.py deletes what is older
 

@@ -6,12 +6,11 @@ from pathlib import Path
 
 from playhouse.migrations import Runner
 
-from belfry.sql import execute, row, rows
-from models import db
+from belfry.core.db import db, execute, row, rows
 
 log = logging.getLogger(__name__)
 
-MIGRATIONS = Path(__file__).parent.parent / "migrations"
+MIGRATIONS = Path(__file__).parents[2] / "migrations"
 MIGRATION_LOCK = 0x62656C6D  # the advisory lock's key: "belm"
 
 

@@ -22,9 +22,8 @@ from dataclasses import dataclass, field
 import psycopg
 from peewee import IntegrityError, NotSupportedError, ProgrammingError
 
-from belfry.sql import execute, lock_for_this_transaction, row, rows, transaction
+from belfry.core.db import connect_parameters, db, execute, lock_for_this_transaction, prepare, row, rows, transaction
 from config import settings
-from models import connect_parameters, db, prepare
 
 log = logging.getLogger(__name__)
 
