@@ -27,9 +27,9 @@ from flask.sessions import SecureCookieSession, SecureCookieSessionInterface
 from werkzeug.routing import IntegerConverter
 
 import commands
-from belfry import accounts
 from belfry.core import logging_setup
 from belfry.core.db import db
+from belfry.identity import tokens
 from config import secret_key, settings
 from models import LARGEST_ID
 from views import (
@@ -128,12 +128,12 @@ def _authenticate() -> None:
         return
     token = None if request.blueprint in (pages.blueprint.name, sign_in.blueprint.name) else bearer_token()
     if token:
-        token_hash = accounts.hash_token(token)
+        token_hash = tokens.hash_token(token)
         view = current_app.view_functions.get(request.endpoint or "")
         if hasattr(view, "asks_for_itself"):
-            g.user = accounts.remembered(token_hash)
+            g.user = tokens.remembered(token_hash)
             g.token_hash = token_hash if g.user else None
-        g.user = g.user or getattr(view, "find_user", accounts.authenticate_hash)(token_hash)
+        g.user = g.user or getattr(view, "find_user", tokens.authenticate_hash)(token_hash)
     elif not (_is_api() and "Authorization" in request.headers):
         g.user = sign_in.signed_in()
 
@@ -151,7 +151,7 @@ def _is_api() -> bool:
 
 def _sign(answer: Response) -> Response:
     if g.get("token_hash") and answer.status_code != 201:
-        accounts.forget(g.token_hash)  # who was refused before the token was asked for is not counted so twice
+        tokens.forget(g.token_hash)  # who was refused before the token was asked for is not counted so twice
     answer.headers["X-Request-Id"] = g.request_id
     log.info(
         "%s %s %s in %.1f ms",

@@ -16,10 +16,11 @@ from peewee import InterfaceError, OperationalError, ProgrammingError
 import queues
 import schemas
 import worker as worker_process
-from belfry import accounts, explanation, leases, runs, seeding, trials, verification
+from belfry import explanation, leases, runs, seeding, trials, verification
 from belfry.core import migrations
 from belfry.core.db import db
 from belfry.core.errors import Refused
+from belfry.identity import subscriptions, tokens, users
 from models import LARGEST_ID, RUN_STATES, SUBSCRIPTION_STATUSES, User
 from views.runs import describe_run
 
@@ -107,10 +108,10 @@ def create_user(
         wrong = "; ".join(f"{field}: {' '.join(why)}" for field, why in error.messages_dict.items())
         raise click.UsageError(wrong) from None
     with db.atomic():
-        user = accounts.create_user(person["username"], person["name"], person["email"], is_admin=admin)
+        user = users.create_user(person["username"], person["name"], person["email"], is_admin=admin)
         if subscription:
-            accounts.set_subscription(user.id, subscription, None)
-        token = accounts.create_token(user)[1] if with_token else None
+            subscriptions.set_subscription(user.id, subscription, None)
+        token = tokens.create_token(user)[1] if with_token else None
     made = {"id": user.id, "username": user.username, "name": user.name, "is_admin": user.is_admin}
     if token:
         made["token"] = token
@@ -128,9 +129,9 @@ def create_user(
 @json_option
 def create_token(name: str, days: int | None, as_json: bool) -> None:
     """Make a token for the person with the username NAME, and print it once."""
-    user = accounts.find_username(name)
+    user = users.find_username(name)
     expires_at = datetime.now(UTC) + timedelta(days=days) if days else None
-    stored, token = accounts.create_token(user, expires_at)
+    stored, token = tokens.create_token(user, expires_at)
     if as_json:
         expires = stored["expires_at"]
         _print_json(
@@ -178,7 +179,7 @@ def send_test_notification(
 
 def _sender(username: str | None) -> User:
     if username:
-        return accounts.find_username(username)
+        return users.find_username(username)
     admin: User | None = User.select().where(User.is_admin).order_by(User.id).first()
     if admin is None:
         raise click.ClickException("There is no admin yet: flask --app app create-user NAME --admin --token")
@@ -230,7 +231,7 @@ def worker(burst: bool) -> None:
 @json_option
 def explain(message_id: int, username: str, as_json: bool) -> None:
     """Say why somebody was, or was not, told of a message."""
-    user = accounts.find_username(username)
+    user = users.find_username(username)
     found = schemas.Explanation().dump(explanation.explain(None, message_id, user.id))
     if as_json:
         _print_json(found)

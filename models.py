@@ -112,7 +112,7 @@ class ApiToken(Table):
 
 
 class Session(Table):
-    """A signed-in browser (belfry/sessions.py). Its user is the token's: stored once."""
+    """A signed-in browser (belfry/identity/sessions.py). Its user is the token's: stored once."""
 
     session_hash = BlobField(primary_key=True)
     token = ForeignKeyField(ApiToken, on_delete="CASCADE")

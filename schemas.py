@@ -11,7 +11,7 @@ from typing import Any
 from marshmallow import RAISE, Schema, ValidationError, fields, pre_load, validates_schema
 from marshmallow.validate import Length, OneOf, Range, Regexp
 
-from belfry.accounts import SENDER
+from belfry.identity.users import SENDER
 from belfry.inbox import parse_notification_id
 from belfry.mentions import EVERYONE, NAME, NAME_RULE
 from belfry.recipients import DECISIONS

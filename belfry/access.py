@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from belfry.core.db import Row, row, rows
 from belfry.core.errors import Forbidden, NotFound, SubscriptionRequired
-from belfry.recipients import ACTIVE_SUBSCRIPTION
+from belfry.identity.subscriptions import ACTIVE_SUBSCRIPTION
 from config import settings
 from models import User
 

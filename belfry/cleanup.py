@@ -3,9 +3,10 @@
 import time
 from collections.abc import Callable
 
-from belfry import live, sessions
+from belfry import live
 from belfry.core.db import execute, lock_for_this_transaction, transaction
 from belfry.core.idempotency import KEPT
+from belfry.identity import sessions
 
 BATCH_ROWS = 5_000  # deleted by one statement and one commit: some 30 ms
 SECONDS = 1.0  # that all clean-ups of one sweep may take together; each deletes one batch at least

@@ -5,9 +5,9 @@ from typing import Any
 
 from peewee import IntegrityError
 
-from belfry.accounts import find_user
 from belfry.core.db import Row, db, execute, row, rows
 from belfry.core.errors import Conflict, Invalid, NotFound
+from belfry.identity.users import find_user
 from models import Channel, Role, Server
 
 

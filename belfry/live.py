@@ -12,11 +12,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from belfry import inbox
-from belfry.accounts import IS_VALID
 from belfry.core.db import Row, db, execute, row, rows, set_locally
+from belfry.identity.sessions import IS_OPEN
+from belfry.identity.subscriptions import ACTIVE_SUBSCRIPTION
+from belfry.identity.tokens import IS_VALID
 from belfry.positions import Position
-from belfry.recipients import ACTIVE_SUBSCRIPTION
-from belfry.sessions import IS_OPEN
 from config import settings
 from models import User
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from psycopg.types.json import Jsonb
 
-from belfry import accounts, mentions
+from belfry import mentions
 from belfry.access import (
     MAY_POST,
     SEEN_CHANNEL,
@@ -21,6 +21,7 @@ from belfry.core.db import Row, execute, row, rows, timed_transaction, transacti
 from belfry.core.errors import Conflict, Forbidden, NotFound
 from belfry.core.failpoints import reach
 from belfry.core.idempotency import Once
+from belfry.identity import tokens
 from belfry.leases import hold_message
 from belfry.runs import create_run, runs_of_messages
 from models import User
@@ -55,7 +56,7 @@ def post_message(
     """
     candidates = mentions.find_mentions(content)
     if token_hash and (once or candidates):  # there is more to read than the one statement
-        author, token_hash = accounts.require_token(token_hash), None
+        author, token_hash = tokens.require_token(token_hash), None
     with timed_transaction() if once else nullcontext(0.0) as round_trip:  # one statement needs no transaction
         if once and (answer := idempotency.claim(once, round_trip)):
             return Posted(answer=answer)
@@ -93,7 +94,7 @@ _WRITE = f"""
             SELECT FROM api_token t
             WHERE t.token_hash = %(token_hash)s
             AND t.user_id = u.id
-            AND {accounts.IS_VALID}
+            AND {tokens.IS_VALID}
         ))
     ),
     seen AS ({SEEN_CHANNEL}),
@@ -140,7 +141,7 @@ def _write(
         },
     )
     if written is None:
-        author = accounts.require_token(token_hash) if token_hash else author
+        author = tokens.require_token(token_hash) if token_hash else author
         require_posting(author, channel_for(author, channel_id))  # says why
         raise Conflict("Who may post here was changed at the same time. Try again.")
     return written

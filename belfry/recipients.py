@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from belfry.core.db import Row, row, rows
+from belfry.identity.subscriptions import ACTIVE_SUBSCRIPTION
 from config import settings
 from models import LARGEST_ID, REASONS
 
@@ -24,20 +25,6 @@ DECISIONS = {
     "preference_mentions": "They want mentions only in this channel, and were not mentioned.",
     "message": "They can see the channel, are an admin or subscribed, and have not asked for less.",
 }
-
-ACTIVE_SUBSCRIPTION = """(
-    (s.status IN ('active', 'trialing')
-        AND (s.current_period_end IS NULL OR s.current_period_end >= now() - interval '24 hours'))
-    OR (s.status = 'past_due'
-        AND (s.current_period_end IS NULL
-             OR s.current_period_end >= now() - make_interval(hours => 24 * %(grace_days)s)))
-)"""
-"""Of `subscription s`, true, false, or NULL where there is none. Contract, section 4, rule 3:
-
-- `active` and `trialing` count until a day after the period's end: the payment provider's news may be late;
-- `past_due` counts for PAST_DUE_GRACE_DAYS after it;
-- a period without an end does not end. The database's clock decides, in days of 24 hours.
-"""
 
 
 _RANGE = "AND {column} > %(after)s AND {column} <= %(up_to)s"

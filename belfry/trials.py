@@ -7,9 +7,9 @@
 """
 
 from belfry.access import channel_for, is_member
-from belfry.accounts import SENDER
 from belfry.core.db import db, row
 from belfry.core.errors import Invalid
+from belfry.identity.users import SENDER
 from belfry.mentions import find_mentions
 from belfry.messages import resolve_mentions
 from belfry.runs import create_run

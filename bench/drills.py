@@ -21,6 +21,7 @@ from typing import Any
 
 import redis
 
+from belfry.identity import tokens, users
 from bench.cleanup import cleanup
 from bench.reconnect import reconnect
 from bench.rendering import rendering
@@ -41,12 +42,11 @@ class Ground:
     """A web process on servers of its own, an administrator, and communities as they are asked for."""
 
     def __init__(self, data_dir: Path, env: dict[str, str], address: str) -> None:
-        from belfry import accounts
 
         self.data_dir, self.env, self.address = data_dir, env, address
         self.sockets = Path((data_dir / "sockets").read_text())
-        self.admin = accounts.create_user("admin", is_admin=True)
-        self.client = Client(address, accounts.create_token(self.admin)[1])
+        self.admin = users.create_user("admin", is_admin=True)
+        self.client = Client(address, tokens.create_token(self.admin)[1])
 
     def community(self, members: int) -> dict[str, Any]:
         """`seeding.seed`, with the admin in it."""
@@ -80,11 +80,10 @@ class Ground:
 def mention(ground: Ground, members: int, _: int) -> dict[str, Any]:
     """A personal mention posted elsewhere while a message goes to so many members by two workers: until it is in the
     inbox of the mentioned, as they see it over HTTP."""
-    from belfry import accounts
 
     large, small = ground.community(members), ground.community(20)
     name = small["usernames"][0]
-    reader = Client(ground.address, accounts.create_token(accounts.find_username(name))[1])
+    reader = Client(ground.address, tokens.create_token(users.find_username(name))[1])
     took: list[float] = []
     fan_outs, edits = [], []
     with ground.workers(2):

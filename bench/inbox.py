@@ -14,9 +14,10 @@ from typing import Any
 
 import psycopg
 
-from belfry import accounts, seeding
+from belfry import seeding
 from belfry.core import partitions
 from belfry.core.db import execute, rows
+from belfry.identity import tokens, users
 from bench.filling import fill_partition, leave_partitions, timed
 from bench.stage import Stage
 from dev import ports, say
@@ -73,7 +74,7 @@ class _Inbox:
         people = [one["user_id"] for one in found]
         self.user_id = next(one["user_id"] for one in found if one["wants_all"])
         self.others = [one for one in people if one != self.user_id]
-        token = accounts.create_token(accounts.find_user(self.user_id))[1]
+        token = tokens.create_token(users.find_user(self.user_id))[1]
         self.client = Client(ports.address_of(stage.listening), token)
 
     def get(self, what: str) -> Callable[[], Any]:

@@ -238,4 +238,3 @@ def table(results: dict[str, Any]) -> str:
         f" {reached(most, MEMORY_TARGET, at_most=True)}"
     )
     return "\n".join(lines)
-

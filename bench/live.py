@@ -18,8 +18,8 @@ from typing import Any
 
 import psutil
 
-from belfry import accounts
 from belfry.core.db import rows
+from belfry.identity.tokens import TOKEN_PREFIX, hash_token
 from bench.stage import Stage, give_up_after, reached
 from bench.web import CONNECTIONS, TEXT, Bench, Load, load, request_of
 from dev import say, stack
@@ -104,11 +104,11 @@ def _people(channel_id: int) -> list[str]:
         {"id": channel_id, "streams": STREAMS},
     )
     assert len(found) == STREAMS, len(found)
-    tokens = [accounts.TOKEN_PREFIX + secrets.token_urlsafe(32) for _ in found]
+    tokens = [TOKEN_PREFIX + secrets.token_urlsafe(32) for _ in found]
     rows(
         "INSERT INTO api_token (user_id, token_hash)"
         " SELECT * FROM unnest(%(user_ids)s::bigint[], %(hashes)s::bytea[]) RETURNING id",
-        {"user_ids": [one["user_id"] for one in found], "hashes": [accounts.hash_token(token) for token in tokens]},
+        {"user_ids": [one["user_id"] for one in found], "hashes": [hash_token(token) for token in tokens]},
     )
     return tokens
 

@@ -18,6 +18,7 @@ import psycopg
 
 from belfry.core import partitions
 from belfry.core.db import db
+from belfry.identity.tokens import TOKEN_PREFIX, hash_token
 from dev import say
 from dev.client import Client
 
@@ -154,7 +155,6 @@ class _Drill:
         self.enough = asyncio.Event()
 
     def _people(self) -> tuple[list[int], list[str]]:
-        from belfry import accounts
 
         found = self.database.execute(
             "SELECT m.user_id FROM channel c JOIN member m ON m.server_id = c.server_id"
@@ -165,10 +165,10 @@ class _Drill:
             {"id": self.channel_id, "people": CLIENTS + CONNECTED + 1},
         ).fetchall()
         user_ids = [user_id for (user_id,) in found]
-        tokens = [accounts.TOKEN_PREFIX + secrets.token_urlsafe(32) for _ in user_ids]
+        tokens = [TOKEN_PREFIX + secrets.token_urlsafe(32) for _ in user_ids]
         self.database.execute(
             "INSERT INTO api_token (user_id, token_hash) SELECT * FROM unnest(%s::bigint[], %s::bytea[])",
-            [user_ids, [accounts.hash_token(token) for token in tokens]],
+            [user_ids, [hash_token(token) for token in tokens]],
         )
         return user_ids, tokens
 

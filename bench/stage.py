@@ -18,6 +18,7 @@ from rq import Worker
 
 from belfry.core import migrations, redis
 from belfry.core.db import db, execute, rows
+from belfry.identity import tokens, users
 from dev import CommandError, ports, say, stack
 from dev.client import Client
 from dev.processes import Child
@@ -56,11 +57,10 @@ class Stage:
     """
 
     def __init__(self, env: dict[str, str], listening: socket.socket, data_dir: Path) -> None:
-        from belfry import accounts
 
         self.env, self.listening, self.data_dir = env, listening, data_dir
-        self.admin = accounts.create_user("bench", is_admin=True)
-        self.client = Client(ports.address_of(listening), accounts.create_token(self.admin)[1])
+        self.admin = users.create_user("bench", is_admin=True)
+        self.client = Client(ports.address_of(listening), tokens.create_token(self.admin)[1])
         self.reader = psycopg.connect(env["DATABASE_URL"], autocommit=True, row_factory=dict_row)
         self.small: list[int] = []
         self.communities: dict[int, int] = {}

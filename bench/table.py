@@ -21,9 +21,10 @@ from typing import Any
 
 import psycopg
 
-from belfry import accounts, recipients
+from belfry import recipients
 from belfry.core import partitions
 from belfry.core.db import execute, row
+from belfry.identity import tokens, users
 from bench.filling import fill_partition, leave_partitions, timed
 from bench.large import AS_BELFRY, BARE_STATEMENT
 from bench.stage import Stage, reached
@@ -89,7 +90,7 @@ def _reader(stage: Stage, channel_id: int) -> _Reader:
         {"id": channel_id},
     )
     assert found is not None
-    reader = _Reader(ports.address_of(stage.listening), accounts.create_token(accounts.find_user(found["user_id"]))[1])
+    reader = _Reader(ports.address_of(stage.listening), tokens.create_token(users.find_user(found["user_id"]))[1])
     reader.user_id = found["user_id"]
     return reader
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from belfry.core import partitions
 from belfry.core.db import db, execute, row
+from belfry.identity import users
 from dev import say
 
 MEMBERS = 100_000
@@ -38,11 +39,11 @@ def verify(*_: Any) -> dict[str, Any]:
 
 def fill(members: int = MEMBERS, rows: int = ROWS) -> int:
     """Fill the tables; how many notifications there are then."""
-    from belfry import accounts, fanout, leases, messages, seeding
+    from belfry import fanout, leases, messages, seeding
     from belfry.leases import Part
 
     db.connect(reuse_if_open=True)
-    author = accounts.create_user("author-of-many", is_admin=True)
+    author = users.create_user("author-of-many", is_admin=True)
     channel_id = seeding.seed(members, 1)["channel_ids"][0]
     posted = messages.post_message(author, channel_id, "gold breaks out")
     parts = [Part(posted.run_id)]

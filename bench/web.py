@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import queues
-from belfry import accounts, runs, seeding
+from belfry import runs, seeding
 from belfry.core import redis
 from belfry.core.db import execute, row
+from belfry.identity import tokens
 from bench.stage import Stage, reached
 from dev import CommandError, say, stack
 from models import Channel, Message, Server
@@ -111,7 +112,7 @@ class Bench:
 
     def __init__(self, stage: Stage) -> None:
         self.env, self.data_dir, self.author = stage.env, stage.data_dir, stage.admin
-        _, self.token = accounts.create_token(self.author)
+        _, self.token = tokens.create_token(self.author)
         large = max(stage.communities)
         self.channels = {SMALL: seeding.seed(SMALL, 1)["channel_ids"][0], large: stage.communities[large]}
         self.bare_channel = Channel.create(server=Server.create(name="bare"), name="general").id

@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
-from belfry import accounts, seeding
+from belfry import seeding
 from belfry.core.db import rows
+from belfry.identity import users
+from belfry.identity.tokens import create_token
 from tests.oracle import Member, Preference, Subscription
 
 SMALL_MEMBERS, LARGE_MEMBERS = 60, 1_500
@@ -103,11 +105,11 @@ class World:
 
 def make_world() -> World:
     """Two servers, an administrator in both, and tokens for all of the small one and some of the large one."""
-    admin = accounts.create_user("admin", is_admin=True)
+    admin = users.create_user("admin", is_admin=True)
     small, large = _server(seeding.seed(SMALL_MEMBERS, 3)), _server(seeding.seed(LARGE_MEMBERS, 1))
     speakers = [user_id for user_id in large.members if _speaks(large.members[user_id])][:4]
     tokens = {
-        user_id: accounts.create_token(accounts.find_user(user_id))[1]
+        user_id: create_token(users.find_user(user_id))[1]
         for user_id in sorted({*small.members, *speakers, admin.id})
     }
     preferences = {

@@ -17,7 +17,8 @@ from typing import Any
 from flask.testing import FlaskClient
 from werkzeug.test import TestResponse
 
-from belfry import accounts, communities
+from belfry import communities
+from belfry.identity import subscriptions, tokens, users
 from models import ChannelRole, Server, User
 
 
@@ -58,10 +59,10 @@ def csrf_of(html: str) -> str:
 
 
 def make_person(username: str, *, status: str | None = "active", admin: bool = False) -> Person:
-    user = accounts.create_user(username, username.title(), is_admin=admin)
+    user = users.create_user(username, username.title(), is_admin=admin)
     if status:
-        accounts.set_subscription(user.id, status, None)
-    return Person(user, accounts.create_token(user)[1])
+        subscriptions.set_subscription(user.id, status, None)
+    return Person(user, tokens.create_token(user)[1])
 
 
 def make_cast() -> Cast:

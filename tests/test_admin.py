@@ -13,9 +13,9 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 import queues
-from belfry import accounts
 from belfry.core import migrations
 from belfry.core.db import db, execute, row
+from belfry.identity import tokens, users
 from models import ApiToken, ChannelRole, Member, MemberRole, Subscription, User
 from tests.telling import statements
 from tests.test_refusals import METHODS, SHAPE, assert_problem
@@ -60,15 +60,15 @@ def test_a_person_is_made_found_and_changed(admin, cast):
 
 
 def test_a_change_of_one_field_keeps_what_another_request_changed_meanwhile(cast, monkeypatch):
-    read = accounts.find_user
+    read = users.find_user
 
     def read_and_overtaken(user_id: int) -> User:
         user = read(user_id)
         execute("UPDATE user_account SET is_admin = true, email = 'new@example.org' WHERE id = %(id)s", {"id": user_id})
         return user
 
-    monkeypatch.setattr(accounts, "find_user", read_and_overtaken)
-    accounts.update_user(cast.vip.id, {"name": "Another"})
+    monkeypatch.setattr(users, "find_user", read_and_overtaken)
+    users.update_user(cast.vip.id, {"name": "Another"})
     stored = row("SELECT name, email, is_admin FROM user_account WHERE id = %(id)s", {"id": cast.vip.id})
     assert stored == {"name": "Another", "email": "new@example.org", "is_admin": True}
 
@@ -160,7 +160,7 @@ def test_a_token_is_shown_once_and_only_its_hash_is_stored(admin, client, cast):
         assert client.get("/api/me", headers=header).get_json()["username"] == "vera"
         listed = admin.get(path).get_json()["items"][-1]
         assert listed == {name: value for name, value in made.items() if name != "token"}
-        assert bytes(ApiToken.get_by_id(made["id"]).token_hash) == accounts.hash_token(made["token"])
+        assert bytes(ApiToken.get_by_id(made["id"]).token_hash) == tokens.hash_token(made["token"])
         stored = db.execute_sql("SELECT string_agg(t::text, ' ') FROM api_token t").fetchone()[0]
         assert made["token"] not in stored
         assert made["token"].encode().hex() not in stored

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from belfry import accounts, messages
+from belfry import messages
 from belfry.core.db import execute, rows
 from belfry.core.failpoints import POINTS
+from belfry.identity import users
 from chaos.__main__ import ends_well
 from chaos.audit import audit
 from chaos.load import Diary, Posted, Text
@@ -150,7 +151,7 @@ def play(monkeypatch, address) -> tuple[World, Diary, str]:
 
 
 def a_message(world: World, content: str) -> Posted:
-    channel_id, author = world.small.channels["general"], accounts.find_user(world.admin)
+    channel_id, author = world.small.channels["general"], users.find_user(world.admin)
     sent_at = time.time()
     posted = messages.post_message(author, channel_id, content)
     run_to_end(posted.run_id)
@@ -175,9 +176,9 @@ def test_the_audit_finds_nothing_where_nothing_is_off(play):
     world, diary, _ = play
     assert found(play) == {}
     diary.posted += [a_message(world, "silver @everyone"), a_message(world, "lead")]
-    messages.edit_message(accounts.find_user(world.admin), 2, "copper")
+    messages.edit_message(users.find_user(world.admin), 2, "copper")
     diary.posted[1].revisions = {"silver @everyone": Text("silver @everyone", everyone=True), "copper": Text("copper")}
-    messages.delete_message(accounts.find_user(world.admin), 3)
+    messages.delete_message(users.find_user(world.admin), 3)
     diary.posted[2].deleted = True
     for run in rows("SELECT id FROM run ORDER BY id"):
         run_to_end(run["id"])
@@ -206,7 +207,7 @@ def test_the_audit_finds_nothing_where_nothing_is_off(play):
 )
 def test_the_audit_finds_what_is_off(play, fault, kinds):
     world, _, _ = play
-    outsider = accounts.create_user("outsider").id
+    outsider = users.create_user("outsider").id
     execute(fault.format(told=somebody_told(world), outsider=outsider))
     assert found(play) == kinds
 

@@ -6,8 +6,8 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from belfry import accounts
 from belfry.core.db import execute
+from belfry.identity import tokens
 from config import settings
 from dev import stack
 from models import ApiToken, Member, Notification, Run, Subscription, User
@@ -26,7 +26,7 @@ def test_create_user_prints_the_person_and_the_token_once(command, client):
 
 def test_a_token_expires_after_the_days_that_are_asked_for(command, cast):
     def expires_at(token: str):
-        return ApiToken.get(ApiToken.token_hash == accounts.hash_token(token)).expires_at
+        return ApiToken.get(ApiToken.token_hash == tokens.hash_token(token)).expires_at
 
     made = json.loads(command("create-token", "sam", "--days", "7", "--json").stdout)
     assert datetime.fromisoformat(made["expires_at"]) == expires_at(made["token"])

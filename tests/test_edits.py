@@ -6,9 +6,9 @@ import time
 import pytest
 
 from belfry import communities, inbox, leases, messages, runs
-from belfry.accounts import set_subscription
 from belfry.core.db import db, execute, row
 from belfry.core.errors import Forbidden, NotFound
+from belfry.identity.subscriptions import set_subscription
 from belfry.inbox import dismiss, unread_count
 from belfry.preferences import set_preference
 from belfry.verification import verify

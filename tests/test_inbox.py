@@ -8,7 +8,7 @@ import psycopg
 import pytest
 
 from belfry import communities, fanout, leases
-from belfry.accounts import set_subscription
+from belfry.identity.subscriptions import set_subscription
 from config import settings
 from models import Message, Notification, Preference
 from tests.people import make_person

@@ -12,8 +12,9 @@ import psycopg
 import pytest
 
 import queues
-from belfry import accounts, communities
+from belfry import communities
 from belfry.core.db import db, execute
+from belfry.identity import tokens, users
 from belfry.inbox import dismiss, list_notifications, mark_read
 from belfry.messages import delete_message
 from config import settings
@@ -263,7 +264,7 @@ def test_the_count_is_the_count_after_a_storm(web, cast, api):
 def test_a_large_fan_out_is_sent_slice_by_slice(web, cast, slices_of):
     people = crowd(cast.server_id, 40)
     slices_of(10)
-    token = accounts.create_token(accounts.find_user(people[-1]))[1]
+    token = tokens.create_token(users.find_user(people[-1]))[1]
     with listening(web, cast.vip) as first, Listener(web, token) as last:
         wait_until(lambda: last.kinds() == ["unread"], "the count")
         message_id, run_id = post(cast.subscriber, cast.general)
@@ -303,7 +304,7 @@ def test_a_stream_ends_with_what_it_stands_on(web, cast, api, how):
         communities.put_member(other, cast.vip.id, [])
     with listening(web, cast.vip) as listener, listening(web, cast.subscriber) as untouched:
         if how == "revoked":
-            token = ApiToken.get(ApiToken.token_hash == accounts.hash_token(cast.vip.token))
+            token = ApiToken.get(ApiToken.token_hash == tokens.hash_token(cast.vip.token))
             answer = admin.delete(f"/api/users/{cast.vip.id}/tokens/{token.id}")
         elif how == "unpaid":
             answer = admin.put(
@@ -351,7 +352,7 @@ def test_signing_out_everywhere_ends_the_streams_of_all_sessions(web, cast):
 
 
 def test_revoking_ones_own_token_ends_its_streams_and_those_of_its_sessions(web, api, cast):
-    _, second = accounts.create_token(cast.vip.user)
+    _, second = tokens.create_token(cast.vip.user)
     window = Browser(web, cast.vip.token)
     with (
         listening(web, cast.vip) as revoked,
@@ -359,7 +360,7 @@ def test_revoking_ones_own_token_ends_its_streams_and_those_of_its_sessions(web,
         Listener(web, second) as by_another,
     ):
         wait_until(lambda: "unread" in by_session.kinds() and "unread" in by_another.kinds(), "all to listen")
-        token = ApiToken.get(ApiToken.token_hash == accounts.hash_token(cast.vip.token))
+        token = ApiToken.get(ApiToken.token_hash == tokens.hash_token(cast.vip.token))
         assert api(cast.vip).delete(f"/api/me/tokens/{token.id}").status_code == 204
         revoked.wait_for_end()
         by_session.wait_for_end()

@@ -16,7 +16,8 @@ from redis.connection import AbstractConnection
 from redis.retry import Retry
 
 import queues
-from belfry import accounts, communities, messages
+from belfry import communities, messages
+from belfry.identity import subscriptions, tokens, users
 from models import ApiToken, IdempotencyKey, Message, Run
 from tests.telling import generic_plans
 from tests.test_refusals import assert_problem
@@ -248,20 +249,20 @@ def test_a_revoked_token_is_reported_before_what_is_wrong_with_the_body(api, cas
 
 def test_what_a_person_may_and_how_they_are_called_is_not_remembered(cast, post):
     assert post("gold", cast.admin, cast.announcements).status_code == 201
-    accounts.update_user(cast.admin.id, {"name": "Ada L."})
+    users.update_user(cast.admin.id, {"name": "Ada L."})
     assert post("gold", cast.admin).get_json()["author"]["name"] == "Ada L."
-    accounts.update_user(cast.admin.id, {"is_admin": False})
+    users.update_user(cast.admin.id, {"is_admin": False})
     for content in ("gold", "gold, @moira"):
         assert_problem(post(content, cast.admin, cast.announcements), 403, "forbidden")
         assert_problem(post(content, cast.admin, cast.vault), 404, "not_found")
 
 
 def test_no_more_than_so_many_are_remembered(cast, post, monkeypatch):
-    monkeypatch.setattr(accounts, "REMEMBERED_AT_MOST", 2)
+    monkeypatch.setattr(users, "REMEMBERED_AT_MOST", 2)
     for person in (cast.admin, cast.subscriber, cast.moderator, cast.vip):
         assert post("gold", person).status_code == 201
-        assert accounts.remembered(accounts.hash_token(person.token)).id == person.id
-    assert accounts.remembered(accounts.hash_token(cast.admin.token)) is None
+        assert tokens.remembered(tokens.hash_token(person.token)).id == person.id
+    assert tokens.remembered(tokens.hash_token(cast.admin.token)) is None
 
 
 def test_a_post_is_not_planned_anew_each_time(cast):
@@ -285,7 +286,7 @@ def test_who_may_post_only_a_moment_later_is_asked_to_try_again(cast, post, monk
     real = messages.channel_for
 
     def channel_for(user, channel_id):
-        accounts.set_subscription(cast.lapsed.id, "active", None)
+        subscriptions.set_subscription(cast.lapsed.id, "active", None)
         return real(user, channel_id)
 
     monkeypatch.setattr(messages, "channel_for", channel_for)
@@ -309,7 +310,7 @@ def test_a_subscription_counts_until_its_grace_is_over(cast, post):
         ("past_due", 6.9, 201), ("past_due", 7.1, 403), ("canceled", -1, 403), ("unpaid", -1, 403),
         ("incomplete", -1, 403), ("incomplete_expired", -1, 403), ("paused", -1, 403),
     ):  # fmt: skip
-        accounts.set_subscription(cast.subscriber.id, status, now - timedelta(days=ended_days_ago))
+        subscriptions.set_subscription(cast.subscriber.id, status, now - timedelta(days=ended_days_ago))
         answer = post("hello")
         assert (status, ended_days_ago, answer.status_code) == (status, ended_days_ago, expected)
 
@@ -370,7 +371,7 @@ def test_a_key_is_forgotten_after_a_day(cast, post):
 def test_a_refused_request_leaves_its_key_free(cast, post):
     assert_problem(post("hello", cast.lapsed, key="once"), 403, "subscription_required")
     assert_problem(post("", cast.lapsed, key="once"), 422, "invalid")
-    accounts.set_subscription(cast.lapsed.id, "active", None)
+    subscriptions.set_subscription(cast.lapsed.id, "active", None)
     assert "Idempotency-Replayed" not in post("something else", cast.lapsed, key="once").headers
     assert Message.select().count() == 1
 
@@ -476,7 +477,7 @@ def test_only_its_author_edits_and_only_content(api, cast, post):
     for other in (cast.admin, cast.moderator, cast.vip):
         assert_problem(api(other).patch(path, json={"content": "mine now"}), 403, "forbidden")
     assert_problem(api(cast.subscriber).patch(path, json={"content": "x", "channel_id": 2}), 422, "invalid")
-    accounts.set_subscription(cast.subscriber.id, "canceled", None)
+    subscriptions.set_subscription(cast.subscriber.id, "canceled", None)
     assert_problem(api(cast.subscriber).patch(path, json={"content": "later"}), 403, "subscription_required")
     assert api(cast.vip).get(path).get_json()["content"] == "hello"
 

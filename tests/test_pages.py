@@ -5,8 +5,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from belfry import accounts, communities, inbox, navigation, rendering, sessions
+from belfry import communities, inbox, navigation, rendering
 from belfry.core.db import execute
+from belfry.identity import sessions, tokens
 from belfry.markdown import parse
 from models import ApiToken, Channel, Message, User
 from tests.people import csrf_of, make_person
@@ -181,7 +182,7 @@ def test_a_session_ends_with_its_token(browser, cast):
     sam = browser(cast.subscriber)
     assert sam.get("/inbox").status_code == 200
     ApiToken.update(revoked_at=ApiToken.created_at).where(
-        ApiToken.token_hash == accounts.hash_token(cast.subscriber.token)
+        ApiToken.token_hash == tokens.hash_token(cast.subscriber.token)
     ).execute()
     assert sam.get("/inbox").status_code == 303
 

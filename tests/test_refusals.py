@@ -16,8 +16,9 @@ import pytest
 from marshmallow import fields
 from peewee import OperationalError
 
-from belfry import accounts, messages, preferences
+from belfry import messages, preferences
 from belfry.core.db import db
+from belfry.identity import tokens
 from config import settings
 from models import Message
 
@@ -126,9 +127,9 @@ def test_a_body_over_64_kib_is_too_large(post):
 
 def test_tokens_that_do_not_count(api, cast, client):
     person = cast.subscriber
-    _, expired = accounts.create_token(person.user, datetime.now(UTC) - timedelta(seconds=1))
-    revoked_row, revoked = accounts.create_token(person.user)
-    accounts.revoke_token(person.id, revoked_row["id"])
+    _, expired = tokens.create_token(person.user, datetime.now(UTC) - timedelta(seconds=1))
+    revoked_row, revoked = tokens.create_token(person.user)
+    tokens.revoke_token(person.id, revoked_row["id"])
     for header in (
         f"Bearer {expired}", f"Bearer {revoked}", "Bearer belfry_unknown", "Bearer", "Bearer ", person.token,
         f"Basic {person.token}", f"Token {person.token}", f"Bearer {person.token} {person.token}",

@@ -3,7 +3,7 @@
 from typing import Any
 
 from belfry import inbox, runs
-from belfry.accounts import set_subscription
+from belfry.identity.subscriptions import set_subscription
 from belfry.inbox import dismiss
 from belfry.preferences import set_preference
 from belfry.trials import send_test

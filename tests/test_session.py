@@ -10,8 +10,8 @@ from flask import Flask
 from flask.testing import FlaskClient
 
 import jobs
-from belfry import accounts, sessions
 from belfry.core.db import execute
+from belfry.identity import sessions, tokens
 from models import ApiToken, Session
 from tests.people import csrf_of
 from tests.processes import a_web_process
@@ -65,8 +65,8 @@ def test_with_an_authorization_header_the_session_counts_for_nothing(page, cast)
 
 
 def test_a_session_ends_with_its_token(page, cast):
-    token = ApiToken.get(ApiToken.token_hash == accounts.hash_token(cast.subscriber.token))
-    accounts.revoke_token(cast.subscriber.id, token.id)
+    token = ApiToken.get(ApiToken.token_hash == tokens.hash_token(cast.subscriber.token))
+    tokens.revoke_token(cast.subscriber.id, token.id)
     answer = page.get("/api/me")
     assert (answer.status_code, answer.json["code"]) == (401, "unauthenticated")
 
@@ -209,7 +209,7 @@ def test_the_cookie_carries_no_token_and_the_database_no_session_id(sign_in, cas
         session_id = cookie["id"]
     [stored] = Session.select()
     assert len(session_id) == 43, "256 bits"
-    assert bytes(stored.session_hash) == accounts.hash_token(session_id)
+    assert bytes(stored.session_hash) == tokens.hash_token(session_id)
     assert browser.application.test_client().get(
         "/api/me", headers={"Authorization": f"Bearer {session_id}"}
     ).status_code == 401, "and it is no token"  # fmt: skip
@@ -243,7 +243,7 @@ def test_the_sweep_deletes_idle_sessions_in_bounded_batches(sign_in, cast):
 
 
 def test_one_lists_and_revokes_ones_own_tokens(sign_in, api, cast):
-    _, second = accounts.create_token(cast.vip.user)
+    _, second = tokens.create_token(cast.vip.user)
     browser = sign_in(cast.vip)
     shown = api(cast.vip).get("/api/me/tokens?limit=1").json
     [first] = shown["items"]
@@ -255,7 +255,7 @@ def test_one_lists_and_revokes_ones_own_tokens(sign_in, api, cast):
 
     assert api(cast.vip).delete(f"/api/me/tokens/{other['id']}").status_code == 204
     assert api(cast.vip).delete(f"/api/me/tokens/{other['id']}").status_code == 204, "twice is no error"
-    assert accounts.authenticate(second) is None
+    assert tokens.authenticate(second) is None
     assert [bool(one["revoked_at"]) for one in browser.get("/api/me/tokens").json["items"]] == [False, True]
     assert is_open(browser)
     csrf = csrf_of(browser.get("/login").text)

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from peewee import IntegrityError
 
-from belfry import accounts, communities, fanout, leases, runs
+from belfry import communities, fanout, leases, runs
 from belfry.core.db import db, execute, row, rows
 from belfry.findings import SHOWN
+from belfry.identity import subscriptions, users
 from belfry.inbox import dismiss, mark_read
 from belfry.messages import delete_message, edit_message
 from belfry.preferences import set_preference
@@ -472,10 +473,10 @@ CHANGES = {
     "a preference": lambda cast: set_preference(cast.vip.user, cast.general, "none", None),
     "a mute": lambda cast: set_preference(cast.admin.user, cast.general, "all", datetime.now(UTC) + timedelta(hours=1)),
     "a preference back to what it was": lambda cast: set_preference(cast.moderator.user, cast.general, "all", None),
-    "a subscription that ended": lambda cast: accounts.set_subscription(cast.vip.id, "canceled", None),
-    "a subscription that began": lambda cast: accounts.set_subscription(cast.lapsed.id, "active", None),
-    "an admin more": lambda cast: accounts.update_user(cast.lapsed.id, {"is_admin": True}),
-    "an admin less": lambda cast: accounts.update_user(cast.admin.id, {"is_admin": False}),
+    "a subscription that ended": lambda cast: subscriptions.set_subscription(cast.vip.id, "canceled", None),
+    "a subscription that began": lambda cast: subscriptions.set_subscription(cast.lapsed.id, "active", None),
+    "an admin more": lambda cast: users.update_user(cast.lapsed.id, {"is_admin": True}),
+    "an admin less": lambda cast: users.update_user(cast.admin.id, {"is_admin": False}),
     "a member more": lambda cast: communities.put_member(cast.server_id, cast.stranger.id, []),
     "a member less": lambda cast: communities.remove_member(cast.server_id, cast.vip.id),
     "a member who left and came back": lambda cast: (
@@ -517,7 +518,7 @@ def test_a_private_channel_and_its_roles_that_changed_since_are_no_finding(cast)
 
 def test_a_period_or_a_mute_that_ended_since_is_no_finding(cast):
     soon = datetime.now(UTC) + timedelta(seconds=1)
-    accounts.set_subscription(cast.vip.id, "active", soon - timedelta(hours=24))
+    subscriptions.set_subscription(cast.vip.id, "active", soon - timedelta(hours=24))
     set_preference(cast.moderator.user, cast.general, "all", soon)
     a_day_passes()
     posted_and_told(cast.subscriber, cast.general, "gold")

@@ -12,8 +12,8 @@ from flask import Blueprint, Response, g, json, request
 from marshmallow import Schema, ValidationError
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
-from belfry.accounts import require_token
 from belfry.core.errors import Invalid, Refused, Unauthenticated
+from belfry.identity.tokens import require_token
 from models import LARGEST_ID, User
 from schemas import Page
 from views.problems import HttpProblem

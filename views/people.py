@@ -3,8 +3,9 @@
 from typing import Any
 
 import schemas
-from belfry import accounts, communities, sessions
+from belfry import communities
 from belfry.access import channel_for, visible_channels
+from belfry.identity import sessions, subscriptions, tokens, users
 from belfry.mentionable import mentionable
 from views import sign_in
 from views.endpoint import Answer, api, bearer_token, current_user, endpoint, paginate
@@ -17,7 +18,7 @@ def me() -> Any:
     user = current_user()
     return {
         **user.__data__,
-        "subscription": accounts.subscription_of(user.id),
+        "subscription": subscriptions.subscription_of(user.id),
         "servers": communities.servers_of(user.id),
     }
 
@@ -27,10 +28,10 @@ def me() -> Any:
 def list_own_tokens(query: dict[str, Any]) -> Any:
     """List one's own tokens, without the tokens themselves."""
     user, token, session = current_user(), bearer_token(), sign_in.current_session()
-    current = accounts.hash_token(token) if token else session.token_hash if session else b""
+    current = tokens.hash_token(token) if token else session.token_hash if session else b""
     return paginate(
         query,
-        lambda after, limit: accounts.list_tokens(user.id, after=after or 0, limit=limit, current=current),
+        lambda after, limit: tokens.list_tokens(user.id, after=after or 0, limit=limit, current=current),
         lambda token: token["id"],
     )
 
@@ -39,7 +40,7 @@ def list_own_tokens(query: dict[str, Any]) -> Any:
 @endpoint(status=204)
 def revoke_own_token(token_id: int) -> None:
     """Revoke one of one's own tokens, now, with the sessions and streams that it opened."""
-    accounts.revoke_token(current_user().id, token_id)
+    tokens.revoke_token(current_user().id, token_id)
 
 
 @api.delete("/me/sessions")
@@ -74,7 +75,7 @@ def list_users(query: dict[str, Any]) -> Any:
     """Everybody, or the one with a username."""
     return paginate(
         query,
-        lambda after, limit: accounts.list_users(after=after or 0, limit=limit, username=query["username"]),
+        lambda after, limit: users.list_users(after=after or 0, limit=limit, username=query["username"]),
         lambda user: user.id,
     )
 
@@ -83,36 +84,36 @@ def list_users(query: dict[str, Any]) -> Any:
 @endpoint(body=schemas.UserIn, gives=schemas.User, status=201, admin=True)
 def create_user(body: dict[str, Any]) -> Answer:
     """A new person."""
-    user = accounts.create_user(**body)
-    return Answer(accounts.find_user(user.id), headers={"Location": f"/api/users/{user.id}"})
+    user = users.create_user(**body)
+    return Answer(users.find_user(user.id), headers={"Location": f"/api/users/{user.id}"})
 
 
 @api.get("/users/<id:user_id>")
 @endpoint(gives=schemas.User, admin=True)
 def get_user(user_id: int) -> Any:
     """One person."""
-    return accounts.find_user(user_id)
+    return users.find_user(user_id)
 
 
 @api.patch("/users/<id:user_id>")
 @endpoint(body=schemas.UserChange, gives=schemas.User, admin=True)
 def update_user(user_id: int, body: dict[str, Any]) -> Any:
     """Change a person's name or e-mail address, or make them an admin."""
-    return accounts.update_user(user_id, body)
+    return users.update_user(user_id, body)
 
 
 @api.get("/users/<id:user_id>/subscription")
 @endpoint(gives=schemas.Subscription, admin=True)
 def get_subscription(user_id: int) -> Any:
     """A person's subscription; null where there never was one."""
-    return accounts.subscription_of(user_id)
+    return subscriptions.subscription_of(user_id)
 
 
 @api.put("/users/<id:user_id>/subscription")
 @endpoint(body=schemas.SubscriptionIn, gives=schemas.Subscription, admin=True)
 def put_subscription(user_id: int, body: dict[str, Any]) -> Any:
     """Say what the payment provider says. The same again changes nothing."""
-    return accounts.set_subscription(user_id, body["status"], body["current_period_end"])
+    return subscriptions.set_subscription(user_id, body["status"], body["current_period_end"])
 
 
 @api.get("/users/<id:user_id>/tokens")
@@ -121,7 +122,7 @@ def list_tokens(user_id: int, query: dict[str, Any]) -> Any:
     """A person's tokens, without the tokens themselves."""
     return paginate(
         query,
-        lambda after, limit: accounts.list_tokens(user_id, after=after or 0, limit=limit),
+        lambda after, limit: tokens.list_tokens(user_id, after=after or 0, limit=limit),
         lambda token: token["id"],
     )
 
@@ -130,7 +131,7 @@ def list_tokens(user_id: int, query: dict[str, Any]) -> Any:
 @endpoint(body=schemas.TokenIn, gives=schemas.Token, status=201, admin=True, optional_body=True)
 def create_token(user_id: int, body: dict[str, Any]) -> Any:
     """A new token. It is shown this once."""
-    stored, token = accounts.create_token(accounts.find_user(user_id), body["expires_at"])
+    stored, token = tokens.create_token(users.find_user(user_id), body["expires_at"])
     return {**stored, "token": token}
 
 
@@ -138,4 +139,4 @@ def create_token(user_id: int, body: dict[str, Any]) -> Any:
 @endpoint(status=204, admin=True)
 def revoke_token(user_id: int, token_id: int) -> None:
     """End a token, now."""
-    accounts.revoke_token(user_id, token_id)
+    tokens.revoke_token(user_id, token_id)

@@ -1,7 +1,7 @@
 """Signing in with a browser: /login and /logout, and pages that say why not.
 
 The signed cookie carries the id of a session and a CSRF token; whether the session is open is decided by its row
-(belfry/sessions.py). Every sign-in makes a new id, and ends the session that the cookie had.
+(belfry/identity/sessions.py). Every sign-in makes a new id, and ends the session that the cookie had.
 """
 
 import hmac
@@ -11,8 +11,8 @@ import secrets
 from flask import Blueprint, Response, g, make_response, redirect, render_template, request, session, url_for
 from werkzeug.wrappers import Response as AnyResponse
 
-from belfry import sessions
-from belfry.sessions import Session
+from belfry.identity import sessions
+from belfry.identity.sessions import Session
 from models import User
 from queues import announce
 

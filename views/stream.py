@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 from flask import Flask, Response, g, request
 
-from belfry import accounts, communities, live
+from belfry import communities, live
 from belfry.core.errors import Forbidden, Invalid, SubscriptionRequired
+from belfry.identity import tokens
 from belfry.positions import Position
 from models import User
 from queues import announce
@@ -41,7 +42,7 @@ def _find_listener(token_hash: bytes) -> User | None:
     """Find the token's user; in `g.may_listen` is whether they may listen. One query for those who may."""
     listener = live.listeners([token_hash]).get(token_hash)
     g.may_listen = listener is not None
-    return listener[0] if listener else accounts.authenticate_hash(token_hash)
+    return listener[0] if listener else tokens.authenticate_hash(token_hash)
 
 
 @api.get("/notifications/stream")
@@ -58,7 +59,7 @@ def stream() -> Response:
     user = current_user()
     token = bearer_token()
     current = None if token else sign_in.current_session()
-    token_hash = current.session_hash if current else accounts.hash_token(token or "")
+    token_hash = current.session_hash if current else tokens.hash_token(token or "")
     if not g.get("may_listen") and token_hash not in live.listeners([token_hash]):
         if not communities.servers_of(user.id):
             raise Forbidden("Who is in no server is told of nothing.")

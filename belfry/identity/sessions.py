@@ -11,8 +11,8 @@ The cookie carries a random id of 256 bits; the row holds its SHA-256. A session
 import secrets
 from dataclasses import dataclass
 
-from belfry.accounts import IS_VALID, hash_token
 from belfry.core.db import execute, row
+from belfry.identity.tokens import IS_VALID, hash_token
 from models import User
 
 IDLE_DAYS = 7

@@ -1,17 +1,13 @@
-"""People, their tokens, and whether they pay."""
 
 import hashlib
 import secrets
 from datetime import datetime
-from typing import Any
 
-from peewee import IntegrityError, fn
-
-from belfry.core.db import Row, db, execute, row, rows
-from belfry.core.errors import Conflict, Forbidden, NotFound, Unauthenticated
+from belfry.core.db import Row, execute, row, rows
+from belfry.core.errors import Forbidden, NotFound, Unauthenticated
+from belfry.identity.users import SENDER, find_user
 from models import User
 
-SENDER = "belfry"  # the account that Belfry's own messages come from
 IS_VALID = "(t.revoked_at IS NULL AND (t.expires_at IS NULL OR t.expires_at > now()))"
 """Of a row of `api_token t`: neither revoked nor expired."""
 REMEMBERED_AT_MOST = 5_000  # tokens: 7 MB
@@ -22,48 +18,6 @@ TOKEN_PREFIX = "belfry_"  # so that a leaked one can be recognised  # noqa: S105
 def hash_token(token: str) -> bytes:
     """What is stored of a token. It has 256 random bits: a plain hash is enough, and one lookup finds it."""
     return hashlib.sha256(token.encode("utf-8", "surrogatepass")).digest()
-
-
-def create_user(username: str, name: str | None = None, email: str | None = None, *, is_admin: bool = False) -> User:
-    """A new person. Raises Conflict where the username is taken."""
-    try:
-        with db.atomic():
-            return User.create(username=username, name=name or username, email=email, is_admin=is_admin)
-    except IntegrityError:
-        raise Conflict(f"The username {username} is taken.") from None
-
-
-def find_user(user_id: int) -> User:
-    """Raises NotFound."""
-    user = User.get_or_none(User.id == user_id)
-    if user is None:
-        raise NotFound(f"There is no user {user_id}.")
-    return user
-
-
-def find_username(username: str) -> User:
-    """Raises NotFound. Upper and lower case are the same."""
-    user = User.get_or_none(User.username == username.lower())
-    if user is None:
-        raise NotFound(f"There is no user {username}.")
-    return user
-
-
-def update_user(user_id: int, changes: dict[str, Any]) -> User:
-    """Change name, email or is_admin. Raises NotFound."""
-    user = find_user(user_id)
-    if changes.get("is_admin", user.is_admin) != user.is_admin:
-        user.admin_changed_at = fn.now()  # the database's clock
-    for column, value in changes.items():
-        setattr(user, column, value)
-    user.save()
-    return user
-
-
-def list_users(*, after: int, limit: int, username: str | None = None) -> list[User]:
-    """People by id, above id `after`; only those whose username is `username`, if given."""
-    found = User.select().where(User.id > after).order_by(User.id).limit(limit)
-    return list(found.where(User.username == username.lower()) if username is not None else found)
 
 
 def create_token(user: User, expires_at: datetime | None = None) -> tuple[Row, str]:
@@ -153,36 +107,3 @@ def remembered(token_hash: bytes) -> User | None:
 def forget(token_hash: bytes) -> None:
     """Whoever comes with this token is asked for anew."""
     _remembered.pop(token_hash, None)
-
-
-def subscription_of(user_id: int) -> Row | None:
-    """{"status", "current_period_end", "updated_at"}; None where there never was one. Raises NotFound."""
-    found = row(  # as SQL: the first that every client asks, and peewee takes four times as long
-        "SELECT s.user_id, s.status, s.current_period_end, s.updated_at"
-        " FROM user_account u LEFT JOIN subscription s ON s.user_id = u.id"
-        " WHERE u.id = %(user_id)s",
-        {"user_id": user_id},
-    )
-    if found is None:
-        raise NotFound(f"There is no user {user_id}.")
-    return found if found.pop("user_id") else None
-
-
-def set_subscription(user_id: int, status: str, current_period_end: datetime | None) -> Row:
-    """Set a person's subscription to what the payment provider says. The same again changes nothing.
-
-    Raises NotFound for the person.
-    """
-    find_user(user_id)
-    found = row(
-        "INSERT INTO subscription (user_id, status, current_period_end)"
-        " VALUES (%(user_id)s, %(status)s, %(current_period_end)s)"
-        " ON CONFLICT (user_id) DO UPDATE"
-        " SET status = EXCLUDED.status, current_period_end = EXCLUDED.current_period_end, updated_at ="
-        " CASE WHEN (subscription.status, subscription.current_period_end)"
-        " IS DISTINCT FROM (EXCLUDED.status, EXCLUDED.current_period_end) THEN now() ELSE subscription.updated_at END"
-        " RETURNING status, current_period_end, updated_at",
-        {"user_id": user_id, "status": status, "current_period_end": current_period_end},
-    )
-    assert found is not None
-    return found

@@ -1,0 +1,53 @@
+"""People, their tokens, and whether they pay."""
+
+from typing import Any
+
+from peewee import IntegrityError, fn
+
+from belfry.core.db import db
+from belfry.core.errors import Conflict, NotFound
+from models import User
+
+SENDER = "belfry"  # the account that Belfry's own messages come from
+
+
+def create_user(username: str, name: str | None = None, email: str | None = None, *, is_admin: bool = False) -> User:
+    """A new person. Raises Conflict where the username is taken."""
+    try:
+        with db.atomic():
+            return User.create(username=username, name=name or username, email=email, is_admin=is_admin)
+    except IntegrityError:
+        raise Conflict(f"The username {username} is taken.") from None
+
+
+def find_user(user_id: int) -> User:
+    """Raises NotFound."""
+    user = User.get_or_none(User.id == user_id)
+    if user is None:
+        raise NotFound(f"There is no user {user_id}.")
+    return user
+
+
+def find_username(username: str) -> User:
+    """Raises NotFound. Upper and lower case are the same."""
+    user = User.get_or_none(User.username == username.lower())
+    if user is None:
+        raise NotFound(f"There is no user {username}.")
+    return user
+
+
+def update_user(user_id: int, changes: dict[str, Any]) -> User:
+    """Change name, email or is_admin. Raises NotFound."""
+    user = find_user(user_id)
+    if changes.get("is_admin", user.is_admin) != user.is_admin:
+        user.admin_changed_at = fn.now()  # the database's clock
+    for column, value in changes.items():
+        setattr(user, column, value)
+    user.save()
+    return user
+
+
+def list_users(*, after: int, limit: int, username: str | None = None) -> list[User]:
+    """People by id, above id `after`; only those whose username is `username`, if given."""
+    found = User.select().where(User.id > after).order_by(User.id).limit(limit)
+    return list(found.where(User.username == username.lower()) if username is not None else found)
