@@ -10,10 +10,10 @@
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from belfry.access import ASKER, AUTHOR_MAY_POST, channel_for, may_see, visible_channels
 from belfry.core.db import Row, execute, row, rows, transaction
 from belfry.core.errors import Invalid, NotFound
 from belfry.core.failpoints import reach
+from belfry.servers.visibility import ASKER, AUTHOR_MAY_POST, channel_for, may_see, visible_channels
 from models import LARGEST_ID, User
 
 BODY_CHARACTERS = 100

@@ -1,8 +1,7 @@
 """Whom one may mention in a channel: as one types the beginning of a name."""
-
-from belfry.access import SeenChannel
 from belfry.core.db import Row, rows
 from belfry.mentions import EVERYONE
+from belfry.servers.visibility import SeenChannel
 
 FEW = 2_000
 WALK = 20_000

@@ -8,14 +8,6 @@ from typing import Any
 from psycopg.types.json import Jsonb
 
 from belfry import mentions
-from belfry.access import (
-    MAY_POST,
-    SEEN_CHANNEL,
-    SeenChannel,
-    access_parameters,
-    channel_for,
-    require_posting,
-)
 from belfry.core import idempotency
 from belfry.core.db import Row, execute, row, rows, timed_transaction, transaction
 from belfry.core.errors import Conflict, Forbidden, NotFound
@@ -24,6 +16,14 @@ from belfry.core.idempotency import Once
 from belfry.identity import tokens
 from belfry.leases import hold_message
 from belfry.runs import create_run, runs_of_messages
+from belfry.servers.visibility import (
+    MAY_POST,
+    SEEN_CHANNEL,
+    SeenChannel,
+    access_parameters,
+    channel_for,
+    require_posting,
+)
 from models import User
 
 

@@ -1,7 +1,6 @@
 """The channels that a page lists beside what it shows."""
-
-from belfry.access import visible_channels, with_server
 from belfry.core.db import Row, rows
+from belfry.servers.visibility import visible_channels, with_server
 from models import User
 
 OTHERS = 200  # channels of servers that an admin is not in

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from belfry.access import SeenChannel
 from belfry.core.db import Row
 from belfry.messages import describe, stored_messages
+from belfry.servers.visibility import SeenChannel
 from models import User
 
 STRETCH = 50  # messages

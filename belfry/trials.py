@@ -5,14 +5,13 @@
 - Without a channel it is the first one of a server that the caller is in; where there is none at all,
   a server `Belfry test` is made, with the caller in it, so that a fresh installation can be tried.
 """
-
-from belfry.access import channel_for, is_member
 from belfry.core.db import db, row
 from belfry.core.errors import Invalid
 from belfry.identity.users import SENDER
 from belfry.mentions import find_mentions
 from belfry.messages import resolve_mentions
 from belfry.runs import create_run
+from belfry.servers.visibility import channel_for, is_member
 from models import Channel, Member, Server, User
 
 AUDIENCES = ("me", "channel")

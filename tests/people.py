@@ -17,8 +17,8 @@ from typing import Any
 from flask.testing import FlaskClient
 from werkzeug.test import TestResponse
 
-from belfry import communities
 from belfry.identity import subscriptions, tokens, users
+from belfry.servers import servers
 from models import ChannelRole, Server, User
 
 
@@ -67,11 +67,11 @@ def make_person(username: str, *, status: str | None = "active", admin: bool = F
 
 def make_cast() -> Cast:
     server = Server.create(name="Golden Signals")
-    vip_role = communities.create_role(server.id, "vip", moderator=False)
-    moderators = communities.create_role(server.id, "moderators", moderator=True)
-    general = communities.create_channel(server.id, "general", private=False, posting="members")
-    announcements = communities.create_channel(server.id, "announcements", private=False, posting="admins")
-    vault = communities.create_channel(server.id, "vault", private=True, posting="members")
+    vip_role = servers.create_role(server.id, "vip", moderator=False)
+    moderators = servers.create_role(server.id, "moderators", moderator=True)
+    general = servers.create_channel(server.id, "general", private=False, posting="members")
+    announcements = servers.create_channel(server.id, "announcements", private=False, posting="admins")
+    vault = servers.create_channel(server.id, "vault", private=True, posting="members")
     ChannelRole.create(channel_id=vault.id, role_id=vip_role.id, server_id=server.id)
     people = {
         "admin": make_person("ada", status=None, admin=True),
@@ -84,7 +84,7 @@ def make_cast() -> Cast:
     roles = {"moderator": [moderators.id], "vip": [vip_role.id]}
     for name, person in people.items():
         if name != "stranger":
-            communities.put_member(server.id, person.id, roles.get(name, []))
+            servers.put_member(server.id, person.id, roles.get(name, []))
     return Cast(
         **people,
         server_id=server.id,

@@ -11,8 +11,8 @@ from belfry.core import redis
 from belfry.core.db import db, execute, row, rows
 from belfry.inbox import mark_read, unread_count
 from belfry.leases import Part
-from belfry.preferences import set_preference
 from belfry.recipients import DECISIONS
+from belfry.servers.preferences import set_preference
 from models import TABLES, Notification
 from tests.people import Person
 

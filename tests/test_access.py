@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from belfry import communities
+from belfry.servers import servers
 from tests.people import make_person
 from tests.test_refusals import assert_problem
 
@@ -81,7 +81,7 @@ def community(api, cast):
             answer = api(getattr(cast, author)).post("/api/messages", json={"channel_id": names[channel], **HELLO})
             names[f"in_{channel}"] = answer.get_json()["id"]
             names[f"run_in_{channel}"] = answer.get_json()["run"]["id"]
-        empty = communities.create_channel(cast.server_id, f"empty {names['in_vault']}", False, "members")
+        empty = servers.create_channel(cast.server_id, f"empty {names['in_vault']}", False, "members")
         return names | {"empty": empty.id, "server": cast.server_id, "self": cast.admin.id, "other": cast.vip.id}
 
     return make
@@ -150,24 +150,24 @@ def test_the_run_is_shown_to_its_author_and_admins(api, cast, community):
 
 def test_a_role_of_another_server_opens_nothing(api, cast):
     elsewhere = api(cast.admin).post("/api/servers", json={"name": "Elsewhere"}).get_json()["id"]
-    role = communities.create_role(elsewhere, "vip", moderator=True)
+    role = servers.create_role(elsewhere, "vip", moderator=True)
     visitor = make_person("vic")
-    communities.put_member(elsewhere, visitor.id, [role.id])
+    servers.put_member(elsewhere, visitor.id, [role.id])
     assert_problem(api(visitor).get(f"/api/channels/{cast.vault}"), 404, "not_found")
     assert_problem(api(visitor).get(f"/api/channels/{cast.general}"), 404, "not_found")
 
 
 def test_a_moderator_elsewhere_is_none_here(api, cast, community):
     elsewhere = api(cast.admin).post("/api/servers", json={"name": "Elsewhere"}).get_json()["id"]
-    role = communities.create_role(elsewhere, "police", moderator=True)
-    communities.put_member(elsewhere, cast.vip.id, [role.id])
+    role = servers.create_role(elsewhere, "police", moderator=True)
+    servers.put_member(elsewhere, cast.vip.id, [role.id])
     message = community()["in_general"]
     assert_problem(api(cast.vip).delete(f"/api/messages/{message}"), 403, "forbidden")
 
 
 def test_who_is_removed_knows_nothing_from_then_on(api, cast, community):
     names = community()
-    communities.remove_member(cast.server_id, cast.subscriber.id)
+    servers.remove_member(cast.server_id, cast.subscriber.id)
     sam = api(cast.subscriber)
     for path in ("channels/{general}", "channels/{general}/messages", "messages/{in_general}"):
         assert_problem(sam.get("/api/" + path.format(**names)), 404, "not_found")

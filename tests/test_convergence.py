@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from belfry import communities, fanout, inbox, leases, messages
+from belfry import fanout, inbox, leases, messages
 from belfry.core.db import db, execute, rows
 from belfry.leases import Part
-from belfry.preferences import set_preference
+from belfry.servers import servers
+from belfry.servers.preferences import set_preference
 from belfry.verification import verify
 from models import User
 from tests.overrides import overridden
@@ -40,7 +41,7 @@ def make_community() -> tuple[Cast, list[int]]:
     wants_mentions_only(cast.vip, cast.general)
     for user_id, level in ((many[0], "mentions"), (many[1], "none"), (many[4], "mentions")):
         set_preference(User.get_by_id(user_id), cast.general, level, None)
-    communities.put_member(cast.server_id, many[4], [cast.vip_role])
+    servers.put_member(cast.server_id, many[4], [cast.vip_role])
     return cast, many
 
 

@@ -5,12 +5,13 @@ import time
 
 import pytest
 
-from belfry import communities, inbox, leases, messages, runs
+from belfry import inbox, leases, messages, runs
 from belfry.core.db import db, execute, row
 from belfry.core.errors import Forbidden, NotFound
 from belfry.identity.subscriptions import set_subscription
 from belfry.inbox import dismiss, unread_count
-from belfry.preferences import set_preference
+from belfry.servers import servers
+from belfry.servers.preferences import set_preference
 from belfry.verification import verify
 from tests.telling import (
     advance,
@@ -101,10 +102,10 @@ def test_who_is_still_mentioned_in_another_way_keeps_the_notification(cast):
 def test_who_has_left_the_server_loses_an_unread_mention_too(cast, slices_of, members, mention):
     slices_of(members)
     message_id = posted_and_told(cast.moderator, cast.general, mention)
-    communities.remove_member(cast.server_id, cast.vip.id)
+    servers.remove_member(cast.server_id, cast.vip.id)
     edited = edit(cast.moderator, message_id, "nobody")
     assert edited["withdrawn"] == 1
-    communities.put_member(cast.server_id, cast.vip.id, [cast.vip_role])
+    servers.put_member(cast.server_id, cast.vip.id, [cast.vip_role])
     assert unread(cast.vip) == 0
     assert verify() == []
 
@@ -113,7 +114,7 @@ def test_who_has_left_the_server_keeps_what_was_no_mention_or_is_read(cast):
     plain = posted_and_told(cast.subscriber, cast.general, "@moira")
     read = posted_and_told(cast.subscriber, cast.general, "@vera")
     inbox.mark_read(cast.vip.user, ids=[(cast.vip.id, read)])
-    communities.remove_member(cast.server_id, cast.vip.id)
+    servers.remove_member(cast.server_id, cast.vip.id)
     for message_id in (plain, read):
         edit(cast.subscriber, message_id, "nobody")
     assert (told(plain)[cast.vip.id], told(read)[cast.vip.id]) == ("message", "mention")

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from belfry import communities, fanout, leases, messages
+from belfry import fanout, leases, messages
 from belfry.core.db import db
-from belfry.preferences import set_preference
 from belfry.seeding import seed
+from belfry.servers import servers
+from belfry.servers.preferences import set_preference
 from belfry.verification import verify
 from config import settings
 from models import Notification
@@ -72,7 +73,7 @@ def test_a_large_audience_is_shared_out_and_the_progress_is_seen(cast, slices_of
 @pytest.mark.parametrize("mention", ["@crowd-17", "@crowd-17 @crowd-3 @vera @lars @sam", "@vip", "@vip @crowd-4"])
 def test_the_mentioned_are_told_first_and_counted_once(cast, slices_of, mention):
     many = crowd(cast.server_id, 20)
-    communities.put_member(cast.server_id, many[9], [cast.vip_role])
+    servers.put_member(cast.server_id, many[9], [cast.vip_role])
     wants_mentions_only(cast.vip, cast.general)
     set_preference(cast.admin.user, cast.general, "none", None)
     slices_of(6)
@@ -92,7 +93,7 @@ def test_the_mentioned_are_told_first_and_counted_once(cast, slices_of, mention)
 def test_of_many_who_are_mentioned_by_a_role_as_many_are_first_as_fit_in_a_slice(cast, slices_of):
     many = crowd(cast.server_id, 20)
     for user_id in many[:9]:
-        communities.put_member(cast.server_id, user_id, [cast.vip_role])
+        servers.put_member(cast.server_id, user_id, [cast.vip_role])
     slices_of(4)
     message_id, run_id = post(cast.moderator, cast.general, "@vip and @crowd-20")
     advance(run_id)
@@ -249,7 +250,7 @@ def test_a_message_deleted_before_its_run_tells_nobody(cast):
 
 def test_a_test_message_is_told_to_and_seen_by_the_one_who_asked_alone(api, cast, run_jobs):
     caller = make_person("alma", status=None, admin=True)  # the last in the order in which members are walked
-    communities.put_member(cast.server_id, caller.id, [])
+    servers.put_member(cast.server_id, caller.id, [])
     answer = api(caller).post("/api/test-notifications", json={"channel_id": cast.general})
     assert answer.status_code == 202
     assert run_jobs() == 0

@@ -7,8 +7,9 @@ from datetime import UTC, datetime, timedelta, timezone
 import psycopg
 import pytest
 
-from belfry import communities, fanout, leases
+from belfry import fanout, leases
 from belfry.identity.subscriptions import set_subscription
+from belfry.servers import servers
 from config import settings
 from models import Message, Notification, Preference
 from tests.people import make_person
@@ -311,17 +312,17 @@ def test_what_is_dismissed_is_gone_for_good(api, cast, tell, inbox, read, unread
 
 def test_losing_a_channel_hides_what_one_was_told_of_it(api, cast, tell, inbox, read, unread):
     vic = make_person("vic")
-    communities.put_member(cast.server_id, vic.id, [cast.vip_role])
+    servers.put_member(cast.server_id, vic.id, [cast.vip_role])
     tell("in the open")
     tell("in the vault @vic", cast.vault, cast.vip)
     assert unread(vic)["unread"] == 2
-    communities.put_member(cast.server_id, vic.id, [])
+    servers.put_member(cast.server_id, vic.id, [])
     assert bodies(inbox(vic)) == ["in the open"]
     assert unread(vic)["channels"] == [{"channel_id": cast.general, "unread": 1, "mentions": 0}]
     assert_problem(read(vic, channel_id=cast.vault), 404, "not_found")
     assert_problem(api(vic).get(f"/api/notifications?channel_id={cast.vault}"), 404, "not_found")
     assert read(vic, all=True).get_json() == {"marked": 1, "unread": 0}
-    communities.put_member(cast.server_id, vic.id, [cast.vip_role])
+    servers.put_member(cast.server_id, vic.id, [cast.vip_role])
     assert bodies(inbox(vic, "unread=1")) == ["Vera: in the vault @vic"]
 
 
@@ -351,7 +352,7 @@ LOST = {
 @pytest.mark.parametrize("lost", list(LOST))
 def test_what_its_author_may_no_longer_post_is_hidden_until_they_may_again(api, cast, tell, inbox, unread, read, lost):
     admin, vic = make_person("alma", admin=True), make_person("vic")
-    communities.put_member(cast.server_id, vic.id, [cast.vip_role])
+    servers.put_member(cast.server_id, vic.id, [cast.vip_role])
     channel, author = {"role": (cast.vault, cast.vip), "admin": (cast.announcements, cast.admin)}.get(
         lost, (cast.general, cast.subscriber)
     )

@@ -12,11 +12,11 @@ import psycopg
 import pytest
 
 import queues
-from belfry import communities
 from belfry.core.db import db, execute
 from belfry.identity import tokens, users
 from belfry.inbox import dismiss, list_notifications, mark_read
 from belfry.messages import delete_message
+from belfry.servers import servers
 from config import settings
 from models import ApiToken
 from schemas import Notification
@@ -301,7 +301,7 @@ def test_a_stream_ends_with_what_it_stands_on(web, cast, api, how):
     admin = api(cast.admin)
     if how == "left another":
         other = admin.post("/api/servers", json={"name": "Silver Signals"}).json["id"]
-        communities.put_member(other, cast.vip.id, [])
+        servers.put_member(other, cast.vip.id, [])
     with listening(web, cast.vip) as listener, listening(web, cast.subscriber) as untouched:
         if how == "revoked":
             token = ApiToken.get(ApiToken.token_hash == tokens.hash_token(cast.vip.token))

@@ -2,9 +2,10 @@
 
 import pytest
 
-from belfry import communities, mentionable
-from belfry.access import channel_for
+from belfry import mentionable
 from belfry.core.db import execute, rows
+from belfry.servers import servers
+from belfry.servers.visibility import channel_for
 from tests.people import make_person
 from tests.telling import statements
 from tests.test_refusals import assert_problem
@@ -40,7 +41,7 @@ def test_members_are_found_by_the_beginning_of_their_username(cast, names):
 
 def test_punctuation_is_part_of_a_beginning(cast, names):
     for username in ("a-b", "a.b", "a_b", "ab0", "a0b", "abz"):
-        communities.put_member(cast.server_id, make_person(username).id)
+        servers.put_member(cast.server_id, make_person(username).id)
     assert names(cast.subscriber, "a") == ["a-b", "a.b", "a0b", "a_b", "ab0", "abz", "ada"]
     assert names(cast.subscriber, "a-") == ["a-b"]
     assert names(cast.subscriber, "ab") == ["ab0", "abz"]
@@ -85,7 +86,7 @@ def test_who_has_two_roles_that_open_a_channel_is_offered_once(api, cast, names)
     api(cast.admin).put(
         f"/api/channels/{cast.vault}/roles", json={"role_ids": [cast.vip_role, cast.moderators_role]}
     )
-    communities.put_member(cast.server_id, cast.vip.id, [cast.vip_role, cast.moderators_role])
+    servers.put_member(cast.server_id, cast.vip.id, [cast.vip_role, cast.moderators_role])
     assert names(cast.vip, "v", cast.vault) == ["vip", "vera"]
 
 

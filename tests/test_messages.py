@@ -16,8 +16,9 @@ from redis.connection import AbstractConnection
 from redis.retry import Retry
 
 import queues
-from belfry import communities, messages
+from belfry import messages
 from belfry.identity import subscriptions, tokens, users
+from belfry.servers import servers
 from models import ApiToken, IdempotencyKey, Message, Run
 from tests.telling import generic_plans
 from tests.test_refusals import assert_problem
@@ -495,5 +496,5 @@ def test_a_deleted_message_is_gone(api, cast, post):
 
 def test_a_role_that_is_no_more_is_not_shown_as_mentioned(api, cast, post):
     message = post("@vip", cast.admin).get_json()
-    communities.delete_role(cast.server_id, cast.vip_role)
+    servers.delete_role(cast.server_id, cast.vip_role)
     assert api(cast.admin).get(f"/api/messages/{message['id']}").get_json()["mentions"]["roles"] == []

@@ -6,13 +6,14 @@ import psycopg
 import pytest
 from hypothesis import given, settings, strategies
 
-from belfry import communities, fanout, leases, live, positions, resuming, runs
+from belfry import fanout, leases, live, positions, resuming, runs
 from belfry.core.db import db
 from belfry.inbox import dismiss, list_notifications
 from belfry.live import news
 from belfry.messages import delete_message
 from belfry.positions import Position
-from belfry.preferences import set_preference
+from belfry.servers import servers
+from belfry.servers.preferences import set_preference
 from config import settings as belfry
 from tests.people import make_cast
 from tests.telling import crowd, edit, post, posted_and_told, run_to_end, statements
@@ -136,11 +137,11 @@ def test_what_the_inbox_does_not_show_is_not_sent(cast, gone):
     elif gone == "dismissed":
         dismiss(reader.user, reader.id, message_id)
     elif gone == "left":
-        communities.remove_member(cast.server_id, reader.id)
+        servers.remove_member(cast.server_id, reader.id)
     elif gone == "role":
-        communities.put_member(cast.server_id, reader.id, [])
+        servers.put_member(cast.server_id, reader.id, [])
     else:
-        communities.update_channel(cast.general, {"posting": "admins"})
+        servers.update_channel(cast.general, {"posting": "admins"})
     assert not _look(here, reader.id)[1].notifications
 
 
@@ -211,7 +212,7 @@ def test_what_is_told_in_other_servers_costs_nothing(cast, monkeypatch):
 def test_an_admin_who_left_the_server_is_sent_what_they_were_told(cast):
     here, _ = _look(None)
     message_id = posted_and_told(cast.subscriber, cast.general, "gold")
-    communities.remove_member(cast.server_id, cast.admin.id)
+    servers.remove_member(cast.server_id, cast.admin.id)
     assert _messages(_look(here, cast.admin.id)[1], cast.admin.id) == [message_id]
 
 

@@ -15,11 +15,11 @@ from redis import Redis
 import jobs
 import queues
 from belfry import messages
-from belfry.communities import put_member
 from belfry.core.db import execute, rows
 from belfry.identity.subscriptions import set_subscription
 from belfry.identity.tokens import create_token, hash_token
-from belfry.preferences import set_preference
+from belfry.servers.preferences import set_preference
+from belfry.servers.servers import put_member
 from models import Notification, Preference
 from tests.people import Person, make_person
 from tests.telling import advance, fail_always, parts_of

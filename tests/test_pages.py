@@ -5,10 +5,11 @@ from html.parser import HTMLParser
 
 import pytest
 
-from belfry import communities, inbox, navigation, rendering
+from belfry import inbox, navigation, rendering
 from belfry.core.db import execute
 from belfry.identity import sessions, tokens
 from belfry.markdown import parse
+from belfry.servers import servers
 from models import ApiToken, Channel, Message, User
 from tests.people import csrf_of, make_person
 from tests.telling import statements
@@ -148,7 +149,7 @@ def test_an_admin_is_not_listed_every_channel_there_is(browser, cast):
         " WHERE v.name LIKE 'server %%' ORDER BY v.id"
     )
     last = Channel.select().order_by(Channel.id.desc()).first()
-    late = communities.create_channel(cast.server_id, "late", private=True, posting="members")
+    late = servers.create_channel(cast.server_id, "late", private=True, posting="members")
 
     def listed(person, path):
         page = browser(person).get(path).text
@@ -402,7 +403,7 @@ def test_nothing_in_a_page_needs_more_than_the_policy_gives(browser, cast, post,
 
 
 def test_hostile_names_and_contents_are_text(browser, cast, post, run_jobs):
-    communities.update_channel(cast.general, {"name": HOSTILE})
+    servers.update_channel(cast.general, {"name": HOSTILE})
     User.update(name=HOSTILE).where(User.id == cast.subscriber.id).execute()
     Message.update(content=HOSTILE).where(Message.id == post("@vera")).execute()
     run_jobs()
@@ -432,7 +433,7 @@ def test_a_page_takes_as_many_statements_however_much_is_in_it(browser, cast, po
             post(f"number {number} @vera @moira")
         for number in range(beginning, beginning + 20):
             person = make_person(f"member-{number}")
-            communities.put_member(cast.server_id, person.id, [cast.vip_role])
+            servers.put_member(cast.server_id, person.id, [cast.vip_role])
         run_jobs()
     assert counts[0] == counts[1] == [12, 6, 6, 3, 13]
 

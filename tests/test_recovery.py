@@ -16,9 +16,10 @@ import pytest
 
 import jobs
 import queues
-from belfry import communities, leases
+from belfry import leases
 from belfry.core.db import IDLE_SECONDS, execute, row
 from belfry.leases import Part
+from belfry.servers import servers
 from belfry.verification import verify
 from chaos.victim import KILL_WITH_PARENT, STOP
 from models import Notification, Run, Server
@@ -251,9 +252,9 @@ def test_workers_whose_clocks_are_a_minute_apart_agree_by_the_databases(cast, do
 def test_several_workers_share_one_fan_out_and_a_small_message_does_not_wait_for_it(cast):
     many = crowd(cast.server_id, 3_000)
     server = Server.create(name="Elsewhere")
-    elsewhere = communities.create_channel(server.id, "general", private=False, posting="members").id
+    elsewhere = servers.create_channel(server.id, "general", private=False, posting="members").id
     for person in (cast.subscriber, cast.vip):
-        communities.put_member(server.id, person.id, [])
+        servers.put_member(server.id, person.id, [])
     with a_worker(SLICE_MEMBERS="50") as first, a_worker(SLICE_MEMBERS="50") as second:
         large_message, large = enqueue(cast.subscriber, cast.general)
         wait_until(lambda: run_of(large)["done"] > 200, "the fan-out to be under way")

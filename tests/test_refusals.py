@@ -16,9 +16,10 @@ import pytest
 from marshmallow import fields
 from peewee import OperationalError
 
-from belfry import messages, preferences
+from belfry import messages
 from belfry.core.db import db
 from belfry.identity import tokens
+from belfry.servers import preferences
 from config import settings
 from models import Message
 

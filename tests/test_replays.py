@@ -5,7 +5,7 @@ from typing import Any
 from belfry import inbox, runs
 from belfry.identity.subscriptions import set_subscription
 from belfry.inbox import dismiss
-from belfry.preferences import set_preference
+from belfry.servers.preferences import set_preference
 from belfry.trials import send_test
 from tests.telling import contents, crowd, post, read_everything, run_of, run_to_end, stats, told, unread
 

@@ -11,9 +11,10 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from belfry import communities, fanout, leases
+from belfry import fanout, leases
 from belfry.core.db import rows
 from belfry.leases import Part
+from belfry.servers import servers
 from belfry.verification import verify
 from tests import oracle
 from tests.overrides import overridden
@@ -62,7 +63,7 @@ class Unread(RuleBasedStateMachine):
         root = make_person("root", admin=True)  # who governs, and is in no server
         persons = [*cast.everybody.values(), make_person("quentin"), make_person("xenia", admin=True)]
         for newcomer in persons[-2:]:
-            communities.put_member(cast.server_id, newcomer.id, [cast.vip_role])
+            servers.put_member(cast.server_id, newcomer.id, [cast.vip_role])
         self.cast, self.persons = cast, {person.id: person for person in persons}
         self.root = self.api(root)
         statuses = {"vera": "trialing", "lars": "canceled", "ada": None}

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from flask import Flask
 
-from belfry import communities, fanout, leases
+from belfry import fanout, leases
 from belfry.core.db import db, execute, rows
 from belfry.leases import Part
+from belfry.servers import servers
 from belfry.verification import verify
 from tests.people import Api, Cast, Person, make_person
 from tests.telling import run_to_end
@@ -98,7 +99,7 @@ class _Crowd:
         self.app, self.cast = app, cast
         self.root = make_person("root", admin=True)
         self.persons = [*cast.everybody.values(), make_person("quentin")]
-        communities.put_member(cast.server_id, self.persons[-1].id, [cast.vip_role])
+        servers.put_member(cast.server_id, self.persons[-1].id, [cast.vip_role])
         self.seed = seed
         self.broken: list[str] = []
         self.counted = 0  # unread ones, in all checks

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 from peewee import IntegrityError
 
-from belfry import communities, fanout, leases, runs
+from belfry import fanout, leases, runs
 from belfry.core.db import db, execute, row, rows
 from belfry.findings import SHOWN
 from belfry.identity import subscriptions, users
 from belfry.inbox import dismiss, mark_read
 from belfry.messages import delete_message, edit_message
-from belfry.preferences import set_preference
+from belfry.servers import servers
+from belfry.servers.preferences import set_preference
 from belfry.trials import send_test
 from belfry.verification import CHECKS, DECISIONS_CHECK, check, verify
 from models import Message
@@ -398,11 +399,11 @@ def test_what_waits_in_a_long_queue_or_takes_long_has_no_finding(world):
 
 
 def test_members_who_left_hide_so_many_recipients_who_are_no_members(world):
-    communities.remove_member(world.server_id, world.admin.id)
+    servers.remove_member(world.server_id, world.admin.id)
     assert verify() == []
     execute(f"UPDATE notification SET user_id = {world.stranger.id} WHERE message_id = 1 AND user_id = {world.vip.id}")
     assert MEMBER in {finding.check for finding in check().findings}, "two are no members, and one has left"
-    communities.remove_member(world.server_id, world.lapsed.id)
+    servers.remove_member(world.server_id, world.lapsed.id)
     assert MEMBER not in {finding.check for finding in check().findings}, "it cannot be known who has left"
 
 
@@ -477,15 +478,15 @@ CHANGES = {
     "a subscription that began": lambda cast: subscriptions.set_subscription(cast.lapsed.id, "active", None),
     "an admin more": lambda cast: users.update_user(cast.lapsed.id, {"is_admin": True}),
     "an admin less": lambda cast: users.update_user(cast.admin.id, {"is_admin": False}),
-    "a member more": lambda cast: communities.put_member(cast.server_id, cast.stranger.id, []),
-    "a member less": lambda cast: communities.remove_member(cast.server_id, cast.vip.id),
+    "a member more": lambda cast: servers.put_member(cast.server_id, cast.stranger.id, []),
+    "a member less": lambda cast: servers.remove_member(cast.server_id, cast.vip.id),
     "a member who left and came back": lambda cast: (
-        communities.remove_member(cast.server_id, cast.vip.id),
-        communities.put_member(cast.server_id, cast.vip.id, []),
+        servers.remove_member(cast.server_id, cast.vip.id),
+        servers.put_member(cast.server_id, cast.vip.id, []),
     ),
-    "a channel that became private": lambda cast: communities.update_channel(cast.general, {"private": True}),
-    "a role that was given": lambda cast: communities.put_member(cast.server_id, cast.lapsed.id, [cast.vip_role]),
-    "a role that was taken": lambda cast: communities.put_member(cast.server_id, cast.vip.id, []),
+    "a channel that became private": lambda cast: servers.update_channel(cast.general, {"private": True}),
+    "a role that was given": lambda cast: servers.put_member(cast.server_id, cast.lapsed.id, [cast.vip_role]),
+    "a role that was taken": lambda cast: servers.put_member(cast.server_id, cast.vip.id, []),
     "a message that was edited": lambda cast: run_to_end(
         edit_message(cast.subscriber.user, Message.select().first().id, "gold, @moira").run_id
     ),
@@ -508,11 +509,11 @@ def test_a_private_channel_and_its_roles_that_changed_since_are_no_finding(cast)
     a_day_passes()
     posted_and_told(cast.vip, cast.vault, "gold, @vip")
     assert findings_of_decisions() == []
-    communities.put_member(cast.server_id, cast.moderator.id, [cast.moderators_role, cast.vip_role])
+    servers.put_member(cast.server_id, cast.moderator.id, [cast.moderators_role, cast.vip_role])
     assert findings_of_decisions() == []
-    communities.put_member(cast.server_id, cast.vip.id, [])
+    servers.put_member(cast.server_id, cast.vip.id, [])
     assert findings_of_decisions() == []
-    communities.update_channel(cast.vault, {"private": False})
+    servers.update_channel(cast.vault, {"private": False})
     assert findings_of_decisions() == []
 
 
@@ -539,7 +540,7 @@ def test_replays_retries_and_failures_leave_nothing_to_find(cast):
     assert findings_of_decisions() == []
     assert run_to_end(run_id) == "succeeded"
     set_preference(cast.vip.user, cast.general, "none", None)
-    communities.put_member(cast.server_id, cast.stranger.id, [])
+    servers.put_member(cast.server_id, cast.stranger.id, [])
     replayed = runs.replay(run_id, dry_run=False)
     assert run_to_end(replayed["run_id"]) == "succeeded"
     assert findings_of_decisions() == []

@@ -11,8 +11,7 @@ from flask import Blueprint, Response, g, redirect, render_template, request, ur
 from markupsafe import Markup
 from werkzeug.wrappers import Response as AnyResponse
 
-from belfry import communities, inbox, live, preferences
-from belfry.access import SeenChannel, channel_for, is_told_in, require_posting, visible_channels
+from belfry import inbox, live
 from belfry.core.db import Row
 from belfry.core.errors import Forbidden, NotFound
 from belfry.inbox import parse_notification_id
@@ -20,6 +19,9 @@ from belfry.markdown import Budget
 from belfry.mentions import EVERYONE
 from belfry.navigation import listed_channels
 from belfry.rendering import budget_of_a_page, render_in_page
+from belfry.servers import preferences
+from belfry.servers.servers import roles_of
+from belfry.servers.visibility import SeenChannel, channel_for, is_told_in, require_posting, visible_channels
 from belfry.timeline import STRETCH, stretch
 from models import LARGEST_ID, User
 from views import sign_in
@@ -161,7 +163,7 @@ def _position(name: str) -> int | None:
 
 def _stretch(seen: SeenChannel) -> Row:
     """The messages that the address asks for, and by which names they may call the reader."""
-    roles = communities.roles_of(g.user.id, seen.server_id)
+    roles = roles_of(g.user.id, seen.server_id)
     found = stretch(g.user, seen, before=_position("before"), after=_position("after"), around=_position("around"))
     return {
         "stretch": found,

@@ -3,10 +3,10 @@
 from typing import Any
 
 import schemas
-from belfry import communities
-from belfry.access import channel_for, visible_channels
 from belfry.identity import sessions, subscriptions, tokens, users
 from belfry.mentionable import mentionable
+from belfry.servers import servers
+from belfry.servers.visibility import channel_for, visible_channels
 from views import sign_in
 from views.endpoint import Answer, api, bearer_token, current_user, endpoint, paginate
 
@@ -19,7 +19,7 @@ def me() -> Any:
     return {
         **user.__data__,
         "subscription": subscriptions.subscription_of(user.id),
-        "servers": communities.servers_of(user.id),
+        "servers": servers.servers_of(user.id),
     }
 
 

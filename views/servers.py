@@ -3,8 +3,8 @@
 from typing import Any
 
 import schemas
-from belfry import communities
-from belfry.access import SeenChannel, channel_for
+from belfry.servers import servers
+from belfry.servers.visibility import SeenChannel, channel_for
 from models import Server
 from views.endpoint import Answer, api, current_user, endpoint, paginate, require_admin
 
@@ -15,7 +15,7 @@ def list_servers(query: dict[str, Any]) -> Any:
     """All servers."""
     return paginate(
         query,
-        lambda after, limit: communities.list_servers(after=after or 0, limit=limit),
+        lambda after, limit: servers.list_servers(after=after or 0, limit=limit),
         lambda server: server.id,
     )
 
@@ -24,7 +24,7 @@ def list_servers(query: dict[str, Any]) -> Any:
 @endpoint(body=schemas.ServerIn, gives=schemas.Server, status=201, admin=True)
 def create_server(body: dict[str, Any]) -> Answer:
     """A new server, with nobody in it."""
-    server = communities.find_server(Server.create(**body).id)
+    server = servers.find_server(Server.create(**body).id)
     return Answer(server, headers={"Location": f"/api/servers/{server.id}"})
 
 
@@ -32,7 +32,7 @@ def create_server(body: dict[str, Any]) -> Answer:
 @endpoint(gives=schemas.Server, admin=True)
 def get_server(server_id: int) -> Any:
     """One server."""
-    return communities.find_server(server_id)
+    return servers.find_server(server_id)
 
 
 @api.get("/servers/<id:server_id>/members")
@@ -41,7 +41,7 @@ def list_members(server_id: int, query: dict[str, Any]) -> Any:
     """A server's members and their roles."""
     return paginate(
         query,
-        lambda after, limit: communities.list_members(server_id, after=after or 0, limit=limit),
+        lambda after, limit: servers.list_members(server_id, after=after or 0, limit=limit),
         lambda member: member["user"]["id"],
     )
 
@@ -50,21 +50,21 @@ def list_members(server_id: int, query: dict[str, Any]) -> Any:
 @endpoint(body=schemas.MemberIn, gives=schemas.Member, status=201, admin=True)
 def add_member(server_id: int, body: dict[str, Any]) -> Any:
     """Make somebody a member, with exactly these roles; without `role_ids` those of a member stay."""
-    return communities.put_member(server_id, body["user_id"], body["role_ids"])
+    return servers.put_member(server_id, body["user_id"], body["role_ids"])
 
 
 @api.put("/servers/<id:server_id>/members/<id:user_id>")
 @endpoint(body=schemas.MemberRoles, gives=schemas.Member, admin=True)
 def put_member(server_id: int, user_id: int, body: dict[str, Any]) -> Any:
     """The same, by address: a member with exactly these roles."""
-    return communities.put_member(server_id, user_id, body["role_ids"])
+    return servers.put_member(server_id, user_id, body["role_ids"])
 
 
 @api.delete("/servers/<id:server_id>/members/<id:user_id>")
 @endpoint(status=204, admin=True)
 def remove_member(server_id: int, user_id: int) -> None:
     """Take somebody out of a server; their roles in it go with them."""
-    communities.remove_member(server_id, user_id)
+    servers.remove_member(server_id, user_id)
 
 
 @api.get("/servers/<id:server_id>/roles")
@@ -73,7 +73,7 @@ def list_roles(server_id: int, query: dict[str, Any]) -> Any:
     """A server's roles."""
     return paginate(
         query,
-        lambda after, limit: communities.list_roles(server_id, after=after or 0, limit=limit),
+        lambda after, limit: servers.list_roles(server_id, after=after or 0, limit=limit),
         lambda role: role.id,
     )
 
@@ -82,14 +82,14 @@ def list_roles(server_id: int, query: dict[str, Any]) -> Any:
 @endpoint(body=schemas.RoleIn, gives=schemas.Role, status=201, admin=True)
 def create_role(server_id: int, body: dict[str, Any]) -> Any:
     """A new role. Moderators mention roles and everyone, and delete messages."""
-    return communities.create_role(server_id, body["name"], body["moderator"])
+    return servers.create_role(server_id, body["name"], body["moderator"])
 
 
 @api.delete("/servers/<id:server_id>/roles/<id:role_id>")
 @endpoint(status=204, admin=True)
 def delete_role(server_id: int, role_id: int) -> None:
     """Take a role away, from its members and channels as well."""
-    communities.delete_role(server_id, role_id)
+    servers.delete_role(server_id, role_id)
 
 
 @api.get("/servers/<id:server_id>/channels")
@@ -98,7 +98,7 @@ def list_channels(server_id: int, query: dict[str, Any]) -> Any:
     """All channels of a server."""
     return paginate(
         query,
-        lambda after, limit: communities.list_channels(server_id, after=after or 0, limit=limit),
+        lambda after, limit: servers.list_channels(server_id, after=after or 0, limit=limit),
         lambda channel: channel.id,
     )
 
@@ -107,7 +107,7 @@ def list_channels(server_id: int, query: dict[str, Any]) -> Any:
 @endpoint(body=schemas.ChannelIn, gives=schemas.Channel, status=201, admin=True)
 def create_channel(server_id: int, body: dict[str, Any]) -> Answer:
     """A new channel: open or private, for members or for admins to post in."""
-    channel = communities.create_channel(server_id, body["name"], body["private"], body["posting"])
+    channel = servers.create_channel(server_id, body["name"], body["private"], body["posting"])
     return Answer(channel, headers={"Location": f"/api/channels/{channel.id}"})
 
 
@@ -133,7 +133,7 @@ def _administered(channel_id: int) -> None:
 def update_channel(channel_id: int, body: dict[str, Any]) -> Any:
     """Rename a channel, make it private or open, or say who posts in it. Admins."""
     _administered(channel_id)
-    communities.update_channel(channel_id, body)
+    servers.update_channel(channel_id, body)
     return _describe(channel_for(current_user(), channel_id))
 
 
@@ -142,7 +142,7 @@ def update_channel(channel_id: int, body: dict[str, Any]) -> Any:
 def delete_channel(channel_id: int) -> None:
     """Take away a channel in which nothing was ever posted. Admins."""
     _administered(channel_id)
-    communities.delete_channel(channel_id)
+    servers.delete_channel(channel_id)
 
 
 @api.get("/channels/<id:channel_id>/roles")
@@ -153,7 +153,7 @@ def list_channel_roles(channel_id: int, query: dict[str, Any]) -> Any:
     return paginate(
         query,
         lambda after, limit: [
-            role for role in communities.channel_roles(channel_id) if role["id"] > (after or 0)
+            role for role in servers.channel_roles(channel_id) if role["id"] > (after or 0)
         ][:limit],
         lambda role: role["id"],
     )
@@ -164,4 +164,4 @@ def list_channel_roles(channel_id: int, query: dict[str, Any]) -> Any:
 def put_channel_roles(channel_id: int, body: dict[str, Any]) -> Any:
     """Let exactly these roles open a channel. Admins."""
     _administered(channel_id)
-    return {"items": communities.set_channel_roles(channel_id, body["role_ids"]), "next": None}
+    return {"items": servers.set_channel_roles(channel_id, body["role_ids"]), "next": None}

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 
 from flask import Flask, Response, g, request
 
-from belfry import communities, live
+from belfry import live
 from belfry.core.errors import Forbidden, Invalid, SubscriptionRequired
 from belfry.identity import tokens
 from belfry.positions import Position
+from belfry.servers import servers
 from models import User
 from queues import announce
 from views import sign_in
@@ -61,7 +62,7 @@ def stream() -> Response:
     current = None if token else sign_in.current_session()
     token_hash = current.session_hash if current else tokens.hash_token(token or "")
     if not g.get("may_listen") and token_hash not in live.listeners([token_hash]):
-        if not communities.servers_of(user.id):
+        if not servers.servers_of(user.id):
             raise Forbidden("Who is in no server is told of nothing.")
         raise SubscriptionRequired("Live updates need an active subscription.")
     since = _since()

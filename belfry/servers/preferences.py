@@ -2,9 +2,9 @@
 
 from datetime import datetime
 
-from belfry.access import channel_for
 from belfry.core.db import Row, execute, row
 from belfry.core.failpoints import reach
+from belfry.servers.visibility import channel_for
 from models import User
 
 
