@@ -16,10 +16,11 @@ from peewee import InterfaceError, OperationalError, ProgrammingError
 import queues
 import schemas
 import worker as worker_process
-from belfry import explanation, leases, runs, seeding, trials, verification
+from belfry import explanation, seeding, trials, verification
 from belfry.core import migrations
 from belfry.core.db import db
 from belfry.core.errors import Refused
+from belfry.fanout import recovery, runs
 from belfry.identity import subscriptions, tokens, users
 from models import LARGEST_ID, RUN_STATES, SUBSCRIPTION_STATUSES, User
 from views.runs import describe_run
@@ -340,7 +341,7 @@ def retry_runs(run_ids: tuple[int, ...], failed: bool, as_json: bool) -> None:
     """Try failed runs again: all (--failed), or those named. They go on where they stopped."""
     if bool(run_ids) == failed:
         raise click.UsageError("Give either run ids or --failed.")
-    parts = leases.retry_failed(None if failed else run_ids)
+    parts = recovery.retry_failed(None if failed else run_ids)
     queues.enqueue(parts)
     retried = sorted({part.run_id for part in parts})
     if as_json:

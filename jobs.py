@@ -21,12 +21,12 @@ from rq.scheduler import RQScheduler
 from rq.timeouts import JobTimeoutException
 
 import queues
-from belfry import fanout, leases
 from belfry.cleanup import CLEANUPS, clean_up
 from belfry.core import logging_setup, partitions, redis
 from belfry.core.db import ROUND_TRIPS, database_connection, lock_for_this_transaction, transaction
 from belfry.core.failpoints import reach
-from belfry.leases import Part
+from belfry.fanout import claims, fanout, recovery
+from belfry.fanout.claims import Part
 from config import settings
 
 log = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ def notify(run_id: int) -> None:
     """
     part = Part(run_id)
     with _at_work_on(part):
-        taken = leases.take_together(run_id, queues.waiting_runs(TOGETHER_AT_MOST), settings.slice_members)
+        taken = claims.take_together(run_id, queues.waiting_runs(TOGETHER_AT_MOST), settings.slice_members)
         left = _tell_together(taken, run_id) if taken else []
         if run_id not in taken:
             _take_and_tell(part)
@@ -142,7 +142,7 @@ def _tell_together(taken: list[int], first: int) -> list[int]:
 
 
 def _take_and_tell(part: Part) -> None:
-    attempt = leases.take(part)
+    attempt = claims.take(part)
     if attempt is None:
         log.info("%s: nothing to do: it is done, has failed (`flask runs retry`), or is in other hands", part)
         return
@@ -158,12 +158,12 @@ def _tell(part: Part, attempt: int) -> None:
         log.warning("%s failed: %s: %s", part, type(error).__name__, error)
         # Written down, and up it goes: RQ's retry must see it. Where the connection broke this fails as well,
         # and rightly so: that is no fault of the message's, its lease has ended, and the sweeper goes on.
-        leases.fail(part, attempt, f"{type(error).__name__}: {error}", _sweep_in(_this_job()))
+        claims.fail(part, attempt, f"{type(error).__name__}: {error}", _sweep_in(_this_job()))
         reach("failure.written", part.run_id, part.after)
         raise
     if slices is None:
         log.info("%s: attempt %s was overtaken by a later one, wrote nothing, and does not count", part, attempt)
-        leases.give_back(part)
+        claims.give_back(part)
         return
     reach("run.committed" if part.after is None else "slice.committed", part.run_id, part.after)
     queues.announce(told=True)
@@ -219,11 +219,11 @@ def _recover() -> int | None:
         reach("sweep.locked")
         # Where PostgreSQL answers slowly, whoever claimed a part is as slow to lock it, and lives.
         grace = min(ROUND_TRIPS * round_trip, settings.job_timeout)
-        if given_up := leases.give_up(grace):
+        if given_up := recovery.give_up(grace):
             log.error("%s run(s) or slice(s) gave up: each attempt ended without a word", given_up)
-        lost = leases.lost_runs(oldest[queues.NOTIFICATIONS], grace)
-        lost += leases.lost_slices(oldest[queues.BULK], grace)
-        pending = leases.pending_runs(room - len(lost))
+        lost = recovery.lost_runs(oldest[queues.NOTIFICATIONS], grace)
+        lost += recovery.lost_slices(oldest[queues.BULK], grace)
+        pending = recovery.pending_runs(room - len(lost))
         reach("sweep.marked")
     reach("sweep.committed")
     swept = len(lost) if queues.enqueue(lost, lost=True) else 0

@@ -24,10 +24,10 @@ from rq import Queue, Retry
 from rq.job import JOB_ID_PATTERN, Job, JobStatus
 from rq.utils import now, utcformat
 
-from belfry import leases
 from belfry.core.failpoints import reach
 from belfry.core.redis import redis_connection
-from belfry.leases import Part
+from belfry.fanout import recovery
+from belfry.fanout.claims import Part
 from config import settings
 from job_class import BelfryJob
 from models import LARGEST_ID, TRIES
@@ -103,7 +103,7 @@ def enqueue(parts: Sequence[Part], *, lost: bool = False) -> bool:
     if not _enqueue(NOTIFICATIONS, own, lost):
         all_in = False
         try:
-            leases.wait_for_room([part.run_id for part in own])
+            recovery.wait_for_room([part.run_id for part in own])
         except (OperationalError, InterfaceError) as error:
             # They are committed: whoever waits for an answer must not get an error for this.
             log.warning("run(s) could not be marked pending: %s", error)

@@ -11,10 +11,10 @@ from typing import Any
 from marshmallow import RAISE, Schema, ValidationError, fields, pre_load, validates_schema
 from marshmallow.validate import Length, OneOf, Range, Regexp
 
+from belfry.fanout.decision import DECISIONS
 from belfry.identity.users import SENDER
 from belfry.inbox import parse_notification_id
 from belfry.mentions import EVERYONE, NAME, NAME_RULE
-from belfry.recipients import DECISIONS
 from belfry.trials import AUDIENCES
 from models import LARGEST_ID, LEVELS, POSTING, RUN_KINDS, RUN_STATES, SUBSCRIPTION_STATUSES
 

@@ -13,9 +13,9 @@ from belfry.core.db import Row, execute, row, rows, timed_transaction, transacti
 from belfry.core.errors import Conflict, Forbidden, NotFound
 from belfry.core.failpoints import reach
 from belfry.core.idempotency import Once
+from belfry.fanout.claims import hold_message
+from belfry.fanout.runs import create_run, runs_of_messages
 from belfry.identity import tokens
-from belfry.leases import hold_message
-from belfry.runs import create_run, runs_of_messages
 from belfry.servers.visibility import (
     MAY_POST,
     SEEN_CHANNEL,

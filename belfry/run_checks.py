@@ -1,6 +1,6 @@
 """Checks of messages, runs and slices: that each is consistent in itself and with the others, and that the sweeper can
 find what is unfinished."""
-from belfry.recipients import DECISIONS, TELLING
+from belfry.fanout.decision import DECISIONS, TELLING
 from config import settings
 from models import TABLES, TRIES
 

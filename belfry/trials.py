@@ -7,10 +7,10 @@
 """
 from belfry.core.db import db, row
 from belfry.core.errors import Invalid
+from belfry.fanout.runs import create_run
 from belfry.identity.users import SENDER
 from belfry.mentions import find_mentions
 from belfry.messages import resolve_mentions
-from belfry.runs import create_run
 from belfry.servers.visibility import channel_for, is_member
 from models import Channel, Member, Server, User
 

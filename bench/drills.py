@@ -21,6 +21,7 @@ from typing import Any
 
 import redis
 
+from belfry.fanout.runs import count_unfinished
 from belfry.identity import tokens, users
 from bench.cleanup import cleanup
 from bench.reconnect import reconnect
@@ -228,7 +229,6 @@ def _give_up_after(when: float, what: str) -> None:
 
 
 def _unfinished() -> int:
-    from belfry.runs import count_unfinished
 
     states = count_unfinished()["states"]
     return int(states["pending"] + states["queued"] + states["running"])

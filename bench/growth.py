@@ -12,7 +12,7 @@ from typing import Any
 
 import queues
 from belfry.core.db import row
-from belfry.leases import Part
+from belfry.fanout.claims import Part
 from bench.large import end_to_end
 from bench.small import queued_runs
 from bench.stage import PATIENCE, SERVERS, Stage, give_up_after

@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 import psycopg
 
-from belfry import recipients
+from belfry.fanout import decision
 from bench import environments, machine
 from bench.stage import Stage, reached
 from dev import CommandError, say
@@ -38,10 +38,10 @@ TARGETS = {LIMIT: 0.9, FOUR: 1.5, DJANGO: 50.0}
 """How many times their rows a second Belfry is to reach."""
 MEMORY_TARGET = 1.1  # the largest of the work-horses' peaks to the least
 
-_TELLING = ", ".join(f"'{reason}'" for reason in recipients.TELLING)
+_TELLING = ", ".join(f"'{reason}'" for reason in decision.TELLING)
 BARE_STATEMENT = (
     "INSERT INTO notification (user_id, message_id, reason)"
-    f" SELECT user_id, %(message_id)s, decision::reason FROM ({recipients.DECIDED}) decided"
+    f" SELECT user_id, %(message_id)s, decision::reason FROM ({decision.DECIDED}) decided"
     f" WHERE decision IN ({_TELLING})"
     " ON CONFLICT (user_id, message_id) DO NOTHING"
 )
@@ -135,7 +135,7 @@ def _by_statement(stage: Stage, connection: Any, channel_id: int, table: str) ->
     connection.execute("TRUNCATE bench_notification")
     stage.empty()
     (message_id,) = stage.new_messages([channel_id])
-    subject = recipients.subject_of(message_id)
+    subject = decision.subject_of(message_id)
     assert subject is not None
     server, statement = machine.postmaster(connection), BARE_STATEMENT.replace("INTO notification", f"INTO {table}")
     before, began = machine.cpu_of(server), time.perf_counter()

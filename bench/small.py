@@ -22,8 +22,9 @@ from typing import Any
 import psycopg
 
 import queues
-from belfry import recipients
 from belfry.core.db import execute, row, rows
+from belfry.fanout import decision
+from belfry.fanout.claims import Part
 from bench import machine
 from bench.large import AS_BELFRY, BARE_STATEMENT
 from bench.peers_at_work import WORKERS, peer
@@ -43,7 +44,7 @@ class Small:
     def __init__(self, stage: Stage) -> None:
         self.stage, self.channel_id = stage, stage.small[0]
         (message_id,) = self.messages(1)
-        subject = recipients.subject_of(message_id)
+        subject = decision.subject_of(message_id)
         assert subject is not None
         self.parameters = subject.parameters()
         statement = {"sql": BARE_STATEMENT, "parameters": self.parameters}
@@ -135,7 +136,6 @@ def queued_runs(message_ids: Iterable[int]) -> list[int]:
 
 def belfry_rate(small: Small, messages: int) -> dict[str, float]:
     """All are in the queue before the worker starts; with them what Belfry alone does: states and statistics."""
-    from belfry.leases import Part
 
     assert queues.enqueue([Part(run_id) for run_id in queued_runs(small.messages(messages))], lost=True)
     with stack.worker(small.stage.env, small.stage.data_dir / "worker.log") as worker:

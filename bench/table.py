@@ -21,9 +21,9 @@ from typing import Any
 
 import psycopg
 
-from belfry import recipients
 from belfry.core import partitions
 from belfry.core.db import execute, row
+from belfry.fanout import decision
 from belfry.identity import tokens, users
 from bench.filling import fill_partition, leave_partitions, timed
 from bench.large import AS_BELFRY, BARE_STATEMENT
@@ -178,7 +178,7 @@ def _marking(stage: Stage, channel_id: int) -> dict[int, dict[str, float]]:
                 for one in partitions.partitions():
                     connection.execute(f"ALTER TABLE {one.name} SET (fillfactor = {fillfactor})")
                 (message_id,) = stage.new_messages([channel_id])
-                subject = recipients.subject_of(message_id)
+                subject = decision.subject_of(message_id)
                 assert subject is not None
                 began = time.perf_counter()
                 rows = connection.execute(BARE_STATEMENT, subject.parameters()).rowcount

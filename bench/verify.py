@@ -10,6 +10,8 @@ from typing import Any
 
 from belfry.core import partitions
 from belfry.core.db import db, execute, row
+from belfry.fanout import claims, fanout
+from belfry.fanout.claims import Part
 from belfry.identity import users
 from dev import say
 
@@ -39,8 +41,7 @@ def verify(*_: Any) -> dict[str, Any]:
 
 def fill(members: int = MEMBERS, rows: int = ROWS) -> int:
     """Fill the tables; how many notifications there are then."""
-    from belfry import fanout, leases, messages, seeding
-    from belfry.leases import Part
+    from belfry import messages, seeding
 
     db.connect(reuse_if_open=True)
     author = users.create_user("author-of-many", is_admin=True)
@@ -49,7 +50,7 @@ def fill(members: int = MEMBERS, rows: int = ROWS) -> int:
     parts = [Part(posted.run_id)]
     while parts:
         part = parts.pop()
-        parts += fanout.tell(part, leases.take(part) or 0) or []
+        parts += fanout.tell(part, claims.take(part) or 0) or []
     template = row("SELECT id, message_id, added FROM run WHERE id = %(id)s", {"id": posted.run_id})
     assert template is not None
     first = partitions.partitions()[-1].below

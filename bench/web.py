@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import queues
-from belfry import runs, seeding
+from belfry import seeding
 from belfry.core import redis
 from belfry.core.db import execute, row
+from belfry.fanout import runs
 from belfry.identity import tokens
 from bench.stage import Stage, reached
 from dev import CommandError, say, stack

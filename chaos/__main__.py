@@ -19,6 +19,7 @@ from pathlib import Path
 
 from belfry.core.db import db, execute, rows
 from belfry.core.failpoints import POINTS
+from belfry.fanout.runs import count_unfinished
 from chaos.recovery import OWN, Blow, blow_of, recoveries
 from chaos.stage import WEB, WORKERS, Stage, staged
 from chaos.victim import KILL, KILL_WITH_PARENT, STOP
@@ -261,7 +262,6 @@ def _break_now_and_then(percent: int) -> None:
 
 def _settle(stage: Stage) -> None:
     """Until every run is finished, or long enough to know that it never will be."""
-    from belfry.runs import count_unfinished
 
     give_up = time.monotonic() + SETTLE_SECONDS
     stage.keep_running()

@@ -5,7 +5,7 @@ import signal
 import sys
 import time
 
-from belfry import fanout
+from belfry.fanout import fanout
 from chaos.victim import go_on
 
 

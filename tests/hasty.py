@@ -3,8 +3,8 @@ allowed in a transaction last a twentieth of the time. So a database that takes 
 
 import sys
 
-from belfry import leases
 from belfry.core import db
+from belfry.fanout import claims
 from chaos.victim import go_on
 
 TWENTIETH = 0.05
@@ -13,9 +13,9 @@ TWENTIETH = 0.05
 def main() -> None:
     db.IDLE_SECONDS *= TWENTIETH
     for name in ("_TAKE_RUN", "_TAKE_SLICE", "_TAKE_TOGETHER"):
-        statement = getattr(leases, name)
-        assert leases._LEASE in statement
-        setattr(leases, name, statement.replace(leases._LEASE, f"{TWENTIETH} * {leases._LEASE}"))
+        statement = getattr(claims, name)
+        assert claims._LEASE in statement
+        setattr(claims, name, statement.replace(claims._LEASE, f"{TWENTIETH} * {claims._LEASE}"))
     go_on(sys.argv[1:])
 
 

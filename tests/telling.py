@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 
-from belfry import fanout, leases, messages, runs
+from belfry import messages
 from belfry.core import redis
 from belfry.core.db import db, execute, row, rows
+from belfry.fanout import claims, fanout, runs
+from belfry.fanout.claims import Part
+from belfry.fanout.decision import DECISIONS
 from belfry.inbox import mark_read, unread_count
-from belfry.leases import Part
-from belfry.recipients import DECISIONS
 from belfry.servers.preferences import set_preference
 from models import TABLES, Notification
 from tests.people import Person
@@ -33,7 +34,7 @@ def parts_of(run_id: int) -> list[Part]:
 
 def do(part: Part) -> None:
     """One attempt at a part, which must be there to be taken."""
-    attempt = leases.take(part)
+    attempt = claims.take(part)
     assert attempt is not None, f"{part} cannot be taken"
     fanout.tell(part, attempt)
 

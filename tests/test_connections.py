@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 import psycopg
 import pytest
 
-from belfry import fanout, leases
 from belfry.core import partitions
 from belfry.core.db import SESSION, connect_parameters, db, execute, prepare, row
-from belfry.leases import Part
+from belfry.fanout import claims, fanout
+from belfry.fanout.claims import Part
 from config import settings
 from tests.processes import wait_until
 from tests.telling import post, told
@@ -36,7 +36,7 @@ def database_sets(_clean: None) -> Iterator[Callable[[str, str], None]]:
 def test_a_message_deleted_while_its_run_waits_for_it_notifies_nobody(cast, database_sets, isolation):
     database_sets("default_transaction_isolation", isolation)
     message_id, run_id = post(cast.subscriber, cast.general)
-    attempt = leases.take(Part(run_id))
+    attempt = claims.take(Part(run_id))
 
     def fan_out() -> None:
         with db.connection_context():
@@ -44,7 +44,7 @@ def test_a_message_deleted_while_its_run_waits_for_it_notifies_nobody(cast, data
 
     thread = threading.Thread(target=fan_out)
     with psycopg.connect(settings.database_url) as deleting:
-        deleting.execute(f"SELECT pg_advisory_xact_lock({leases.MESSAGE_LOCK}, {message_id})")
+        deleting.execute(f"SELECT pg_advisory_xact_lock({claims.MESSAGE_LOCK}, {message_id})")
         deleting.execute(f"UPDATE message SET deleted_at = now() WHERE id = {message_id}")
         thread.start()
         waiting = "SELECT 1 AS yes FROM pg_locks WHERE NOT granted AND locktype = 'advisory'"

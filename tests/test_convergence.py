@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from belfry import fanout, inbox, leases, messages
+from belfry import inbox, messages
 from belfry.core.db import db, execute, rows
-from belfry.leases import Part
+from belfry.fanout import claims, fanout
+from belfry.fanout.claims import Part
 from belfry.servers import servers
 from belfry.servers.preferences import set_preference
 from belfry.verification import verify
@@ -74,7 +75,7 @@ def test_it_ends_as_the_last_revision_says_whatever_the_order_of_the_jobs(data):
                 fanout.tell(*data.draw(st.sampled_from(taken), label="late"))
             elif left:
                 part = data.draw(st.sampled_from(left), label=step)
-                attempt = leases.take(part)
+                attempt = claims.take(part)
                 if attempt is None:
                     continue
                 taken.append((part, attempt))
@@ -122,7 +123,7 @@ def test_it_ends_as_the_last_revision_says_with_everything_at_once(cast, slices_
             parts = unfinished()
             rng.shuffle(parts)
             for part in parts:
-                if (attempt := leases.take(part)) is not None:
+                if (attempt := claims.take(part)) is not None:
                     fanout.tell(part, attempt)
             if last and not unfinished():
                 return
@@ -152,7 +153,7 @@ def test_a_deletion_in_the_midst_ends_every_run_of_the_message(cast, slices_of):
     second = messages.edit_message(cast.moderator.user, message_id, "@everyone").run_id
     for run_id in (first, second, first, second):
         part = parts_of(run_id)[0]
-        fanout.tell(part, leases.take(part))
+        fanout.tell(part, claims.take(part))
     messages.delete_message(cast.moderator.user, message_id)
     before = told(message_id)
     for run_id in (second, first):

@@ -17,10 +17,10 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from psycopg.types.json import Jsonb
 
-from belfry import runs
 from belfry.core.db import db, execute, row, rows
 from belfry.explanation import explain
-from belfry.recipients import DECIDED, DECISIONS, decide, subject_of
+from belfry.fanout import runs
+from belfry.fanout.decision import DECIDED, DECISIONS, decide, subject_of
 from models import SUBSCRIPTION_STATUSES
 from tests.oracle import TELLING, Community, Member, Preference, Subscription, decision, decisions, statistics
 from tests.overrides import overridden

@@ -5,9 +5,10 @@ import time
 
 import pytest
 
-from belfry import inbox, leases, messages, runs
+from belfry import inbox, messages
 from belfry.core.db import db, execute, row
 from belfry.core.errors import Forbidden, NotFound
+from belfry.fanout import claims, runs
 from belfry.identity.subscriptions import set_subscription
 from belfry.inbox import dismiss, unread_count
 from belfry.servers import servers
@@ -281,7 +282,7 @@ def test_an_edit_does_not_wait_for_the_slices_that_come_after_it(cast, slices_of
 def test_who_may_not_change_a_message_does_not_wait_for_it_nor_holds_anybody_up(cast, in_another_session):
     message_id = posted_and_told(cast.subscriber, cast.general, "gold")
     execute("SET lock_timeout = '2s'")
-    with in_another_session(f"SELECT pg_advisory_xact_lock_shared({leases.MESSAGE_LOCK}, {message_id})"):
+    with in_another_session(f"SELECT pg_advisory_xact_lock_shared({claims.MESSAGE_LOCK}, {message_id})"):
         for person in (cast.vip, cast.stranger):
             with pytest.raises((Forbidden, NotFound)):
                 messages.edit_message(person.user, message_id, "mine")

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from belfry import fanout, leases, messages
+from belfry import messages
 from belfry.core.db import db
+from belfry.fanout import claims, fanout
 from belfry.seeding import seed
 from belfry.servers import servers
 from belfry.servers.preferences import set_preference
@@ -147,13 +148,13 @@ def test_a_part_that_ends_half_way_has_changed_nothing_and_the_next_try_goes_on(
 def test_executed_once_more_a_finished_run_stays_as_it_is(cast):
     _, run_id = post(cast.subscriber, cast.general)
     run_to_end(run_id)
-    assert leases.take(leases.Part(run_id)) is None
-    assert leases.take(leases.Part(run_id, 0)) is None
+    assert claims.take(claims.Part(run_id)) is None
+    assert claims.take(claims.Part(run_id, 0)) is None
 
 
 def test_a_run_that_does_not_exist_cannot_be_taken(cast):
-    assert leases.take(leases.Part(4711)) is None
-    assert leases.take(leases.Part(4711, 0)) is None
+    assert claims.take(claims.Part(4711)) is None
+    assert claims.take(claims.Part(4711, 0)) is None
 
 
 def test_many_workers_on_one_run_tell_everybody_once_and_count_everybody_once(cast, slices_of):
@@ -167,7 +168,7 @@ def test_many_workers_on_one_run_tell_everybody_once_and_count_everybody_once(ca
     def all_of_them() -> int:
         done = 0
         for part in slices:  # everybody wants to do everything
-            attempt = leases.take(part)
+            attempt = claims.take(part)
             if attempt is not None:
                 fanout.tell(part, attempt)
                 done += 1
@@ -194,7 +195,7 @@ def test_two_slices_that_end_at_once_are_both_counted_and_finish_the_run(cast, s
 
     monkeypatch.setattr(fanout, "_count", count_together)
     first, second = parts_of(run_id)
-    tokens = [(part, leases.take(part)) for part in (first, second)]
+    tokens = [(part, claims.take(part)) for part in (first, second)]
     in_threads(lambda: fanout.tell(*tokens.pop()), 2)
     assert (run_of(run_id)["state"], run_of(run_id)["done"]) == ("succeeded", 10)
     assert verify() == []

@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta, timezone
 import psycopg
 import pytest
 
-from belfry import fanout, leases
+from belfry.fanout import claims, fanout
 from belfry.identity.subscriptions import set_subscription
 from belfry.servers import servers
 from config import settings
@@ -224,7 +224,7 @@ def test_reading_up_to_one_goes_by_the_transaction_that_wrote_the_readers_own(ca
 def test_reading_up_to_one_of_several_that_were_written_together_reads_all_before_it(cast, read):
     posted = [post(cast.subscriber, cast.general, "gold") for _ in range(3)]
     first, *others = [run_id for _, run_id in posted]
-    fanout.tell_together(leases.take_together(first, others, 1_000))
+    fanout.tell_together(claims.take_together(first, others, 1_000))
     assert read(cast.vip, up_to=f"{cast.vip.id}-{posted[1][0]}").get_json() == {"marked": 2, "unread": 1}
 
 

@@ -18,7 +18,7 @@ from rq.job import Job
 import job_class
 import jobs
 import queues
-from belfry.leases import Part
+from belfry.fanout.claims import Part
 from config import settings
 from job_class import BelfryJob
 from models import LARGEST_ID, Run

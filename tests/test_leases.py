@@ -8,11 +8,12 @@ from peewee import OperationalError
 
 import jobs
 import queues
-from belfry import cleanup, fanout, leases
+from belfry import cleanup
 from belfry.core import failpoints
 from belfry.core.db import IDLE_SECONDS, db, execute, row
 from belfry.core.redis import redis_connection
-from belfry.leases import Part
+from belfry.fanout import claims, fanout, recovery
+from belfry.fanout.claims import Part
 from belfry.verification import verify
 from models import TRIES
 from tests.processes import wait_until
@@ -49,7 +50,7 @@ def let_time_pass() -> None:
 
 def overdue() -> list[Part]:
     """What the sweeper would enqueue with nothing in the queues."""
-    return leases.pending_runs(1000) + leases.lost_runs(None) + leases.lost_slices(None)
+    return recovery.pending_runs(1000) + recovery.lost_runs(None) + recovery.lost_slices(None)
 
 
 @pytest.fixture(autouse=True)
@@ -80,12 +81,12 @@ def large_run(cast, slices_of) -> int:
 
 
 def test_an_attempt_that_a_later_one_has_overtaken_can_write_nothing(run):
-    late = leases.take(Part(run))
+    late = claims.take(Part(run))
     let_time_pass()
     assert overdue() == [Part(run)]
-    in_time = leases.take(Part(run))
+    in_time = claims.take(Part(run))
     assert fanout.tell(Part(run), late) is None
-    leases.fail(Part(run), late, "I come late", None)
+    claims.fail(Part(run), late, "I come late", None)
     assert (run_of(run)["state"], run_of(run)["done"], run_of(run)["error"]) == ("running", 0, None)
     fanout.tell(Part(run), in_time)
     assert fanout.tell(Part(run), late) is None
@@ -94,9 +95,9 @@ def test_an_attempt_that_a_later_one_has_overtaken_can_write_nothing(run):
 
 def test_an_attempt_at_a_slice_that_a_later_one_has_overtaken_can_write_nothing(large_run):
     part = parts_of(large_run)[2]
-    late, in_time = leases.take(part), leases.take(part)
+    late, in_time = claims.take(part), claims.take(part)
     assert fanout.tell(part, late) is None
-    leases.fail(part, late, "I come late", None)
+    claims.fail(part, late, "I come late", None)
     assert (run_of(large_run)["done"], run_of(large_run)["error"]) == (0, None)
     fanout.tell(part, in_time)
     assert run_of(large_run)["done"] == 5
@@ -105,7 +106,7 @@ def test_an_attempt_at_a_slice_that_a_later_one_has_overtaken_can_write_nothing(
 
 
 def test_a_run_that_was_swept_is_not_done_by_the_attempt_that_had_not_begun_yet(run):
-    attempt = leases.take(Part(run))
+    attempt = claims.take(Part(run))
     let_time_pass()
     assert overdue() == [Part(run)]
     fanout.tell(Part(run), attempt)
@@ -114,8 +115,8 @@ def test_a_run_that_was_swept_is_not_done_by_the_attempt_that_had_not_begun_yet(
 
 
 def test_a_failure_is_on_the_run_while_it_is_tried_again(run):
-    attempt = leases.take(Part(run))
-    leases.fail(Part(run), attempt, "OperationalError: the disk is full", 30)
+    attempt = claims.take(Part(run))
+    claims.fail(Part(run), attempt, "OperationalError: the disk is full", 30)
     failed = run_of(run)
     assert (failed["state"], failed["error"], failed["finished_at"]) == (
         "queued", "OperationalError: the disk is full", None,
@@ -127,7 +128,7 @@ def test_a_failure_is_on_the_run_while_it_is_tried_again(run):
 
 def test_a_failure_of_a_slice_is_on_the_run_while_it_is_tried_again(large_run):
     part = parts_of(large_run)[1]
-    leases.fail(part, leases.take(part), "OperationalError: the disk is full", 30)
+    claims.fail(part, claims.take(part), "OperationalError: the disk is full", 30)
     assert (run_of(large_run)["state"], run_of(large_run)["error"]) == ("running", "OperationalError: the disk is full")
     assert overdue() == []
     assert run_to_end(large_run) == "succeeded"
@@ -136,7 +137,7 @@ def test_a_failure_of_a_slice_is_on_the_run_while_it_is_tried_again(large_run):
 
 def test_a_failure_without_tries_left_is_final_and_keeps_its_reason(run):
     for number in range(1, TRIES + 1):
-        leases.fail(Part(run), leases.take(Part(run)), f"failure {number}", 0)
+        claims.fail(Part(run), claims.take(Part(run)), f"failure {number}", 0)
         assert run_of(run)["state"] == ("failed" if number == TRIES else "queued")
     failed = run_of(run)
     assert (failed["error"], failed["attempts"]) == (f"failure {TRIES}", TRIES)
@@ -149,7 +150,7 @@ def test_a_failure_without_tries_left_is_final_and_keeps_its_reason(run):
 def test_a_slice_that_keeps_failing_fails_the_run_and_holds_up_no_other(large_run):
     poison, *others = parts_of(large_run)
     for number in range(TRIES):
-        leases.fail(poison, leases.take(poison), f"failure {number + 1}", 0)
+        claims.fail(poison, claims.take(poison), f"failure {number + 1}", 0)
     assert (run_of(large_run)["state"], run_of(large_run)["error"]) == ("failed", f"failure {TRIES}")
     for part in others:
         do(part)
@@ -158,7 +159,7 @@ def test_a_slice_that_keeps_failing_fails_the_run_and_holds_up_no_other(large_ru
     let_time_pass()
     assert overdue() == [], "nobody tries again unasked"
 
-    assert leases.retry_failed([large_run]) == [poison]
+    assert recovery.retry_failed([large_run]) == [poison]
     assert (run_of(large_run)["state"], run_of(large_run)["error"]) == ("running", None)
     do(poison)
     run = run_of(large_run)
@@ -184,16 +185,16 @@ def test_failed_runs_are_retried_with_their_progress_and_all_their_tries(cast, l
     failing = parts_of(large_run)[1]
     for part in (failing, Part(small_run)):
         for _ in range(TRIES):
-            leases.fail(part, leases.take(part), "why", 0)
-    assert leases.retry_failed([large_run]) == [failing]
+            claims.fail(part, claims.take(part), "why", 0)
+    assert recovery.retry_failed([large_run]) == [failing]
     assert run_of(large_run)["done"] == 5
     assert run_of(small_run)["state"] == "failed"
     for _ in range(TRIES - 1):
         begin_and_die(failing)
     assert run_to_end(large_run) == "succeeded"
-    assert leases.retry_failed() == [Part(small_run)]
+    assert recovery.retry_failed() == [Part(small_run)]
     assert run_of(small_run)["state"] == "queued"
-    assert leases.retry_failed() == []
+    assert recovery.retry_failed() == []
 
 
 def test_what_has_failed_is_not_tried_again_unasked(cast, large_run):
@@ -201,8 +202,8 @@ def test_what_has_failed_is_not_tried_again_unasked(cast, large_run):
     failing = parts_of(large_run)[0]
     for part in (failing, Part(small_run)):
         for _ in range(TRIES):
-            leases.fail(part, leases.take(part), "why", 0)
-        assert leases.take(part) is None, "whatever jobs for it RQ still has to run"
+            claims.fail(part, claims.take(part), "why", 0)
+        assert claims.take(part) is None, "whatever jobs for it RQ still has to run"
         assert (run_of(part.run_id)["state"], run_of(part.run_id)["error"]) == ("failed", "why")
 
 
@@ -212,7 +213,7 @@ def test_what_has_failed_is_not_tried_again_unasked(cast, large_run):
 def test_a_run_that_never_gets_anywhere_is_failed_with_its_reason(run, run_jobs):
     for _ in range(TRIES):
         begin_and_die(Part(run))
-    assert leases.give_up() == 0, "its last attempt has only just begun"
+    assert recovery.give_up() == 0, "its last attempt has only just begun"
     let_time_pass()
     assert jobs.sweep() == 0
     failed = run_of(run)
@@ -227,7 +228,7 @@ def test_a_slice_that_never_gets_anywhere_fails_its_run_with_its_reason(large_ru
     for _ in range(TRIES):
         begin_and_die(part)
     let_time_pass()
-    assert leases.give_up() == 1
+    assert recovery.give_up() == 1
     assert run_of(large_run)["state"] == "failed"
     assert run_of(large_run)["error"].startswith(f"gave up after {TRIES} attempts")
     assert part not in overdue()
@@ -236,11 +237,11 @@ def test_a_slice_that_never_gets_anywhere_fails_its_run_with_its_reason(large_ru
 def test_the_last_attempt_is_not_given_up_while_somebody_is_at_it(run, in_another_session):
     for _ in range(TRIES - 1):
         begin_and_die(Part(run))
-    leases.take(Part(run))
+    claims.take(Part(run))
     let_time_pass()
     with in_another_session("SELECT FROM run FOR NO KEY UPDATE"):
-        assert leases.give_up() == 0
-    assert leases.give_up() == 1
+        assert recovery.give_up() == 0
+    assert recovery.give_up() == 1
 
 
 @pytest.mark.parametrize("state", ["pending", "queued", "running"])
@@ -268,41 +269,41 @@ def test_a_slice_that_is_overdue_is_found_once_and_only_where_nobody_is_at_it(la
 def test_a_run_that_still_waits_in_the_queue_is_not_overdue(cast):
     waiting = [post(cast.subscriber, cast.general)[1] for _ in range(4)]
     let_time_pass()
-    assert leases.lost_runs(Part(waiting[2])) == [Part(waiting[0]), Part(waiting[1])]
-    assert leases.lost_runs(Part(waiting[2])) == []
-    assert leases.lost_runs(None) == [Part(waiting[2]), Part(waiting[3])]
+    assert recovery.lost_runs(Part(waiting[2])) == [Part(waiting[0]), Part(waiting[1])]
+    assert recovery.lost_runs(Part(waiting[2])) == []
+    assert recovery.lost_runs(None) == [Part(waiting[2]), Part(waiting[3])]
 
 
 def test_a_slice_that_still_waits_in_the_queue_is_not_overdue(large_run):
     parts = parts_of(large_run)
     let_time_pass()
-    assert leases.lost_slices(Part(large_run - 1, parts[-1].after)) == []
-    assert leases.lost_slices(parts[2]) == parts[:2]
-    assert leases.lost_slices(Part(large_run + 1, 0)) == parts[2:]
+    assert recovery.lost_slices(Part(large_run - 1, parts[-1].after)) == []
+    assert recovery.lost_slices(parts[2]) == parts[:2]
+    assert recovery.lost_slices(Part(large_run + 1, 0)) == parts[2:]
 
 
 def test_pending_runs_wait_for_room_and_what_a_dead_worker_left_does_not(cast):
     pending, left = (post(cast.subscriber, cast.general)[1] for _ in range(2))
-    leases.wait_for_room([pending])
-    leases.take(Part(left))
+    recovery.wait_for_room([pending])
+    claims.take(Part(left))
     let_time_pass()
-    assert leases.pending_runs(0) == leases.pending_runs(-3) == []
-    assert leases.lost_runs(Part(1)) == [Part(left)]
-    assert leases.pending_runs(1) == [Part(pending)]
+    assert recovery.pending_runs(0) == recovery.pending_runs(-3) == []
+    assert recovery.lost_runs(Part(1)) == [Part(left)]
+    assert recovery.pending_runs(1) == [Part(pending)]
 
 
 def test_only_what_waits_in_the_queue_can_be_made_pending(run):
-    leases.take(Part(run))
-    leases.wait_for_room([run])
+    claims.take(Part(run))
+    recovery.wait_for_room([run])
     assert run_of(run)["state"] == "running"
 
 
 def test_a_wish_for_what_somebody_is_at_does_not_wait_for_them(run, large_run, in_another_session):
     with in_another_session("SELECT FROM run FOR NO KEY UPDATE"):
-        assert leases.take(Part(run)) is None
+        assert claims.take(Part(run)) is None
     with in_another_session("SELECT FROM slice FOR NO KEY UPDATE"):
-        assert leases.take(parts_of(large_run)[0]) is None
-    assert leases.take(Part(run)) == 1
+        assert claims.take(parts_of(large_run)[0]) is None
+    assert claims.take(Part(run)) == 1
 
 
 def test_one_sweeps_at_a_time(run, in_another_session):
@@ -315,7 +316,7 @@ def test_one_sweeps_at_a_time(run, in_another_session):
 
 def test_the_clock_that_counts_is_the_databases(run, monkeypatch):
     monkeypatch.setattr("time.time", lambda: 0.0)
-    leases.take(Part(run))
+    claims.take(Part(run))
     found = row("SELECT due_at - now() AS lease FROM run")
     assert 0 < found["lease"].total_seconds() <= 2
 
@@ -323,15 +324,15 @@ def test_the_clock_that_counts_is_the_databases(run, monkeypatch):
 def test_after_each_death_without_a_word_the_next_attempt_comes_a_little_later(run):
     leases_given = []
     for _ in range(TRIES):
-        leases.take(Part(run))
+        claims.take(Part(run))
         leases_given.append(row("SELECT round(extract(epoch FROM due_at - now())) AS seconds FROM run")["seconds"])
     assert leases_given == [2, 4, 8, 15, 15, 15]
-    assert leases.take(Part(run)) is None
+    assert claims.take(Part(run)) is None
 
 
 def test_a_part_that_waits_for_its_message_is_not_taken_for_abandoned(run, in_another_session):
     """As while an edit waits for another part: it must not cost the run its tries."""
-    attempt = leases.take(Part(run))
+    attempt = claims.take(Part(run))
     outcome = []
 
     def tell() -> None:
@@ -339,14 +340,14 @@ def test_a_part_that_waits_for_its_message_is_not_taken_for_abandoned(run, in_an
             outcome.append(fanout.tell(Part(run), attempt))
 
     telling = threading.Thread(target=tell)
-    with in_another_session(f"SELECT pg_advisory_xact_lock({leases.MESSAGE_LOCK}, 1)"):
+    with in_another_session(f"SELECT pg_advisory_xact_lock({claims.MESSAGE_LOCK}, 1)"):
         telling.start()
         waiting = "SELECT 1 AS yes FROM pg_locks WHERE NOT granted AND locktype = 'advisory'"
         wait_until(lambda: row(waiting), "it to wait for the message")
         let_time_pass_for_others()
         assert overdue() == []
-        assert leases.give_up() == 0
-        assert leases.take(Part(run)) is None
+        assert recovery.give_up() == 0
+        assert claims.take(Part(run)) is None
     telling.join()
     assert outcome == [[]]
     assert run_of(run)["state"] == "succeeded"
@@ -363,20 +364,20 @@ def let_time_pass_for_others() -> None:
 def test_what_has_no_tries_left_is_given_up_and_never_enqueued(run, large_run):
     for part in (Part(run), parts_of(large_run)[0]):
         for _ in range(TRIES):
-            leases.take(part)
+            claims.take(part)
     let_time_pass()
     assert overdue() == parts_of(large_run)[1:]
-    assert leases.give_up() == 2
+    assert recovery.give_up() == 2
     assert [run_of(run_id)["state"] for run_id in (run, large_run)] == ["failed", "failed"]
 
 
 def test_a_run_that_living_workers_overtake_each_other_at_is_not_given_up(run):
     """As when each statement takes longer than the lease: every attempt comes to its lock too late."""
     for number in range(1, 3 * TRIES):
-        attempt = leases.take(Part(run))
+        attempt = claims.take(Part(run))
         assert attempt == number
         let_time_pass()
-        assert leases.give_up() == 0
+        assert recovery.give_up() == 0
         assert overdue() == [Part(run)]
         jobs._tell(Part(run), attempt)
     assert run_to_end(run) == "succeeded"
@@ -385,11 +386,11 @@ def test_a_run_that_living_workers_overtake_each_other_at_is_not_given_up(run):
 
 def test_a_slice_that_living_workers_overtake_each_other_at_is_not_given_up(large_run):
     part = parts_of(large_run)[1]
-    late = leases.take(part)
+    late = claims.take(part)
     for _ in range(3 * TRIES):
         let_time_pass()
-        assert leases.give_up() == 0
-        attempt = leases.take(part)
+        assert recovery.give_up() == 0
+        attempt = claims.take(part)
         jobs._tell(part, late)
         late = attempt
     assert run_to_end(large_run) == "succeeded"
@@ -398,15 +399,15 @@ def test_a_slice_that_living_workers_overtake_each_other_at_is_not_given_up(larg
 def test_what_was_given_back_is_no_more_than_there_was_and_revives_nothing(run, large_run):
     small, part = Part(run), parts_of(large_run)[0]
     for one in (small, part):
-        leases.give_back(one)
+        claims.give_back(one)
         for _ in range(TRIES):
-            leases.take(one)
-        assert leases.take(one) is None
+            claims.take(one)
+        assert claims.take(one) is None
     let_time_pass()
-    assert leases.give_up() == 2
+    assert recovery.give_up() == 2
     for one in (small, part):
-        leases.give_back(one)
-        assert leases.take(one) is None
+        claims.give_back(one)
+        assert claims.take(one) is None
     assert [run_of(run_id)["state"] for run_id in (run, large_run)] == ["failed", "failed"]
 
 
@@ -414,13 +415,13 @@ def test_while_postgresql_answers_slowly_nothing_is_taken_for_lost(run, large_ru
     part = parts_of(large_run)[0]
     for one in (Part(run), part):
         for _ in range(TRIES):
-            leases.take(one)
+            claims.take(one)
     let_time_pass()
-    assert leases.give_up(grace=60) == 0
+    assert recovery.give_up(grace=60) == 0
     execute("UPDATE run SET tries_left = 1 WHERE tries_left = 0")
     execute("UPDATE slice SET tries_left = 1 WHERE tries_left = 0")
-    assert (leases.lost_runs(None, grace=60), leases.lost_slices(None, grace=60)) == ([], [])
-    assert leases.lost_runs(None) + leases.lost_slices(None) == [Part(run), *parts_of(large_run)]
+    assert (recovery.lost_runs(None, grace=60), recovery.lost_slices(None, grace=60)) == ([], [])
+    assert recovery.lost_runs(None) + recovery.lost_slices(None) == [Part(run), *parts_of(large_run)]
 
 
 def test_each_retry_is_waited_for_as_long_as_it_takes(cast, monkeypatch, run_jobs):
@@ -451,7 +452,7 @@ def test_what_stands_in_the_way_of_retries_stops_nothing_else(run, redis):
 
 def test_retrying_is_a_transaction_that_a_process_that_hangs_loses(run):
     with statements() as seen:
-        leases.retry_failed()
+        recovery.retry_failed()
     assert "idle_in_transaction_session_timeout" in seen[0]
 
 
@@ -469,7 +470,7 @@ def test_a_statement_ends_before_rq_would_break_its_job_off(run, override):
 def test_a_sweep_that_waits_for_a_table_gives_up(monkeypatch):
     seen: list[str] = []
     look = lambda *_: seen.append(row("SHOW statement_timeout")["statement_timeout"]) or 0  # noqa: E731
-    monkeypatch.setattr(leases, "give_up", look)
+    monkeypatch.setattr(claims, "give_up", look)
     monkeypatch.setattr(cleanup, "CLEANUPS", dict.fromkeys(cleanup.CLEANUPS, look))
     jobs.sweep()
     assert seen == ["20s", *["5s"] * len(cleanup.CLEANUPS)]

@@ -6,8 +6,9 @@ import psycopg
 import pytest
 from hypothesis import given, settings, strategies
 
-from belfry import fanout, leases, live, positions, resuming, runs
+from belfry import live, positions, resuming
 from belfry.core.db import db
+from belfry.fanout import claims, fanout, runs
 from belfry.inbox import dismiss, list_notifications
 from belfry.live import news
 from belfry.messages import delete_message
@@ -284,7 +285,7 @@ def test_of_those_who_come_back_the_log_is_read_once_and_no_further_than_its_bou
 def test_of_a_transaction_with_many_messages_no_more_are_read_than_the_bound(cast, monkeypatch):
     here, _ = _look(None)
     run_ids = [post(cast.subscriber, cast.general)[1] for _ in range(5)]
-    assert len(fanout.tell_together(leases.take_together(run_ids[0], run_ids[1:], 1_000))) == 5
+    assert len(fanout.tell_together(claims.take_together(run_ids[0], run_ids[1:], 1_000))) == 5
     read = []
     real = resuming.rows
     monkeypatch.setattr(resuming, "rows", lambda *asked: read.append(real(*asked)) or read[-1])

@@ -10,11 +10,12 @@ import pytest
 from peewee import IntegrityError, OperationalError
 
 import jobs
-from belfry import inbox, leases, messages, runs
+from belfry import inbox, messages
 from belfry.core import migrations, partitions
 from belfry.core.db import db, execute, row, rows
 from belfry.core.partitions import Partition
-from belfry.leases import Part
+from belfry.fanout import claims, runs
+from belfry.fanout.claims import Part
 from belfry.verification import verify
 from config import settings
 from models import User
@@ -244,7 +245,7 @@ def test_a_replay_that_comes_after_the_drop_tells_nobody_a_second_time(api, cast
     assert replayed["added"] == 1
     keeping(30)
     partitions.care()
-    assert leases.take_together(replayed["run"]["id"], [], 20_000) == [], "it is done by itself"
+    assert claims.take_together(replayed["run"]["id"], [], 20_000) == [], "it is done by itself"
     assert run_to_end(replayed["run"]["id"]) == "succeeded"
     assert told_of(old) == []
     assert verify() == []
@@ -331,7 +332,7 @@ def test_a_message_that_is_retried_after_its_replay_was_dropped_notifies_nobody_
     keeping(30)
     partitions.care()
     assert told_of(old) == []
-    assert leases.take_together(run_id, [], 20_000) == [], "it is done by itself"
+    assert claims.take_together(run_id, [], 20_000) == [], "it is done by itself"
     assert run_to_end(run_id) == "succeeded"
     assert told_of(old) == []
     assert verify() == []

@@ -4,7 +4,7 @@ import pytest
 from rq import Queue, Retry
 
 import queues
-from belfry.leases import Part
+from belfry.fanout.claims import Part
 from config import settings
 
 

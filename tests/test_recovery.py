@@ -16,9 +16,9 @@ import pytest
 
 import jobs
 import queues
-from belfry import leases
 from belfry.core.db import IDLE_SECONDS, execute, row
-from belfry.leases import Part
+from belfry.fanout import claims, recovery
+from belfry.fanout.claims import Part
 from belfry.servers import servers
 from belfry.verification import verify
 from chaos.victim import KILL_WITH_PARENT, STOP
@@ -108,7 +108,7 @@ def test_a_message_that_kills_whoever_touches_it_fails_with_its_reason_and_holds
             assert failed[0]["error"].startswith("gave up after 6 attempts")
     finally:
         execute("DROP FUNCTION test_poison CASCADE")
-    queues.enqueue(leases.retry_failed([poison]))
+    queues.enqueue(recovery.retry_failed([poison]))
     with a_worker():
         finished(poison)
     assert len(told(message_id)) == 3
@@ -155,7 +155,7 @@ def test_an_edit_whose_process_hangs_holds_up_the_fan_out_for_a_moment_only(cast
     # As `sql.transaction` and `leases.hold_message` have it.
     statement = (
         f"SELECT set_config('idle_in_transaction_session_timeout', '{IDLE_SECONDS}s', true);"
-        f"SELECT pg_advisory_xact_lock({leases.MESSAGE_LOCK}, {message_id});"
+        f"SELECT pg_advisory_xact_lock({claims.MESSAGE_LOCK}, {message_id});"
         f"UPDATE message SET content = 'edited' WHERE id = {message_id}"
     )
     with a_worker(), contextlib.suppress(psycopg.errors.IdleInTransactionSessionTimeout), in_another_session(statement):

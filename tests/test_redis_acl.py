@@ -13,7 +13,7 @@ from redis.connection import parse_url
 from rq import Queue
 
 import queues
-from belfry.leases import Part
+from belfry.fanout.claims import Part
 from config import settings
 from models import Run
 from tests.listening import Listener

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from belfry import inbox, runs
+from belfry import inbox
+from belfry.fanout import runs
 from belfry.identity.subscriptions import set_subscription
 from belfry.inbox import dismiss
 from belfry.servers.preferences import set_preference

@@ -7,10 +7,10 @@ import pytest
 from peewee import DataError, IntegrityError, PostgresqlDatabase
 from playhouse.schema_diff import diff_models
 
-from belfry import leases
 from belfry.core import migrations, partitions
 from belfry.core.db import db, execute, row, rows
-from belfry.leases import Part
+from belfry.fanout import recovery
+from belfry.fanout.claims import Part
 from models import TABLES, Notification, Role, Run, Server, Subscription, User
 from tests.telling import run_to_end, stats
 
@@ -84,8 +84,8 @@ def test_runs_that_were_half_done_before_there_were_slices_go_on_where_they_stop
         ("failed", 1, True),
         ("succeeded", 0, True),
     ]
-    assert leases.lost_slices(None) == [Part(2, 2)], "the failed one waits to be asked for"
-    assert leases.retry_failed() == [Part(3, 2)]
+    assert recovery.lost_slices(None) == [Part(2, 2)], "the failed one waits to be asked for"
+    assert recovery.retry_failed() == [Part(3, 2)]
     for run_id in (2, 3):
         execute("UPDATE run SET decisions = '{\"message\": 2}' WHERE id = %(id)s", {"id": run_id})
         assert run_to_end(run_id) == "succeeded"

@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from belfry import fanout, leases
 from belfry.core.db import rows
-from belfry.leases import Part
+from belfry.fanout import claims, fanout
+from belfry.fanout.claims import Part
 from belfry.servers import servers
 from belfry.verification import verify
 from tests import oracle
@@ -233,7 +233,7 @@ class Unread(RuleBasedStateMachine):
     def fan_out_together(self) -> None:
         """As small messages are that wait."""
         first, *others = self.world.runs
-        done = fanout.tell_together(leases.take_together(first, others, 1_000))
+        done = fanout.tell_together(claims.take_together(first, others, 1_000))
         expected = [id_ for id_, run in self.world.runs.items() if run.kind == "message" and run.slices is None]
         assert done == expected
         self.world.transaction += 1

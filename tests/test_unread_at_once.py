@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from flask import Flask
 
-from belfry import fanout, leases
 from belfry.core.db import db, execute, rows
-from belfry.leases import Part
+from belfry.fanout import claims, fanout
+from belfry.fanout.claims import Part
 from belfry.servers import servers
 from belfry.verification import verify
 from tests.people import Api, Cast, Person, make_person
@@ -120,7 +120,7 @@ class _Crowd:
             " WHERE r.state NOT IN ('succeeded', 'failed')"
         )
         for part in [Part(**one) for one in rng.sample(left, min(4, len(left)))]:
-            if (attempt := leases.take(part)) is not None:
+            if (attempt := claims.take(part)) is not None:
                 fanout.tell(part, attempt)
 
     def read(self, rng: random.Random) -> None:

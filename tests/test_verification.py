@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from peewee import IntegrityError
 
-from belfry import fanout, leases, runs
 from belfry.core.db import db, execute, row, rows
+from belfry.fanout import claims, fanout, recovery, runs
 from belfry.findings import SHOWN
 from belfry.identity import subscriptions, users
 from belfry.inbox import dismiss, mark_read
@@ -380,7 +380,7 @@ def test_findings_beyond_the_first_hundred_of_a_check_are_counted(cast):
 
 def test_what_is_being_done_has_no_finding(world, in_another_session):
     part = parts_of(3)[0]
-    attempt = leases.take(part)
+    attempt = claims.take(part)
     with in_another_session("SELECT FROM slice FOR NO KEY UPDATE"):
         assert verify() == []
     fanout.tell(part, attempt)
@@ -536,7 +536,7 @@ def test_replays_retries_and_failures_leave_nothing_to_find(cast):
         " attempts = 6, started_at = now(), due_at = NULL"
     )
     assert [finding.check for finding in check().findings] == ["no run has failed"]
-    leases.retry_failed([run_id])
+    recovery.retry_failed([run_id])
     assert findings_of_decisions() == []
     assert run_to_end(run_id) == "succeeded"
     set_preference(cast.vip.user, cast.general, "none", None)

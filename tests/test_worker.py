@@ -16,9 +16,10 @@ from rq.exceptions import StopRequested
 import jobs
 import queues
 import worker
-from belfry import leases, messages
+from belfry import messages
 from belfry.core.db import execute, row
-from belfry.leases import Part
+from belfry.fanout import claims
+from belfry.fanout.claims import Part
 from belfry.verification import verify
 from models import Notification, Run
 from tests.processes import RQ_WORKER, a_gate, a_web_process, a_worker, running, wait_until
@@ -354,8 +355,8 @@ def test_a_job_that_finds_its_run_in_other_hands_leaves_it_there(api, cast, in_a
 
 def test_a_job_that_was_overtaken_says_so_and_not_that_it_is_done(cast, monkeypatch, caplog):
     _, run_id = write(cast.subscriber, cast.general)
-    monkeypatch.setattr(leases, "hold_together", lambda *_: [])
-    monkeypatch.setattr(leases, "hold", lambda *_: None)
+    monkeypatch.setattr(claims, "hold_together", lambda *_: [])
+    monkeypatch.setattr(claims, "hold", lambda *_: None)
     with caplog.at_level("INFO"):
         jobs.notify(run_id)
     assert f"run {run_id}: attempt 1 was overtaken" in caplog.text

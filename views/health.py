@@ -16,9 +16,9 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from rq import Worker
 
 import queues
-from belfry import runs
 from belfry.core import partitions, redis
 from belfry.core.health import check
+from belfry.fanout import runs
 from config import settings
 from views.endpoint import bearer_token, json_response
 from views.problems import HttpProblem, problem

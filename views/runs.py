@@ -3,8 +3,9 @@
 from typing import Any
 
 import schemas
-from belfry import runs, trials
+from belfry import trials
 from belfry.core.db import Row
+from belfry.fanout import runs
 from models import User
 from queues import enqueue_run
 from views.endpoint import Answer, api, current_user, endpoint, paginate

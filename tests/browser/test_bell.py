@@ -7,7 +7,7 @@ import psycopg
 from playwright.sync_api import Page, expect
 
 import queues
-from belfry.leases import Part
+from belfry.fanout.claims import Part
 from config import settings
 from models import Run
 from tests.browser.browsing import address, bell, composer, message, wait_until_live

@@ -9,7 +9,7 @@ from belfry.core.db import Row, row, rows, transaction
 from belfry.core.errors import Conflict, Forbidden, NotFound
 from belfry.core.failpoints import reach
 from belfry.core.partitions import keep_from_dropping, kept_from
-from belfry.recipients import DECISIONS, TELLING, compare, slice_end, subject_of
+from belfry.fanout.decision import DECISIONS, TELLING, compare, slice_end, subject_of
 from config import settings
 from models import RUN_STATES, UNFINISHED, User
 

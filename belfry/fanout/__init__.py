@@ -1,0 +1,1 @@
+"""Decide who is notified of a message, and record it."""

@@ -1,0 +1,187 @@
+"""The fan-out of a run, part by part, each one transaction.
+
+- A run whose audience fits into one slice is one part.
+- Of a larger one the first part shares the members out in slices, and tells those who are mentioned. Each slice
+  is a part of its own, for any worker; it leaves out whom the first part has dealt with.
+- A part commits its notifications, its statistics and the run's progress together. One that dies half-way has
+  changed nothing, and one that is done is gone: nobody can do it twice.
+"""
+
+import logging
+from dataclasses import replace
+
+from psycopg.types.json import Jsonb
+
+from belfry.core.db import Row, execute, not_for_long, row, rows, timed_transaction, transaction
+from belfry.core.failpoints import reach
+from belfry.core.partitions import keep_from_dropping, kept_from
+from belfry.fanout import claims
+from belfry.fanout.claims import Part
+from belfry.fanout.decision import DECISIONS, Subject, member_range, mentioned_members, slice_end, subject_of
+from belfry.fanout.statements import _COUNT, _SHARE_OUT, _TAKE_BACK_FROM_WHO_LEFT, TELL, TELL_OF_EDIT, TELL_OF_MANY
+from config import settings
+from models import LARGEST_ID
+
+log = logging.getLogger(__name__)
+
+
+def _settings() -> dict[str, str]:
+    """PostgreSQL's, for a transaction that tells."""
+    return {
+        "jit": "off",  # compiling the statements would take longer than running them
+        "plan_cache_mode": "force_custom_plan",  # a plan for all ranges is one for none
+        "statement_timeout": f"{settings.job_timeout - 1}s",  # before RQ would break off in its midst
+    }
+
+
+_ONE_PLAN = {
+    "plan_cache_mode": "force_generic_plan",
+    "enable_hashjoin": "off",
+    "enable_mergejoin": "off",
+    "enable_seqscan": "off",
+}
+"""For small audiences: each row is looked up by its key, by one plan, made once a connection. To plan it anew took as
+long as to tell 50 people; and beside a large server, by which it is estimated, all members of that were read."""
+
+
+def tell(part: Part, attempt: int) -> list[Part] | None:
+    """Do one part, which was taken as this attempt; the slices that came of it, to be enqueued.
+
+    None, and nothing is done, where another attempt has begun since. A message that was deleted meanwhile has nobody
+    left to tell: its run ends with what it has. Whatever goes wrong goes up to the caller, and nothing has changed.
+    """
+    with transaction(**_settings()):
+        held = claims.hold(part, attempt)
+        if held is None:
+            return None
+        reach("run.held" if part.after is None else "slice.held", part.run_id, part.after)
+        subject = subject_of(held["message_id"])
+        assert subject is not None  # run.message_id is a foreign key
+        if _may_be_too_old(held):
+            keep_from_dropping(writing=True)
+            if subject.message_id < kept_from():
+                log.info("%s: who was notified of its message is no longer kept, so nobody is notified twice", part)
+                subject = replace(subject, deleted=True)
+        if part.after is not None:
+            _tell_slice(part, attempt, held, subject)
+            return []
+        return _tell_run(part, held, subject)
+
+
+def _may_be_too_old(held: Row) -> bool:
+    """Whether the notifications of a run's message may have been dropped, by which others are told from the notified.
+
+    RETENTION_DAYS is a day at least, so no younger run of a message itself needs to ask. An edit notifies those whom it
+    newly mentions, whether they were notified before or not.
+    """
+    return held["kind"] == "replay" or (held["kind"] != "edit" and bool(held["is_old"]))
+
+
+def tell_together(run_ids: list[int]) -> list[int]:
+    """Do runs that `leases.take_together` gave; those that are done.
+
+    The others are in other hands, or their message is being changed: they are to be done by themselves. Whatever goes
+    wrong goes up to the caller, and nothing has changed.
+    """
+    with timed_transaction() as round_trip:
+        held = claims.hold_together(run_ids, not_for_long(round_trip) | _settings() | _ONE_PLAN)
+        reach("run.held", *run_ids[:1])
+        if held:
+            execute(
+                TELL_OF_MANY,
+                {
+                    "run_ids": [run["run_id"] for run in held],
+                    "message_ids": [run["message_id"] for run in held],
+                    "grace_days": settings.past_due_grace_days,
+                    "nobody": Jsonb(dict.fromkeys(DECISIONS, 0)),
+                },
+            )
+        reach("run.counted", *run_ids[:1])
+    return [run["run_id"] for run in held]
+
+
+def _tell_run(part: Part, held: Row, subject: Subject) -> list[Part]:
+    if subject.deleted:
+        _count(part, [])
+        return []
+    all_ = slice_end(subject, 0, settings.slice_members + 1)
+    if all_["members"] <= settings.slice_members:
+        taken_back = _take_back_from_who_left(held, subject, 0, LARGEST_ID)
+        counted = _told(held, subject, all_["after"], all_["up_to"]) if all_["members"] else []
+        _count(part, counted, withdrawn=taken_back)
+        return []
+    first = mentioned_members(subject, settings.slice_members)
+    shared = row(
+        _SHARE_OUT,
+        {
+            "run_id": part.run_id,
+            "server_id": subject.server_id,
+            "members": settings.slice_members,
+            "told_first": first["user_ids"] or "{}",
+        },
+    )
+    assert shared is not None
+    reach("run.planned", part.run_id, part.after)
+    counted = (
+        _told(held, subject, first["after"], first["up_to"], among=first["user_ids"]) if first["user_ids"] else []
+    )
+    _count(part, counted, slices=len(shared["slices"]), total=shared["total"])
+    return [Part(part.run_id, after) for after in shared["slices"]]
+
+
+def _tell_slice(part: Part, attempt: int, held: Row, subject: Subject) -> None:
+    assert part.after is not None
+    counted: list[Row] = []
+    taken_back = 0
+    if not subject.deleted:
+        taken_back = _take_back_from_who_left(held, subject, part.after, held["up_to"])
+        after, up_to = member_range(subject, part.after, held["up_to"])
+        counted = _told(held, subject, after, up_to, but=held["told_first"])
+    execute("DELETE FROM slice WHERE run_id = %(run_id)s AND after = %(after)s", vars(part))
+    _count(part, counted, slices=-1, retries=attempt - 1, withdrawn=taken_back)
+
+
+def _told(
+    held: Row, subject: Subject, after: int, up_to: int, *, among: str | None = None, but: str = "{}"
+) -> list[Row]:
+    parameters = subject.parameters(after, up_to, among=among, but=but)
+    if held["kind"] == "edit":
+        return rows(TELL_OF_EDIT, {**parameters, **held["mention_changes"]})
+    return rows(TELL, parameters)
+
+
+def _take_back_from_who_left(held: Row, subject: Subject, after: int, up_to: int) -> int:
+    """How many notifications that took. None of what is no edit, or takes no mention out."""
+    changes = held["mention_changes"] or {}
+    of_groups = bool(changes.get("removed_roles") or changes.get("removed_everyone"))
+    if not of_groups and not changes.get("removed_users"):
+        return 0
+    parameters = {**vars(subject), "removed_users": changes["removed_users"], "of_groups": of_groups}
+    return execute(_TAKE_BACK_FROM_WHO_LEFT, {**parameters, "after": after, "up_to": up_to})
+
+
+def _count(
+    part: Part,
+    counted: list[Row],
+    *,
+    slices: int = 0,
+    total: int | None = None,
+    retries: int = 0,
+    withdrawn: int = 0,
+) -> None:
+    reach("run.told" if part.after is None else "slice.told", part.run_id, part.after)
+    members = {group["decision"]: group["members"] for group in counted}
+    execute(
+        _COUNT,
+        {
+            "run_id": part.run_id,
+            "members": sum(members.values()),
+            "added": counted[0]["added"] if counted else 0,
+            "withdrawn": withdrawn + (counted[0]["withdrawn"] if counted else 0),
+            "decisions": Jsonb({decision: members.get(decision, 0) for decision in DECISIONS}),
+            "slices": slices,
+            "total": total,
+            "retries": retries,
+        },
+    )
+    reach("run.counted" if part.after is None else "slice.counted", part.run_id, part.after)
