@@ -16,12 +16,13 @@ from peewee import InterfaceError, OperationalError, ProgrammingError
 import queues
 import schemas
 import worker as worker_process
-from belfry import explanation, seeding, trials, verification
+from belfry import seeding, verification
 from belfry.core import migrations
 from belfry.core.db import db
 from belfry.core.errors import Refused
 from belfry.fanout import recovery, runs
 from belfry.identity import subscriptions, tokens, users
+from belfry.messages import explanation, test_notifications
 from models import LARGEST_ID, RUN_STATES, SUBSCRIPTION_STATUSES, User
 from views.runs import describe_run
 
@@ -161,7 +162,7 @@ def seed(members: int, channels: int, as_json: bool) -> None:
 
 @command(COMMANDS, "send-test-notification")
 @click.option("--channel", "channel_id", type=click.IntRange(1, LARGEST_ID), help="The first one unless given.")
-@click.option("--audience", type=click.Choice(trials.AUDIENCES), default="me", show_default=True)
+@click.option("--audience", type=click.Choice(test_notifications.AUDIENCES), default="me", show_default=True)
 @click.option("--as", "username", metavar="NAME", help="Who sends it; the first admin unless given.")
 @click.option("--wait", is_flag=True, help="Show its progress and statistics; exit 1 if it failed.")
 @json_option
@@ -169,7 +170,7 @@ def send_test_notification(
     channel_id: int | None, audience: str, username: str | None, wait: bool, as_json: bool
 ) -> None:
     """Send a test notification through the real queue."""
-    run_id = trials.send_test(_sender(username), channel_id, None, audience)
+    run_id = test_notifications.send_test(_sender(username), channel_id, None, audience)
     if not queues.enqueue_run(run_id):
         click.echo("Redis is out of reach: a worker will find the run when it is back.", err=True)
     run = _wait(run_id) if wait else runs.find_run(run_id)

@@ -13,6 +13,7 @@ from belfry.core.db import db, execute, row
 from belfry.fanout import claims, fanout
 from belfry.fanout.claims import Part
 from belfry.identity import users
+from belfry.messages import messages
 from dev import say
 
 MEMBERS = 100_000
@@ -41,7 +42,7 @@ def verify(*_: Any) -> dict[str, Any]:
 
 def fill(members: int = MEMBERS, rows: int = ROWS) -> int:
     """Fill the tables; how many notifications there are then."""
-    from belfry import messages, seeding
+    from belfry import seeding
 
     db.connect(reuse_if_open=True)
     author = users.create_user("author-of-many", is_admin=True)

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from belfry import messages
 from belfry.core.db import execute, rows
 from belfry.core.failpoints import POINTS
 from belfry.identity import users
+from belfry.messages import messages
 from chaos.__main__ import ends_well
 from chaos.audit import audit
 from chaos.load import Diary, Posted, Text

@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from belfry import inbox, messages
+from belfry import inbox
 from belfry.core.db import db, execute, rows
 from belfry.fanout import claims, fanout
 from belfry.fanout.claims import Part
+from belfry.messages import messages
 from belfry.servers import servers
 from belfry.servers.preferences import set_preference
 from belfry.verification import verify

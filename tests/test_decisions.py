@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from psycopg.types.json import Jsonb
 
 from belfry.core.db import db, execute, row, rows
-from belfry.explanation import explain
 from belfry.fanout import runs
 from belfry.fanout.decision import DECIDED, DECISIONS, decide, subject_of
+from belfry.messages.explanation import explain
 from models import SUBSCRIPTION_STATUSES
 from tests.oracle import TELLING, Community, Member, Preference, Subscription, decision, decisions, statistics
 from tests.overrides import overridden

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from belfry import messages
 from belfry.core.db import db
 from belfry.fanout import claims, fanout
+from belfry.messages import messages
 from belfry.seeding import seed
 from belfry.servers import servers
 from belfry.servers.preferences import set_preference

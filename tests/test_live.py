@@ -15,7 +15,7 @@ import queues
 from belfry.core.db import db, execute
 from belfry.identity import tokens, users
 from belfry.inbox import dismiss, list_notifications, mark_read
-from belfry.messages import delete_message
+from belfry.messages.messages import delete_message
 from belfry.servers import servers
 from config import settings
 from models import ApiToken

@@ -2,8 +2,8 @@
 
 import pytest
 
-from belfry import mentionable
 from belfry.core.db import execute, rows
+from belfry.messages import suggestions
 from belfry.servers import servers
 from belfry.servers.visibility import channel_for
 from tests.people import make_person
@@ -15,7 +15,7 @@ from tests.test_refusals import assert_problem
 def _how_many(request, monkeypatch):
     """Each test as in a small community, and as in one that is walked by name."""
     if request.param == "many":
-        monkeypatch.setattr(mentionable, "FEW", 0)
+        monkeypatch.setattr(suggestions, "FEW", 0)
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def test_no_account_is_looked_at_but_by_an_index(cast):
     execute("ANALYZE user_account, member")
     for channel_id in (cast.general, cast.vault):
         with statements() as said:
-            mentionable.mentionable(channel_for(cast.vip.user, channel_id), "member-12", 8)
+            suggestions.mentionable(channel_for(cast.vip.user, channel_id), "member-12", 8)
         parameters = {"prefix": "member-12", "beyond": "member-12~", "server_id": cast.server_id, "limit": 8}
         plan = " ".join(
             line["QUERY PLAN"] for line in rows("EXPLAIN " + said[-1], {**parameters, "channel_id": channel_id})

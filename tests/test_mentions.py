@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from belfry.mentions import (
+from belfry.messages.mentions import (
     EVERYONE,
     NAME,
     AllowedMentions,

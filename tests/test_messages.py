@@ -16,8 +16,8 @@ from redis.connection import AbstractConnection
 from redis.retry import Retry
 
 import queues
-from belfry import messages
 from belfry.identity import subscriptions, tokens, users
+from belfry.messages import messages
 from belfry.servers import servers
 from models import ApiToken, IdempotencyKey, Message, Run
 from tests.telling import generic_plans

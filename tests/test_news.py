@@ -11,7 +11,7 @@ from belfry.core.db import db
 from belfry.fanout import claims, fanout, runs
 from belfry.inbox import dismiss, list_notifications
 from belfry.live import news
-from belfry.messages import delete_message
+from belfry.messages.messages import delete_message
 from belfry.positions import Position
 from belfry.servers import servers
 from belfry.servers.preferences import set_preference

@@ -5,10 +5,11 @@ from html.parser import HTMLParser
 
 import pytest
 
-from belfry import inbox, navigation, rendering
+from belfry import inbox
 from belfry.core.db import execute
 from belfry.identity import sessions, tokens
-from belfry.markdown import parse
+from belfry.messages import rendering, sidebar
+from belfry.messages.markdown import parse
 from belfry.servers import servers
 from models import ApiToken, Channel, Message, User
 from tests.people import csrf_of, make_person
@@ -158,7 +159,7 @@ def test_an_admin_is_not_listed_every_channel_there_is(browser, cast):
     own = {cast.general, cast.announcements, cast.vault, late.id}
     found = listed(cast.admin, general)
     assert own < set(found)
-    assert len(found) == len(own) + navigation.OTHERS
+    assert len(found) == len(own) + sidebar.OTHERS
     assert "more channels than are listed" in ada.get(general).text
     viewed = f"/servers/{last.server_id}/channels/{last.id}"
     assert set(listed(cast.admin, viewed)) == {*found, last.id}

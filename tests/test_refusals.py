@@ -16,9 +16,9 @@ import pytest
 from marshmallow import fields
 from peewee import OperationalError
 
-from belfry import messages
 from belfry.core.db import db
 from belfry.identity import tokens
+from belfry.messages import messages
 from belfry.servers import preferences
 from config import settings
 from models import Message

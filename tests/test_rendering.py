@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from justhtml import JustHTML
 from markupsafe import Markup, escape
 
-from belfry import markdown
-from belfry.mentions import EVERYONE, NOBODY, Mentions, Person, Role, find_mentions
-from belfry.rendering import HtmlCache, budget_of_a_page, cache, render, render_in_page
+from belfry.messages import markdown
+from belfry.messages.mentions import EVERYONE, NOBODY, Mentions, Person, Role, find_mentions
+from belfry.messages.rendering import HtmlCache, budget_of_a_page, cache, render, render_in_page
 
 VECTORS: dict[str, list[str]] = json.loads((Path(__file__).parent / "data/xss_vectors.json").read_text())["vectors"]
 

@@ -6,8 +6,8 @@ from belfry import inbox
 from belfry.fanout import runs
 from belfry.identity.subscriptions import set_subscription
 from belfry.inbox import dismiss
+from belfry.messages.test_notifications import send_test
 from belfry.servers.preferences import set_preference
-from belfry.trials import send_test
 from tests.telling import contents, crowd, post, read_everything, run_of, run_to_end, stats, told, unread
 
 

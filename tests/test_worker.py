@@ -16,10 +16,10 @@ from rq.exceptions import StopRequested
 import jobs
 import queues
 import worker
-from belfry import messages
 from belfry.core.db import execute, row
 from belfry.fanout import claims
 from belfry.fanout.claims import Part
+from belfry.messages import messages
 from belfry.verification import verify
 from models import Notification, Run
 from tests.processes import RQ_WORKER, a_gate, a_web_process, a_worker, running, wait_until

@@ -8,10 +8,10 @@ from flask import Response, g, json, request
 from peewee import InterfaceError, OperationalError
 
 import schemas
-from belfry import explanation, messages
 from belfry.core.errors import Invalid
 from belfry.core.idempotency import Once, remember
-from belfry.mentions import AllowedMentions
+from belfry.messages import explanation, history, messages
+from belfry.messages.mentions import AllowedMentions
 from queues import enqueue_run, queue_is_full
 from views.endpoint import Answer, api, asks_for_itself, current_user, endpoint, json_response, paginate
 from views.limits import limit_messages
@@ -70,7 +70,7 @@ def list_messages(channel_id: int, query: dict[str, Any]) -> Any:
     """A channel's messages, newest first."""
     return paginate(
         query,
-        lambda before, limit: messages.list_messages(current_user(), channel_id, before=before, limit=limit),
+        lambda before, limit: history.list_messages(current_user(), channel_id, before=before, limit=limit),
         lambda message: message["id"],
     )
 
@@ -79,8 +79,8 @@ def list_messages(channel_id: int, query: dict[str, Any]) -> Any:
 @endpoint(gives=schemas.Message)
 def get_message(message_id: int) -> Any:
     """One message, as it is now."""
-    stored, _ = messages.find_message(current_user(), message_id)
-    return messages.describe(current_user(), [stored])[0]
+    stored, _ = history.find_message(current_user(), message_id)
+    return history.describe(current_user(), [stored])[0]
 
 
 @api.patch("/messages/<id:message_id>")

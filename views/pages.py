@@ -15,14 +15,14 @@ from belfry import inbox, live
 from belfry.core.db import Row
 from belfry.core.errors import Forbidden, NotFound
 from belfry.inbox import parse_notification_id
-from belfry.markdown import Budget
-from belfry.mentions import EVERYONE
-from belfry.navigation import listed_channels
-from belfry.rendering import budget_of_a_page, render_in_page
+from belfry.messages.markdown import Budget
+from belfry.messages.mentions import EVERYONE
+from belfry.messages.rendering import budget_of_a_page, render_in_page
+from belfry.messages.sidebar import listed_channels
+from belfry.messages.timeline import STRETCH, stretch
 from belfry.servers import preferences
 from belfry.servers.servers import roles_of
 from belfry.servers.visibility import SeenChannel, channel_for, is_told_in, require_posting, visible_channels
-from belfry.timeline import STRETCH, stretch
 from models import LARGEST_ID, User
 from views import sign_in
 from views.endpoint import READS

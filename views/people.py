@@ -4,7 +4,7 @@ from typing import Any
 
 import schemas
 from belfry.identity import sessions, subscriptions, tokens, users
-from belfry.mentionable import mentionable
+from belfry.messages.suggestions import mentionable
 from belfry.servers import servers
 from belfry.servers.visibility import channel_for, visible_channels
 from views import sign_in

@@ -3,9 +3,9 @@
 from typing import Any
 
 import schemas
-from belfry import trials
 from belfry.core.db import Row
 from belfry.fanout import runs
+from belfry.messages import test_notifications
 from models import User
 from queues import enqueue_run
 from views.endpoint import Answer, api, current_user, endpoint, paginate
@@ -68,6 +68,6 @@ def replay(run_id: int, body: dict[str, Any]) -> Any:
 @endpoint(body=schemas.TestNotificationIn, gives=schemas.Run, status=202, admin=True, optional_body=True)
 def test_notification(body: dict[str, Any]) -> Answer:
     """Send a test notification through the real queue: to oneself, or to a channel."""
-    run_id = trials.send_test(current_user(), body["channel_id"], body["content"], body["audience"])
+    run_id = test_notifications.send_test(current_user(), body["channel_id"], body["content"], body["audience"])
     enqueue_run(run_id)
     return Answer(describe_run(runs.find_run(run_id)), headers={"Location": f"/api/runs/{run_id}"})

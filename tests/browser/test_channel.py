@@ -8,9 +8,9 @@ from contextlib import contextmanager
 import pytest
 from playwright.sync_api import Page, expect
 
-from belfry import messages
 from belfry.core.db import db
-from belfry.timeline import STRETCH
+from belfry.messages import messages
+from belfry.messages.timeline import STRETCH
 from models import Message
 from queues import enqueue_run
 from tests.browser.browsing import address, composer, message, shown, wait_until_live, watch_requests

@@ -1,6 +1,5 @@
 """The vectors as rendered, in a real page: the browser finds no more in them than the parser of the other tests."""
-
-from belfry.rendering import render
+from belfry.messages.rendering import render
 from tests.test_rendering import ALLOWED, MENTIONED, VECTORS
 
 

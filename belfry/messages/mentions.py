@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from markdown_it.token import Token
 
-from belfry import markdown
 from belfry.core.errors import shortened
+from belfry.messages import markdown
 
 EVERYONE = "everyone"
 

@@ -10,8 +10,8 @@ from itertools import accumulate
 from markdown_it.token import Token
 from markupsafe import Markup, escape
 
-from belfry import markdown, mentions
-from belfry.mentions import NOBODY, Mentions
+from belfry.messages import markdown, mentions
+from belfry.messages.mentions import NOBODY, Mentions
 
 _PAGE_STEPS = 2 * markdown.MAX_STEPS  # for all messages of a page that are not in the cache
 

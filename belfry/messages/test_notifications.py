@@ -9,8 +9,8 @@ from belfry.core.db import db, row
 from belfry.core.errors import Invalid
 from belfry.fanout.runs import create_run
 from belfry.identity.users import SENDER
-from belfry.mentions import find_mentions
-from belfry.messages import resolve_mentions
+from belfry.messages.mentions import find_mentions
+from belfry.messages.messages import resolve_mentions
 from belfry.servers.visibility import channel_for, is_member
 from models import Channel, Member, Server, User
 

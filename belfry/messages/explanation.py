@@ -3,7 +3,7 @@ from belfry.core.db import Row, row
 from belfry.core.errors import Forbidden, NotFound
 from belfry.core.partitions import kept_from
 from belfry.fanout.decision import DECISIONS, TELLING, Subject, decide, subject_of
-from belfry.messages import find_message
+from belfry.messages.history import find_message
 from belfry.servers.visibility import author_may_post, is_member
 from models import User
 

@@ -1,6 +1,6 @@
 """Whom one may mention in a channel: as one types the beginning of a name."""
 from belfry.core.db import Row, rows
-from belfry.mentions import EVERYONE
+from belfry.messages.mentions import EVERYONE
 from belfry.servers.visibility import SeenChannel
 
 FEW = 2_000

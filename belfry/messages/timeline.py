@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from belfry.core.db import Row
-from belfry.messages import describe, stored_messages
+from belfry.messages.history import describe, stored_messages
 from belfry.servers.visibility import SeenChannel
 from models import User
 

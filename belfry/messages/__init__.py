@@ -1,0 +1,1 @@
+"""Write, edit, read, render and explain messages."""

@@ -1,0 +1,109 @@
+
+from collections.abc import Iterable, Sequence
+
+from belfry.core.db import Row, row, rows
+from belfry.core.errors import NotFound
+from belfry.fanout.runs import runs_of_messages
+from belfry.messages import mentions
+from belfry.servers.visibility import (
+    SeenChannel,
+    channel_for,
+)
+from models import User
+
+_COLUMNS = """
+    g.id, g.channel_id, g.content, g.created_at, g.edited_at, g.author_id, g.only_for_id,
+    g.mentioned_users, g.mentioned_roles, g.mentions_everyone, g.allowed_mentions,
+    u.username, u.name
+"""
+_VISIBLE = "g.deleted_at IS NULL AND (g.only_for_id IS NULL OR g.only_for_id = %(user_id)s)"
+
+
+def find_message(user: User, message_id: int) -> tuple[Row, SeenChannel]:
+    """A message as stored, and its channel. Raises NotFound where the user may not know of it, or it is deleted."""
+    found = row(
+        f"SELECT {_COLUMNS} FROM message g JOIN user_account u ON u.id = g.author_id"
+        f" WHERE g.id = %(message_id)s AND {_VISIBLE}",
+        {"message_id": message_id, "user_id": user.id},
+    )
+    if found is None:
+        raise NotFound(f"There is no message {message_id}.")
+    try:
+        return found, channel_for(user, found["channel_id"])
+    except NotFound:
+        raise NotFound(f"There is no message {message_id}.") from None
+
+
+def list_messages(user: User, channel_id: int, *, before: int | None, limit: int) -> list[Row]:
+    """A channel's messages, newest first, with an id below `before`. Raises NotFound for the channel."""
+    channel_for(user, channel_id)
+    return describe(user, stored_messages(user, channel_id, before=before, limit=limit))
+
+
+def stored_messages(
+    user: User, channel_id: int, *, before: int | None = None, after: int | None = None, limit: int
+) -> list[Row]:
+    """As stored, of a channel that the user may see: the newest below `before` or, given `after`, the oldest above it.
+
+    In that order: newest first or, given `after`, oldest first.
+    """
+    return rows(
+        f"SELECT {_COLUMNS} FROM message g JOIN user_account u ON u.id = g.author_id"
+        " WHERE g.channel_id = %(channel_id)s"
+        + ("" if before is None else " AND g.id < %(before)s")  # not by `IS NULL OR`: one plan would read what is newer
+        + ("" if after is None else " AND g.id > %(after)s")
+        + f" AND {_VISIBLE}"
+        f" ORDER BY g.id {'DESC' if after is None else 'ASC'}"
+        " LIMIT %(limit)s",
+        {"channel_id": channel_id, "before": before, "after": after, "limit": limit, "user_id": user.id},
+    )
+
+
+def describe(reader: User, messages: Sequence[Row]) -> list[Row]:
+    """Stored messages as they are sent: with names, and the run for their author and for admins. Three queries."""
+    if not messages:
+        return []
+    people = _names("SELECT id, username AS name FROM user_account", _all_ids(messages, "mentioned_users"))
+    roles = _names("SELECT id, name FROM role", _all_ids(messages, "mentioned_roles"))
+    own = [message["id"] for message in messages if reader.is_admin or message["author_id"] == reader.id]
+    runs = runs_of_messages(own) if own else {}
+    return [
+        {
+            "id": message["id"],
+            "channel_id": message["channel_id"],
+            "author": {
+                "id": message["author_id"],
+                "username": message["username"],
+                "name": message["name"],
+            },
+            "content": message["content"],
+            "created_at": message["created_at"],
+            "edited_at": message["edited_at"],
+            "mentions": mentions.Mentions(
+                users=tuple(
+                    mentions.Person(id=id_, username=people[id_], sees_channel=True)
+                    for id_ in message["mentioned_users"]
+                    if id_ in people
+                ),
+                roles=tuple(
+                    mentions.Role(id=id_, name=roles[id_]) for id_ in message["mentioned_roles"] if id_ in roles
+                ),
+                everyone=message["mentions_everyone"],
+                warnings=(),
+            ),
+            "run": runs.get(message["id"]),
+        }
+        for message in messages
+    ]
+
+
+def _all_ids(messages: Iterable[Row], column: str) -> list[int]:
+    return sorted({id_ for message in messages for id_ in message[column]})
+
+
+def _names(select: str, ids: list[int]) -> dict[int, str]:
+    if not ids:
+        return {}
+    return {
+        found["id"]: found["name"] for found in rows(f"{select} WHERE id = ANY(%(ids)s::bigint[])", {"ids": ids})
+    }
