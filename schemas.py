@@ -13,7 +13,7 @@ from marshmallow.validate import Length, OneOf, Range, Regexp
 
 from belfry.fanout.decision import DECISIONS
 from belfry.identity.users import SENDER
-from belfry.inbox import parse_notification_id
+from belfry.inbox.inbox import parse_notification_id
 from belfry.messages.mentions import EVERYONE, NAME, NAME_RULE
 from belfry.messages.test_notifications import AUDIENCES
 from models import LARGEST_ID, LEVELS, POSTING, RUN_KINDS, RUN_STATES, SUBSCRIPTION_STATUSES

@@ -11,11 +11,11 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
-from belfry import inbox
 from belfry.core.db import Row, db, execute, row, rows, set_locally
 from belfry.identity.sessions import IS_OPEN
 from belfry.identity.subscriptions import ACTIVE_SUBSCRIPTION
 from belfry.identity.tokens import IS_VALID
+from belfry.inbox import inbox
 from belfry.positions import Position
 from config import settings
 from models import User

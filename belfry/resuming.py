@@ -12,8 +12,8 @@ from collections.abc import Collection, Iterable
 from dataclasses import replace
 from datetime import datetime
 
-from belfry import inbox
 from belfry.core.db import Row, row, rows
+from belfry.inbox import inbox
 from belfry.live import News, is_resumable, possible_recipients, with_positions
 from belfry.positions import Position
 

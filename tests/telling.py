@@ -11,7 +11,7 @@ from belfry.core.db import db, execute, row, rows
 from belfry.fanout import claims, fanout, runs
 from belfry.fanout.claims import Part
 from belfry.fanout.decision import DECISIONS
-from belfry.inbox import mark_read, unread_count
+from belfry.inbox.inbox import mark_read, unread_count
 from belfry.messages import messages
 from belfry.servers.preferences import set_preference
 from models import TABLES, Notification

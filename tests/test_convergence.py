@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from belfry import inbox
 from belfry.core.db import db, execute, rows
 from belfry.fanout import claims, fanout
 from belfry.fanout.claims import Part
+from belfry.inbox import inbox
 from belfry.messages import messages
 from belfry.servers import servers
 from belfry.servers.preferences import set_preference

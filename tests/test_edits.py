@@ -5,12 +5,12 @@ import time
 
 import pytest
 
-from belfry import inbox
 from belfry.core.db import db, execute, row
 from belfry.core.errors import Forbidden, NotFound
 from belfry.fanout import claims, runs
 from belfry.identity.subscriptions import set_subscription
-from belfry.inbox import dismiss, unread_count
+from belfry.inbox import inbox
+from belfry.inbox.inbox import dismiss, unread_count
 from belfry.messages import messages
 from belfry.servers import servers
 from belfry.servers.preferences import set_preference

@@ -14,7 +14,7 @@ import pytest
 import queues
 from belfry.core.db import db, execute
 from belfry.identity import tokens, users
-from belfry.inbox import dismiss, list_notifications, mark_read
+from belfry.inbox.inbox import dismiss, list_notifications, mark_read
 from belfry.messages.messages import delete_message
 from belfry.servers import servers
 from config import settings

@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies
 from belfry import live, positions, resuming
 from belfry.core.db import db
 from belfry.fanout import claims, fanout, runs
-from belfry.inbox import dismiss, list_notifications
+from belfry.inbox.inbox import dismiss, list_notifications
 from belfry.live import news
 from belfry.messages.messages import delete_message
 from belfry.positions import Position

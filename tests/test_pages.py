@@ -5,9 +5,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from belfry import inbox
 from belfry.core.db import execute
 from belfry.identity import sessions, tokens
+from belfry.inbox import inbox
 from belfry.messages import rendering, sidebar
 from belfry.messages.markdown import parse
 from belfry.servers import servers

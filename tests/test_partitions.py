@@ -10,12 +10,12 @@ import pytest
 from peewee import IntegrityError, OperationalError
 
 import jobs
-from belfry import inbox
 from belfry.core import migrations, partitions
 from belfry.core.db import db, execute, row, rows
 from belfry.core.partitions import Partition
 from belfry.fanout import claims, runs
 from belfry.fanout.claims import Part
+from belfry.inbox import inbox
 from belfry.messages import messages
 from belfry.verification import verify
 from config import settings

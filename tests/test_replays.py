@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from belfry import inbox
 from belfry.fanout import runs
 from belfry.identity.subscriptions import set_subscription
-from belfry.inbox import dismiss
+from belfry.inbox import inbox
+from belfry.inbox.inbox import dismiss
 from belfry.messages.test_notifications import send_test
 from belfry.servers.preferences import set_preference
 from tests.telling import contents, crowd, post, read_everything, run_of, run_to_end, stats, told, unread

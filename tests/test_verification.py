@@ -12,7 +12,7 @@ from belfry.core.db import db, execute, row, rows
 from belfry.fanout import claims, fanout, recovery, runs
 from belfry.findings import SHOWN
 from belfry.identity import subscriptions, users
-from belfry.inbox import dismiss, mark_read
+from belfry.inbox.inbox import dismiss, mark_read
 from belfry.messages.messages import delete_message, edit_message
 from belfry.messages.test_notifications import send_test
 from belfry.servers import servers

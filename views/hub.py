@@ -31,9 +31,10 @@ from peewee import InterfaceError, OperationalError
 from playhouse.pool import MaxConnectionsExceeded
 from redis.exceptions import RedisError
 
-from belfry import inbox, live, resuming
+from belfry import live, resuming
 from belfry.core.open_files import streams_limit
 from belfry.core.redis import redis_connection
+from belfry.inbox import inbox
 from belfry.live import News
 from belfry.positions import Position
 from queues import live_channel

@@ -3,8 +3,8 @@
 from typing import Any
 
 import schemas
-from belfry import inbox
-from belfry.inbox import parse_notification_id
+from belfry.inbox import inbox
+from belfry.inbox.inbox import parse_notification_id
 from belfry.servers import preferences
 from views.endpoint import api, current_user, endpoint, paginate
 from views.problems import HttpProblem

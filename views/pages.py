@@ -11,10 +11,11 @@ from flask import Blueprint, Response, g, redirect, render_template, request, ur
 from markupsafe import Markup
 from werkzeug.wrappers import Response as AnyResponse
 
-from belfry import inbox, live
+from belfry import live
 from belfry.core.db import Row
 from belfry.core.errors import Forbidden, NotFound
-from belfry.inbox import parse_notification_id
+from belfry.inbox import inbox
+from belfry.inbox.inbox import parse_notification_id
 from belfry.messages.markdown import Budget
 from belfry.messages.mentions import EVERYONE
 from belfry.messages.rendering import budget_of_a_page, render_in_page

@@ -1,0 +1,1 @@
+"""List, count, mark as read and dismiss a user's notifications."""
