@@ -16,12 +16,13 @@ from peewee import InterfaceError, OperationalError, ProgrammingError
 import queues
 import schemas
 import worker as worker_process
-from belfry import seeding, verification
+from belfry import seeding
 from belfry.core import migrations
 from belfry.core.db import db
 from belfry.core.errors import Refused
 from belfry.fanout import recovery, runs
 from belfry.identity import subscriptions, tokens, users
+from belfry.integrity import verification
 from belfry.messages import explanation, test_notifications
 from models import LARGEST_ID, RUN_STATES, SUBSCRIPTION_STATUSES, User
 from views.runs import describe_run

@@ -23,6 +23,7 @@ import redis
 
 from belfry.fanout.runs import count_unfinished
 from belfry.identity import tokens, users
+from belfry.integrity import verification
 from bench.cleanup import cleanup
 from bench.reconnect import reconnect
 from bench.rendering import rendering
@@ -278,7 +279,6 @@ def main() -> int:
 def _drill(arguments: argparse.Namespace) -> int:
     results = {}
     with _ground() as ground:
-        from belfry import verification  # reads the environment that was just made
 
         for name in arguments.names or DRILLS:
             say(f"{name}: {' '.join((DRILLS[name].__doc__ or '').split())}")

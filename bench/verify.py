@@ -13,6 +13,7 @@ from belfry.core.db import db, execute, row
 from belfry.fanout import claims, fanout
 from belfry.fanout.claims import Part
 from belfry.identity import users
+from belfry.integrity.verification import check
 from belfry.messages import messages
 from dev import say
 
@@ -23,7 +24,6 @@ PER_PARTITION = 15  # messages, as in bench/table.py
 
 def verify(*_: Any) -> dict[str, Any]:
     """A full check of 50,000,000 notifications in partitions."""
-    from belfry.verification import check
 
     filled = fill()
     began = time.perf_counter()

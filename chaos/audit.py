@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from belfry.core.db import IDLE_SECONDS, rows
-from belfry.verification import verify
+from belfry.integrity.verification import verify
 from chaos.load import Client, Diary, Posted, Text
 from chaos.world import World
 from tests.oracle import SILENT, TELLING, Community, Member, decision

@@ -15,10 +15,10 @@ from belfry.core.db import db, execute, rows
 from belfry.fanout import claims, fanout
 from belfry.fanout.claims import Part
 from belfry.inbox import inbox
+from belfry.integrity.verification import verify
 from belfry.messages import messages
 from belfry.servers import servers
 from belfry.servers.preferences import set_preference
-from belfry.verification import verify
 from models import User
 from tests.overrides import overridden
 from tests.people import Cast, make_cast

@@ -11,10 +11,10 @@ from belfry.fanout import claims, runs
 from belfry.identity.subscriptions import set_subscription
 from belfry.inbox import inbox
 from belfry.inbox.inbox import dismiss, unread_count
+from belfry.integrity.verification import verify
 from belfry.messages import messages
 from belfry.servers import servers
 from belfry.servers.preferences import set_preference
-from belfry.verification import verify
 from tests.telling import (
     advance,
     contents,

@@ -10,11 +10,11 @@ import pytest
 
 from belfry.core.db import db
 from belfry.fanout import claims, fanout
+from belfry.integrity.verification import verify
 from belfry.messages import messages
 from belfry.seeding import seed
 from belfry.servers import servers
 from belfry.servers.preferences import set_preference
-from belfry.verification import verify
 from config import settings
 from models import Notification
 from tests.people import Person, make_person

@@ -14,7 +14,7 @@ from belfry.core.db import IDLE_SECONDS, db, execute, row
 from belfry.core.redis import redis_connection
 from belfry.fanout import claims, fanout, recovery
 from belfry.fanout.claims import Part
-from belfry.verification import verify
+from belfry.integrity.verification import verify
 from models import TRIES
 from tests.processes import wait_until
 from tests.telling import (

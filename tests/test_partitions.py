@@ -16,8 +16,8 @@ from belfry.core.partitions import Partition
 from belfry.fanout import claims, runs
 from belfry.fanout.claims import Part
 from belfry.inbox import inbox
+from belfry.integrity.verification import verify
 from belfry.messages import messages
-from belfry.verification import verify
 from config import settings
 from models import User
 from tests.processes import wait_until

@@ -19,8 +19,8 @@ import queues
 from belfry.core.db import IDLE_SECONDS, execute, row
 from belfry.fanout import claims, recovery
 from belfry.fanout.claims import Part
+from belfry.integrity.verification import verify
 from belfry.servers import servers
-from belfry.verification import verify
 from chaos.victim import KILL_WITH_PARENT, STOP
 from models import Notification, Run, Server
 from tests.people import Person

@@ -14,8 +14,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from belfry.core.db import rows
 from belfry.fanout import claims, fanout
 from belfry.fanout.claims import Part
+from belfry.integrity.verification import verify
 from belfry.servers import servers
-from belfry.verification import verify
 from tests import oracle
 from tests.overrides import overridden
 from tests.people import Api, Person, make_cast, make_person

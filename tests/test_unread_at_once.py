@@ -13,8 +13,8 @@ from flask import Flask
 from belfry.core.db import db, execute, rows
 from belfry.fanout import claims, fanout
 from belfry.fanout.claims import Part
+from belfry.integrity.verification import verify
 from belfry.servers import servers
-from belfry.verification import verify
 from tests.people import Api, Cast, Person, make_person
 from tests.telling import run_to_end
 from tests.test_unread import COUNT, counted

@@ -10,14 +10,14 @@ from peewee import IntegrityError
 
 from belfry.core.db import db, execute, row, rows
 from belfry.fanout import claims, fanout, recovery, runs
-from belfry.findings import SHOWN
 from belfry.identity import subscriptions, users
 from belfry.inbox.inbox import dismiss, mark_read
+from belfry.integrity.findings import SHOWN
+from belfry.integrity.verification import CHECKS, DECISIONS_CHECK, check, verify
 from belfry.messages.messages import delete_message, edit_message
 from belfry.messages.test_notifications import send_test
 from belfry.servers import servers
 from belfry.servers.preferences import set_preference
-from belfry.verification import CHECKS, DECISIONS_CHECK, check, verify
 from models import Message
 from tests.telling import advance, crowd, parts_of, post, posted_and_told, run_to_end, wants_mentions_only
 

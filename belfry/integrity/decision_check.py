@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 
 from belfry.core.db import Row, rows
 from belfry.fanout.decision import DECIDED, TELLING, Subject, subject_of
-from belfry.findings import TOLERANCE_SECONDS, Finding, Report
-from belfry.notification_checks import KEPT_FROM
+from belfry.integrity.findings import TOLERANCE_SECONDS, Finding, Report
+from belfry.integrity.notification_checks import KEPT_FROM
 
 CHECK = "the notifications are those that the rules decide"
 

@@ -6,12 +6,12 @@ docs/reliability.md lists what each of them finds, and what none of them can fin
 
 from collections.abc import Callable
 
-from belfry import decision_check
 from belfry.core.partitions import kept_from
-from belfry.decision_check import check_decisions
-from belfry.findings import Report
-from belfry.notification_checks import FAULTS, check_notifications, check_partitions
-from belfry.run_checks import MEMBERS_SQL, MESSAGES_SQL, RUN_CHECKS, RUNS_SQL, SEQUENCES_SQL, WORK_ITEMS_SQL
+from belfry.integrity import decision_check
+from belfry.integrity.decision_check import check_decisions
+from belfry.integrity.findings import Report
+from belfry.integrity.notification_checks import FAULTS, check_notifications, check_partitions
+from belfry.integrity.run_checks import MEMBERS_SQL, MESSAGES_SQL, RUN_CHECKS, RUNS_SQL, SEQUENCES_SQL, WORK_ITEMS_SQL
 
 CHECKS = (
     *RUN_CHECKS,

@@ -8,7 +8,7 @@ from peewee import ProgrammingError
 from belfry.core.db import row, rows
 from belfry.core.partitions import AHEAD, Partition, partitions
 from belfry.fanout.decision import TELLING
-from belfry.findings import Finding, Report
+from belfry.integrity.findings import Finding, Report
 from models import LARGEST_ID
 
 OLD_SECONDS = 600

@@ -1,0 +1,1 @@
+"""Check that the stored data is consistent and follows the rules."""
