@@ -5,7 +5,7 @@
 | `/api/messages`, `/api/channels/N/messages` | views/messages.py |
 | `/api/runs`, `/api/test-notifications` | views/runs.py |
 | `/api/notifications`, `/api/channels/N/preference` | views/inbox.py |
-| `/api/notifications/stream` | views/stream.py, views/hub.py |
+| `/api/notifications/stream` | views/stream.py, belfry/stream/hub.py |
 | `/api/me`, `/api/users`, `/api/channels` | views/people.py |
 | `/api/servers`, `/api/channels/N` | views/servers.py |
 | `/`, `/servers/N/channels/N`, `/inbox` | views/pages.py |

@@ -27,6 +27,7 @@ from belfry.core.db import ROUND_TRIPS, database_connection, lock_for_this_trans
 from belfry.core.failpoints import reach
 from belfry.fanout import claims, fanout, recovery
 from belfry.fanout.claims import Part
+from belfry.stream import publish
 from config import settings
 
 log = logging.getLogger(__name__)
@@ -127,7 +128,7 @@ def _tell_together(taken: list[int], first: int) -> list[int]:
     for run_id in done:
         reach("run.committed", run_id)
     if done:
-        queues.announce(told=True)
+        publish.announce(told=True)
         log.info("%s: done%s", Part(done[0]), f", with {len(done) - 1} others" if len(done) > 1 else "")
     left = sorted(set(taken) - set(done))
     for run_id in left:
@@ -166,7 +167,7 @@ def _tell(part: Part, attempt: int) -> None:
         claims.give_back(part)
         return
     reach("run.committed" if part.after is None else "slice.committed", part.run_id, part.after)
-    queues.announce(told=True)
+    publish.announce(told=True)
     if slices:
         queues.enqueue(slices)
     log.info("%s: done%s", part, f", {len(slices)} slices to go" if slices else "")

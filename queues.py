@@ -56,23 +56,6 @@ def retry_intervals() -> list[int]:
     ]
 
 
-def live_channel() -> str:
-    """Where `announce` publishes. Redis has one set of channels for all of its databases."""
-    return f"belfry:{redis_connection().connection_pool.connection_kwargs.get('db', 0)}:live"
-
-
-def announce(**what: Any) -> None:
-    """Tell the web processes that something has changed that they may have to show at once: after the commit.
-
-    `told=True`, `user_id`, `message_id`, `access` (a user id, or True for all) or `signed_out`: the hub says what it
-    does with each. One that is lost does no harm: they look by themselves as well, every few seconds.
-    """
-    try:
-        redis_connection().publish(live_channel(), json.dumps(what))
-    except RedisError as error:
-        log.warning("Redis is out of reach, %s is not announced: %s", what, error)
-
-
 def queue(name: str = NOTIFICATIONS, connection: Redis | None = None) -> Queue:
     """One of QUEUES, with the JSON serializer, and jobs that were checked."""
     return _queue(name, connection or redis_connection())

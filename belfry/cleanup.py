@@ -3,10 +3,10 @@
 import time
 from collections.abc import Callable
 
-from belfry import live
 from belfry.core.db import execute, lock_for_this_transaction, transaction
 from belfry.core.idempotency import KEPT
 from belfry.identity import sessions
+from belfry.stream import updates
 
 BATCH_ROWS = 5_000  # deleted by one statement and one commit: some 30 ms
 SECONDS = 1.0  # that all clean-ups of one sweep may take together; each deletes one batch at least
@@ -30,7 +30,7 @@ def delete_older(table: str, column: str, age: str) -> Callable[[int], int]:
 
 CLEANUPS: dict[str, Callable[[int], int]] = {
     "idempotency_keys": delete_older("idempotency_key", "created_at", KEPT),
-    "stream_log": live.forget_old_tellings,
+    "stream_log": updates.forget_old_tellings,
     "sessions": sessions.delete_idle_sessions,
 }
 """{part of the sweep: what deletes at most so many rows, and returns how many}."""

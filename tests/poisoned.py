@@ -3,7 +3,7 @@ more than the live streams can bear."""
 
 import sys
 
-from belfry import resuming
+from belfry.stream import resuming
 from chaos.victim import go_on
 
 POISON = "7777:7777:"

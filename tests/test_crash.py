@@ -10,10 +10,10 @@ import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict
 
-from belfry import live, resuming
 from belfry.core import migrations
 from belfry.core.db import ISOLATION, db
-from belfry.positions import Position
+from belfry.stream import resuming, updates
+from belfry.stream.cursor import Position
 from config import settings
 from dev import postgres
 from dev.places import temporary_data_dir
@@ -106,7 +106,7 @@ def test_a_position_of_before_a_crash_reads_the_inbox(database, crash):
         with database.connect() as session:
             session.execute("CHECKPOINT")
         database.use_up(50)
-        with live.look() as here:
+        with updates.look() as here:
             client = (cast.vip.id, Position.parse(str(here)))
         crash(database)
         db.connect(reuse_if_open=True)
@@ -116,9 +116,9 @@ def test_a_position_of_before_a_crash_reads_the_inbox(database, crash):
         pytest.fail("no transaction id came again")
     posted_and_told(cast.subscriber, cast.general, "gold")
     database.use_up(100)
-    with live.look() as now:
+    with updates.look() as now:
         assert now.next_transaction > here.next_transaction
-        connected = live.news(here, now, [cast.vip.id])
+        connected = updates.news(here, now, [cast.vip.id])
         back = resuming.missed([client], now)[client]
     assert connected.too_much
     assert back.too_much

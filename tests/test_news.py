@@ -6,15 +6,15 @@ import psycopg
 import pytest
 from hypothesis import given, settings, strategies
 
-from belfry import live, positions, resuming
 from belfry.core.db import db
 from belfry.fanout import claims, fanout, runs
 from belfry.inbox.inbox import dismiss, list_notifications
-from belfry.live import news
 from belfry.messages.messages import delete_message
-from belfry.positions import Position
 from belfry.servers import servers
 from belfry.servers.preferences import set_preference
+from belfry.stream import cursor, resuming, updates
+from belfry.stream.cursor import Position
+from belfry.stream.updates import news
 from config import settings as belfry
 from tests.people import make_cast
 from tests.telling import crowd, edit, post, posted_and_told, run_to_end, statements
@@ -75,12 +75,12 @@ def test_postgresql_takes_for_a_snapshot_what_we_take_for_one(text):
         db.execute_sql("SELECT %s::pg_snapshot", [snapshot])
 
 
-def _look(since: Position | None, *user_ids: int) -> tuple[Position, live.News]:
+def _look(since: Position | None, *user_ids: int) -> tuple[Position, updates.News]:
     """What those are sent who are at a position: the same, whether they are connected or come back."""
-    with live.look() as here:
+    with updates.look() as here:
         since = since or here
         back = resuming.missed([(user_id, given_back(since)) for user_id in user_ids], here)
-        found = live.News(too_much=any(one.too_much for one in back.values()))
+        found = updates.News(too_much=any(one.too_much for one in back.values()))
         for one in back.values():
             found.notifications |= one.notifications
         if since.before is None:
@@ -95,19 +95,19 @@ def given_back(position: Position) -> Position:
     return Position.parse(str(position))
 
 
-def _connected(since: Position, *user_ids: int) -> live.News:
-    with live.look() as here:
+def _connected(since: Position, *user_ids: int) -> updates.News:
+    with updates.look() as here:
         return news(since, here, user_ids)
 
 
 def _back(
     *clients: tuple[int, Position], most: int = resuming.SENT_AT_ONCE
-) -> dict[tuple[int, Position], live.News]:
-    with live.look() as here:
+) -> dict[tuple[int, Position], updates.News]:
+    with updates.look() as here:
         return resuming.missed(clients, here, most)
 
 
-def _messages(found: live.News, user_id: int) -> list[int]:
+def _messages(found: updates.News, user_id: int) -> list[int]:
     return [notification["message_id"] for _, notification in found.notifications.get(user_id, [])]
 
 
@@ -191,7 +191,7 @@ def test_a_message_to_thousands_is_one_row_of_the_log_and_one_query_for_all(cast
 def test_who_was_away_for_too_long_reads_the_inbox(cast):
     here, _ = _look(None)
     posted_and_told(cast.subscriber, cast.general, "gold")
-    long_ago = replace(here, taken=here.taken - live.KEPT_HOURS * 3600)
+    long_ago = replace(here, taken=here.taken - updates.KEPT_HOURS * 3600)
     of_another_database = replace(here, snapshot="999999999:999999999:")
     for since in (long_ago, of_another_database):
         found = _look(since, cast.vip.id)[1]
@@ -203,7 +203,7 @@ def test_what_is_told_in_other_servers_costs_nothing(cast, monkeypatch):
     here, _ = _look(None)
     for _ in range(3):
         posted_and_told(cast.subscriber, cast.general, "gold")
-    monkeypatch.setattr(live, "LOOKUPS_AT_MOST", 0)
+    monkeypatch.setattr(updates, "LOOKUPS_AT_MOST", 0)
     monkeypatch.setattr(resuming, "LOOKUPS_AT_MOST", 0)
     found = _look(here, cast.stranger.id)[1]
     assert not found.too_much
@@ -221,7 +221,7 @@ def test_what_is_too_much_is_not_looked_up(cast, monkeypatch):
     here, _ = _look(None)
     for _ in range(3):
         posted_and_told(cast.subscriber, cast.general, "gold")
-    monkeypatch.setattr(live, "LOOKUPS_AT_MOST", 5)
+    monkeypatch.setattr(updates, "LOOKUPS_AT_MOST", 5)
     assert not _connected(here, cast.vip.id).too_much
     assert _connected(here, cast.vip.id, cast.admin.id).too_much
 
@@ -231,9 +231,9 @@ def test_what_came_with_a_copy_of_another_database_stands_in_nobodys_way(cast):
         "INSERT INTO telling (xid, message_ids)"
         " SELECT (pg_current_xact_id()::text::bigint + n)::text::xid8, '{1}' FROM generate_series(2, 3000) n"
     )
-    assert live.forget_old_tellings(5_000) == 2_999
+    assert updates.forget_old_tellings(5_000) == 2_999
     posted_and_told(cast.subscriber, cast.general, "gold")
-    assert live.forget_old_tellings(5_000) == 0
+    assert updates.forget_old_tellings(5_000) == 0
     assert db.execute_sql("SELECT count(*) FROM telling").fetchone() == (1,)
 
 
@@ -243,13 +243,13 @@ def test_a_message_told_in_many_slices_is_looked_up_once(cast, slices_of, monkey
     here, _ = _look(None)
     message_id = posted_and_told(cast.subscriber, cast.general, "gold")
     assert db.execute_sql("SELECT count(*) > 10 FROM telling").fetchone() == (True,)
-    monkeypatch.setattr(live, "LOOKUPS_AT_MOST", 30)
+    monkeypatch.setattr(updates, "LOOKUPS_AT_MOST", 30)
     found = _look(here, *people)[1]
     assert all(_messages(found, user_id) == [message_id] for user_id in people)
 
 
 def test_a_position_of_long_ago_is_not_read_to_the_end(cast, monkeypatch):
-    monkeypatch.setattr(live, "TELLINGS_AT_MOST", 2)
+    monkeypatch.setattr(updates, "TELLINGS_AT_MOST", 2)
     here, _ = _look(None)
     for _ in range(2):
         posted_and_told(cast.subscriber, cast.general, "gold")
@@ -325,10 +325,10 @@ def test_a_position_that_is_not_ours_is_not_looked_up(cast, monkeypatch):
     unsigned, genuine = Position.parse(str(here).rpartition(".")[0]), given_back(here)
     monkeypatch.setattr(resuming.inbox, "told_together", None)
     assert _back((cast.vip.id, unsigned))[cast.vip.id, unsigned].too_much
-    monkeypatch.setattr(positions, "secret_key", lambda: "another key, which is set from now on")
-    positions._signature.cache_clear()
+    monkeypatch.setattr(cursor, "secret_key", lambda: "another key, which is set from now on")
+    cursor._signature.cache_clear()
     assert _back((cast.vip.id, genuine))[cast.vip.id, genuine].too_much
-    positions._signature.cache_clear()
+    cursor._signature.cache_clear()
 
 
 def test_an_edit_recounts_the_members_of_its_server_alone(cast):
@@ -343,7 +343,7 @@ def test_the_log_is_kept_for_as_long_as_somebody_may_go_on_from_it(cast):
         posted_and_told(cast.subscriber, cast.general, "gold")
     db.execute_sql("UPDATE telling SET told_at = now() - interval '24 hours 1 second' WHERE message_ids = '{1}'")
     db.execute_sql("UPDATE telling SET told_at = now() - interval '23 hours 59 minutes' WHERE message_ids = '{2}'")
-    assert live.forget_old_tellings(5_000) == 1
+    assert updates.forget_old_tellings(5_000) == 1
     assert db.execute_sql("SELECT array_agg(message_ids[1] ORDER BY xid) FROM telling").fetchone() == ([2, 3],)
 
 

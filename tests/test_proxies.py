@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import psutil
 import pytest
 
-import queues
+from belfry.stream import publish
 from tests.processes import PATIENCE, a_web_process, wait_until
 from tests.telling import posted_and_told
 
@@ -171,7 +171,7 @@ def test_a_stream_goes_through_it_event_by_event(proxy, cast):
         )
         _read_until(stream, b"event: unread")
         posted_and_told(cast.subscriber, cast.general, "gold breaks out")
-        queues.announce(told=True)
+        publish.announce(told=True)
         _read_until(stream, b"event: notification")
         _read_until(stream, b"event: ping")  # after 15 s in which nothing else was sent
 

@@ -11,7 +11,6 @@ from flask import Blueprint, Response, g, redirect, render_template, request, ur
 from markupsafe import Markup
 from werkzeug.wrappers import Response as AnyResponse
 
-from belfry import live
 from belfry.core.db import Row
 from belfry.core.errors import Forbidden, NotFound
 from belfry.inbox import inbox
@@ -24,6 +23,7 @@ from belfry.messages.timeline import STRETCH, stretch
 from belfry.servers import preferences
 from belfry.servers.servers import roles_of
 from belfry.servers.visibility import SeenChannel, channel_for, is_told_in, require_posting, visible_channels
+from belfry.stream import updates
 from models import LARGEST_ID, User
 from views import sign_in
 from views.endpoint import READS
@@ -136,7 +136,7 @@ def _page(template: str, **context: Any) -> str:
         servers=list(servers.values()),
         more_channels=more_channels,
         count=count,
-        hears=current is not None and current.session_hash in live.listeners([current.session_hash]),
+        hears=current is not None and current.session_hash in updates.listeners([current.session_hash]),
         **context,
     )
 

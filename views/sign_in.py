@@ -13,8 +13,8 @@ from werkzeug.wrappers import Response as AnyResponse
 
 from belfry.identity import sessions
 from belfry.identity.sessions import Session
+from belfry.stream.publish import announce
 from models import User
-from queues import announce
 
 BASE_POLICY = "default-src 'none'; base-uri 'none'; frame-ancestors 'none'; style-src 'self'; img-src 'self' data:"
 POLICY = BASE_POLICY + "; form-action 'self'"

@@ -6,20 +6,20 @@ from collections.abc import Iterator
 
 from flask import Flask, Response, g, request
 
-from belfry import live
 from belfry.core.errors import Forbidden, Invalid, SubscriptionRequired
 from belfry.identity import tokens
-from belfry.positions import Position
 from belfry.servers import servers
+from belfry.stream import updates
+from belfry.stream.client import Reader
+from belfry.stream.cursor import Position
+from belfry.stream.hub import hub
+from belfry.stream.publish import announce
 from models import User
-from queues import announce
 from views import sign_in
 from views.connection import ClientSocket
 from views.endpoint import READS, api, authenticated_by, bearer_token, current_user, endpoint
-from views.hub import hub
 from views.limits import limit_streams
 from views.problems import HttpProblem
-from views.reader import Reader
 
 RETRY_MILLISECONDS = (1_000, 3_000)  # before a reader that was cut off comes back: not all of them at once
 HEADERS = {
@@ -41,7 +41,7 @@ def register(app: Flask) -> None:
 
 def _find_listener(token_hash: bytes) -> User | None:
     """Find the token's user; in `g.may_listen` is whether they may listen. One query for those who may."""
-    listener = live.listeners([token_hash]).get(token_hash)
+    listener = updates.listeners([token_hash]).get(token_hash)
     g.may_listen = listener is not None
     return listener[0] if listener else tokens.authenticate_hash(token_hash)
 
@@ -61,7 +61,7 @@ def stream() -> Response:
     token = bearer_token()
     current = None if token else sign_in.current_session()
     token_hash = current.session_hash if current else tokens.hash_token(token or "")
-    if not g.get("may_listen") and token_hash not in live.listeners([token_hash]):
+    if not g.get("may_listen") and token_hash not in updates.listeners([token_hash]):
         if not servers.servers_of(user.id):
             raise Forbidden("Who is in no server is told of nothing.")
         raise SubscriptionRequired("Live updates need an active subscription.")

@@ -5,9 +5,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import schemas
-from belfry.live import News
-from belfry.positions import Position
-from belfry.resuming import SENT_AT_ONCE
+from belfry.stream.cursor import Position
+from belfry.stream.resuming import SENT_AT_ONCE
+from belfry.stream.updates import News
 
 Dumped = dict[tuple[Any, ...], str]
 

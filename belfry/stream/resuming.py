@@ -14,8 +14,8 @@ from datetime import datetime
 
 from belfry.core.db import Row, row, rows
 from belfry.inbox import inbox
-from belfry.live import News, is_resumable, possible_recipients, with_positions
-from belfry.positions import Position
+from belfry.stream.cursor import Position
+from belfry.stream.updates import News, is_resumable, possible_recipients, with_positions
 
 SENT_AT_ONCE = 1_000  # notifications to one client, one by one
 LOG_AT_MOST = 5_000  # messages of the log, of all servers: some 15 ms

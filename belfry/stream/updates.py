@@ -16,7 +16,7 @@ from belfry.identity.sessions import IS_OPEN
 from belfry.identity.subscriptions import ACTIVE_SUBSCRIPTION
 from belfry.identity.tokens import IS_VALID
 from belfry.inbox import inbox
-from belfry.positions import Position
+from belfry.stream.cursor import Position
 from config import settings
 from models import User
 

@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from belfry.positions import Position
+from belfry.stream.cursor import Position
 from models import User
 
 UNSENT_BYTES = 256 * 1024  # that wait for a reader: before they are taken there is nothing more for it

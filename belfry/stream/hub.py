@@ -31,15 +31,15 @@ from peewee import InterfaceError, OperationalError
 from playhouse.pool import MaxConnectionsExceeded
 from redis.exceptions import RedisError
 
-from belfry import live, resuming
 from belfry.core.open_files import streams_limit
 from belfry.core.redis import redis_connection
 from belfry.inbox import inbox
-from belfry.live import News
-from belfry.positions import Position
-from queues import live_channel
-from views.events import Dumped, event, events_of
-from views.reader import Reader, Unread
+from belfry.stream import resuming, updates
+from belfry.stream.client import Reader, Unread
+from belfry.stream.cursor import Position
+from belfry.stream.publish import live_channel
+from belfry.stream.sse import Dumped, event, events_of
+from belfry.stream.updates import News
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -217,13 +217,13 @@ class Hub:
         pause = CHECK_AGAIN_SECONDS if self._check_wanted else CHECK_SECONDS
         check_all = self._looked_at >= self._checked_at + pause
         checked = [reader for reader in self._everybody() if check_all or reader.user.id in self._unchecked]
-        with live.look() as here:
+        with updates.look() as here:
             asked = {reader.token_hash for reader in [*new, *checked]}
-            listeners = live.listeners(asked) if asked else {}
-            found = live.news(self._position or here, here, self._readers)
+            listeners = updates.listeners(asked) if asked else {}
+            found = updates.news(self._position or here, here, self._readers)
             missed = self._missed(new, here)
             for message_id in self._deleted:
-                self._stale |= dict.fromkeys(live.told_of(message_id, self._readers))
+                self._stale |= dict.fromkeys(updates.told_of(message_id, self._readers))
             self._stale |= dict.fromkeys(self._readers if found.too_much else found.recount)
             counted = self._count(new)
         # All is known; what is wrong from here on is one reader's own affair.

@@ -1,0 +1,1 @@
+"""Publish, collect and send what is new, as server-sent events."""
