@@ -13,7 +13,6 @@ from flask import Flask
 from marshmallow import ValidationError
 from peewee import InterfaceError, OperationalError, ProgrammingError
 
-import queues
 import schemas
 import worker as worker_process
 from belfry import seeding
@@ -24,6 +23,7 @@ from belfry.fanout import recovery, runs
 from belfry.identity import subscriptions, tokens, users
 from belfry.integrity import verification
 from belfry.messages import explanation, test_notifications
+from belfry.queue import queues
 from models import LARGEST_ID, RUN_STATES, SUBSCRIPTION_STATUSES, User
 from views.runs import describe_run
 

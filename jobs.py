@@ -20,13 +20,13 @@ from rq.job import Job
 from rq.scheduler import RQScheduler
 from rq.timeouts import JobTimeoutException
 
-import queues
 from belfry.cleanup import CLEANUPS, clean_up
 from belfry.core import logging_setup, partitions, redis
 from belfry.core.db import ROUND_TRIPS, database_connection, lock_for_this_transaction, transaction
 from belfry.core.failpoints import reach
 from belfry.fanout import claims, fanout, recovery
 from belfry.fanout.claims import Part
+from belfry.queue import queues, sweep_status
 from belfry.stream import publish
 from config import settings
 
@@ -196,14 +196,14 @@ def sweep() -> int:
                         del failures[name]
                     else:
                         failures[name] = False
-                    if name == queues.RECOVERY:
+                    if name == sweep_status.RECOVERY:
                         swept = found or 0
                 except (RedisError, OperationalError, InterfaceError) as error:
                     log.warning("%s has to wait for the next sweep: %s", name, error)
                 except Exception:
                     log.exception("%s failed", name)
     finally:
-        queues.record_sweep(failures)
+        sweep_status.record_sweep(failures)
     return swept
 
 
@@ -272,7 +272,7 @@ def _enqueue_retries() -> bool:
 
 
 SWEEP_PARTS: dict[str, Callable[[], int | None]] = {
-    queues.RECOVERY: _recover,
+    sweep_status.RECOVERY: _recover,
     "scheduled_retries": _enqueue_retries,
     "partitions": _look_after_partitions,
     **{name: partial(clean_up, name) for name in CLEANUPS},

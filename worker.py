@@ -35,10 +35,10 @@ from rq.timeouts import JobTimeoutException
 from rq.utils import now
 
 import jobs
-import queues
 from belfry.core.failpoints import reach
+from belfry.queue import queues
+from belfry.queue.job_class import BelfryJob
 from config import settings
-from job_class import BelfryJob
 
 log = logging.getLogger(__name__)
 

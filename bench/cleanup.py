@@ -4,8 +4,8 @@ import time
 from typing import Any
 
 import jobs
-import queues
 from belfry.core.db import execute, row
+from belfry.queue import queues
 from dev import say
 
 KEYS = 10_000_000  # to insert them takes longer than the rest

@@ -10,9 +10,9 @@ import statistics
 import time
 from typing import Any
 
-import queues
 from belfry.core.db import row
 from belfry.fanout.claims import Part
+from belfry.queue import queues
 from bench.large import end_to_end
 from bench.small import queued_runs
 from bench.stage import PATIENCE, SERVERS, Stage, give_up_after

@@ -21,10 +21,10 @@ from typing import Any
 
 import psycopg
 
-import queues
 from belfry.core.db import execute, row, rows
 from belfry.fanout import decision
 from belfry.fanout.claims import Part
+from belfry.queue import queues
 from bench import machine
 from bench.large import AS_BELFRY, BARE_STATEMENT
 from bench.peers_at_work import WORKERS, peer

@@ -18,12 +18,12 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import queues
 from belfry import seeding
 from belfry.core import redis
 from belfry.core.db import execute, row
 from belfry.fanout import runs
 from belfry.identity import tokens
+from belfry.queue import queues
 from bench.stage import Stage, reached
 from dev import CommandError, say, stack
 from models import Channel, Message, Server

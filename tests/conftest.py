@@ -17,11 +17,11 @@ from flask.testing import FlaskClient
 from redis import Redis
 from rq import SimpleWorker
 
-import queues
 from app import create_app
 from belfry.core import migrations
 from belfry.core.db import db
 from belfry.core.redis import redis_connection
+from belfry.queue import queues
 from config import settings
 from dev import testing
 from tests.overrides import overridden

@@ -22,7 +22,7 @@ from dev import processes
 from dev.client import not_ready
 from dev.processes import Child
 
-RQ_WORKER = ("rq.cli", "worker", "-S", "json", "--job-class", "job_class.BelfryJob")
+RQ_WORKER = ("rq.cli", "worker", "-S", "json", "--job-class", "belfry.queue.job_class.BelfryJob")
 PATIENCE = 30.0  # seconds; only for what must come, never asserted as a speed
 
 

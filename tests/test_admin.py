@@ -12,10 +12,10 @@ from redis import Redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-import queues
 from belfry.core import migrations
 from belfry.core.db import db, execute, row
 from belfry.identity import tokens, users
+from belfry.queue import queues
 from models import ApiToken, ChannelRole, Member, MemberRole, Subscription, User
 from tests.telling import statements
 from tests.test_refusals import METHODS, SHAPE, assert_problem

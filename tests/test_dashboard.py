@@ -25,7 +25,7 @@ from rq.serializers import JSONSerializer
 from rq_dashboard import web
 
 import app as app_module
-import queues
+from belfry.queue import queues
 from config import settings
 from models import ApiToken, User
 from tests.people import csrf_of

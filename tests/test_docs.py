@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-import queues
+from belfry.queue import queues
 from commands import COMMANDS
 from config import Settings
 from models import TABLES

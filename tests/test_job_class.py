@@ -15,12 +15,11 @@ from rq import Queue, SimpleWorker
 from rq.exceptions import NoSuchJobError
 from rq.job import Job
 
-import job_class
 import jobs
-import queues
 from belfry.fanout.claims import Part
+from belfry.queue import job_class, queues
+from belfry.queue.job_class import BelfryJob
 from config import settings
-from job_class import BelfryJob
 from models import LARGEST_ID, Run
 from tests.processes import RQ_WORKER, a_worker, running, wait_until
 from tests.telling import post

@@ -7,7 +7,6 @@ import pytest
 from peewee import OperationalError
 
 import jobs
-import queues
 from belfry import cleanup
 from belfry.core import failpoints
 from belfry.core.db import IDLE_SECONDS, db, execute, row
@@ -15,6 +14,7 @@ from belfry.core.redis import redis_connection
 from belfry.fanout import claims, fanout, recovery
 from belfry.fanout.claims import Part
 from belfry.integrity.verification import verify
+from belfry.queue import queues
 from models import TRIES
 from tests.processes import wait_until
 from tests.telling import (

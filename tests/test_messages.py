@@ -15,9 +15,9 @@ from redis.backoff import NoBackoff
 from redis.connection import AbstractConnection
 from redis.retry import Retry
 
-import queues
 from belfry.identity import subscriptions, tokens, users
 from belfry.messages import messages
+from belfry.queue import queues
 from belfry.servers import servers
 from models import ApiToken, IdempotencyKey, Message, Run
 from tests.telling import generic_plans

@@ -13,11 +13,11 @@ import pytest
 from redis import Redis
 
 import jobs
-import queues
 from belfry.core.db import execute, rows
 from belfry.identity.subscriptions import set_subscription
 from belfry.identity.tokens import create_token, hash_token
 from belfry.messages import messages
+from belfry.queue import queues
 from belfry.servers.preferences import set_preference
 from belfry.servers.servers import put_member
 from models import Notification, Preference

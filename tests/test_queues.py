@@ -3,8 +3,8 @@
 import pytest
 from rq import Queue, Retry
 
-import queues
 from belfry.fanout.claims import Part
+from belfry.queue import queues
 from config import settings
 
 

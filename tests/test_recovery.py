@@ -15,11 +15,11 @@ import psycopg
 import pytest
 
 import jobs
-import queues
 from belfry.core.db import IDLE_SECONDS, execute, row
 from belfry.fanout import claims, recovery
 from belfry.fanout.claims import Part
 from belfry.integrity.verification import verify
+from belfry.queue import queues
 from belfry.servers import servers
 from chaos.victim import KILL_WITH_PARENT, STOP
 from models import Notification, Run, Server

@@ -12,8 +12,8 @@ from redis import Redis
 from redis.connection import parse_url
 from rq import Queue
 
-import queues
 from belfry.fanout.claims import Part
+from belfry.queue import queues
 from config import settings
 from models import Run
 from tests.listening import Listener

@@ -11,10 +11,10 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 import jobs
-import queues
 from belfry import cleanup
 from belfry.cleanup import CLEANUPS
 from belfry.core.db import execute, row
+from belfry.queue import queues, sweep_status
 from config import settings
 from tests.telling import post, statements
 
@@ -102,7 +102,7 @@ def test_recovery_that_fails_stops_no_other_part_and_is_an_error_once_lost_work_
         assert keys_left() == 0
         status, ready = readiness(client)
         assert (status, len(ready["warnings"])) == (200, 1), "it may be well again in a moment"
-        redis.hset(queues.SWEEP_KEY, "recovery failing since", round(time.time()) - 31)
+        redis.hset(sweep_status.SWEEP_KEY, "recovery failing since", round(time.time()) - 31)
         status, problem = readiness(client)
         assert (status, list(problem["errors"])) == (503, ["recovery"])
     jobs.sweep()

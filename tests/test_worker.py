@@ -14,13 +14,13 @@ import pytest
 from rq.exceptions import StopRequested
 
 import jobs
-import queues
 import worker
 from belfry.core.db import execute, row
 from belfry.fanout import claims
 from belfry.fanout.claims import Part
 from belfry.integrity.verification import verify
 from belfry.messages import messages
+from belfry.queue import queues
 from models import Notification, Run
 from tests.processes import RQ_WORKER, a_gate, a_web_process, a_worker, running, wait_until
 from tests.telling import advance, crowd, notifications_that, parts_of, statements

@@ -15,10 +15,10 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from rq import Worker
 
-import queues
 from belfry.core import partitions, redis
 from belfry.core.health import check
 from belfry.fanout import runs
+from belfry.queue import queues, sweep_status
 from config import settings
 from views.endpoint import bearer_token, json_response
 from views.problems import HttpProblem, problem
@@ -53,10 +53,10 @@ class _Readiness:
 
     def _check(self) -> tuple[dict[str, str], dict[str, int]]:
         parts = check(redis.redis_answers)
-        failing = queues.sweep_times("failing since") if parts["redis"] == "ok" else {}
+        failing = sweep_status.sweep_times("failing since") if parts["redis"] == "ok" else {}
         parts["recovery"] = "ok"
-        if queues.RECOVERY in failing and time.time() - failing[queues.RECOVERY] > RECOVERY_SECONDS:
-            parts["recovery"] = _failing(queues.RECOVERY, failing.pop(queues.RECOVERY))
+        if sweep_status.RECOVERY in failing and time.time() - failing[sweep_status.RECOVERY] > RECOVERY_SECONDS:
+            parts["recovery"] = _failing(sweep_status.RECOVERY, failing.pop(sweep_status.RECOVERY))
         return parts, failing
 
 
@@ -142,13 +142,13 @@ def _readings() -> list[Reading]:
             "belfry_sweep_part_failing",
             "1 for a part of the workers' sweep that failed the last time",
             ["part"],
-            [([part], 1.0) for part in queues.sweep_times("failing since")] if redis_up else [],
+            [([part], 1.0) for part in sweep_status.sweep_times("failing since")] if redis_up else [],
         ),
         (
             "belfry_sweep_part_last_success_timestamp_seconds",
             "When a part of the workers' sweep succeeded last",
             ["part"],
-            [([part], when) for part, when in queues.sweep_times("succeeded at").items()] if redis_up else [],
+            [([part], when) for part, when in sweep_status.sweep_times("succeeded at").items()] if redis_up else [],
         ),
     ]
 

@@ -12,7 +12,7 @@ from belfry.core.errors import Invalid
 from belfry.core.idempotency import Once, remember
 from belfry.messages import explanation, history, messages
 from belfry.messages.mentions import AllowedMentions
-from queues import enqueue_run, queue_is_full
+from belfry.queue.queues import enqueue_run, queue_is_full
 from views.endpoint import Answer, api, asks_for_itself, current_user, endpoint, json_response, paginate
 from views.limits import limit_messages
 

@@ -18,7 +18,7 @@ from rq.job import Job
 from rq.serializers import JSONSerializer
 from rq_dashboard import web
 
-import queues
+from belfry.queue import queues
 
 LIBRARY = web.blueprint.name
 JOB_ID = r"[A-Za-z0-9_-]{1,100}"

@@ -6,8 +6,8 @@ import schemas
 from belfry.core.db import Row
 from belfry.fanout import runs
 from belfry.messages import test_notifications
+from belfry.queue.queues import enqueue_run
 from models import User
-from queues import enqueue_run
 from views.endpoint import Answer, api, current_user, endpoint, paginate
 
 HIDDEN_ERROR = "The last attempt failed. Admins can see why."

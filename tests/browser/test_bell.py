@@ -6,8 +6,8 @@ from statistics import median
 import psycopg
 from playwright.sync_api import Page, expect
 
-import queues
 from belfry.fanout.claims import Part
+from belfry.queue import queues
 from config import settings
 from models import Run
 from tests.browser.browsing import address, bell, composer, message, wait_until_live

@@ -11,8 +11,8 @@ from playwright.sync_api import Page, expect
 from belfry.core.db import db
 from belfry.messages import messages
 from belfry.messages.timeline import STRETCH
+from belfry.queue.queues import enqueue_run
 from models import Message
-from queues import enqueue_run
 from tests.browser.browsing import address, composer, message, shown, wait_until_live, watch_requests
 from tests.people import Person
 from tests.processes import wait_until

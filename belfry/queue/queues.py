@@ -1,7 +1,7 @@
 """The queues: what is wished for in them, and how full they are; and Redis, which they are in.
 
 A job names a part of a run by its ids, as JSON. That alone does not stop whoever can write to Redis from running code
-here: RQ calls any function that a job names. So every job is read by job_class.py, which accepts the entry points of
+here: RQ calls any function that a job names. So every job is read by belfry/queue/job_class.py, which accepts the entry points of
 jobs.py only.
 Redis may be away at any time: what is not enqueued waits in PostgreSQL, and the sweeper finds it.
 """
@@ -11,7 +11,7 @@ import logging
 import random
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
 from typing import Any
@@ -28,8 +28,8 @@ from belfry.core.failpoints import reach
 from belfry.core.redis import redis_connection
 from belfry.fanout import recovery
 from belfry.fanout.claims import Part
+from belfry.queue.job_class import BelfryJob
 from config import settings
-from job_class import BelfryJob
 from models import LARGEST_ID, TRIES
 
 log = logging.getLogger(__name__)
@@ -244,41 +244,3 @@ def remove_rejected_retries() -> None:
             redis_connection().zrem(registry.key, *unreadable)
         if ids:
             BelfryJob.fetch_many([entry.decode() for entry in ids], redis_connection())
-
-
-RECOVERY = "recovery"  # the part of the sweep without which lost work is not done; jobs.py has the others
-SWEEP_KEY = "belfry:sweep"
-SWEEP_KEPT_SECONDS = 3_600  # without a sweep, after which nothing is known of it
-
-
-def record_sweep(failures: Mapping[str, bool]) -> None:
-    """Keep in Redis which parts of a sweep failed (True) or succeeded (False), for /readyz and /metrics.
-
-    In Redis, since what makes a part fail may be that PostgreSQL accepts no write.
-    """
-    if not failures:
-        return
-    when = round(time.time())
-    try:
-        with redis_connection().pipeline() as pipeline:
-            for part, failed in failures.items():
-                if failed:
-                    pipeline.hsetnx(SWEEP_KEY, f"{part} failing since", when)
-                else:
-                    pipeline.hdel(SWEEP_KEY, f"{part} failing since")
-                    pipeline.hset(SWEEP_KEY, f"{part} succeeded at", when)
-            pipeline.expire(SWEEP_KEY, SWEEP_KEPT_SECONDS)
-            pipeline.execute()
-    except RedisError as error:
-        log.warning("Redis is out of reach, it is not recorded how the sweep went: %s", error)
-
-
-def sweep_times(what: str) -> dict[str, int]:
-    """By part of the sweep, when it succeeded last (`succeeded at`), or since when it has failed each time (`failing
-    since`), in seconds since 1970; {} where there is none, or Redis is out of reach."""
-    try:
-        found: Any = redis_connection().hgetall(SWEEP_KEY)
-    except RedisError:
-        return {}
-    times = {field.decode(): int(when) for field, when in found.items()}
-    return {field.removesuffix(f" {what}"): when for field, when in times.items() if field.endswith(f" {what}")}

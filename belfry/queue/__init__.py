@@ -1,0 +1,1 @@
+"""Put jobs into RQ's queues, and accept jobs from there."""
