@@ -14,7 +14,6 @@ from marshmallow import ValidationError
 from peewee import InterfaceError, OperationalError, ProgrammingError
 
 import schemas
-import worker as worker_process
 from belfry import seeding
 from belfry.core import migrations
 from belfry.core.db import db
@@ -24,6 +23,7 @@ from belfry.identity import subscriptions, tokens, users
 from belfry.integrity import verification
 from belfry.messages import explanation, test_notifications
 from belfry.queue import queues
+from belfry.worker import supervisor
 from models import LARGEST_ID, RUN_STATES, SUBSCRIPTION_STATUSES, User
 from views.runs import describe_run
 
@@ -225,7 +225,7 @@ def _print_run(run: dict[str, Any], as_json: bool) -> None:
 @click.option("--burst", is_flag=True, help="Stop when the queues are empty.")
 def worker(burst: bool) -> None:
     """Run jobs: fan-out, retries, recovery. SIGTERM finishes the work in hand."""
-    worker_process.work(burst)
+    supervisor.work(burst)
 
 
 @command(COMMANDS, "explain")

@@ -7,7 +7,6 @@ import pytest
 from peewee import OperationalError
 
 import jobs
-from belfry import cleanup
 from belfry.core import failpoints
 from belfry.core.db import IDLE_SECONDS, db, execute, row
 from belfry.core.redis import redis_connection
@@ -15,6 +14,7 @@ from belfry.fanout import claims, fanout, recovery
 from belfry.fanout.claims import Part
 from belfry.integrity.verification import verify
 from belfry.queue import queues
+from belfry.worker import cleanup, maintenance
 from models import TRIES
 from tests.processes import wait_until
 from tests.telling import (
@@ -215,7 +215,7 @@ def test_a_run_that_never_gets_anywhere_is_failed_with_its_reason(run, run_jobs)
         begin_and_die(Part(run))
     assert recovery.give_up() == 0, "its last attempt has only just begun"
     let_time_pass()
-    assert jobs.sweep() == 0
+    assert maintenance.sweep() == 0
     failed = run_of(run)
     assert (failed["state"], failed["attempts"]) == ("failed", TRIES)
     assert failed["error"].startswith(f"gave up after {TRIES} attempts")
@@ -309,9 +309,9 @@ def test_a_wish_for_what_somebody_is_at_does_not_wait_for_them(run, large_run, i
 def test_one_sweeps_at_a_time(run, in_another_session):
     let_time_pass()
     queues.queue().empty()
-    with in_another_session(f"SELECT pg_advisory_xact_lock({jobs.SWEEP_LOCK})"):
-        assert jobs.sweep() == 0
-    assert jobs.sweep() == 1
+    with in_another_session(f"SELECT pg_advisory_xact_lock({maintenance.SWEEP_LOCK})"):
+        assert maintenance.sweep() == 0
+    assert maintenance.sweep() == 1
 
 
 def test_the_clock_that_counts_is_the_databases(run, monkeypatch):
@@ -437,7 +437,7 @@ def test_each_retry_is_waited_for_as_long_as_it_takes(cast, monkeypatch, run_job
         assert intervals[retry] + jobs.GRACE_SECONDS - 2 < found["seconds"] <= intervals[retry] + jobs.GRACE_SECONDS
         redis = redis_connection()
         redis.zadd(queue.scheduled_job_registry.key, {job_id: 0})  # its time has come
-        jobs.sweep()
+        maintenance.sweep()
     run_jobs()
     assert (run_of(run_id)["state"], run_of(run_id)["attempts"]) == ("failed", TRIES)
     assert len(queue.scheduled_job_registry) == queue.count == 0
@@ -447,7 +447,7 @@ def test_what_stands_in_the_way_of_retries_stops_nothing_else(run, redis):
     redis.hset("rq:job:broken", mapping={"created_at": "yesterday", "origin": "notifications"})
     redis.zadd(queues.queue().scheduled_job_registry.key, {"broken": 0})
     let_time_pass()
-    assert jobs.sweep() == 1
+    assert maintenance.sweep() == 1
 
 
 def test_retrying_is_a_transaction_that_a_process_that_hangs_loses(run):
@@ -472,7 +472,7 @@ def test_a_sweep_that_waits_for_a_table_gives_up(monkeypatch):
     look = lambda *_: seen.append(row("SHOW statement_timeout")["statement_timeout"]) or 0  # noqa: E731
     monkeypatch.setattr(claims, "give_up", look)
     monkeypatch.setattr(cleanup, "CLEANUPS", dict.fromkeys(cleanup.CLEANUPS, look))
-    jobs.sweep()
+    maintenance.sweep()
     assert seen == ["20s", *["5s"] * len(cleanup.CLEANUPS)]
 
 
@@ -501,7 +501,7 @@ def test_every_process_loses_its_locks_when_it_hangs(api, cast, slices_of, run_j
     person.patch(f"/api/messages/{message['id']}", json={"content": "silver"})
     api(cast.vip).post("/api/notifications/read", json={"all": True})
     person.delete(f"/api/messages/{message['id']}")
-    jobs.sweep()
+    maintenance.sweep()
     locking = {"post.written", "run.held", "run.counted", "slice.held", "slice.counted", "edit.written",
                "read.written", "delete.written", "sweep.locked", "sweep.marked"}  # fmt: skip
     assert {point: idle_limits[point] for point in locking} == dict.fromkeys(locking, f"{IDLE_SECONDS}s")

@@ -20,6 +20,7 @@ from belfry.messages import messages
 from belfry.queue import queues
 from belfry.servers.preferences import set_preference
 from belfry.servers.servers import put_member
+from belfry.worker import maintenance
 from models import Notification, Preference
 from tests.people import Person, make_person
 from tests.telling import advance, fail_always, parts_of
@@ -90,7 +91,7 @@ def test_notifications_are_not_lost_when_the_queue_cannot_be_reached(api, cast, 
     assert api(cast.subscriber).get(message["run"]["url"]).get_json()["state"] == message["run"]["state"] == "pending"
     assert "Redis is out of reach" in caplog.text, "and the log says so"
     execute("UPDATE run SET due_at = now() - interval '1 minute'")
-    assert jobs.sweep() == 1
+    assert maintenance.sweep() == 1
     assert run_jobs() == 0
     assert told(message).keys() == {cast.admin.id, cast.moderator.id, cast.vip.id}
 
@@ -101,7 +102,7 @@ def test_notifications_are_not_lost_with_the_queues_contents(api, cast, run_jobs
     assert run_jobs() == 0
     assert told(message) == {}
     execute("UPDATE run SET due_at = now() - interval '1 minute'")
-    assert jobs.sweep() == 1
+    assert maintenance.sweep() == 1
     assert run_jobs() == 0
     assert len(told(message)) == 3
 

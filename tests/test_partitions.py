@@ -18,6 +18,7 @@ from belfry.fanout.claims import Part
 from belfry.inbox import inbox
 from belfry.integrity.verification import verify
 from belfry.messages import messages
+from belfry.worker import maintenance
 from config import settings
 from models import User
 from tests.processes import wait_until
@@ -29,8 +30,8 @@ from tests.telling import post as write
 def _as_migrated():
     """What a test does to the table is undone after it."""
     yield
-    if jobs._indexing:
-        jobs._indexing.join()
+    if maintenance._indexing:
+        maintenance._indexing.join()
     execute("TRUNCATE message, notification RESTART IDENTITY CASCADE")
     runner = migrations._runner()
     runner.down("0003_partitions")
@@ -150,13 +151,13 @@ def test_who_is_just_posting_is_not_waited_for_for_long(cast, full_at, in_anothe
         with pytest.raises(OperationalError, match="lock timeout"):
             partitions.care()
         monkeypatch.setattr(jobs, "_partitions_looked_at", float("-inf"))
-        jobs.sweep()
+        maintenance.sweep()
         assert "partitions has to wait" in caplog.text
-        jobs.sweep()
+        maintenance.sweep()
         assert caplog.text.count("partitions has to wait") == 1, "not with each sweep"
     assert bounds() == [1, 1_000_000, 2_000_000, 3_000_000]
     monkeypatch.setattr(jobs, "_partitions_looked_at", float("-inf"))
-    jobs.sweep()
+    maintenance.sweep()
     assert post(cast) == 1_000_000
 
 
@@ -352,7 +353,7 @@ def test_what_is_no_partition_of_ours_is_passed_over_and_what_goes_wrong_stops_n
     try:
         assert len(partitions.partitions()) == 4
         assert len(told_of(post(cast))) == 3
-        jobs.sweep()  # what is in the default partition is in the way of the one that is missing
+        maintenance.sweep()  # what is in the default partition is in the way of the one that is missing
         assert "partitions failed" in caplog.text
     finally:
         execute("DROP TABLE notification_of_others")
@@ -389,7 +390,7 @@ def test_where_the_sequence_is_far_ahead_one_sweep_makes_the_partitions(api, cas
     execute(f"ALTER SEQUENCE message_id_seq RESTART WITH {ahead}")
     message_id, run_id = failing_post(cast)
     assert_missing(api, cast, client, 1)
-    jobs.sweep()
+    maintenance.sweep()
     assert_missing(api, cast, client, 0)
     assert run_to_end(run_id) == "succeeded"
     assert (message_id, len(told_of(message_id))) == (ahead, 3)
@@ -407,7 +408,7 @@ def test_what_has_a_partitions_name_is_not_in_its_way(api, cast, client, looked_
     try:
         execute("ALTER SEQUENCE message_id_seq RESTART WITH 3000000")
         _, run_id = failing_post(cast)
-        jobs.sweep()
+        maintenance.sweep()
         assert_missing(api, cast, client, 0)
         assert run_to_end(run_id) == "succeeded"
         assert f"{name}_2" in [one.name for one in partitions.partitions()]
@@ -424,7 +425,7 @@ def test_a_partition_that_was_detached_is_attached_again_with_what_is_in_it(
     execute("ALTER TABLE notification DETACH PARTITION notification_to_1000000")
     _, run_id = failing_post(cast)
     assert_missing(api, cast, client, 1)
-    jobs.sweep()
+    maintenance.sweep()
     assert_missing(api, cast, client, 0)
     assert "notification_to_1000000 was no partition any more" in caplog.text
     assert told_of(first) == before
@@ -439,7 +440,7 @@ def test_one_that_was_detached_and_does_not_fit_any_more_is_left_and_said_to_be_
     execute("ALTER TABLE notification DETACH PARTITION notification_to_1000000")
     execute("INSERT INTO notification_to_1000000 (user_id, message_id, reason) VALUES (1, 5000000, 'message')")
     try:
-        jobs.sweep()
+        maintenance.sweep()
         assert "notification_to_1000000 is in the way" in caplog.text
         assert_missing(api, cast, client, 0)
         assert len(told_of(post(cast))) == 3
@@ -452,7 +453,7 @@ def test_the_lowest_and_one_in_the_middle_are_missed_as_well(api, cast, client, 
     execute("ALTER SEQUENCE message_id_seq RESTART WITH 2500000")
     assert partitions.missing() == [Partition(None, 1), Partition(1_000_000, 2_000_000)]
     assert_missing(api, cast, client, 2)
-    jobs.sweep()
+    maintenance.sweep()
     assert_missing(api, cast, client, 0)
     assert bounds()[:4] == [1, 1_000_000, 2_000_000, 3_000_000]
 
@@ -460,7 +461,7 @@ def test_the_lowest_and_one_in_the_middle_are_missed_as_well(api, cast, client, 
 def test_one_that_is_missing_ahead_of_the_next_message_is_made_before_it_is_needed(api, cast, client, looked_after):
     execute("DROP TABLE notification_to_2000000")
     assert_missing(api, cast, client, 0)
-    jobs.sweep()
+    maintenance.sweep()
     assert partitions.missing() == []
     assert bounds() == [1, 1_000_000, 2_000_000, 3_000_000]
 
@@ -470,7 +471,7 @@ def test_what_cannot_be_made_is_said_so(api, cast, client, looked_after, caplog)
     try:
         execute("INSERT INTO notification (user_id, message_id, reason) VALUES (1, 3000001, 'message')")
         execute("ALTER SEQUENCE message_id_seq RESTART WITH 3000000")
-        jobs.sweep()
+        maintenance.sweep()
         assert "have no partition: their runs fail until it is made" in caplog.text
         assert "partitions failed" in caplog.text
         assert_missing(api, cast, client, 1)

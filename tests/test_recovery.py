@@ -21,6 +21,7 @@ from belfry.fanout.claims import Part
 from belfry.integrity.verification import verify
 from belfry.queue import queues
 from belfry.servers import servers
+from belfry.worker import maintenance
 from chaos.victim import KILL_WITH_PARENT, STOP
 from models import Notification, Run, Server
 from tests.people import Person
@@ -304,16 +305,16 @@ def test_redis_holds_so_many_jobs_and_no_more_and_everything_is_done_in_the_orde
     assert not queues.enqueue_run(runs[-1])
     assert queues.queue().count == 5
     execute("UPDATE run SET due_at = now() - interval '1 minute'")
-    assert jobs.sweep() == 0, "there is no room, and what is in the queue is not lost"
+    assert maintenance.sweep() == 0, "there is no room, and what is in the queue is not lost"
 
     for done in (1, 2):
         jobs.notify(runs[done - 1])
         queues.queue().remove(queues.queue().get_job_ids(0, 1)[0])
-    assert jobs.sweep() == 2
+    assert maintenance.sweep() == 2
     assert [job.args[0] for job in queues.queue().jobs] == runs[2:7], "what was pending comes last"
     while queues.queue().count:
         run_jobs()
-        jobs.sweep()
+        maintenance.sweep()
     assert {state_of(run_id) for run_id in runs} == {"succeeded"}
     assert verify() == []
 
@@ -341,7 +342,7 @@ def test_a_job_that_was_lost_from_a_long_queue_is_found_and_done_before_those_th
     for run_id in runs[:3]:
         jobs.notify(run_id)
     execute("UPDATE run SET due_at = now() - interval '1 minute' WHERE due_at IS NOT NULL")
-    assert jobs.sweep() == 1
+    assert maintenance.sweep() == 1
     waiting = [job.args[0] for job in queues.queue().jobs]
     assert waiting == runs[3:], "it is back, before those that came after it, and nothing is in the queue twice"
     assert run_jobs() == 0
@@ -356,7 +357,7 @@ def test_a_slice_that_was_lost_from_a_long_queue_is_found(cast, slices_of, run_j
     parts = parts_of(run_id)
     queues.enqueue(parts[4:])
     execute("UPDATE slice SET due_at = now() - interval '1 minute'")
-    assert jobs.sweep() == 4
+    assert maintenance.sweep() == 4
     assert [Part(*job.args) for job in queues.queue(queues.BULK).jobs] == parts
     assert run_jobs() == 0
     finished(run_id)
@@ -368,7 +369,7 @@ def test_what_stands_first_in_the_queue_and_is_no_job_of_ours_is_no_reason_to_ta
         redis.lpush(queues.queue().key, hostile)
     redis.hset("rq:job:another", mapping={"data": b"garbage", "created_at": "yesterday", "origin": "notifications"})
     execute("UPDATE run SET due_at = now() - interval '1 minute'")
-    assert jobs.sweep() == 0
+    assert maintenance.sweep() == 0
 
 
 @pytest.mark.parametrize("argument", [-1, 2**63, "seven", None, float("inf")])
@@ -376,4 +377,4 @@ def test_a_hostile_job_first_in_the_queue_is_no_reason_to_take_anything_for_lost
     queues.queue().enqueue("jobs.notify", argument)
     enqueue(cast.subscriber, cast.general)
     execute("UPDATE run SET due_at = now() - interval '1 minute'")
-    assert jobs.sweep() == 0
+    assert maintenance.sweep() == 0

@@ -9,9 +9,9 @@ import pytest
 from flask import Flask
 from flask.testing import FlaskClient
 
-import jobs
 from belfry.core.db import execute
 from belfry.identity import sessions, tokens
+from belfry.worker import maintenance
 from models import ApiToken, Session
 from tests.people import csrf_of
 from tests.processes import a_web_process
@@ -234,7 +234,7 @@ def test_the_sweep_deletes_idle_sessions_in_bounded_batches(sign_in, cast):
         {"id": cast.stranger.id},
     )
     assert sessions.delete_idle_sessions(3) == 3
-    jobs.sweep()
+    maintenance.sweep()
     assert Session.select().count() == 1
     assert is_open(browser)
 

@@ -11,10 +11,10 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 import jobs
-from belfry import cleanup
-from belfry.cleanup import CLEANUPS
 from belfry.core.db import execute, row
 from belfry.queue import queues, sweep_status
+from belfry.worker import cleanup, maintenance
+from belfry.worker.cleanup import CLEANUPS
 from config import settings
 from tests.telling import post, statements
 
@@ -74,7 +74,7 @@ def test_a_clean_up_that_fails_stops_no_recovery_and_is_reported(api, cast, clie
     run_id = lost_run(cast)
     old_keys(3)
     refuse(table)
-    assert jobs.sweep() == 1
+    assert maintenance.sweep() == 1
     assert [job.args for job in queues.queue().jobs] == [[run_id]]
     part = {"idempotency_key": "idempotency_keys", "telling": "stream_log"}[table]
     assert f"{part} has to wait for the next sweep" in caplog.text
@@ -85,11 +85,11 @@ def test_a_clean_up_that_fails_stops_no_recovery_and_is_reported(api, cast, clie
     assert part not in metric(api, cast, "belfry_sweep_part_last_success_timestamp_seconds")
     assert keys_left() == (3 if table == "idempotency_key" else 0), "the other one went on"
     allow()
-    jobs.sweep()
+    maintenance.sweep()
     assert (readiness(client)[1]["warnings"], keys_left()) == ([], 0)
     assert metric(api, cast, "belfry_sweep_part_failing") == {}
     succeeded = metric(api, cast, "belfry_sweep_part_last_success_timestamp_seconds")
-    assert set(jobs.SWEEP_PARTS) - {"partitions"} <= set(succeeded)
+    assert set(maintenance.SWEEP_PARTS) - {"partitions"} <= set(succeeded)
 
 
 def test_recovery_that_fails_stops_no_other_part_and_is_an_error_once_lost_work_waits_too_long(cast, client, redis):
@@ -97,7 +97,7 @@ def test_recovery_that_fails_stops_no_other_part_and_is_an_error_once_lost_work_
     with psycopg.connect(settings.database_url) as other:
         other.execute("LOCK TABLE slice")
         execute("SET lock_timeout = '200ms'")
-        jobs.sweep()
+        maintenance.sweep()
         execute("RESET lock_timeout")
         assert keys_left() == 0
         status, ready = readiness(client)
@@ -105,7 +105,7 @@ def test_recovery_that_fails_stops_no_other_part_and_is_an_error_once_lost_work_
         redis.hset(sweep_status.SWEEP_KEY, "recovery failing since", round(time.time()) - 31)
         status, problem = readiness(client)
         assert (status, list(problem["errors"])) == (503, ["recovery"])
-    jobs.sweep()
+    maintenance.sweep()
     assert readiness(client)[0] == 200
 
 
@@ -118,11 +118,11 @@ def test_a_part_that_gets_no_connection_is_reported_as_failed(cast, client, monk
     with monkeypatch.context() as patched:
         patched.setattr(jobs, "_connection", none_free)
         with pytest.raises(OperationalError):
-            jobs.sweep()
+            maintenance.sweep()
     status, ready = readiness(client)
     (warning,) = ready["warnings"]
     assert (status, warning.split(" has failed ")[0]) == (200, "The worker's recovery")
-    jobs.sweep()
+    maintenance.sweep()
     assert readiness(client)[1]["warnings"] == []
 
 
@@ -132,9 +132,9 @@ def test_while_redis_is_away_what_needs_postgresql_alone_goes_on(cast, monkeypat
     nowhere = Redis(host="127.0.0.1", port=1, retry=Retry(NoBackoff(), 0))
     with monkeypatch.context() as patched:
         patched.setattr(queues, "redis_connection", lambda: nowhere)
-        assert jobs.sweep() == 0
+        assert maintenance.sweep() == 0
     assert keys_left() == 0
-    assert jobs.sweep() == 1
+    assert maintenance.sweep() == 1
 
 
 def test_old_keys_are_deleted_in_batches_and_young_ones_stay(cast, monkeypatch):
@@ -142,7 +142,7 @@ def test_old_keys_are_deleted_in_batches_and_young_ones_stay(cast, monkeypatch):
     old_keys(350)
     old_keys(20, hours=23)
     with statements() as seen:
-        jobs.sweep()
+        maintenance.sweep()
     assert sum("DELETE FROM idempotency_key" in statement for statement in seen) == 4
     assert keys_left() == 20
 
@@ -152,7 +152,7 @@ def test_a_sweep_deletes_one_batch_where_there_is_no_time_for_more(cast, monkeyp
     monkeypatch.setattr(cleanup, "SECONDS", 0)
     old_keys(350)
     for left in (250, 150, 50, 0):
-        jobs.sweep()
+        maintenance.sweep()
         assert keys_left() == left
 
 

@@ -14,13 +14,14 @@ import pytest
 from rq.exceptions import StopRequested
 
 import jobs
-import worker
 from belfry.core.db import execute, row
 from belfry.fanout import claims
 from belfry.fanout.claims import Part
 from belfry.integrity.verification import verify
 from belfry.messages import messages
 from belfry.queue import queues
+from belfry.worker import maintenance, supervisor, worker
+from belfry.worker.deadline import OVERTIME_SECONDS, Deadline
 from models import Notification, Run
 from tests.processes import RQ_WORKER, a_gate, a_web_process, a_worker, running, wait_until
 from tests.telling import advance, crowd, notifications_that, parts_of, statements
@@ -184,7 +185,7 @@ def test_the_sweeper_outlives_what_nobody_foresaw(monkeypatch, caplog):
         raise RuntimeError("no such table")
 
     monkeypatch.setattr("worker.jobs.sweep", break_down)
-    worker.sweep_once()
+    supervisor.sweep_once()
     assert "the sweep failed" in caplog.text
 
 
@@ -202,7 +203,7 @@ def test_small_messages_go_first_and_a_large_one_goes_on_though_they_never_cease
     queues.enqueue([Part(run_id) for run_id in small])
     taken: list[str] = []
     monkeypatch.setattr(worker.BelfryWorker, "execute_job", lambda self, job, queue: taken.append(queue.name))
-    worker.work(burst=True)
+    supervisor.work(burst=True)
     assert taken[:7] == ["notifications"] * 3 + ["bulk"] + ["notifications"] * 3
     assert taken.count("bulk") == 5
     assert taken[-1] == "notifications"
@@ -212,7 +213,7 @@ def test_in_burst_it_sweeps_until_nothing_is_left_to_enqueue(monkeypatch):
     swept, worked = [500, 20, 0], []
     monkeypatch.setattr(worker, "sweep_once", lambda: swept.pop(0))
     monkeypatch.setattr(worker, "work_horse", lambda burst: worked.append(burst) or True)
-    worker.work(burst=True)
+    supervisor.work(burst=True)
     assert (swept, worked) == ([], [True, True, True])
 
 
@@ -262,9 +263,9 @@ def test_a_work_horse_ends_after_so_many_jobs(cast, monkeypatch):
 
 
 def test_a_deadline_is_over_only_while_a_job_is_in_hand(monkeypatch):
-    deadline = worker.Deadline()
+    deadline = Deadline()
     assert not deadline.is_over()
-    deadline.set(-worker.OVERTIME_SECONDS - 1)
+    deadline.set(-OVERTIME_SECONDS - 1)
     assert deadline.is_over()
     deadline.clear()
     assert not deadline.is_over()
@@ -300,7 +301,7 @@ def test_of_messages_that_are_told_together_one_that_fails_costs_the_others_noth
     assert "poison" in Run.get_by_id(3).error
     assert [Run.get_by_id(run_id).attempts for run_id in runs] == [1] * 5
     execute("UPDATE run SET due_at = now() - interval '1 second' WHERE due_at IS NOT NULL")
-    assert jobs.sweep() == 1
+    assert maintenance.sweep() == 1
     assert run_jobs() == 0
     assert state_of(3) == "succeeded"
     assert verify() == []

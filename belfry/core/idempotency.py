@@ -9,7 +9,7 @@ from typing import Any
 from belfry.core.db import execute, not_for_long, row, set_locally
 from belfry.core.errors import Conflict, IdempotencyMismatch
 
-KEPT = "24 hours"  # that a key counts; belfry/cleanup.py deletes what is older
+KEPT = "24 hours"  # that a key counts; belfry/worker/cleanup.py deletes what is older
 
 
 @dataclass(frozen=True)

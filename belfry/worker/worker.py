@@ -9,20 +9,10 @@ after job. What a fork a job gives is kept otherwise:
 - memory cannot grow without an end: after JOBS_OF_A_HORSE jobs the process ends, and another follows.
 """
 
-import contextlib
-import ctypes
 import logging
-import mmap
-import os
-import random
-import signal
-import struct
-import sys
 import time
 from typing import Any
 
-from peewee import InterfaceError, OperationalError
-from playhouse.pool import MaxConnectionsExceeded
 from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
@@ -38,16 +28,14 @@ import jobs
 from belfry.core.failpoints import reach
 from belfry.queue import queues
 from belfry.queue.job_class import BelfryJob
+from belfry.worker.deadline import Deadline
 from config import settings
 
 log = logging.getLogger(__name__)
 
 JOBS_OF_A_HORSE = 10_000
 OTHERS_TURN = 4  # one job in so many may be of another queue though some wait in the first: a quarter of the time
-OVERTIME_SECONDS = 10  # after JOB_TIMEOUT, before a process that cannot be broken off is killed
 STOP_SECONDS = 2  # that a work-horse has to take its leave of Redis, before it is asked to stop once more
-TICK_SECONDS = 0.05  # between two looks of the parent: how soon another process follows one that died
-PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 
 
 class BelfryWorker(SimpleWorker):  # type: ignore[misc]
@@ -133,136 +121,6 @@ class BelfryWorker(SimpleWorker):  # type: ignore[misc]
                 self.increment_successful_job_count(pipeline)
                 pipeline.execute()
         return done
-
-
-class Deadline:
-    """Until when the job in hand has to be done; the work-horse writes it, and its parent reads it."""
-
-    def __init__(self) -> None:
-        self._shared = mmap.mmap(-1, 8)
-
-    def set(self, seconds: float) -> None:
-        self._shared[:] = struct.pack("d", time.monotonic() + seconds + OVERTIME_SECONDS)
-
-    def clear(self) -> None:
-        self._shared[:] = struct.pack("d", 0.0)
-
-    def is_over(self) -> bool:
-        when: float = struct.unpack("d", self._shared[:])[0]
-        return 0.0 < when < time.monotonic()
-
-
-class Supervisor:
-    """The parent: it keeps a work-horse running, and sweeps every SWEEP_SECONDS. It does no job itself."""
-
-    def __init__(self) -> None:
-        self._stopping = False
-        self._horse = 0
-        self._deadline = Deadline()
-
-    def run(self) -> None:
-        """Until SIGTERM or SIGINT; then until the job in hand is done."""
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(signum, self._stop)
-        swept = 0.0
-        while not self._stopping:
-            if not self._horse:
-                self._start_horse()
-            if time.monotonic() - swept >= settings.sweep_seconds:
-                sweep_once()
-                swept = time.monotonic()
-            self._look_after_horse()
-            time.sleep(TICK_SECONDS)
-        while self._horse:
-            self._tell_horse(signal.SIGTERM)
-            self._look_after_horse()
-            time.sleep(TICK_SECONDS)
-
-    def _stop(self, signum: int, frame: object) -> None:
-        self._stopping = True
-        self._tell_horse(signal.SIGTERM)
-
-    def _tell_horse(self, signum: signal.Signals) -> None:
-        if self._horse:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self._horse, signum)
-
-    def _start_horse(self) -> None:
-        self._deadline.clear()
-        parent = os.getpid()
-        pid = os.fork()
-        if pid:
-            self._horse = pid
-            return
-        status = 1
-        try:
-            for signum in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(signum, signal.SIG_DFL)  # until RQ has its own: there is nothing in hand
-            _end_with(parent)
-            random.seed()
-            reach("worker.forked")
-            work_horse(self._deadline)
-            status = 0
-        except Exception:
-            log.exception("the work-horse failed")
-        finally:
-            logging.shutdown()
-            os._exit(status)
-
-    def _look_after_horse(self) -> None:
-        if not self._horse:
-            return
-        pid, status = os.waitpid(self._horse, os.WNOHANG)
-        if pid:
-            self._horse = 0
-            if status and not self._stopping:
-                log.error("the work-horse ended with %s: another is started", _words_of(status))
-        elif self._deadline.is_over():
-            log.error("a job takes %s s longer than it may: its process is killed", OVERTIME_SECONDS)
-            self._tell_horse(signal.SIGKILL)
-
-
-def _words_of(status: int) -> str:
-    code = os.waitstatus_to_exitcode(status)
-    return f"signal {-code}" if code < 0 else f"code {code}"
-
-
-def _end_with(parent: int) -> None:
-    """On Linux a work-horse is asked to stop when its parent dies; elsewhere it goes on, and harms nobody."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:
-            os._exit(1)
-
-
-def sweep_once() -> int:
-    """One sweep: how many parts it enqueued. With the database away the log says so, and the next one tries again."""
-    try:
-        return jobs.sweep()
-    except (OperationalError, InterfaceError, MaxConnectionsExceeded) as error:
-        log.warning("the database is out of reach, nothing is swept: %s", error)
-    except Exception:
-        # A sweeper that died would be missed by nobody until a run is lost: it says why, and goes on.
-        log.exception("the sweep failed")
-    return 0
-
-
-def work(burst: bool = False) -> None:
-    """Run jobs until SIGTERM or SIGINT; with `burst`, until the queues are empty and nothing is left to enqueue.
-
-    Waits for Redis where it is not there yet, and begins anew where RQ's worker gives up on it.
-    """
-    if burst:
-        while _work_in_burst():
-            pass
-    else:
-        Supervisor().run()
-
-
-def _work_in_burst() -> bool:
-    """One sweep, and the queues until they are empty; whether another round may find more to do."""
-    swept = sweep_once()
-    return work_horse(burst=True) and swept > 0
 
 
 def work_horse(deadline: Deadline | None = None, burst: bool = False) -> bool:

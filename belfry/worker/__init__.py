@@ -1,0 +1,1 @@
+"""Run jobs, supervise the process that runs them, sweep, clean up."""

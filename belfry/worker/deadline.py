@@ -1,0 +1,23 @@
+
+import mmap
+import struct
+import time
+
+OVERTIME_SECONDS = 10  # after JOB_TIMEOUT, before a process that cannot be broken off is killed
+
+
+class Deadline:
+    """Until when the job in hand has to be done; the work-horse writes it, and its parent reads it."""
+
+    def __init__(self) -> None:
+        self._shared = mmap.mmap(-1, 8)
+
+    def set(self, seconds: float) -> None:
+        self._shared[:] = struct.pack("d", time.monotonic() + seconds + OVERTIME_SECONDS)
+
+    def clear(self) -> None:
+        self._shared[:] = struct.pack("d", 0.0)
+
+    def is_over(self) -> bool:
+        when: float = struct.unpack("d", self._shared[:])[0]
+        return 0.0 < when < time.monotonic()

@@ -1,0 +1,135 @@
+
+import contextlib
+import ctypes
+import logging
+import os
+import random
+import signal
+import sys
+import time
+
+from peewee import InterfaceError, OperationalError
+from playhouse.pool import MaxConnectionsExceeded
+
+from belfry.core.failpoints import reach
+from belfry.worker import maintenance
+from belfry.worker.deadline import OVERTIME_SECONDS, Deadline
+from belfry.worker.worker import work_horse
+from config import settings
+
+log = logging.getLogger(__name__)
+TICK_SECONDS = 0.05  # between two looks of the parent: how soon another process follows one that died
+PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
+
+
+class Supervisor:
+    """The parent: it keeps a work-horse running, and sweeps every SWEEP_SECONDS. It does no job itself."""
+
+    def __init__(self) -> None:
+        self._stopping = False
+        self._horse = 0
+        self._deadline = Deadline()
+
+    def run(self) -> None:
+        """Until SIGTERM or SIGINT; then until the job in hand is done."""
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, self._stop)
+        swept = 0.0
+        while not self._stopping:
+            if not self._horse:
+                self._start_horse()
+            if time.monotonic() - swept >= settings.sweep_seconds:
+                sweep_once()
+                swept = time.monotonic()
+            self._look_after_horse()
+            time.sleep(TICK_SECONDS)
+        while self._horse:
+            self._tell_horse(signal.SIGTERM)
+            self._look_after_horse()
+            time.sleep(TICK_SECONDS)
+
+    def _stop(self, signum: int, frame: object) -> None:
+        self._stopping = True
+        self._tell_horse(signal.SIGTERM)
+
+    def _tell_horse(self, signum: signal.Signals) -> None:
+        if self._horse:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._horse, signum)
+
+    def _start_horse(self) -> None:
+        self._deadline.clear()
+        parent = os.getpid()
+        pid = os.fork()
+        if pid:
+            self._horse = pid
+            return
+        status = 1
+        try:
+            for signum in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(signum, signal.SIG_DFL)  # until RQ has its own: there is nothing in hand
+            _end_with(parent)
+            random.seed()
+            reach("worker.forked")
+            work_horse(self._deadline)
+            status = 0
+        except Exception:
+            log.exception("the work-horse failed")
+        finally:
+            logging.shutdown()
+            os._exit(status)
+
+    def _look_after_horse(self) -> None:
+        if not self._horse:
+            return
+        pid, status = os.waitpid(self._horse, os.WNOHANG)
+        if pid:
+            self._horse = 0
+            if status and not self._stopping:
+                log.error("the work-horse ended with %s: another is started", _words_of(status))
+        elif self._deadline.is_over():
+            log.error("a job takes %s s longer than it may: its process is killed", OVERTIME_SECONDS)
+            self._tell_horse(signal.SIGKILL)
+
+
+def _words_of(status: int) -> str:
+    code = os.waitstatus_to_exitcode(status)
+    return f"signal {-code}" if code < 0 else f"code {code}"
+
+
+def _end_with(parent: int) -> None:
+    """On Linux a work-horse is asked to stop when its parent dies; elsewhere it goes on, and harms nobody."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:
+            os._exit(1)
+
+
+def sweep_once() -> int:
+    """One sweep: how many parts it enqueued. With the database away the log says so, and the next one tries again."""
+    try:
+        return maintenance.sweep()
+    except (OperationalError, InterfaceError, MaxConnectionsExceeded) as error:
+        log.warning("the database is out of reach, nothing is swept: %s", error)
+    except Exception:
+        # A sweeper that died would be missed by nobody until a run is lost: it says why, and goes on.
+        log.exception("the sweep failed")
+    return 0
+
+
+def work(burst: bool = False) -> None:
+    """Run jobs until SIGTERM or SIGINT; with `burst`, until the queues are empty and nothing is left to enqueue.
+
+    Waits for Redis where it is not there yet, and begins anew where RQ's worker gives up on it.
+    """
+    if burst:
+        while _work_in_burst():
+            pass
+    else:
+        Supervisor().run()
+
+
+def _work_in_burst() -> bool:
+    """One sweep, and the queues until they are empty; whether another round may find more to do."""
+    swept = sweep_once()
+    return work_horse(burst=True) and swept > 0
