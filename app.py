@@ -2,19 +2,19 @@
 
 | addresses | blueprint |
 |---|---|
-| `/api/messages`, `/api/channels/N/messages` | views/messages.py |
-| `/api/runs`, `/api/test-notifications` | views/runs.py |
-| `/api/notifications`, `/api/channels/N/preference` | views/inbox.py |
-| `/api/notifications/stream` | views/stream.py, belfry/stream/hub.py |
-| `/api/me`, `/api/users`, `/api/channels` | views/people.py |
-| `/api/servers`, `/api/channels/N` | views/servers.py |
-| `/`, `/servers/N/channels/N`, `/inbox` | views/pages.py |
-| `/rq` | views/dashboard.py, views/queue_pages.py |
-| `/login`, `/logout` | views/sign_in.py |
-| `/healthz`, `/readyz`, `/metrics` | views/health.py |
-| `/openapi.json`, `/docs` | views/openapi.py |
+| `/api/messages`, `/api/channels/N/messages` | belfry/web/api/messages.py |
+| `/api/runs`, `/api/test-notifications` | belfry/web/api/runs.py |
+| `/api/notifications`, `/api/channels/N/preference` | belfry/web/api/inbox.py |
+| `/api/notifications/stream` | belfry/web/api/stream.py, belfry/stream/hub.py |
+| `/api/me`, `/api/users`, `/api/channels` | belfry/web/api/accounts.py |
+| `/api/servers`, `/api/channels/N` | belfry/web/api/servers.py |
+| `/`, `/servers/N/channels/N`, `/inbox` | belfry/web/pages/views.py |
+| `/rq` | belfry/web/dashboard/guard.py, belfry/web/dashboard/rq_views.py |
+| `/login`, `/logout` | belfry/web/auth.py |
+| `/healthz`, `/readyz`, `/metrics` | belfry/web/health.py |
+| `/openapi.json`, `/docs` | belfry/web/openapi.py |
 
-Every error has one shape (views/problems.py); every answer carries `X-Request-Id`.
+Every error has one shape (belfry/web/problems.py); every answer carries `X-Request-Id`.
 """
 
 import logging
@@ -30,31 +30,20 @@ import commands
 from belfry.core import logging_setup
 from belfry.core.db import db
 from belfry.identity import tokens
+from belfry.web import auth, health, openapi, problems, rate_limit
+from belfry.web.api import accounts, inbox, messages, runs, servers, stream
+from belfry.web.dashboard import guard
+from belfry.web.endpoint import BODY_BYTES, READS, api, bearer_token
+from belfry.web.pages import views
+from belfry.web.problems import HttpProblem
 from config import secret_key, settings
 from models import LARGEST_ID
-from views import (
-    dashboard,
-    health,
-    inbox,
-    limits,
-    messages,
-    openapi,
-    pages,
-    people,
-    problems,
-    runs,
-    servers,
-    sign_in,
-    stream,
-)
-from views.endpoint import BODY_BYTES, READS, api, bearer_token
-from views.problems import HttpProblem
 
 log = logging.getLogger(__name__)
 
 RETRY_AFTER_SECONDS = 5  # of a 503: a restart of PostgreSQL takes about that
 HSTS_SECONDS = 31_536_000  # a year, for which a browser comes by https:// only
-API_SUBJECTS = (messages, runs, inbox, people, servers, stream)  # importing them puts their endpoints on `api`
+API_SUBJECTS = (messages, runs, inbox, accounts, servers, stream)  # importing them puts their endpoints on `api`
 
 
 class _Sessions(SecureCookieSessionInterface):
@@ -93,15 +82,15 @@ def create_app() -> Flask:
     app.before_request(_identify)
     app.before_request(_authenticate)
     app.after_request(_sign)
-    limits.register(app)
+    rate_limit.register(app)
     app.before_request(_require_csrf_token)
     stream.register(app)
     app.teardown_request(_leave)
     app.register_blueprint(api)
     app.register_blueprint(health.blueprint)
     app.register_blueprint(openapi.blueprint)
-    app.register_blueprint(pages.blueprint)
-    dashboard.register(app)
+    app.register_blueprint(views.blueprint)
+    guard.register(app)
     commands.register(app)
     return app
 
@@ -124,9 +113,9 @@ def _authenticate() -> None:
     5. Without one: the session's user.
     """
     g.user = g.token_hash = None
-    if request.endpoint in limits.WITHOUT_USER or health.is_scraper():
+    if request.endpoint in rate_limit.WITHOUT_USER or health.is_scraper():
         return
-    token = None if request.blueprint in (pages.blueprint.name, sign_in.blueprint.name) else bearer_token()
+    token = None if request.blueprint in (views.blueprint.name, auth.blueprint.name) else bearer_token()
     if token:
         token_hash = tokens.hash_token(token)
         view = current_app.view_functions.get(request.endpoint or "")
@@ -135,13 +124,13 @@ def _authenticate() -> None:
             g.token_hash = token_hash if g.user else None
         g.user = g.user or getattr(view, "find_user", tokens.authenticate_hash)(token_hash)
     elif not (_is_api() and "Authorization" in request.headers):
-        g.user = sign_in.signed_in()
+        g.user = auth.signed_in()
 
 
 def _require_csrf_token() -> None:
     """Refuse a write under /api by a session without its CSRF token: 403. After counting: these count as well."""
     by_session = g.user and _is_api() and "Authorization" not in request.headers
-    if by_session and request.method not in READS and not sign_in.csrf_matches(request.headers.get("X-CSRF-Token", "")):
+    if by_session and request.method not in READS and not auth.csrf_matches(request.headers.get("X-CSRF-Token", "")):
         raise HttpProblem(403, "Send the page's CSRF token as X-CSRF-Token, or a token as Authorization.")
 
 

@@ -23,9 +23,9 @@ from belfry.identity import subscriptions, tokens, users
 from belfry.integrity import verification
 from belfry.messages import explanation, test_notifications
 from belfry.queue import queues
+from belfry.web.api.runs import describe_run
 from belfry.worker import supervisor
 from models import LARGEST_ID, RUN_STATES, SUBSCRIPTION_STATUSES, User
-from views.runs import describe_run
 
 WAIT_SECONDS = 600
 

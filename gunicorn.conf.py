@@ -7,7 +7,7 @@ from config import settings
 
 bind = f"0.0.0.0:{settings.port}"
 workers = settings.web_concurrency
-worker_class = "views.web_worker.WebWorker"  # gthread, in which no thread waits for a client
+worker_class = "belfry.web.gunicorn_worker.WebWorker"  # gthread, in which no thread waits for a client
 threads = settings.web_threads
 preload_app = True  # what cannot start says so once; no connection is opened before the fork
 graceful_timeout = 25  # seconds for the requests in hand at SIGTERM; Heroku kills after 30

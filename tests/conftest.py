@@ -22,12 +22,12 @@ from belfry.core import migrations
 from belfry.core.db import db
 from belfry.core.redis import redis_connection
 from belfry.queue import queues
+from belfry.web import health
 from config import settings
 from dev import testing
 from tests.overrides import overridden
 from tests.people import Api, Cast, make_cast
 from tests.telling import empty
-from views import health
 
 if "DATABASE_URL" not in os.environ or "REDIS_URL" not in os.environ:
     pytest.exit("Run the tests by `make test`: it sets up the database and the Redis that they empty.", returncode=2)

@@ -16,10 +16,10 @@ from belfry.core import migrations
 from belfry.core.db import db, execute, row
 from belfry.identity import tokens, users
 from belfry.queue import queues
+from belfry.web import health
 from models import ApiToken, ChannelRole, Member, MemberRole, Subscription, User
 from tests.telling import statements
 from tests.test_refusals import METHODS, SHAPE, assert_problem
-from views import health
 
 HOSTILE = (
     "'; DROP TABLE user_account; --", '" OR 1=1 #', "%s %(id)s %% {0} {name}", "{{ 7 * 7 }}{% raw %}",

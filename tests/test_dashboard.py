@@ -26,10 +26,10 @@ from rq_dashboard import web
 
 import app as app_module
 from belfry.queue import queues
+from belfry.web.dashboard import guard
 from config import settings
 from models import ApiToken, User
 from tests.people import csrf_of
-from views import dashboard
 
 ONCE = Retry(NoBackoff(), 0)
 SAME = {"Sec-Fetch-Site": "same-origin"}
@@ -669,7 +669,7 @@ def test_only_the_librarys_own_script_may_run(admin, failed, page):
 def test_every_kind_of_address_is_taken_and_no_password_is_shown(monkeypatch, url, shown):
     monkeypatch.setattr(queues, "redis_connection", lambda: Redis.from_url(url))
     app = Flask("another")
-    dashboard.register(app)  # does not connect: there is nothing at these addresses
+    guard.register(app)  # does not connect: there is nothing at these addresses
     assert app.config["RQ_DASHBOARD_REDIS_URL"] == (shown,)
     assert "s3cret" not in str(app.config)
 

@@ -8,10 +8,10 @@ from redis import Redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from belfry.web import rate_limit
 from tests.people import csrf_of
 from tests.telling import statements
 from tests.test_refusals import assert_problem
-from views import limits
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def limit(monkeypatch):
     """`limit("messages", "3 per second")` from here on; the other scope is `other`."""
 
     def set_limit(scope, text):
-        monkeypatch.setitem(limits._LIMITS, scope, sorted(parse_many(text)))
+        monkeypatch.setitem(rate_limit._LIMITS, scope, sorted(parse_many(text)))
 
     return set_limit
 
@@ -206,12 +206,12 @@ def test_the_address_is_the_one_that_a_trusted_proxy_wrote(app, override, proxie
     override(trusted_proxies=proxies)
     headers = {} if forwarded is None else {"X-Forwarded-For": forwarded}
     with app.test_request_context("/", headers=headers, environ_base={"REMOTE_ADDR": peer}):
-        assert limits.client_address() == expected
+        assert rate_limit.client_address() == expected
 
 
 def test_while_redis_is_out_of_reach_requests_pass_and_the_log_says_so(post, monkeypatch, caplog):
     nowhere = Redis(host="127.0.0.1", port=1, retry=Retry(NoBackoff(), 0))
-    monkeypatch.setattr(limits, "_script", lambda: nowhere.register_script(limits._HIT))
+    monkeypatch.setattr(rate_limit, "_script", lambda: nowhere.register_script(rate_limit._HIT))
     answer = post()
     assert answer.status_code == 201
     assert "RateLimit-Limit" not in answer.headers

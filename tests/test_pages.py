@@ -11,10 +11,10 @@ from belfry.inbox import inbox
 from belfry.messages import rendering, sidebar
 from belfry.messages.markdown import parse
 from belfry.servers import servers
+from belfry.web import rate_limit
 from models import ApiToken, Channel, Message, User
 from tests.people import csrf_of, make_person
 from tests.telling import statements
-from views import limits
 
 POLICY = {
     "default-src": "'none'", "base-uri": "'none'", "frame-ancestors": "'none'", "form-action": "'self'",
@@ -454,7 +454,7 @@ def test_what_went_wrong_is_a_page_too(browser, cast, monkeypatch):
         return answer
 
     with monkeypatch.context() as patch:
-        patch.setattr(limits, "_hit", lambda limit, key, scope: (0, 0, 7_000))
+        patch.setattr(rate_limit, "_hit", lambda limit, key, scope: (0, 0, 7_000))
         assert answers(429, "Too many requests").headers["Retry-After"] == "7"
     with monkeypatch.context() as patch:
         patch.setattr(inbox, "unread_count", lambda user: 1 / 0)

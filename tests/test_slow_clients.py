@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from belfry.web.connection import ChunkScanner
 from models import Message
 from tests.listening import Listener
 from tests.processes import PATIENCE, a_web_process, running, wait_until
-from views.connection import ChunkScanner
 
 SLOW_HEADS, SLOW_BODIES, SILENT = 100, 100, 1_500
 HEALTHZ = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"

@@ -7,10 +7,10 @@ checked at the end of each test, as of all tests in a browser.
 import pytest
 from playwright.sync_api import Page, expect
 
+from belfry.web import rate_limit
 from models import Message
 from tests.browser.browsing import address, composer, message, shown, wait_until_live
 from tests.test_rendering import ALLOWED, VECTORS
-from views import limits
 
 PAGES = {
     *("html", "head", "meta", "title", "link", "script", "body", "noscript", "main", "nav", "header", "div", "h1"),
@@ -54,7 +54,7 @@ def look(page: Page) -> list[str]:
 @pytest.fixture(autouse=True)
 def _as_many_as_there_are(monkeypatch) -> None:
     """The limit of messages is not what these tests are about."""
-    monkeypatch.setattr(limits, "_hit", lambda limit, key, scope: (1, 1, 0))
+    monkeypatch.setattr(rate_limit, "_hit", lambda limit, key, scope: (1, 1, 0))
 
 
 def in_the_list(vector: str) -> str:

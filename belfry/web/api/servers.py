@@ -5,8 +5,8 @@ from typing import Any
 import schemas
 from belfry.servers import servers
 from belfry.servers.visibility import SeenChannel, channel_for
+from belfry.web.endpoint import Answer, api, current_user, endpoint, paginate, require_admin
 from models import Server
-from views.endpoint import Answer, api, current_user, endpoint, paginate, require_admin
 
 
 @api.get("/servers")

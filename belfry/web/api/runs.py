@@ -7,8 +7,8 @@ from belfry.core.db import Row
 from belfry.fanout import runs
 from belfry.messages import test_notifications
 from belfry.queue.queues import enqueue_run
+from belfry.web.endpoint import Answer, api, current_user, endpoint, paginate
 from models import User
-from views.endpoint import Answer, api, current_user, endpoint, paginate
 
 HIDDEN_ERROR = "The last attempt failed. Admins can see why."
 

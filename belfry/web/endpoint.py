@@ -14,9 +14,9 @@ from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from belfry.core.errors import Invalid, Refused, Unauthenticated
 from belfry.identity.tokens import require_token
+from belfry.web.problems import HttpProblem
 from models import LARGEST_ID, User
 from schemas import Page
-from views.problems import HttpProblem
 
 T = TypeVar("T")
 View = TypeVar("View", bound=Callable[..., Any])
@@ -36,7 +36,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Contract:
-    """What an endpoint takes and gives; `views/openapi.py` writes the API document from it."""
+    """What an endpoint takes and gives; `belfry/web/openapi.py` writes the API document from it."""
 
     body: type[Schema] | None
     query: type[Schema] | None

@@ -14,12 +14,12 @@ from belfry.stream.client import Reader
 from belfry.stream.cursor import Position
 from belfry.stream.hub import hub
 from belfry.stream.publish import announce
+from belfry.web import auth
+from belfry.web.connection import ClientSocket
+from belfry.web.endpoint import READS, api, authenticated_by, bearer_token, current_user, endpoint
+from belfry.web.problems import HttpProblem
+from belfry.web.rate_limit import limit_streams
 from models import User
-from views import sign_in
-from views.connection import ClientSocket
-from views.endpoint import READS, api, authenticated_by, bearer_token, current_user, endpoint
-from views.limits import limit_streams
-from views.problems import HttpProblem
 
 RETRY_MILLISECONDS = (1_000, 3_000)  # before a reader that was cut off comes back: not all of them at once
 HEADERS = {
@@ -59,7 +59,7 @@ def stream() -> Response:
     """
     user = current_user()
     token = bearer_token()
-    current = None if token else sign_in.current_session()
+    current = None if token else auth.current_session()
     token_hash = current.session_hash if current else tokens.hash_token(token or "")
     if not g.get("may_listen") and token_hash not in updates.listeners([token_hash]):
         if not servers.servers_of(user.id):

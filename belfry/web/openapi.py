@@ -9,7 +9,7 @@ from apispec.ext.marshmallow import MarshmallowPlugin
 from flask import Blueprint, Response, current_app, json, render_template
 
 import schemas
-from views.endpoint import Contract, json_response
+from belfry.web.endpoint import Contract, json_response
 
 blueprint = Blueprint("openapi", __name__)
 VERSION = "0.1.0"

@@ -6,8 +6,8 @@ import schemas
 from belfry.inbox import inbox
 from belfry.inbox.inbox import parse_notification_id
 from belfry.servers import preferences
-from views.endpoint import api, current_user, endpoint, paginate
-from views.problems import HttpProblem
+from belfry.web.endpoint import api, current_user, endpoint, paginate
+from belfry.web.problems import HttpProblem
 
 
 @api.get("/notifications")

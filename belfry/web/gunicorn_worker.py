@@ -27,8 +27,8 @@ from typing import Any
 from gunicorn.workers.gthread import STOP_KEEPALIVE_LINGER, ThreadWorker
 
 from belfry.core.open_files import connections_limit
-from views.connection import Connection
-from views.problems import HttpProblem, problem
+from belfry.web.connection import Connection
+from belfry.web.problems import HttpProblem, problem
 
 log = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from gunicorn.http.parser import RequestParser
 from gunicorn.http.unreader import Unreader
 from gunicorn.workers.gthread import TConn
 
-from views.endpoint import BODY_BYTES
-from views.problems import HttpProblem
+from belfry.web.endpoint import BODY_BYTES
+from belfry.web.problems import HttpProblem
 
 HEAD_BYTES = 32 * 1024  # of a request line with its header fields; gunicorn's own limits allow 800 KB
 CHUNKED_BYTES = 4 * BODY_BYTES  # of a chunked body with its framing: chunks of one byte have six bytes each

@@ -13,8 +13,8 @@ from belfry.core.idempotency import Once, remember
 from belfry.messages import explanation, history, messages
 from belfry.messages.mentions import AllowedMentions
 from belfry.queue.queues import enqueue_run, queue_is_full
-from views.endpoint import Answer, api, asks_for_itself, current_user, endpoint, json_response, paginate
-from views.limits import limit_messages
+from belfry.web.endpoint import Answer, api, asks_for_itself, current_user, endpoint, json_response, paginate
+from belfry.web.rate_limit import limit_messages
 
 _message = schemas.Message()
 

@@ -19,9 +19,9 @@ from belfry.core import partitions, redis
 from belfry.core.health import check
 from belfry.fanout import runs
 from belfry.queue import queues, sweep_status
+from belfry.web.endpoint import bearer_token, json_response
+from belfry.web.problems import HttpProblem, problem
 from config import settings
-from views.endpoint import bearer_token, json_response
-from views.problems import HttpProblem, problem
 
 blueprint = Blueprint("health", __name__)
 READINESS_SECONDS = 1.0  # for which one check answers everybody who asks /readyz of this process

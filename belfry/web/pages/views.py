@@ -24,13 +24,13 @@ from belfry.servers import preferences
 from belfry.servers.servers import roles_of
 from belfry.servers.visibility import SeenChannel, channel_for, is_told_in, require_posting, visible_channels
 from belfry.stream import updates
+from belfry.web import auth
+from belfry.web.endpoint import READS
+from belfry.web.problems import HttpProblem
 from models import LARGEST_ID, User
-from views import sign_in
-from views.endpoint import READS
-from views.problems import HttpProblem
 
 PARTS = ("pages.messages", "pages.notifications")  # of a page, which its scripts ask for
-POLICY = sign_in.POLICY + (
+POLICY = auth.POLICY + (
     "; script-src 'self'; connect-src 'self'; require-trusted-types-for 'script'; trusted-types 'none'"
 )
 
@@ -44,7 +44,7 @@ def _admit() -> AnyResponse | None:
         if request.endpoint in PARTS or request.method not in READS:
             raise HttpProblem(401, "You are signed out.")
         return redirect(url_for("sign_in.login", next=request.full_path.rstrip("?")), 303)
-    if request.method not in READS and not sign_in.csrf_matches(request.form.get("csrf", "")):
+    if request.method not in READS and not auth.csrf_matches(request.form.get("csrf", "")):
         raise HttpProblem(403, "This form was too old. Please go back and try again.")
     return None
 
@@ -102,7 +102,7 @@ def inbox_page() -> str:
 @blueprint.get("/inbox/notifications")
 def notifications() -> str:
     """The notifications alone, as the inbox has them."""
-    return render_template("notifications.html", csrf=sign_in.csrf_token(), **_notifications())
+    return render_template("notifications.html", csrf=auth.csrf_token(), **_notifications())
 
 
 @blueprint.post("/inbox/read")
@@ -121,7 +121,7 @@ def mark_read() -> AnyResponse:
 
 def _page(template: str, **context: Any) -> str:
     """A whole page: with the channels, what is unread in them, and whether the reader may hear the live stream."""
-    count, current = inbox.unread_count(g.user), sign_in.current_session()
+    count, current = inbox.unread_count(g.user), auth.current_session()
     by_channel = {channel["channel_id"]: channel for channel in count["channels"]}
     servers: dict[int, Row] = {}
     viewed: SeenChannel | None = context.get("channel")
@@ -132,7 +132,7 @@ def _page(template: str, **context: Any) -> str:
     return render_template(
         template,
         user=g.user,
-        csrf=sign_in.csrf_token(),
+        csrf=auth.csrf_token(),
         servers=list(servers.values()),
         more_channels=more_channels,
         count=count,

@@ -20,9 +20,9 @@ from redis.commands.core import Script
 from redis.exceptions import RedisError
 
 from belfry.core.redis import redis_connection
+from belfry.web.endpoint import View
+from belfry.web.problems import HttpProblem
 from config import settings
-from views.endpoint import View
-from views.problems import HttpProblem
 
 log = logging.getLogger(__name__)
 

@@ -32,16 +32,17 @@ from werkzeug.exceptions import MethodNotAllowed
 from werkzeug.wrappers import Response as AnyResponse
 
 from belfry.core.redis import redis_connection
-from views import queue_pages, sign_in
-from views.endpoint import READS, bearer_token
-from views.problems import HttpProblem, problem
+from belfry.web import auth
+from belfry.web.dashboard import rq_views
+from belfry.web.endpoint import READS, bearer_token
+from belfry.web.problems import HttpProblem, problem
 
-LIBRARY = queue_pages.LIBRARY
+LIBRARY = rq_views.LIBRARY
 ADDRESS_PARTS = {
     "instance_number": "0",
     "queue_name": r"[A-Za-z0-9_.:-]{1,100}",
     "registry_name": "queued|scheduled|deferred|started|finished|failed|canceled",
-    "job_id": queue_pages.JOB_ID,
+    "job_id": rq_views.JOB_ID,
     "order": "asc|dsc",
     "per_page": r"[1-9][0-9]{0,2}",
     "page": r"[1-9][0-9]{0,8}",
@@ -49,7 +50,7 @@ ADDRESS_PARTS = {
 INLINE_SCRIPT = '<script type="text/javascript">'  # the only one of each of the library's pages
 # eval is how its templates are compiled in the browser. No handler in an attribute runs, and no other script.
 PAGE_POLICY = (
-    sign_in.BASE_POLICY + "; form-action 'none'; connect-src 'self'; style-src-attr 'unsafe-inline';"
+    auth.BASE_POLICY + "; form-action 'none'; connect-src 'self'; style-src-attr 'unsafe-inline';"
     " script-src 'self' 'nonce-{nonce}' 'unsafe-eval'"
 )
 
@@ -63,10 +64,10 @@ def register(app: Flask) -> None:
     app.redis_conn = redis_connection()  # type: ignore[attr-defined]  # where the library looks for it
     web.config.serializer = JSONSerializer
     app.register_blueprint(web.blueprint, url_prefix="/rq")
-    app.register_blueprint(sign_in.blueprint)
+    app.register_blueprint(auth.blueprint)
     # It would make new connections at each request, without a timeout, by an address that has the password.
     app.before_request_funcs[LIBRARY].remove(web.push_rq_connection)
-    for view in queue_pages.REPLACED:
+    for view in rq_views.REPLACED:
         app.view_functions[f"{LIBRARY}.{view.__name__}"] = view
     app.before_request(_admit)
     app.after_request(_protect)
@@ -115,7 +116,7 @@ def _same_origin() -> bool:
 
 def _protect(answer: Response) -> Response:
     """Keep these pages out of caches and frames, and every script but the library's own out of them."""
-    if _under_rq() or request.blueprint == sign_in.blueprint.name:
+    if _under_rq() or request.blueprint == auth.blueprint.name:
         answer.headers.setdefault("Cache-Control", "no-store")
         answer.headers["Referrer-Policy"] = "same-origin"
         if answer.mimetype == "text/html" and "Content-Security-Policy" not in answer.headers:
@@ -129,7 +130,7 @@ def _protect(answer: Response) -> Response:
 def _refuse(status: int, detail: str) -> Response:
     """A page for a browser; the one error shape for everything else."""
     if request.accept_mimetypes.best_match(["application/json", "text/html"]) == "text/html":
-        return sign_in.page(status, detail)
+        return auth.page(status, detail)
     return problem(status, detail)
 
 

@@ -7,8 +7,8 @@ from belfry.identity import sessions, subscriptions, tokens, users
 from belfry.messages.suggestions import mentionable
 from belfry.servers import servers
 from belfry.servers.visibility import channel_for, visible_channels
-from views import sign_in
-from views.endpoint import Answer, api, bearer_token, current_user, endpoint, paginate
+from belfry.web import auth
+from belfry.web.endpoint import Answer, api, bearer_token, current_user, endpoint, paginate
 
 
 @api.get("/me")
@@ -27,7 +27,7 @@ def me() -> Any:
 @endpoint(query=schemas.Page, gives=schemas.OwnToken)
 def list_own_tokens(query: dict[str, Any]) -> Any:
     """List one's own tokens, without the tokens themselves."""
-    user, token, session = current_user(), bearer_token(), sign_in.current_session()
+    user, token, session = current_user(), bearer_token(), auth.current_session()
     current = tokens.hash_token(token) if token else session.token_hash if session else b""
     return paginate(
         query,

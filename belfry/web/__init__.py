@@ -1,0 +1,1 @@
+"""HTTP: authentication, rate limits, errors, the API document, gunicorn's worker class."""

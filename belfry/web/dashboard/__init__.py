@@ -1,0 +1,1 @@
+"""rq-dashboard at /rq, for admins."""
