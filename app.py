@@ -26,7 +26,7 @@ from flask import Flask, Request, Response, current_app, g, request
 from flask.sessions import SecureCookieSession, SecureCookieSessionInterface
 from werkzeug.routing import IntegerConverter
 
-import commands
+from belfry.cli import commands
 from belfry.core import logging_setup
 from belfry.core.db import db
 from belfry.identity import tokens

@@ -21,6 +21,7 @@ from typing import Any
 
 import redis
 
+from belfry.cli import seeding
 from belfry.fanout.runs import count_unfinished
 from belfry.identity import tokens, users
 from belfry.integrity import verification
@@ -52,7 +53,6 @@ class Ground:
 
     def community(self, members: int) -> dict[str, Any]:
         """`seeding.seed`, with the admin in it."""
-        from belfry import seeding
 
         say(f"  making a community of {members:,} …")
         return seeding.seed(members, 1)

@@ -14,7 +14,7 @@ from typing import Any
 
 import psycopg
 
-from belfry import seeding
+from belfry.cli import seeding
 from belfry.core import partitions
 from belfry.core.db import execute, rows
 from belfry.identity import tokens, users

@@ -16,6 +16,7 @@ from peewee import ProgrammingError
 from psycopg.rows import dict_row
 from rq import Worker
 
+from belfry.cli import seeding
 from belfry.core import migrations, redis
 from belfry.core.db import db, execute, rows
 from belfry.identity import tokens, users
@@ -67,7 +68,6 @@ class Stage:
 
     def populate(self, sizes: Iterable[int]) -> None:
         """Make all communities, the small ones first: each takes seconds beside a million people."""
-        from belfry import seeding
 
         with _unchecked():
             self.small = [seeding.seed(SMALL, 1)["channel_ids"][0] for _ in range(SERVERS)]

@@ -8,6 +8,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from belfry.cli import seeding
 from belfry.core import partitions
 from belfry.core.db import db, execute, row
 from belfry.fanout import claims, fanout
@@ -42,7 +43,6 @@ def verify(*_: Any) -> dict[str, Any]:
 
 def fill(members: int = MEMBERS, rows: int = ROWS) -> int:
     """Fill the tables; how many notifications there are then."""
-    from belfry import seeding
 
     db.connect(reuse_if_open=True)
     author = users.create_user("author-of-many", is_admin=True)

@@ -18,7 +18,7 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from belfry import seeding
+from belfry.cli import seeding
 from belfry.core import redis
 from belfry.core.db import execute, row
 from belfry.fanout import runs

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
-from belfry import seeding
+from belfry.cli import seeding
 from belfry.core.db import rows
 from belfry.identity import users
 from belfry.identity.tokens import create_token

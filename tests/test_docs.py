@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
+from belfry.cli.commands import COMMANDS
 from belfry.queue import queues
-from commands import COMMANDS
 from config import Settings
 from models import TABLES
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
+from belfry.cli.seeding import seed
 from belfry.core.db import db
 from belfry.fanout import claims, fanout
 from belfry.integrity.verification import verify
 from belfry.messages import messages
-from belfry.seeding import seed
 from belfry.servers import servers
 from belfry.servers.preferences import set_preference
 from config import settings

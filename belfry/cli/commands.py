@@ -14,7 +14,7 @@ from marshmallow import ValidationError
 from peewee import InterfaceError, OperationalError, ProgrammingError
 
 import schemas
-from belfry import seeding
+from belfry.cli import seeding
 from belfry.core import migrations
 from belfry.core.db import db
 from belfry.core.errors import Refused
