@@ -21,7 +21,7 @@ help:
 	@echo 'make bench    the benchmarks                   (ARGS="--only large small --json FILE --charts DIR")'
 	@echo 'make chaos    kill everything, again and again, and then an audit   (ARGS="--kills 1000 --seed 7")'
 	@echo 'make drill    fan-outs to 1,000,000, SIGTERM, Redis down, attacks, …       (ARGS="stop slow_clients"; see README.md)'
-	@echo 'make lint     ruff and mypy'
+	@echo 'make lint     ruff, mypy, and which room may import which'
 	@echo 'make screenshots   docs/screenshots/ made anew, by Chromium'
 	@echo 'make lock     requirements*.lock anew from requirements*.txt   (ARGS="--upgrade" for newer versions of the rest)'
 	@echo 'make setup    .venv only; the others do it when it is missing or out of date'
@@ -50,6 +50,7 @@ drill: $(STAMP)
 lint: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m mypy .
+	$(VENV)/bin/lint-imports
 
 # The short lists stay as they are; the lock files get the versions and hashes of all that they pull in.
 lock:

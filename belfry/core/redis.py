@@ -1,3 +1,4 @@
+"""Connect to Redis: the connection that web processes, jobs and the sweeper share."""
 
 from functools import cache
 

@@ -1,3 +1,4 @@
+"""Find work items that nobody finished, for the sweeper: enqueue them again, or fail them when no attempt is left."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-
+"""The SQL statements of the fan-out: plan slices, insert or change notifications, update the run."""
 
 from belfry.fanout.decision import DECIDED, DECIDED_OF_MANY, TELLING
 from models import LARGEST_ID

@@ -1,9 +1,24 @@
+"""Subscriptions: what the payment provider says of a user, and which subscriptions are active."""
 
 from datetime import datetime
 
 from belfry.core.db import Row, row
 from belfry.core.errors import NotFound
 from belfry.identity.users import find_user
+
+ACTIVE_SUBSCRIPTION = """(
+    (s.status IN ('active', 'trialing')
+        AND (s.current_period_end IS NULL OR s.current_period_end >= now() - interval '24 hours'))
+    OR (s.status = 'past_due'
+        AND (s.current_period_end IS NULL
+             OR s.current_period_end >= now() - make_interval(hours => 24 * %(grace_days)s)))
+)"""
+"""Of `subscription s`, true, false, or NULL where there is none. Contract, section 4, rule 3:
+
+- `active` and `trialing` count until a day after the period's end: the payment provider's news may be late;
+- `past_due` counts for PAST_DUE_GRACE_DAYS after it;
+- a period without an end does not end. The database's clock decides, in days of 24 hours.
+"""
 
 
 def subscription_of(user_id: int) -> Row | None:
@@ -37,17 +52,3 @@ def set_subscription(user_id: int, status: str, current_period_end: datetime | N
     )
     assert found is not None
     return found
-
-ACTIVE_SUBSCRIPTION = """(
-    (s.status IN ('active', 'trialing')
-        AND (s.current_period_end IS NULL OR s.current_period_end >= now() - interval '24 hours'))
-    OR (s.status = 'past_due'
-        AND (s.current_period_end IS NULL
-             OR s.current_period_end >= now() - make_interval(hours => 24 * %(grace_days)s)))
-)"""
-"""Of `subscription s`, true, false, or NULL where there is none. Contract, section 4, rule 3:
-
-- `active` and `trialing` count until a day after the period's end: the payment provider's news may be late;
-- `past_due` counts for PAST_DUE_GRACE_DAYS after it;
-- a period without an end does not end. The database's clock decides, in days of 24 hours.
-"""

@@ -1,3 +1,4 @@
+"""API tokens: create, list, revoke, and find the user of one. Only a token's hash is stored."""
 
 import hashlib
 import secrets

@@ -1,3 +1,4 @@
+"""Read messages that are stored: one, a page of a channel, and as they are sent to a reader."""
 
 from collections.abc import Iterable, Sequence
 

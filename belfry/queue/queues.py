@@ -1,8 +1,8 @@
 """The queues: what is wished for in them, and how full they are; and Redis, which they are in.
 
 A job names a part of a run by its ids, as JSON. That alone does not stop whoever can write to Redis from running code
-here: RQ calls any function that a job names. So every job is read by belfry/queue/job_class.py, which accepts the entry points of
-jobs.py only.
+here: RQ calls any function that a job names. So every job is read by job_class.py, which accepts the entry points
+of jobs.py only.
 Redis may be away at any time: what is not enqueued waits in PostgreSQL, and the sweeper finds it.
 """
 

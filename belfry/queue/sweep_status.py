@@ -1,3 +1,4 @@
+"""How the parts of the sweep went, kept in Redis for /readyz and /metrics."""
 
 import logging
 import time

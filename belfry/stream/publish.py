@@ -1,3 +1,4 @@
+"""Publish over Redis that something has changed, so that the web processes send it to their streams at once."""
 
 import json
 import logging

@@ -1,3 +1,4 @@
+"""The time until which the current job must end, shared by the process that runs it and its parent."""
 
 import mmap
 import struct

@@ -1,3 +1,4 @@
+"""The sweep: recover lost work, enqueue due retries, maintain partitions, delete old rows."""
 
 import logging
 import threading

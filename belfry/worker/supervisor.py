@@ -1,3 +1,4 @@
+"""The parent process of a worker: it sweeps, and keeps one child running that runs the jobs."""
 
 import contextlib
 import ctypes
