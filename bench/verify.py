@@ -8,14 +8,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from belfry.cli import seeding
-from belfry.core import partitions
-from belfry.core.db import db, execute, row
-from belfry.fanout import claims, fanout
-from belfry.fanout.claims import Part
-from belfry.identity import users
-from belfry.integrity.verification import check
-from belfry.messages import messages
 from dev import say
 
 MEMBERS = 100_000
@@ -25,6 +17,7 @@ PER_PARTITION = 15  # messages, as in bench/table.py
 
 def verify(*_: Any) -> dict[str, Any]:
     """A full check of 50,000,000 notifications in partitions."""
+    from belfry.integrity.verification import check
 
     filled = fill()
     began = time.perf_counter()
@@ -43,6 +36,13 @@ def verify(*_: Any) -> dict[str, Any]:
 
 def fill(members: int = MEMBERS, rows: int = ROWS) -> int:
     """Fill the tables; how many notifications there are then."""
+    from belfry.cli import seeding
+    from belfry.core import partitions
+    from belfry.core.db import db, execute, row
+    from belfry.fanout import claims, fanout
+    from belfry.fanout.claims import Part
+    from belfry.identity import users
+    from belfry.messages import messages
 
     db.connect(reuse_if_open=True)
     author = users.create_user("author-of-many", is_admin=True)

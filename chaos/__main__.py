@@ -17,9 +17,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from belfry.core.db import db, execute, rows
 from belfry.core.failpoints import POINTS
-from belfry.fanout.runs import count_unfinished
 from chaos.recovery import OWN, Blow, blow_of, recoveries
 from chaos.stage import WEB, WORKERS, Stage, staged
 from chaos.victim import KILL, KILL_WITH_PARENT, STOP
@@ -140,6 +138,8 @@ def main() -> int:
 
 
 def _play(arguments: argparse.Namespace) -> int:
+    from belfry.core.db import rows
+
     say(f"Starting PostgreSQL and Redis (seed {arguments.seed}) …")
     with staged() as stage:
         from chaos.audit import audit
@@ -230,6 +230,7 @@ def _wait_for(at_work: Callable[[], list[str]], stage: Stage) -> None:
 
 def _reach_database() -> None:
     """The harness's own connection, which PostgreSQL's crashes broke as well, is made anew."""
+    from belfry.core.db import db
 
     give_up = time.monotonic() + 60
     while True:
@@ -246,6 +247,7 @@ def _reach_database() -> None:
 
 def _break_now_and_then(percent: int) -> None:
     """Have so many of the statements that write notifications fail by themselves."""
+    from belfry.core.db import execute
 
     execute("DROP TRIGGER IF EXISTS chaos_fault ON notification")
     if percent:
@@ -262,6 +264,7 @@ def _break_now_and_then(percent: int) -> None:
 
 def _settle(stage: Stage) -> None:
     """Until every run is finished, or long enough to know that it never will be."""
+    from belfry.fanout.runs import count_unfinished
 
     give_up = time.monotonic() + SETTLE_SECONDS
     stage.keep_running()
