@@ -17,6 +17,62 @@ from redis.connection import parse_url
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class Tuning:
+    """Limits and intervals that no operator sets: they were measured, and tests override them."""
+
+    readiness_cache_seconds: float = 1.0
+    """One check answers everybody who asks /readyz of a process for so long."""
+    token_cache_size: int = 5_000
+    """Tokens of which a process remembers the user: 7 MB."""
+    suggestion_small_audience: int = 2_000
+    """Up to so many members of a channel are each compared with the prefix; beyond that the index is searched."""
+    stream_openings: str = "120 per minute"
+    """Of one user: each of 20 streams may come back six times."""
+    enqueue_batch_size: int = 500
+    """Jobs in one round trip to Redis."""
+    max_queue_length: int = 10_000
+    """Jobs in a queue. More runs wait in PostgreSQL, so that Redis stays small."""
+    queue_full_recheck_seconds: float = 1.0
+    """How long a queue that was full is taken to be full, before Redis is asked again."""
+    retry_jitter: float = 0.5
+    """Each retry interval is longer by a random part of itself, up to this one."""
+    max_batch_runs: int = 400
+    """Small runs that are processed in one transaction beside the one whose job it is."""
+    max_jobs_per_process: int = 10_000
+    """Jobs after which a process that runs jobs ends, and another follows, so that its memory is bounded."""
+    stop_retry_seconds: float = 2.0
+    """Seconds for a process that runs jobs to unregister from Redis, before it is asked to stop once more."""
+
+    partition_check_seconds: float = 60.0
+    """Seconds between two checks of the partitions by a worker."""
+    partition_min_rows: int = 1_000_000
+    """Rows before a partition counts as full."""
+    partition_messages_per_account: float = 8
+    """Messages to every account before a partition counts as full: then its key has grown enough to be slower."""
+    partition_soft_max: float = 50
+    """Partitions. Beyond that each holds so much of all rows: a count over all partitions pays for each."""
+    partition_index_lock_timeout: str = "5s"
+    """For the lock that an index of a partition needs."""
+
+    cleanup_batch_rows: int = 5_000
+    """Rows deleted by one statement and one commit: some 30 ms."""
+    cleanup_seconds: float = 1.0
+    """Seconds that all clean-ups of one sweep may take together; each deletes one batch at least."""
+
+    stream_max_lookups: int = 100_000
+    """Messages times members that one poll of the streams looks up: some 20 µs for each notification."""
+    stream_max_log_rows: int = 20_000
+    """Rows of the log that one poll of the streams reads, before any notification is looked up."""
+    resume_max_lookups: int = 5_000
+    """Notifications that are looked up at once for clients that resume: some 20 µs each."""
+    resume_max_log_rows: int = 5_000
+    """Messages of the log that are read for clients that resume: some 15 ms."""
+
+
+tuning = Tuning()
+
+
 class ConfigError(ValueError):
     """A variable's value cannot be meant. The message names the variable."""
 

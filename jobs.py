@@ -22,13 +22,12 @@ from belfry.fanout import claims, fanout
 from belfry.fanout.claims import Part
 from belfry.queue import queues
 from belfry.stream import publish
-from config import settings
+from config import settings, tuning
 
 log = logging.getLogger(__name__)
 
 
 GRACE_SECONDS = 5  # after a retry should have begun, before the sweeper takes it for lost
-TOGETHER_AT_MOST = 400  # small runs that are done in one transaction
 _at_once: Job | None = None  # the job that `do_at_once` does
 _failed: tuple[str, Exception] | None = None  # the id of the one that failed there, and why
 
@@ -41,7 +40,7 @@ def notify(run_id: int) -> None:
     """
     part = Part(run_id)
     with _at_work_on(part):
-        taken = claims.take_together(run_id, queues.waiting_runs(TOGETHER_AT_MOST), settings.slice_members)
+        taken = claims.take_together(run_id, queues.waiting_runs(tuning.max_batch_runs), settings.slice_members)
         left = _tell_together(taken, run_id) if taken else []
         if run_id not in taken:
             _take_and_tell(part)

@@ -277,10 +277,9 @@ def main() -> int:
 
 
 def _drill(arguments: argparse.Namespace) -> int:
-    from belfry.integrity import verification
-
     results = {}
     with _ground() as ground:
+        from belfry.integrity import verification  # reads the environment that was just made
 
         for name in arguments.names or DRILLS:
             say(f"{name}: {' '.join((DRILLS[name].__doc__ or '').split())}")

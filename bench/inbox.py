@@ -20,13 +20,14 @@ from belfry.core.db import execute, rows
 from belfry.identity import tokens, users
 from bench.filling import fill_partition, leave_partitions, timed
 from bench.stage import Stage
+from config import tuning
 from dev import ports, say
 from dev.client import Client
 
 RECIPIENTS = 100
 MEMBERS, CHANNELS, AUTHORS = 10_000, 10, 50
 FEW = 10
-PER_PARTITION = partitions.FULL_AT_LEAST * 9 // 10 // RECIPIENTS  # messages; with more it might be left
+PER_PARTITION = tuning.partition_min_rows * 9 // 10 // RECIPIENTS  # messages; with more it might be left
 WARM = 24  # requests: each of the web's connections is to have its plans, as it has in production
 FIRST, DEEP, UNREAD_PAGE = "first page", "page in the middle", "page of the unread"
 COUNT, MARK = "unread count", "mark all"

@@ -32,7 +32,7 @@ from dev import ports, say
 from dev.client import Client
 from models import Notification
 
-PER_PARTITION = 15  # messages to 100,000, of whom 70,000 are told: a million rows, as partitions.FULL_AT_LEAST has it
+PER_PARTITION = 15  # messages to 100,000, of whom 70,000 are told: a million rows, as tuning.partition_min_rows has it
 EMPTY_RUNS = 8
 READS = 250
 WARM_READS = 400  # each of the web's connections is to have its plans, as it has in production

@@ -138,10 +138,9 @@ def main() -> int:
 
 
 def _play(arguments: argparse.Namespace) -> int:
-    from belfry.core.db import rows
-
     say(f"Starting PostgreSQL and Redis (seed {arguments.seed}) …")
     with staged() as stage:
+        from belfry.core.db import rows  # these read the environment that was just made
         from chaos.audit import audit
         from chaos.load import Load
         from chaos.world import make_world

@@ -5,6 +5,7 @@ deleted before each test.
 """
 
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import SimpleNamespace
@@ -28,15 +29,16 @@ from redis import Redis
 from rq import SimpleWorker
 
 from app import create_app
-from belfry.core import migrations
+from belfry.core import failpoints, migrations
 from belfry.core.db import db
 from belfry.core.redis import redis_connection
 from belfry.queue import queues
-from belfry.web import health
 from config import settings
 from tests.overrides import overridden
 from tests.people import Api, Cast, make_cast
 from tests.telling import empty
+
+NO_REDIS_URL = "unix:///nowhere/redis.sock"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -61,8 +63,10 @@ def _clean(_schema: None) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _no_readiness_cache(monkeypatch) -> None:
-    monkeypatch.setattr(health, "READINESS_SECONDS", 0)
+def _nothing_remembered() -> Iterator[None]:
+    """Of one test nothing is remembered in the next one."""
+    with overridden(readiness_cache_seconds=0, queue_full_recheck_seconds=0):
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -125,9 +129,48 @@ def run_jobs() -> Callable[[], int]:
 
 @pytest.fixture
 def override() -> Iterator[Callable[..., None]]:
-    """`override(slice_members=7)`: another value of a setting from here on, in this process."""
+    """`override(slice_members=7)`: another value of a setting, or of `tuning`, from here on, in this process."""
     with ExitStack() as overrides:
         yield lambda **values: overrides.enter_context(overridden(**values))
+
+
+@pytest.fixture
+def redis_away() -> Callable[[], AbstractContextManager[None]]:
+    """`with redis_away():` Redis is out of reach."""
+    return lambda: overridden(redis_url=NO_REDIS_URL)
+
+
+@pytest.fixture
+def database_away(monkeypatch) -> Callable[[], AbstractContextManager[None]]:
+    """`with database_away():` the database is out of reach: nothing answers where it should be."""
+
+    @contextmanager
+    def away() -> Iterator[None]:
+        with monkeypatch.context() as patched, socket.socket() as silent:
+            silent.bind(("127.0.0.1", 0))
+            db.close_all()
+            patched.setitem(db.connect_params, "host", "127.0.0.1")
+            patched.setitem(db.connect_params, "port", silent.getsockname()[1])
+            yield
+
+    return away
+
+
+@pytest.fixture
+def at_failpoint(monkeypatch) -> Callable[[str, Callable[[], None]], None]:
+    """`at_failpoint("run.counted", action)`: call `action` whenever this process comes to that failpoint."""
+    actions: dict[str, Callable[[], None]] = {}
+
+    def listener(name: str, run_id: int | None, after: int | None) -> None:
+        if name in actions:
+            actions[name]()
+
+    def add(name: str, action: Callable[[], None]) -> None:
+        assert name in failpoints.POINTS | failpoints.TEST_POINTS
+        actions[name] = action
+        monkeypatch.setattr(failpoints, "listener", listener)
+
+    return add
 
 
 @pytest.fixture

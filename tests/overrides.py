@@ -1,22 +1,22 @@
-"""Other values of settings, for every module of this process: there is one `settings`, which nothing else changes."""
+"""Other values of settings and tuning, for every module of this process: there is one object of each."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
-from config import settings
+from config import settings, tuning
 
 
 @contextmanager
 def overridden(**values: Any) -> Iterator[None]:
-    """While the block runs, these settings have other values. Raises KeyError for a setting that does not exist."""
-    before = {field.name: getattr(settings, field.name) for field in fields(settings)}
-    before = {name: before[name] for name in values}
+    """Give these settings, or these values of `tuning`, while the block runs. Raises KeyError for an unknown name."""
+    owners = {field.name: owner for owner in (settings, tuning) for field in fields(owner)}
+    before = {name: getattr(owners[name], name) for name in values}
     try:
         for name, value in values.items():
-            object.__setattr__(settings, name, value)  # the class is frozen, for the product
+            object.__setattr__(owners[name], name, value)  # the classes are frozen, for the product
         yield
     finally:
         for name, value in before.items():
-            object.__setattr__(settings, name, value)
+            object.__setattr__(owners[name], name, value)

@@ -2,21 +2,15 @@
 
 import json
 import re
-import socket
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from redis import Redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
-from belfry.core import migrations
+from app import create_app
 from belfry.core.db import db, execute, row
 from belfry.identity import tokens, users
-from belfry.queue import queues
-from belfry.web import health
 from models import ApiToken, ChannelRole, Member, MemberRole, Subscription, User
 from tests.telling import statements
 from tests.test_refusals import METHODS, SHAPE, assert_problem
@@ -59,15 +53,9 @@ def test_a_person_is_made_found_and_changed(admin, cast):
     assert admin.post("/api/users", json={"username": "rob"}).get_json()["name"] == "rob"
 
 
-def test_a_change_of_one_field_keeps_what_another_request_changed_meanwhile(cast, monkeypatch):
-    read = users.find_user
-
-    def read_and_overtaken(user_id: int) -> User:
-        user = read(user_id)
-        execute("UPDATE user_account SET is_admin = true, email = 'new@example.org' WHERE id = %(id)s", {"id": user_id})
-        return user
-
-    monkeypatch.setattr(users, "find_user", read_and_overtaken)
+def test_a_change_of_one_field_keeps_what_another_request_changed_meanwhile(cast, at_failpoint):
+    statement = "UPDATE user_account SET is_admin = true, email = 'new@example.org' WHERE id = %(id)s"
+    at_failpoint("user.read", lambda: execute(statement, {"id": cast.vip.id}))
     users.update_user(cast.vip.id, {"name": "Another"})
     stored = row("SELECT name, email, is_admin FROM user_account WHERE id = %(id)s", {"id": cast.vip.id})
     assert stored == {"name": "Another", "email": "new@example.org", "is_admin": True}
@@ -288,34 +276,29 @@ def readiness(client) -> dict:
     return problem.get_json()["errors"]
 
 
-def test_ready_says_which_part_is_not(client, monkeypatch, tmp_path):
+def test_ready_says_which_part_is_not(client, redis_away, database_away):
     parts = ("database", "redis", "migrations", "partitions", "recovery")
     ready = {"status": "ok", **dict.fromkeys(parts, "ok"), "warnings": []}
     assert (client.get("/readyz").status_code, client.get("/readyz").get_json()) == (200, ready)
-    with monkeypatch.context() as patched:
-        nowhere = Redis(host="127.0.0.1", port=1, retry=Retry(NoBackoff(), 0))
-        patched.setattr(queues, "redis_connection", lambda: nowhere)
+    with redis_away():
         assert list(readiness(client)) == ["redis"]
-    with monkeypatch.context() as patched:
-        (tmp_path / "0002_later.py").touch()
-        patched.setattr(migrations, "MIGRATIONS", tmp_path)
+    execute("UPDATE schema_migration SET name = 'another' WHERE name LIKE '0002%%'")
+    try:
         assert readiness(client) == {
-            "migrations": ["missing: 0002_later"],
+            "migrations": ["missing: 0002_slices"],
             "partitions": ["unknown until the migrations are done"],
         }
-    with monkeypatch.context() as patched, socket.socket() as deaf:
-        deaf.bind(("127.0.0.1", 0))
-        db.close_all()
-        patched.setitem(db.connect_params, "host", "127.0.0.1")
-        patched.setitem(db.connect_params, "port", deaf.getsockname()[1])
+    finally:
+        execute("UPDATE schema_migration SET name = '0002_slices' WHERE name = 'another'")
+    with database_away():
         assert list(readiness(client)) == ["database", "migrations", "partitions"]
         assert (client.get("/healthz").status_code, client.get("/healthz").get_json()) == (200, {"status": "ok"})
     assert client.get("/readyz").status_code == 200
 
 
-def test_many_who_ask_at_once_whether_it_is_ready_share_one_check(app, monkeypatch):
-    monkeypatch.setattr(health, "READINESS_SECONDS", 600)
-    monkeypatch.setattr(health, "_readiness", health._Readiness())
+def test_many_who_ask_at_once_whether_it_is_ready_share_one_check(override):
+    override(readiness_cache_seconds=600)
+    app = create_app()
     with statements() as asked, ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda _: app.test_client().get("/readyz"), range(40)))
     assert [answer.status_code for answer in answers] == [200] * 40

@@ -88,12 +88,9 @@ def test_send_test_notification_works_on_a_fresh_installation(command, run_jobs)
     assert "told at" in command("explain", str(sent["message_id"]), "gil").stdout
 
 
-def test_waiting_for_a_run_that_failed_exits_1(command, cast, monkeypatch):
-    def fail(run_id):
-        execute("UPDATE run SET state = 'failed', finished_at = now(), error = 'the disk is full'")
-        return True
-
-    monkeypatch.setattr("queues.enqueue_run", fail)
+def test_waiting_for_a_run_that_failed_exits_1(command, cast, at_failpoint):
+    failure = "UPDATE run SET state = 'failed', finished_at = now(), due_at = NULL, error = 'the disk is full'"
+    at_failpoint("run.enqueued", lambda: execute(failure))
     output = command("send-test-notification", "--audience", "channel", "--wait", code=1).output
     assert "the disk is full" in output
 
@@ -139,10 +136,11 @@ def test_migrate_can_be_run_again(command):
     assert json.loads(command("migrate", "--json").stdout) == {"applied": []}
 
 
-def test_without_tables_a_command_says_what_to_do(command, monkeypatch):
-    monkeypatch.setattr("commands.schema.missing_migrations", lambda: ["0001_initial"])
+def test_without_tables_a_command_says_what_to_do(command):
+    execute("UPDATE schema_migration SET name = 'another' WHERE name LIKE '0001%%'")
     execute("ALTER TABLE user_account RENAME TO hidden")
     try:
         assert "flask --app app migrate" in command("create-token", "sam", code=1).output
     finally:
         execute("ALTER TABLE hidden RENAME TO user_account")
+        execute("UPDATE schema_migration SET name = '0001_initial' WHERE name = 'another'")

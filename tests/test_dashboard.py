@@ -666,8 +666,8 @@ def test_only_the_librarys_own_script_may_run(admin, failed, page):
         ("unix://user:s3cret@/tmp/redis.sock?db=3", "/tmp/redis.sock, database 3"),
     ],
 )
-def test_every_kind_of_address_is_taken_and_no_password_is_shown(monkeypatch, url, shown):
-    monkeypatch.setattr(queues, "redis_connection", lambda: Redis.from_url(url))
+def test_every_kind_of_address_is_taken_and_no_password_is_shown(override, url, shown):
+    override(redis_url=url)
     app = Flask("another")
     guard.register(app)  # does not connect: there is nothing at these addresses
     assert app.config["RQ_DASHBOARD_REDIS_URL"] == (shown,)

@@ -292,14 +292,8 @@ def test_who_may_not_change_a_message_does_not_wait_for_it_nor_holds_anybody_up(
     execute("RESET lock_timeout")
 
 
-def test_the_right_to_change_a_message_is_asked_for_again_when_nobody_else_is_at_it(cast, monkeypatch):
+def test_the_right_to_change_a_message_is_asked_for_again_when_nobody_else_is_at_it(cast, at_failpoint):
     message_id = posted_and_told(cast.subscriber, cast.general, "gold")
-    hold = messages.hold_message
-
-    def deleted_meanwhile(held: int) -> None:
-        hold(held)
-        execute("UPDATE message SET deleted_at = now()")
-
-    monkeypatch.setattr(messages, "hold_message", deleted_meanwhile)
+    at_failpoint("message.locked", lambda: execute("UPDATE message SET deleted_at = now()"))
     with pytest.raises(NotFound):
         messages.edit_message(cast.subscriber.user, message_id, "silver")

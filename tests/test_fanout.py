@@ -182,18 +182,13 @@ def test_many_workers_on_one_run_tell_everybody_once_and_count_everybody_once(ca
     assert verify() == []
 
 
-def test_two_slices_that_end_at_once_are_both_counted_and_finish_the_run(cast, slices_of, monkeypatch):
+def test_two_slices_that_end_at_once_are_both_counted_and_finish_the_run(cast, slices_of, at_failpoint):
     crowd(cast.server_id, 5)
     slices_of(5)
     _, run_id = post(cast.subscriber, cast.general)
     advance(run_id)
-    both_have_told, count = threading.Barrier(2, timeout=30), fanout._count
-
-    def count_together(*arguments: Any, **named: Any) -> None:
-        both_have_told.wait()
-        count(*arguments, **named)
-
-    monkeypatch.setattr(fanout, "_count", count_together)
+    both_have_told = threading.Barrier(2, timeout=30)
+    at_failpoint("slice.told", lambda: both_have_told.wait() and None)
     first, second = parts_of(run_id)
     tokens = [(part, claims.take(part)) for part in (first, second)]
     in_threads(lambda: fanout.tell(*tokens.pop()), 2)

@@ -470,7 +470,7 @@ def test_a_statement_ends_before_rq_would_break_its_job_off(run, override):
 def test_a_sweep_that_waits_for_a_table_gives_up(monkeypatch):
     seen: list[str] = []
     look = lambda *_: seen.append(row("SHOW statement_timeout")["statement_timeout"]) or 0  # noqa: E731
-    monkeypatch.setattr(claims, "give_up", look)
+    monkeypatch.setattr(recovery, "give_up", look)
     monkeypatch.setattr(cleanup, "CLEANUPS", dict.fromkeys(cleanup.CLEANUPS, look))
     maintenance.sweep()
     assert seen == ["20s", *["5s"] * len(cleanup.CLEANUPS)]

@@ -3,23 +3,26 @@
 import time
 
 import pytest
-from limits import parse_many
-from redis import Redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
 from belfry.web import rate_limit
 from tests.people import csrf_of
 from tests.telling import statements
 from tests.test_refusals import assert_problem
 
+SETTING_OF_SCOPE = {
+    "messages": "rate_limit_messages",
+    "streams": "stream_openings",
+    "other": "rate_limit_default",
+    "anonymous": "rate_limit_anonymous",
+}
+
 
 @pytest.fixture
-def limit(monkeypatch):
+def limit(override):
     """`limit("messages", "3 per second")` from here on; the other scope is `other`."""
 
     def set_limit(scope, text):
-        monkeypatch.setitem(rate_limit._LIMITS, scope, sorted(parse_many(text)))
+        override(**{SETTING_OF_SCOPE[scope]: text})
 
     return set_limit
 
@@ -209,10 +212,9 @@ def test_the_address_is_the_one_that_a_trusted_proxy_wrote(app, override, proxie
         assert rate_limit.client_address() == expected
 
 
-def test_while_redis_is_out_of_reach_requests_pass_and_the_log_says_so(post, monkeypatch, caplog):
-    nowhere = Redis(host="127.0.0.1", port=1, retry=Retry(NoBackoff(), 0))
-    monkeypatch.setattr(rate_limit, "_script", lambda: nowhere.register_script(rate_limit._HIT))
-    answer = post()
+def test_while_redis_is_out_of_reach_requests_pass_and_the_log_says_so(post, redis_away, caplog):
+    with redis_away():
+        answer = post()
     assert answer.status_code == 201
     assert "RateLimit-Limit" not in answer.headers
     assert "nobody is counted" in caplog.text

@@ -12,10 +12,10 @@ from tests.test_refusals import assert_problem
 
 
 @pytest.fixture(autouse=True, params=["few", "many"])
-def _how_many(request, monkeypatch):
+def _how_many(request, override):
     """Each test as in a small community, and as in one that is walked by name."""
     if request.param == "many":
-        monkeypatch.setattr(suggestions, "FEW", 0)
+        override(suggestion_small_audience=0)
 
 
 @pytest.fixture

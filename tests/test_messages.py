@@ -10,10 +10,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from redis import Redis
-from redis.backoff import NoBackoff
 from redis.connection import AbstractConnection
-from redis.retry import Retry
 
 from belfry.identity import subscriptions, tokens, users
 from belfry.messages import messages
@@ -258,8 +255,8 @@ def test_what_a_person_may_and_how_they_are_called_is_not_remembered(cast, post)
         assert_problem(post(content, cast.admin, cast.vault), 404, "not_found")
 
 
-def test_no_more_than_so_many_are_remembered(cast, post, monkeypatch):
-    monkeypatch.setattr(users, "REMEMBERED_AT_MOST", 2)
+def test_no_more_than_so_many_are_remembered(cast, post, override):
+    override(token_cache_size=2)
     for person in (cast.admin, cast.subscriber, cast.moderator, cast.vip):
         assert post("gold", person).status_code == 201
         assert tokens.remembered(tokens.hash_token(person.token)).id == person.id
@@ -295,13 +292,12 @@ def test_who_may_post_only_a_moment_later_is_asked_to_try_again(cast, post, monk
     assert post("gold", cast.lapsed).status_code == 201
 
 
-def test_posting_does_not_need_redis(cast, post, monkeypatch):
-    nowhere = Redis(host="127.0.0.1", port=1, retry=Retry(NoBackoff(), 0))
-    monkeypatch.setattr(queues, "redis_connection", lambda: nowhere)
-    answer = post("hello", key="once")
-    assert answer.status_code == 201
-    assert answer.get_json()["run"]["state"] == "pending"
-    assert post("hello", key="once").data == answer.data
+def test_posting_does_not_need_redis(cast, post, redis_away):
+    with redis_away():
+        answer = post("hello", key="once")
+        assert answer.status_code == 201
+        assert answer.get_json()["run"]["state"] == "pending"
+        assert post("hello", key="once").data == answer.data
 
 
 def test_a_subscription_counts_until_its_grace_is_over(cast, post):

@@ -199,12 +199,11 @@ def test_who_was_away_for_too_long_reads_the_inbox(cast):
         assert not found.notifications
 
 
-def test_what_is_told_in_other_servers_costs_nothing(cast, monkeypatch):
+def test_what_is_told_in_other_servers_costs_nothing(cast, override):
     here, _ = _look(None)
     for _ in range(3):
         posted_and_told(cast.subscriber, cast.general, "gold")
-    monkeypatch.setattr(updates, "LOOKUPS_AT_MOST", 0)
-    monkeypatch.setattr(resuming, "LOOKUPS_AT_MOST", 0)
+    override(stream_max_lookups=0, resume_max_lookups=0)
     found = _look(here, cast.stranger.id)[1]
     assert not found.too_much
     assert not found.notifications
@@ -217,11 +216,11 @@ def test_an_admin_who_left_the_server_is_sent_what_they_were_told(cast):
     assert _messages(_look(here, cast.admin.id)[1], cast.admin.id) == [message_id]
 
 
-def test_what_is_too_much_is_not_looked_up(cast, monkeypatch):
+def test_what_is_too_much_is_not_looked_up(cast, override):
     here, _ = _look(None)
     for _ in range(3):
         posted_and_told(cast.subscriber, cast.general, "gold")
-    monkeypatch.setattr(updates, "LOOKUPS_AT_MOST", 5)
+    override(stream_max_lookups=5)
     assert not _connected(here, cast.vip.id).too_much
     assert _connected(here, cast.vip.id, cast.admin.id).too_much
 
@@ -237,19 +236,19 @@ def test_what_came_with_a_copy_of_another_database_stands_in_nobodys_way(cast):
     assert db.execute_sql("SELECT count(*) FROM telling").fetchone() == (1,)
 
 
-def test_a_message_told_in_many_slices_is_looked_up_once(cast, slices_of, monkeypatch):
+def test_a_message_told_in_many_slices_is_looked_up_once(cast, slices_of, override):
     people = crowd(cast.server_id, 30)
     slices_of(3)
     here, _ = _look(None)
     message_id = posted_and_told(cast.subscriber, cast.general, "gold")
     assert db.execute_sql("SELECT count(*) > 10 FROM telling").fetchone() == (True,)
-    monkeypatch.setattr(updates, "LOOKUPS_AT_MOST", 30)
+    override(stream_max_lookups=30)
     found = _look(here, *people)[1]
     assert all(_messages(found, user_id) == [message_id] for user_id in people)
 
 
-def test_a_position_of_long_ago_is_not_read_to_the_end(cast, monkeypatch):
-    monkeypatch.setattr(updates, "TELLINGS_AT_MOST", 2)
+def test_a_position_of_long_ago_is_not_read_to_the_end(cast, override):
+    override(stream_max_log_rows=2)
     here, _ = _look(None)
     for _ in range(2):
         posted_and_told(cast.subscriber, cast.general, "gold")
@@ -259,7 +258,7 @@ def test_a_position_of_long_ago_is_not_read_to_the_end(cast, monkeypatch):
     assert not _connected(here).too_much  # nobody to look for
 
 
-def test_of_those_who_come_back_the_log_is_read_once_and_no_further_than_its_bound(cast, monkeypatch):
+def test_of_those_who_come_back_the_log_is_read_once_and_no_further_than_its_bound(cast, monkeypatch, override):
     """From whatever positions, genuine ones of long ago too: what a look reads does not grow with them."""
     positions = []
     for _ in range(8):
@@ -275,28 +274,28 @@ def test_of_those_who_come_back_the_log_is_read_once_and_no_further_than_its_bou
     read = []
     real = resuming.rows
     monkeypatch.setattr(resuming, "rows", lambda *asked: read.append(real(*asked)) or read[-1])
-    monkeypatch.setattr(resuming, "LOG_AT_MOST", 3)
+    override(resume_max_log_rows=3)
     found = _back(*clients)
     assert [len(found) for found in read] == [3]
     assert [found[client].too_much for client in clients[::2]] == [True] * 5 + [False] * 3
     assert [len(_messages(found[client], client[0])) for client in clients[10::2]] == [3, 2, 1]
 
 
-def test_of_a_transaction_with_many_messages_no_more_are_read_than_the_bound(cast, monkeypatch):
+def test_of_a_transaction_with_many_messages_no_more_are_read_than_the_bound(cast, monkeypatch, override):
     here, _ = _look(None)
     run_ids = [post(cast.subscriber, cast.general)[1] for _ in range(5)]
     assert len(fanout.tell_together(claims.take_together(run_ids[0], run_ids[1:], 1_000))) == 5
     read = []
     real = resuming.rows
     monkeypatch.setattr(resuming, "rows", lambda *asked: read.append(real(*asked)) or read[-1])
-    monkeypatch.setattr(resuming, "LOG_AT_MOST", 3)
+    override(resume_max_log_rows=3)
     client = (cast.vip.id, given_back(here))
     assert _back(client)[client].too_much
     assert [len(found) for found in read] == [4]
 
 
-def test_clients_that_come_back_are_looked_up_within_a_bound_and_the_others_later(cast, monkeypatch):
-    monkeypatch.setattr(resuming, "LOOKUPS_AT_MOST", 4)
+def test_clients_that_come_back_are_looked_up_within_a_bound_and_the_others_later(cast, override):
+    override(resume_max_lookups=4)
     here, _ = _look(None)
     for _ in range(3):
         posted_and_told(cast.subscriber, cast.general, "gold")

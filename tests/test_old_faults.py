@@ -5,12 +5,9 @@ recipient is `test_every_slice_takes_the_same_statements_however_many_members`.
 """
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from redis import Redis
 
 import jobs
 from belfry.core.db import execute, rows
@@ -76,17 +73,8 @@ def test_a_task_that_keeps_failing_ends_as_failed_with_its_reason(api, cast, mon
     assert "division by zero" in run["error"]
 
 
-@contextmanager
-def redis_out(monkeypatch) -> Iterator[None]:
-    nowhere = Redis.from_url("unix:///nowhere/redis.sock")
-    with monkeypatch.context() as patch:
-        patch.setattr(queues, "redis_connection", lambda: nowhere)
-        yield
-    nowhere.close()
-
-
-def test_notifications_are_not_lost_when_the_queue_cannot_be_reached(api, cast, run_jobs, monkeypatch, caplog):
-    with redis_out(monkeypatch):
+def test_notifications_are_not_lost_when_the_queue_cannot_be_reached(api, cast, run_jobs, redis_away, caplog):
+    with redis_away():
         message = post(api, cast.subscriber, cast.general)
     assert api(cast.subscriber).get(message["run"]["url"]).get_json()["state"] == message["run"]["state"] == "pending"
     assert "Redis is out of reach" in caplog.text, "and the log says so"

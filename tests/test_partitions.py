@@ -2,14 +2,12 @@
 
 import contextlib
 import threading
-import time
 from importlib import import_module
 
 import psycopg
 import pytest
 from peewee import IntegrityError, OperationalError
 
-import jobs
 from belfry.core import migrations, partitions
 from belfry.core.db import db, execute, row, rows
 from belfry.core.partitions import Partition
@@ -45,12 +43,11 @@ def keeping(override):
 
 
 @pytest.fixture
-def full_at(monkeypatch):
+def full_at(override):
     """`full_at(100)`: a partition is full with that many rows (of which 136 fit on a page, which is the least)."""
 
     def set_rows(number: int) -> None:
-        monkeypatch.setattr(partitions, "FULL_AT_LEAST", number)
-        monkeypatch.setattr(partitions, "FULL_MESSAGES", 0)
+        override(partition_min_rows=number, partition_messages_per_account=0)
 
     return set_rows
 
@@ -120,19 +117,20 @@ def test_one_that_is_not_full_is_not_left(cast, full_at):
 @pytest.mark.parametrize(
     ("constant", "too_much", "enough"),
     [
-        ("FULL_MESSAGES", 2, 1),  # where there are many accounts, a few messages to all: to 206, on two pages of 136
-        ("MANY", 0.5, 2),  # where there is much, so much of it: twice of all, and half
+        # Where there are many accounts, a few messages to all: to 206, on two pages of 136.
+        ("partition_messages_per_account", 2, 1),
+        ("partition_soft_max", 0.5, 2),  # where there is much, so much of it: twice of all, and half
     ],
 )
-def test_the_more_there_is_the_more_a_partition_holds(cast, full_at, monkeypatch, constant, too_much, enough):
+def test_the_more_there_is_the_more_a_partition_holds(cast, full_at, override, constant, too_much, enough):
     crowd(cast.server_id, 200)
     execute("ANALYZE user_account")
     post(cast)
     full_at(100)
-    monkeypatch.setattr(partitions, constant, too_much)
+    override(**{constant: too_much})
     partitions.care()
     assert post(cast) == 2, "that is more than there is in it"
-    monkeypatch.setattr(partitions, constant, enough)
+    override(**{constant: enough})
     partitions.care()
     assert post(cast) == 1_000_000
 
@@ -145,18 +143,19 @@ def test_a_million_messages_fill_one_too(cast):
     assert [len(told_of(999_999)), len(told_of(1_000_000))] == [3, 3]
 
 
-def test_who_is_just_posting_is_not_waited_for_for_long(cast, full_at, in_another_session, monkeypatch, caplog):
+def test_who_is_just_posting_is_not_waited_for_for_long(cast, full_at, in_another_session, override, caplog):
     full_at(0)
     with in_another_session("SELECT nextval('message_id_seq')"):
         with pytest.raises(OperationalError, match="lock timeout"):
             partitions.care()
-        monkeypatch.setattr(jobs, "_partitions_looked_at", float("-inf"))
+        override(partition_check_seconds=0)
         maintenance.sweep()
+        override(partition_check_seconds=3_600)
         assert "partitions has to wait" in caplog.text
         maintenance.sweep()
         assert caplog.text.count("partitions has to wait") == 1, "not with each sweep"
     assert bounds() == [1, 1_000_000, 2_000_000, 3_000_000]
-    monkeypatch.setattr(jobs, "_partitions_looked_at", float("-inf"))
+    override(partition_check_seconds=0)
     maintenance.sweep()
     assert post(cast) == 1_000_000
 
@@ -347,7 +346,7 @@ def test_a_new_message_does_not_ask_what_is_kept(cast):
     assert not any("LOCK TABLE" in statement or "pg_inherits" in statement for statement in seen)
 
 
-def test_what_is_no_partition_of_ours_is_passed_over_and_what_goes_wrong_stops_no_sweep(cast, monkeypatch, caplog):
+def test_what_is_no_partition_of_ours_is_passed_over_and_what_goes_wrong_stops_no_sweep(cast, caplog):
     execute("CREATE TABLE notification_of_others PARTITION OF notification DEFAULT")
     execute("ALTER SEQUENCE message_id_seq RESTART WITH 3000000")
     try:
@@ -363,9 +362,9 @@ def test_what_is_no_partition_of_ours_is_passed_over_and_what_goes_wrong_stops_n
 
 
 @pytest.fixture
-def looked_after(monkeypatch):
+def looked_after(override):
     """The workers looked after the partitions a moment ago."""
-    monkeypatch.setattr(jobs, "_partitions_looked_at", time.monotonic())
+    override(partition_check_seconds=10**9)
 
 
 def failing_post(cast):
@@ -689,13 +688,13 @@ def test_it_is_what_the_unread_are_counted_shown_and_marked_by(cast, full_at, mo
     ]
 
 
-def test_one_that_was_begun_and_not_finished_is_made_anew(cast, full_at, in_another_session, monkeypatch):
+def test_one_that_was_begun_and_not_finished_is_made_anew(cast, full_at, in_another_session, override):
     post(cast)
     begin_partition(full_at)
     post(cast)
     care_and_index()
     execute("UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'notification_to_1000000_unread'::regclass")
-    monkeypatch.setattr(partitions, "INDEX_WAITS", "200ms")
+    override(partition_index_lock_timeout="200ms")
     with in_another_session("LOCK TABLE notification_to_1000000 IN SHARE UPDATE EXCLUSIVE MODE"):
         assert not care_and_index()  # somebody is just making it
     assert indexes()["notification_to_1000000"] is False
@@ -703,8 +702,8 @@ def test_one_that_was_begun_and_not_finished_is_made_anew(cast, full_at, in_anot
     assert indexes() == {"notification_to_1": True, "notification_to_1000000": True}
 
 
-def test_nobody_waits_for_it_longer_than_it_may_take(cast, full_at, in_another_session, monkeypatch):
-    monkeypatch.setattr(partitions, "INDEX_WAITS", "200ms")
+def test_nobody_waits_for_it_longer_than_it_may_take(cast, full_at, in_another_session, override):
+    override(partition_index_lock_timeout="200ms")
     post(cast)
     full_at(0)
     with in_another_session("UPDATE notification SET read_at = now()"):

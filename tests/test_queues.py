@@ -15,8 +15,8 @@ from config import settings
         (queues.BULK, Part(7, 40), "jobs.notify_slice", (7, 40)),
     ],
 )
-def test_a_job_is_written_as_rq_itself_would_write_it(redis, monkeypatch, name, part, function, arguments):
-    monkeypatch.setattr(queues, "retry_intervals", lambda: [1, 2, 3, 4, 5])
+def test_a_job_is_written_as_rq_itself_would_write_it(redis, override, name, part, function, arguments):
+    override(retry_jitter=0)
     assert queues.enqueue([part])
     [job_id] = queues.queue(name).get_job_ids()
     key, known = f"rq:job:{job_id}", redis.smembers("rq:queues")
@@ -32,7 +32,7 @@ def test_a_job_is_written_as_rq_itself_would_write_it(redis, monkeypatch, name, 
                 failure_ttl=7 * 86_400,
                 description=str(part),
                 job_id=job_id,
-                retry=Retry(max=5, interval=[1, 2, 3, 4, 5]),
+                retry=Retry(max=5, interval=queues.retry_intervals()),
             )
         ]
     )
@@ -45,15 +45,15 @@ def test_a_job_is_written_as_rq_itself_would_write_it(redis, monkeypatch, name, 
     assert [job_id] == queues.queue(name).get_job_ids()
 
 
-def test_what_is_lost_goes_first_and_the_oldest_before_all_however_many_there_are(redis, monkeypatch):
-    monkeypatch.setattr(queues, "ENQUEUED_AT_ONCE", 3)
+def test_what_is_lost_goes_first_and_the_oldest_before_all_however_many_there_are(redis, override):
+    override(enqueue_batch_size=3)
     assert queues.enqueue([Part(9), Part(10)])
     assert queues.enqueue([Part(number) for number in range(1, 9)], lost=True)
     assert queues.queue().get_job_ids() == [f"run-{number}" for number in range(1, 11)]
 
 
-def test_many_are_enqueued_some_at_a_time(redis, monkeypatch):
-    monkeypatch.setattr(queues, "ENQUEUED_AT_ONCE", 3)
+def test_many_are_enqueued_some_at_a_time(redis, override):
+    override(enqueue_batch_size=3)
     assert queues.enqueue([Part(7, after) for after in range(8)])
     assert queues.queue(queues.BULK).get_job_ids() == [f"slice-7-{after}" for after in range(8)]
     assert [job.args for job in queues.queue(queues.BULK).jobs] == [[7, after] for after in range(8)]

@@ -292,16 +292,14 @@ def test_sigterm_in_the_midst_of_a_fan_out_ends_soon_and_another_worker_goes_on_
 
 
 def test_redis_holds_so_many_jobs_and_no_more_and_everything_is_done_in_the_order_it_was_posted(
-    cast, run_jobs, monkeypatch
+    cast, run_jobs, override
 ):
-    monkeypatch.setattr(queues, "waiting_runs", lambda at_most: [])  # each is done alone
-    monkeypatch.setattr(queues, "WAITING_AT_MOST", 5)
-    monkeypatch.setattr(queues, "_full_until", {})
+    override(max_batch_runs=0)
+    override(max_queue_length=5)
     runs = [write(cast.subscriber, cast.general)[1] for _ in range(12)]
     enqueued = [queues.enqueue_run(run_id) for run_id in runs]
     assert enqueued == [True] * 5 + [False] * 7
     assert [state_of(run_id) for run_id in runs] == ["queued"] * 5 + ["pending"] * 7
-    monkeypatch.setattr(jobs.time, "monotonic", lambda: float("inf"))  # a second later it asks whether there is room
     assert not queues.enqueue_run(runs[-1])
     assert queues.queue().count == 5
     execute("UPDATE run SET due_at = now() - interval '1 minute'")
@@ -319,9 +317,8 @@ def test_redis_holds_so_many_jobs_and_no_more_and_everything_is_done_in_the_orde
     assert verify() == []
 
 
-def test_what_is_posted_while_the_queue_is_full_is_pending_from_the_start(api, cast, monkeypatch):
-    monkeypatch.setattr(queues, "WAITING_AT_MOST", 1)
-    monkeypatch.setattr(queues, "_full_until", {})
+def test_what_is_posted_while_the_queue_is_full_is_pending_from_the_start(api, cast, override):
+    override(max_queue_length=1)
     body = {"channel_id": cast.general, "content": "gold"}
     states = []
     for key in "aba":
@@ -332,9 +329,9 @@ def test_what_is_posted_while_the_queue_is_full_is_pending_from_the_start(api, c
 
 
 def test_a_job_that_was_lost_from_a_long_queue_is_found_and_done_before_those_that_wait(
-    cast, run_jobs, monkeypatch
+    cast, run_jobs, override
 ):
-    monkeypatch.setattr(queues, "waiting_runs", lambda at_most: [])  # each is done alone
+    override(max_batch_runs=0)
     runs = [enqueue(cast.subscriber, cast.general)[1] for _ in range(30)]
     lost = queues.queue().get_job_ids(3, 1)[0]
     for taken in (*queues.queue().get_job_ids(0, 3), lost):

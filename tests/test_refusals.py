@@ -16,9 +16,8 @@ import pytest
 from marshmallow import fields
 from peewee import OperationalError
 
-from belfry.core.db import db
 from belfry.identity import tokens
-from belfry.messages import messages
+from belfry.messages import history
 from belfry.servers import preferences
 from config import settings
 from models import Message
@@ -410,12 +409,8 @@ def test_an_answer_that_refuses_nothing_does_not_ask_to_wait(api, cast):
     assert 0 <= int(answer.headers["RateLimit-Reset"]) <= 61
 
 
-def test_while_the_database_is_out_of_reach(api, cast, client, monkeypatch):
-    with socket.socket() as deaf:
-        deaf.bind(("127.0.0.1", 0))
-        db.close_all()
-        monkeypatch.setitem(db.connect_params, "host", "127.0.0.1")
-        monkeypatch.setitem(db.connect_params, "port", deaf.getsockname()[1])
+def test_while_the_database_is_out_of_reach(api, cast, client, database_away):
+    with database_away():
         answer = api(cast.subscriber).get("/api/me")
         assert_problem(answer, 503, "unavailable")
         assert answer.headers["Retry-After"] == "5"
@@ -426,7 +421,7 @@ def test_when_the_database_goes_in_the_middle_of_a_request(api, cast, monkeypatc
     def gone(*_):
         raise OperationalError("server closed the connection unexpectedly: host=10.0.0.7")
 
-    monkeypatch.setattr(messages, "find_message", gone)
+    monkeypatch.setattr(history, "find_message", gone)
     answer = api(cast.subscriber).get("/api/messages/1")
     assert "10.0.0.7" not in assert_problem(answer, 503, "unavailable")["detail"]
     assert answer.headers["Retry-After"] == "5"

@@ -6,11 +6,7 @@ import psycopg
 import pytest
 from peewee import OperationalError
 from prometheus_client.parser import text_string_to_metric_families
-from redis import Redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
-import jobs
 from belfry.core.db import execute, row
 from belfry.queue import queues, sweep_status
 from belfry.worker import cleanup, maintenance
@@ -109,16 +105,10 @@ def test_recovery_that_fails_stops_no_other_part_and_is_an_error_once_lost_work_
     assert readiness(client)[0] == 200
 
 
-def test_a_part_that_gets_no_connection_is_reported_as_failed(cast, client, monkeypatch):
+def test_a_part_that_gets_no_connection_is_reported_as_failed(cast, client, database_away):
     """Recovery most of all: nothing is recovered then."""
-
-    def none_free() -> None:
-        raise OperationalError("too many clients already")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(jobs, "_connection", none_free)
-        with pytest.raises(OperationalError):
-            maintenance.sweep()
+    with database_away(), pytest.raises(OperationalError):
+        maintenance.sweep()
     status, ready = readiness(client)
     (warning,) = ready["warnings"]
     assert (status, warning.split(" has failed ")[0]) == (200, "The worker's recovery")
@@ -126,19 +116,17 @@ def test_a_part_that_gets_no_connection_is_reported_as_failed(cast, client, monk
     assert readiness(client)[1]["warnings"] == []
 
 
-def test_while_redis_is_away_what_needs_postgresql_alone_goes_on(cast, monkeypatch):
+def test_while_redis_is_away_what_needs_postgresql_alone_goes_on(cast, redis_away):
     lost_run(cast)
     old_keys(3)
-    nowhere = Redis(host="127.0.0.1", port=1, retry=Retry(NoBackoff(), 0))
-    with monkeypatch.context() as patched:
-        patched.setattr(queues, "redis_connection", lambda: nowhere)
+    with redis_away():
         assert maintenance.sweep() == 0
     assert keys_left() == 0
     assert maintenance.sweep() == 1
 
 
-def test_old_keys_are_deleted_in_batches_and_young_ones_stay(cast, monkeypatch):
-    monkeypatch.setattr(cleanup, "BATCH_ROWS", 100)
+def test_old_keys_are_deleted_in_batches_and_young_ones_stay(cast, override):
+    override(cleanup_batch_rows=100)
     old_keys(350)
     old_keys(20, hours=23)
     with statements() as seen:
@@ -147,9 +135,9 @@ def test_old_keys_are_deleted_in_batches_and_young_ones_stay(cast, monkeypatch):
     assert keys_left() == 20
 
 
-def test_a_sweep_deletes_one_batch_where_there_is_no_time_for_more(cast, monkeypatch):
-    monkeypatch.setattr(cleanup, "BATCH_ROWS", 100)
-    monkeypatch.setattr(cleanup, "SECONDS", 0)
+def test_a_sweep_deletes_one_batch_where_there_is_no_time_for_more(cast, override):
+    override(cleanup_batch_rows=100)
+    override(cleanup_seconds=0)
     old_keys(350)
     for left in (250, 150, 50, 0):
         maintenance.sweep()

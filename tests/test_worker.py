@@ -22,6 +22,7 @@ from belfry.messages import messages
 from belfry.queue import queues
 from belfry.worker import maintenance, supervisor, worker
 from belfry.worker.deadline import OVERTIME_SECONDS, Deadline
+from config import tuning
 from models import Notification, Run
 from tests.processes import RQ_WORKER, a_gate, a_web_process, a_worker, running, wait_until
 from tests.telling import advance, crowd, notifications_that, parts_of, statements
@@ -138,7 +139,7 @@ def test_who_is_asked_to_stop_and_goes_on_is_asked_again_but_not_with_a_job_in_h
         horse.request_stop(signal.SIGTERM, None)
     horse.request_stop(signal.SIGTERM, None)  # it is leaving
     now = time.monotonic()
-    monkeypatch.setattr(time, "monotonic", lambda: now + worker.STOP_SECONDS + 0.1)
+    monkeypatch.setattr(time, "monotonic", lambda: now + tuning.stop_retry_seconds + 0.1)
     with pytest.raises(StopRequested):
         horse.request_stop(signal.SIGTERM, None)
     another = worker.BelfryWorker([queues.queue()], connection=redis)
@@ -184,7 +185,7 @@ def test_the_sweeper_outlives_what_nobody_foresaw(monkeypatch, caplog):
     def break_down() -> None:
         raise RuntimeError("no such table")
 
-    monkeypatch.setattr("worker.jobs.sweep", break_down)
+    monkeypatch.setattr(maintenance, "sweep", break_down)
     supervisor.sweep_once()
     assert "the sweep failed" in caplog.text
 
@@ -211,8 +212,8 @@ def test_small_messages_go_first_and_a_large_one_goes_on_though_they_never_cease
 
 def test_in_burst_it_sweeps_until_nothing_is_left_to_enqueue(monkeypatch):
     swept, worked = [500, 20, 0], []
-    monkeypatch.setattr(worker, "sweep_once", lambda: swept.pop(0))
-    monkeypatch.setattr(worker, "work_horse", lambda burst: worked.append(burst) or True)
+    monkeypatch.setattr(supervisor, "sweep_once", lambda: swept.pop(0))
+    monkeypatch.setattr(supervisor, "work_horse", lambda burst: worked.append(burst) or True)
     supervisor.work(burst=True)
     assert (swept, worked) == ([], [True, True, True])
 
@@ -240,10 +241,9 @@ def test_a_work_horse_that_dies_is_followed_by_another(cast):
         wait_until(lambda: state_of(run_id) == "succeeded", "the run to succeed")
 
 
-def test_a_job_that_cannot_be_broken_off_ends_with_its_process(cast, override, monkeypatch):
+def test_a_job_that_cannot_be_broken_off_ends_with_its_process(cast, override):
     """RQ breaks off what hears signals; this one does not."""
     override(job_timeout=1)
-    monkeypatch.setattr(queues, "_enqueuing", queues._enqueuing.__wrapped__)  # which has the time-out in it
     with a_worker(through=("tests.deaf",)) as process:
         (horse,) = horses_of(process.pid)
         _, run_id = write(cast.subscriber, cast.general, "deaf")
@@ -254,15 +254,15 @@ def test_a_job_that_cannot_be_broken_off_ends_with_its_process(cast, override, m
         wait_until(lambda: state_of(run_id) == "succeeded", "the run to succeed")
 
 
-def test_a_work_horse_ends_after_so_many_jobs(cast, monkeypatch):
-    monkeypatch.setattr(worker, "JOBS_OF_A_HORSE", 3)
+def test_a_work_horse_ends_after_so_many_jobs(cast, monkeypatch, override):
+    override(max_jobs_per_process=3)
     monkeypatch.setattr(worker.BelfryWorker, "execute_job", lambda *_: None)
     queues.enqueue([Part(write(cast.subscriber, cast.general)[1]) for _ in range(5)])
     assert worker.work_horse()
     assert queues.queue().count == 2
 
 
-def test_a_deadline_is_over_only_while_a_job_is_in_hand(monkeypatch):
+def test_a_deadline_is_over_only_while_a_job_is_in_hand():
     deadline = Deadline()
     assert not deadline.is_over()
     deadline.set(-OVERTIME_SECONDS - 1)

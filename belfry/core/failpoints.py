@@ -38,6 +38,12 @@ POINTS = {
     "sweep.enqueued": "it is in the queue",
 }
 
+TEST_POINTS = {
+    "user.read": "a user to be changed is read, and not changed",
+    "message.locked": "a message to be changed is locked, and not read again",
+}
+"""At these, tests change something meanwhile; `make chaos` does not kill there."""
+
 listener: Callable[[str, int | None, int | None], None] | None = None
 
 

@@ -23,17 +23,13 @@ import psycopg
 from peewee import IntegrityError, NotSupportedError, ProgrammingError
 
 from belfry.core.db import connect_parameters, db, execute, lock_for_this_transaction, prepare, row, rows, transaction
-from config import settings
+from config import settings, tuning
 
 log = logging.getLogger(__name__)
 
 WIDTH = 1_000_000  # message ids
 AHEAD = 2
 ROW_BYTES = 60  # of a notification in its table, as measured; without its key
-FULL_AT_LEAST = 1_000_000  # rows, before a partition is left for being full
-FULL_MESSAGES = 8  # messages to every account there is, before that: then its key has grown enough to be felt
-MANY = 50  # partitions; beyond that each holds so much of all there is: who counts over all pays for each of them
-INDEX_WAITS = "5s"  # for a lock
 INDEX_SECONDS = 600  # at most for an index: a million rows take a quarter of one, but old snapshots are waited for
 OF_RETENTION = 10  # a partition is left after this part of RETENTION_DAYS, so that not much is kept longer
 PARTITION_LOCK = 0x62656C70  # the advisory lock's key: "belp"
@@ -203,9 +199,9 @@ def _is_full(used: Partition) -> bool:
         {
             "name": used.name,
             "row_bytes": ROW_BYTES,
-            "rows": FULL_AT_LEAST,
-            "messages": FULL_MESSAGES,
-            "number": MANY,
+            "rows": tuning.partition_min_rows,
+            "messages": tuning.partition_messages_per_account,
+            "number": tuning.partition_soft_max,
         },
     )
     return bool(found and found["full"])
@@ -261,7 +257,7 @@ def make_index(name: str) -> bool:
     try:
         with psycopg.connect(**connect_parameters(), autocommit=True) as own:
             prepare(own)
-            own.execute(f"SET lock_timeout = '{INDEX_WAITS}'")
+            own.execute(f"SET lock_timeout = '{tuning.partition_index_lock_timeout}'")
             own.execute(f"SET statement_timeout = '{INDEX_SECONDS}s'")
             with own.transaction():
                 own.execute(f"LOCK TABLE {name} IN SHARE UPDATE EXCLUSIVE MODE")

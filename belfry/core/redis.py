@@ -10,11 +10,15 @@ from redis.retry import Retry as RedisRetry
 from config import settings
 
 
-@cache
 def redis_connection() -> Redis:
-    """The web's and the jobs' connection to Redis: short timeouts, for a request must not wait for it."""
+    """The connection of web processes and jobs to Redis. Its timeouts are short: a request must not wait for it."""
+    return _connection_to(settings.redis_url)
+
+
+@cache
+def _connection_to(url: str) -> Redis:
     return Redis.from_url(
-        settings.redis_url,
+        url,
         socket_connect_timeout=0.5,
         socket_timeout=2,
         retry=RedisRetry(NoBackoff(), 1),  # a connection that a restart of Redis left dead is made again once

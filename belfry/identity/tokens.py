@@ -7,11 +7,11 @@ from datetime import datetime
 from belfry.core.db import Row, execute, row, rows
 from belfry.core.errors import Forbidden, NotFound, Unauthenticated
 from belfry.identity.users import SENDER, find_user
+from config import tuning
 from models import User
 
 IS_VALID = "(t.revoked_at IS NULL AND (t.expires_at IS NULL OR t.expires_at > now()))"
 """Of a row of `api_token t`: neither revoked nor expired."""
-REMEMBERED_AT_MOST = 5_000  # tokens: 7 MB
 _remembered: dict[bytes, User] = {}  # by a token's hash
 TOKEN_PREFIX = "belfry_"  # so that a leaked one can be recognised  # noqa: S105
 
@@ -82,7 +82,7 @@ def authenticate_hash(token_hash: bytes) -> User | None:
     if found is None:
         forget(token_hash)
         return None
-    if len(_remembered) >= REMEMBERED_AT_MOST:
+    if len(_remembered) >= tuning.token_cache_size:
         _remembered.clear()
     user = _remembered[token_hash] = User(**found)
     return user

@@ -6,6 +6,7 @@ from peewee import IntegrityError, fn
 
 from belfry.core.db import db
 from belfry.core.errors import Conflict, NotFound
+from belfry.core.failpoints import reach
 from models import User
 
 SENDER = "belfry"  # the account that Belfry's own messages come from
@@ -39,6 +40,7 @@ def find_username(username: str) -> User:
 def update_user(user_id: int, changes: dict[str, Any]) -> User:
     """Change name, email or is_admin. Raises NotFound."""
     user = find_user(user_id)
+    reach("user.read")
     if changes.get("is_admin", user.is_admin) != user.is_admin:
         user.admin_changed_at = fn.now()  # the database's clock
     for column, value in changes.items():

@@ -206,6 +206,7 @@ def _find_to_change(
     """
     require_right(*find_message(user, message_id))
     hold_message(message_id)
+    reach("message.locked")
     found = find_message(user, message_id)
     require_right(*found)
     return found

@@ -2,8 +2,8 @@
 from belfry.core.db import Row, rows
 from belfry.messages.mentions import EVERYONE
 from belfry.servers.visibility import SeenChannel
+from config import tuning
 
-FEW = 2_000
 WALK = 20_000
 
 _OPEN = "SELECT m.user_id FROM member m WHERE m.server_id = %(server_id)s"
@@ -18,15 +18,15 @@ _PRIVATE = """
 def _people(who: str, user_id: str) -> str:
     """Those of a set of user ids, `user_id` among them, whose name is in the range: fast, however many there are.
 
-    - Where they are FEW, each is looked at.
+    - Where they are tuning.suggestion_small_audience, each is looked at.
     - Where they are more, the names of the range are walked, in the order of the username's index: `~` comes after all
       that a name can have. Of more than WALK names the first are, and it takes another letter to find the others:
       else all names of everybody would be, where those of the set begin otherwise.
     """
     in_range = "u.username >= %(prefix)s AND u.username < %(beyond)s"
     return f"""
-        WITH few AS MATERIALIZED ({who} LIMIT {FEW + 1}),
-        counted AS MATERIALIZED (SELECT count(*) <= {FEW} AS are_few FROM few)
+        WITH few AS MATERIALIZED ({who} LIMIT {tuning.suggestion_small_audience + 1}),
+        counted AS MATERIALIZED (SELECT count(*) <= {tuning.suggestion_small_audience} AS are_few FROM few)
         SELECT DISTINCT found.*
         FROM (
             SELECT u.id, u.username, u.name

@@ -29,7 +29,7 @@ from belfry.core.redis import redis_connection
 from belfry.fanout import recovery
 from belfry.fanout.claims import Part
 from belfry.queue.job_class import BelfryJob
-from config import settings
+from config import settings, tuning
 from models import LARGEST_ID, TRIES
 
 log = logging.getLogger(__name__)
@@ -40,8 +40,6 @@ DELIVERIES = "deliveries"  # other transports
 QUEUES = (NOTIFICATIONS, BULK, DELIVERIES)
 
 RETRIES = TRIES - 1
-WAITING_AT_MOST = 10_000  # jobs in a queue; what is beyond that waits in PostgreSQL, and Redis stays small
-ENQUEUED_AT_ONCE = 500  # jobs in one round trip to Redis
 _full_until: dict[str, float] = {}  # by queue, in `time.monotonic()`: asking each time would be a round trip more
 
 
@@ -51,7 +49,7 @@ def retry_intervals() -> list[int]:
     The chance keeps the runs that failed together (a database that restarted) from coming back together.
     """
     return [
-        round(settings.retry_seconds * 3**attempt * random.uniform(1.0, 1.5))  # noqa: S311
+        round(settings.retry_seconds * 3**attempt * random.uniform(1.0, 1.0 + tuning.retry_jitter))  # noqa: S311
         for attempt in range(RETRIES)
     ]
 
@@ -98,14 +96,14 @@ def _enqueue(name: str, parts: list[Part], lost: bool) -> bool:
     try:
         if parts and not lost and _is_full(name):
             return False
-        for first in range(0, len(parts), ENQUEUED_AT_ONCE):
-            some = in_order[first : first + ENQUEUED_AT_ONCE]
+        for first in range(0, len(parts), tuning.enqueue_batch_size):
+            some = in_order[first : first + tuning.enqueue_batch_size]
             arguments = ["LPUSH" if lost else "RPUSH", utcformat(now())]
             for part in some:
                 arguments += _job_id(part), _data(part), str(part), json.dumps(retry_intervals())
-            waiting = _enqueuing(name)(keys, arguments, client=redis_connection())
-            if waiting >= WAITING_AT_MOST:
-                _full_until[name] = time.monotonic() + 1
+            waiting = _enqueuing(name, settings.job_timeout)(keys, arguments, client=redis_connection())
+            if waiting >= tuning.max_queue_length:
+                _full_until[name] = time.monotonic() + tuning.queue_full_recheck_seconds
     except RedisError as error:
         log.warning("Redis is out of reach, %s job(s) are not enqueued: %s", len(parts), error)
         return False
@@ -125,8 +123,8 @@ def _is_full(name: str) -> bool:
     until = _full_until.get(name)
     if until is None or time.monotonic() < until:
         return until is not None
-    if queue(name).count >= WAITING_AT_MOST:
-        _full_until[name] = time.monotonic() + 1
+    if queue(name).count >= tuning.max_queue_length:
+        _full_until[name] = time.monotonic() + tuning.queue_full_recheck_seconds
         return True
     _full_until.pop(name, None)  # two threads may come to this at once
     return False
@@ -146,6 +144,8 @@ def _run_of(job_id: bytes) -> int | None:
 
 def waiting_runs(at_most: int) -> list[int]:
     """The runs whose jobs come next; [] where Redis is out of reach."""
+    if not at_most:
+        return []
     try:
         ids: list[Any] = redis_connection().lrange(queue().key, 0, at_most - 1)
     except RedisError:
@@ -191,7 +191,7 @@ return waiting
 
 
 @cache
-def _enqueuing(name: str) -> Script:
+def _enqueuing(name: str, timeout: int) -> Script:
     """What `Queue.enqueue_many` does, for jobs that are alike, in one command: how many wait then.
 
     RQ makes one of them, and what does not differ from job to job is taken from that. It takes a third of the time: RQ
@@ -200,7 +200,7 @@ def _enqueuing(name: str) -> Script:
     job = queue(name).create_job(
         "jobs.notify",
         args=(0,),
-        timeout=settings.job_timeout,
+        timeout=timeout,
         result_ttl=0,  # the run says how it went; Redis keeps nothing of what is done
         failure_ttl=7 * 86_400,
         retry=Retry(max=RETRIES, interval=retry_intervals()),
@@ -237,7 +237,8 @@ def remove_rejected_retries() -> None:
     """
     for name in QUEUES:
         registry = queue(name).scheduled_job_registry
-        due: Any = redis_connection().zrangebyscore(registry.key, 0, time.time(), start=0, num=ENQUEUED_AT_ONCE * 2)
+        number = tuning.enqueue_batch_size * 2
+        due: Any = redis_connection().zrangebyscore(registry.key, 0, time.time(), start=0, num=number)
         ids = [entry for entry in due if _is_job_id(entry)]
         if unreadable := [entry for entry in due if not _is_job_id(entry)]:
             log.error("%s entries of %s are not ids of jobs, and are removed", len(unreadable), registry.key)

@@ -3,9 +3,10 @@
 The work has bounds that hold for all clients of one look together, and for genuine positions as for made-up ones: a
 client that missed more than can be sent one by one is sent `reset` and reads the inbox.
 
-- LOG_AT_MOST messages of the log are read, the newest first, once for all. A client whose position is older is reset.
+- `tuning.resume_max_log_rows` messages of the log are read, the newest first, once for all. A client whose position is
+  older is reset.
 - A client is reset when more messages than `most` were announced in the servers that it is in.
-- LOOKUPS_AT_MOST notifications are looked up. Clients beyond that are not answered: ask again, in a look of their own.
+- `tuning.resume_max_lookups` notifications are looked up. Clients beyond that are not answered: ask for them again.
 """
 
 from collections.abc import Collection, Iterable
@@ -16,10 +17,9 @@ from belfry.core.db import Row, row, rows
 from belfry.inbox import inbox
 from belfry.stream.cursor import Position
 from belfry.stream.updates import News, is_resumable, possible_recipients, with_positions
+from config import tuning
 
 SENT_AT_ONCE = 1_000  # notifications to one client, one by one
-LOG_AT_MOST = 5_000  # messages of the log, of all servers: some 15 ms
-LOOKUPS_AT_MOST = 5_000  # some 20 µs each
 
 Client = tuple[int, Position]  # a user's id, and where that client was
 Announced = dict[tuple[int, datetime], int]  # transaction by (message id, time) of the announcement
@@ -56,7 +56,7 @@ def missed(clients: Collection[Client], here: Position, most: int = SENT_AT_ONCE
             answered[client] = News(too_much=True)
             continue
         number = max(len(found), lookups.get(user_id, 0))  # several streams of one user are looked up together
-        if answered and sum(lookups.values()) - lookups.get(user_id, 0) + number > LOOKUPS_AT_MOST:
+        if answered and sum(lookups.values()) - lookups.get(user_id, 0) + number > tuning.resume_max_lookups:
             break
         lookups[user_id] = number
         answered[client], wanted[client] = News(), found
@@ -65,10 +65,10 @@ def missed(clients: Collection[Client], here: Position, most: int = SENT_AT_ONCE
 
 
 def _beyond_the_log() -> int:
-    """The number of a transaction before the last LOG_AT_MOST; 0 where there are not so many. Some 1 ms."""
+    """The number of a transaction before the last `resume_max_log_rows`; 0 where there are fewer. Some 1 ms."""
     found = row(
         "SELECT xid::text::bigint AS xid FROM telling ORDER BY telling.xid DESC OFFSET %(number)s LIMIT 1",
-        {"number": LOG_AT_MOST},
+        {"number": tuning.resume_max_log_rows},
     )
     return int(found["xid"]) if found else 0
 
@@ -90,13 +90,13 @@ def _log(first: int) -> tuple[dict[int, list[Row]], int]:
         LEFT JOIN channel chan ON chan.id = msg.channel_id
         ORDER BY t.xid DESC
         """,
-        {"first": first, "limit": LOG_AT_MOST + 1},
+        {"first": first, "limit": tuning.resume_max_log_rows + 1},
     )
     by_server: dict[int, list[Row]] = {}
     for one in found:
         if one["server_id"] is not None:
             by_server.setdefault(one["server_id"], []).append(one)
-    return by_server, found[-1]["xid"] if len(found) > LOG_AT_MOST else 0
+    return by_server, found[-1]["xid"] if len(found) > tuning.resume_max_log_rows else 0
 
 
 def _unseen(logs: Iterable[list[Row]], position: Position, most: int) -> Announced | None:

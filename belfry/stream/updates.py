@@ -17,12 +17,10 @@ from belfry.identity.subscriptions import ACTIVE_SUBSCRIPTION
 from belfry.identity.tokens import IS_VALID
 from belfry.inbox import inbox
 from belfry.stream.cursor import Position
-from config import settings
+from config import settings, tuning
 from models import User
 
 KEPT_HOURS = 24  # of what was told: for so long somebody may be away, and go on where they were
-LOOKUPS_AT_MOST = 100_000  # messages times members in one look: some 20 µs for each that was told
-TELLINGS_AT_MOST = 20_000  # read in one look, before anybody is looked up
 _LOOKS_UP = {
     "jit": "off",
     "enable_hashjoin": "off",
@@ -97,7 +95,7 @@ def news(since: Position, here: Position, user_ids: Collection[int]) -> News:
         JOIN message g ON g.id = t.message_id
         JOIN channel c ON c.id = g.channel_id
         """,
-        {"since": since.snapshot, "here": here.snapshot, "limit": TELLINGS_AT_MOST + 1},
+        {"since": since.snapshot, "here": here.snapshot, "limit": tuning.stream_max_log_rows + 1},
     )
     if not tellings:
         return found
@@ -106,7 +104,7 @@ def news(since: Position, here: Position, user_ids: Collection[int]) -> News:
     recounted = {telling["server_id"] for telling in tellings if telling["recount"]}
     found.recount |= {member["user_id"] for member in members if member["server_id"] in recounted}
     lookups = sum(messages[member["server_id"]] for member in members)
-    if lookups > LOOKUPS_AT_MOST or len(tellings) > TELLINGS_AT_MOST:
+    if lookups > tuning.stream_max_lookups or len(tellings) > tuning.stream_max_log_rows:
         found.too_much = True
         return found
     new: dict[int, list[Row]] = {}

@@ -9,7 +9,8 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
-from flask import Blueprint, Response, g, request
+from flask import Blueprint, Response, current_app, g, request
+from flask.blueprints import BlueprintSetupState
 from peewee import InterfaceError, OperationalError
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -21,10 +22,10 @@ from belfry.fanout import runs
 from belfry.queue import queues, sweep_status
 from belfry.web.endpoint import bearer_token, json_response
 from belfry.web.problems import HttpProblem, problem
-from config import settings
+from config import settings, tuning
 
 blueprint = Blueprint("health", __name__)
-READINESS_SECONDS = 1.0  # for which one check answers everybody who asks /readyz of this process
+_EXTENSION = "belfry.readiness"
 RECOVERY_SECONDS = 30  # within which work that was lost is to go on
 
 
@@ -32,6 +33,11 @@ RECOVERY_SECONDS = 30  # within which work that was lost is to go on
 def healthz() -> Response:
     """The process answers. It asks nothing of the database or of Redis."""
     return json_response('{"status": "ok"}', 200)
+
+
+@blueprint.record
+def _remember_readiness(state: BlueprintSetupState) -> None:
+    state.app.extensions[_EXTENSION] = _Readiness()
 
 
 class _Readiness:
@@ -44,9 +50,9 @@ class _Readiness:
 
     def get(self) -> tuple[dict[str, str], dict[str, int]]:
         """What does not work, by part ("ok" where it does), and since when parts of the sweep other than an overdue
-        recovery fail. READINESS_SECONDS old at most."""
+        recovery fail. tuning.readiness_cache_seconds old at most."""
         with self._lock:
-            if time.monotonic() - self._checked_at >= READINESS_SECONDS:
+            if time.monotonic() - self._checked_at >= tuning.readiness_cache_seconds:
                 self._found = self._check()
                 self._checked_at = time.monotonic()
             return self._found
@@ -60,9 +66,6 @@ class _Readiness:
         return parts, failing
 
 
-_readiness = _Readiness()
-
-
 @blueprint.get("/readyz")
 def readyz() -> Response:
     """200 when database and Redis answer, migrations are done, no partition is missing and lost work is recovered; else
@@ -71,7 +74,7 @@ def readyz() -> Response:
     `warnings` are parts of the sweep that fail: nobody waits for them, but an operator has to look into it. Recovery is
     among them at first, and an error once lost work waits longer than RECOVERY_SECONDS.
     """
-    parts, failing = _readiness.get()
+    parts, failing = current_app.extensions[_EXTENSION].get()
     wrong = {part: [why] for part, why in parts.items() if why != "ok"}
     if wrong:
         return problem(503, "Not ready; `errors` says what is not.", errors=wrong)

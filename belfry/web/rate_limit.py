@@ -16,27 +16,17 @@ from functools import cache
 
 from flask import Flask, Response, current_app, g, request
 from limits import RateLimitItem, parse_many
+from redis import Redis
 from redis.commands.core import Script
 from redis.exceptions import RedisError
 
 from belfry.core.redis import redis_connection
 from belfry.web.endpoint import View
 from belfry.web.problems import HttpProblem
-from config import settings
+from config import settings, tuning
 
 log = logging.getLogger(__name__)
 
-STREAM_OPENINGS = "120 per minute"  # of one person: each of 20 streams may come back six times
-
-_LIMITS = {
-    scope: sorted(parse_many(text))  # the shortest first
-    for scope, text in (
-        ("messages", settings.rate_limit_messages),
-        ("streams", STREAM_OPENINGS),
-        ("other", settings.rate_limit_default),
-        ("anonymous", settings.rate_limit_anonymous),
-    )
-}
 _UNCOUNTED = ("static", "health.healthz")
 WITHOUT_USER = (*_UNCOUNTED, "health.readyz", "openapi.docs", "openapi.openapi_json")
 """Endpoints that are the same for everybody: nobody is looked up for them, and the address counts."""
@@ -73,8 +63,25 @@ return {may and 1 or 0, math.max(0, left), math.ceil(one_more * 1000)}
 
 
 @cache
-def _script() -> Script:
-    return redis_connection().register_script(_HIT)
+def _script(connection: Redis) -> Script:
+    return connection.register_script(_HIT)
+
+
+def _limits(scope: str) -> list[RateLimitItem]:
+    """The limits of a scope, the one of the shortest period first."""
+    return _parsed(
+        {
+            "messages": settings.rate_limit_messages,
+            "streams": tuning.stream_openings,
+            "other": settings.rate_limit_default,
+            "anonymous": settings.rate_limit_anonymous,
+        }[scope]
+    )
+
+
+@cache
+def _parsed(text: str) -> list[RateLimitItem]:
+    return sorted(parse_many(text))
 
 
 def limit_messages(view: View) -> View:
@@ -84,7 +91,7 @@ def limit_messages(view: View) -> View:
 
 
 def limit_streams(view: View) -> View:
-    """STREAM_OPENINGS for one person: what a client missed costs more than other requests to find."""
+    """`tuning.stream_openings` for one person: what a client missed costs more than other requests to find."""
     view.limited_as = "streams"  # type: ignore[attr-defined]
     return view
 
@@ -104,7 +111,7 @@ def _count() -> None:
     else:
         view = current_app.view_functions.get(request.endpoint or "")
         scope, key, whom = getattr(view, "limited_as", "other"), f"user:{g.user.id}", "person"
-    for limit in _LIMITS[scope]:
+    for limit in _limits(scope):
         try:
             may, left, milliseconds = _hit(limit, key, scope)
         except RedisError as error:
@@ -121,7 +128,7 @@ def _count() -> None:
 def _hit(limit: RateLimitItem, key: str, scope: str) -> tuple[int, int, int]:
     """Whether it may, how many are left, and in how many milliseconds there is one more."""
     key = limit.key_for("belfry", key, scope)
-    may, left, milliseconds = _script()([key], [limit.amount, limit.get_expiry()])
+    may, left, milliseconds = _script(redis_connection())([key], [limit.amount, limit.get_expiry()])
     return may, left, milliseconds
 
 

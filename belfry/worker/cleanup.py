@@ -7,9 +7,8 @@ from belfry.core.db import execute, lock_for_this_transaction, transaction
 from belfry.core.idempotency import KEPT
 from belfry.identity import sessions
 from belfry.stream import updates
+from config import tuning
 
-BATCH_ROWS = 5_000  # deleted by one statement and one commit: some 30 ms
-SECONDS = 1.0  # that all clean-ups of one sweep may take together; each deletes one batch at least
 CLEANUP_LOCK = 0x62656C63  # the advisory lock's key: "belc"
 
 
@@ -37,17 +36,17 @@ CLEANUPS: dict[str, Callable[[int], int]] = {
 
 
 def clean_up(name: str) -> int | None:
-    """Delete rows by one of CLEANUPS, batch by batch, for its share of SECONDS; how many. None while another does it.
+    """Delete rows by one of CLEANUPS, batch by batch, for its share of the time; how many. None while another does it.
 
     Raises peewee's OperationalError where a batch takes more than 5 s; what the batches before it deleted stays so.
     """
-    deleted, until = 0, time.monotonic() + SECONDS / len(CLEANUPS)
+    deleted, until = 0, time.monotonic() + tuning.cleanup_seconds / len(CLEANUPS)
     while True:
         # Nobody waits for the disk: after a crash the same rows are found again.
         with transaction(statement_timeout="5s", synchronous_commit="off"):
             if not lock_for_this_transaction(CLEANUP_LOCK):
                 return deleted or None
-            batch = CLEANUPS[name](BATCH_ROWS)
+            batch = CLEANUPS[name](tuning.cleanup_batch_rows)
         deleted += batch
-        if batch < BATCH_ROWS or time.monotonic() >= until:
+        if batch < tuning.cleanup_batch_rows or time.monotonic() >= until:
             return deleted

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import cache, partial
 
 from peewee import InterfaceError, OperationalError
+from redis import Redis
 from redis.exceptions import RedisError
 from rq.scheduler import RQScheduler
 
@@ -16,10 +17,9 @@ from belfry.core.failpoints import reach
 from belfry.fanout import recovery
 from belfry.queue import queues, sweep_status
 from belfry.worker.cleanup import CLEANUPS, clean_up
-from config import settings
+from config import settings, tuning
 
 log = logging.getLogger(__name__)
-PARTITIONS_SECONDS = 60  # between two looks of a worker at the partitions
 _partitions_looked_at = 0.0  # `time.monotonic()`
 _indexing: threading.Thread | None = None  # at the index of a partition that was left
 SWEEP_LOCK = 0x62656C66  # the advisory lock's key: "belf"
@@ -60,7 +60,7 @@ def _recover() -> int | None:
     One sweeper at a time, by an advisory lock that ends with its transaction. Raises RedisError while Redis is away.
     """
     oldest = {name: queues.oldest_waiting(name) for name in (queues.NOTIFICATIONS, queues.BULK)}
-    room = queues.WAITING_AT_MOST - queues.queue().count
+    room = tuning.max_queue_length - queues.queue().count
     with transaction(statement_timeout="20s") as round_trip:
         if not lock_for_this_transaction(SWEEP_LOCK):
             return None
@@ -83,7 +83,7 @@ def _recover() -> int | None:
 
 
 def _look_after_partitions() -> bool | None:
-    """Make, leave and drop partitions, once in PARTITIONS_SECONDS, and at once where one is missing; None in between.
+    """Make, leave and drop partitions, from time to time, and at once where one is missing; None in between.
 
     Raises OperationalError where somebody who reads for long stands in the way.
     """
@@ -92,7 +92,7 @@ def _look_after_partitions() -> bool | None:
     for gap in gaps:
         log.error("message ids from %s to below %s have no partition: their runs fail until it is made",
                   gap.after_or_at or "the lowest", gap.below)  # fmt: skip
-    if not gaps and time.monotonic() - _partitions_looked_at < PARTITIONS_SECONDS:
+    if not gaps and time.monotonic() - _partitions_looked_at < tuning.partition_check_seconds:
         return None
     _partitions_looked_at = time.monotonic()
     partitions.care()
@@ -104,9 +104,9 @@ def _look_after_partitions() -> bool | None:
 
 
 @cache
-def _scheduler() -> RQScheduler:
+def _scheduler(connection: Redis) -> RQScheduler:
     """RQ's scheduler, without its process: that outlives a worker that is killed, and nobody ends it."""
-    scheduler = RQScheduler(queues.QUEUES, connection=redis.redis_connection(), serializer="json")
+    scheduler = RQScheduler(queues.QUEUES, connection=connection, serializer="json")
     scheduler.prepare_registries(queues.QUEUES)
     return scheduler
 
@@ -114,7 +114,7 @@ def _scheduler() -> RQScheduler:
 def _enqueue_retries() -> bool:
     """Put the retries whose time has come into their queues. One that does not come is found by recovery."""
     queues.remove_rejected_retries()
-    _scheduler().enqueue_scheduled_jobs()
+    _scheduler(redis.redis_connection()).enqueue_scheduled_jobs()
     return True
 
 

@@ -6,7 +6,7 @@ after job. What a fork a job gives is kept otherwise:
 - a job that runs too long is broken off by RQ in the process, and by the parent where that does not help;
 - one that kills the process takes nobody else's work with it: the parent starts another in a tenth of a second, and the
   part's lock, its lease, has ended with the process's connection;
-- memory cannot grow without an end: after JOBS_OF_A_HORSE jobs the process ends, and another follows.
+- memory cannot grow without an end: after tuning.max_jobs_per_process jobs the process ends, and another follows.
 """
 
 import logging
@@ -29,13 +29,11 @@ from belfry.core.failpoints import reach
 from belfry.queue import queues
 from belfry.queue.job_class import BelfryJob
 from belfry.worker.deadline import Deadline
-from config import settings
+from config import settings, tuning
 
 log = logging.getLogger(__name__)
 
-JOBS_OF_A_HORSE = 10_000
 OTHERS_TURN = 4  # one job in so many may be of another queue though some wait in the first: a quarter of the time
-STOP_SECONDS = 2  # that a work-horse has to take its leave of Redis, before it is asked to stop once more
 
 
 class BelfryWorker(SimpleWorker):  # type: ignore[misc]
@@ -54,7 +52,7 @@ class BelfryWorker(SimpleWorker):  # type: ignore[misc]
         parent passes its own on, again and again.
 
         What is raised here may be taken for an error of the line that it broke in on, as by logging, which passes over
-        its own: so who asks STOP_SECONDS later is heard again. Until then it takes its leave of Redis.
+        its own: so who asks tuning.stop_retry_seconds later is heard again. Until then it takes its leave of Redis.
         """
         if not self.asked_to_stop:
             self.asked_to_stop = True
@@ -62,7 +60,7 @@ class BelfryWorker(SimpleWorker):  # type: ignore[misc]
         self._stop_requested = True  # RQ itself would write to Redis first: it may be away, and a job in hand goes on
         if not self._in_hand and time.monotonic() < self._leaving_until:
             return
-        self._leaving_until = time.monotonic() + STOP_SECONDS
+        self._leaving_until = time.monotonic() + tuning.stop_retry_seconds
         if not self._in_hand:
             raise StopRequested
 
@@ -124,8 +122,10 @@ class BelfryWorker(SimpleWorker):  # type: ignore[misc]
 
 
 def work_horse(deadline: Deadline | None = None, burst: bool = False) -> bool:
-    """Do jobs until somebody asks to stop, or JOBS_OF_A_HORSE are done; with `burst`, until there are no more. Whether
-    nobody asked to stop."""
+    """Run jobs until somebody asks to stop, or `max_jobs_per_process` are done; with `burst`, until there are no more.
+
+    Whether nobody asked to stop.
+    """
     # Its own connection: RQ waits on it for minutes, and requests' short timeouts would cut that off.
     connection = Redis.from_url(settings.redis_url, socket_connect_timeout=5)
     worker = None
@@ -142,8 +142,8 @@ def work_horse(deadline: Deadline | None = None, burst: bool = False) -> bool:
                 )
                 worker.deadline = deadline
                 worker.log_result_lifespan = False
-                worker.work(burst=burst, logging_level=None, max_jobs=None if burst else JOBS_OF_A_HORSE)
-                if burst or worker.dequeued >= JOBS_OF_A_HORSE:
+                worker.work(burst=burst, logging_level=None, max_jobs=None if burst else tuning.max_jobs_per_process)
+                if burst or worker.dequeued >= tuning.max_jobs_per_process:
                     return not worker.asked_to_stop
             except RedisError as error:
                 log.warning("Redis is out of reach: %s", error)

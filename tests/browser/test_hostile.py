@@ -7,7 +7,6 @@ checked at the end of each test, as of all tests in a browser.
 import pytest
 from playwright.sync_api import Page, expect
 
-from belfry.web import rate_limit
 from models import Message
 from tests.browser.browsing import address, composer, message, shown, wait_until_live
 from tests.test_rendering import ALLOWED, VECTORS
@@ -52,9 +51,9 @@ def look(page: Page) -> list[str]:
 
 
 @pytest.fixture(autouse=True)
-def _as_many_as_there_are(monkeypatch) -> None:
+def _as_many_as_there_are(override) -> None:
     """The limit of messages is not what these tests are about."""
-    monkeypatch.setattr(rate_limit, "_hit", lambda limit, key, scope: (1, 1, 0))
+    override(rate_limit_messages="1000000 per minute", rate_limit_default="1000000 per minute")
 
 
 def in_the_list(vector: str) -> str:
