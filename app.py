@@ -81,11 +81,11 @@ def create_app() -> Flask:
     problems.register(app)
     app.before_request(_identify)
     app.before_request(_authenticate)
-    app.after_request(_sign)
+    app.after_request(_finish_response)
     rate_limit.register(app)
     app.before_request(_require_csrf_token)
     stream.register(app)
-    app.teardown_request(_leave)
+    app.teardown_request(_close_connection)
     app.register_blueprint(api)
     app.register_blueprint(health.blueprint)
     app.register_blueprint(openapi.blueprint)
@@ -120,7 +120,7 @@ def _authenticate() -> None:
         token_hash = tokens.hash_token(token)
         view = current_app.view_functions.get(request.endpoint or "")
         if hasattr(view, "asks_for_itself"):
-            g.user = tokens.remembered(token_hash)
+            g.user = tokens.cached_user(token_hash)
             g.token_hash = token_hash if g.user else None
         g.user = g.user or getattr(view, "find_user", tokens.authenticate_hash)(token_hash)
     elif not (_is_api() and "Authorization" in request.headers):
@@ -138,9 +138,9 @@ def _is_api() -> bool:
     return request.path.startswith("/api/")
 
 
-def _sign(answer: Response) -> Response:
+def _finish_response(answer: Response) -> Response:
     if g.get("token_hash") and answer.status_code != 201:
-        tokens.forget(g.token_hash)  # who was refused before the token was asked for is not counted so twice
+        tokens.evict(g.token_hash)  # who was refused before the token was asked for is not counted so twice
     answer.headers["X-Request-Id"] = g.request_id
     log.info(
         "%s %s %s in %.1f ms",
@@ -159,7 +159,7 @@ def _sign(answer: Response) -> Response:
     return answer
 
 
-def _leave(_: BaseException | None) -> None:
+def _close_connection(_: BaseException | None) -> None:
     """Give the connection back to the pool, and the log its old context."""
     if not db.is_closed():
         db.close()

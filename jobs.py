@@ -17,9 +17,9 @@ from rq.timeouts import JobTimeoutException
 
 from belfry.core import logging_setup
 from belfry.core.db import database_connection
-from belfry.core.failpoints import reach
+from belfry.core.failpoints import failpoint
 from belfry.fanout import claims, fanout
-from belfry.fanout.claims import Part
+from belfry.fanout.claims import WorkItem
 from belfry.queue import queues
 from belfry.stream import publish
 from config import settings, tuning
@@ -27,7 +27,7 @@ from config import settings, tuning
 log = logging.getLogger(__name__)
 
 
-GRACE_SECONDS = 5  # after a retry should have begun, before the sweeper takes it for lost
+RETRY_GRACE_SECONDS = 5  # after a retry should have begun, before the sweeper takes it for lost
 _at_once: Job | None = None  # the job that `do_at_once` does
 _failed: tuple[str, Exception] | None = None  # the id of the one that failed there, and why
 
@@ -38,23 +38,23 @@ def notify(run_id: int) -> None:
     The small ones that wait behind it are done in the same transaction: a commit, a statement and a job for all of
     them. Retried with growing intervals; what failed is on the run.
     """
-    part = Part(run_id)
-    with _at_work_on(part):
-        taken = claims.take_together(run_id, queues.waiting_runs(tuning.max_batch_runs), settings.slice_members)
-        left = _tell_together(taken, run_id) if taken else []
+    part = WorkItem(run_id)
+    with job_context(part):
+        taken = claims.claim_batch(run_id, queues.peek_runs(tuning.max_batch_runs), settings.slice_members)
+        left = _run_batch(taken, run_id) if taken else []
         if run_id not in taken:
-            _take_and_tell(part)
+            _claim_and_run(part)
         elif run_id in left:
-            _tell(part, 1)
-        reach("job.done", run_id)
+            _run(part, 1)
+        failpoint("job.done", run_id)
 
 
 def notify_slice(run_id: int, after: int) -> None:
     """Fan out the slice of a large run that begins after a user id. Queue `bulk`; otherwise as `notify`."""
-    part = Part(run_id, after)
-    with _at_work_on(part):
-        _take_and_tell(part)
-        reach("job.done", run_id, after)
+    part = WorkItem(run_id, after)
+    with job_context(part):
+        _claim_and_run(part)
+        failpoint("job.done", run_id, after)
 
 
 ENTRY_POINTS: dict[str, Callable[..., None]] = {"jobs.notify": notify, "jobs.notify_slice": notify_slice}
@@ -88,26 +88,26 @@ def _this_job() -> Job | None:
 
 
 @contextmanager
-def _at_work_on(part: Part) -> Iterator[None]:
+def job_context(part: WorkItem) -> Iterator[None]:
     global _failed
     job, failed = _this_job(), _failed
     _failed = None
     if failed and job and job.id == failed[0]:
         raise failed[1]
     with logging_setup.context(run_id=part.run_id, job_id=job.id if job else None), database_connection():
-        reach("job.begun", part.run_id, part.after)
+        failpoint("job.begun", part.run_id, part.after)
         yield
 
 
-def _tell_together(taken: list[int], first: int) -> list[int]:
+def _run_batch(taken: list[int], first: int) -> list[int]:
     """Fan out runs that were taken together; those that are not done: of the others the failure is on the run."""
     for run_id in taken:
-        reach("run.taken", run_id)
+        failpoint("run.taken", run_id)
     others = [run_id for run_id in taken if run_id != first]
     if others:
-        queues.withdraw(others)
+        queues.remove_jobs(others)
     try:
-        done = fanout.tell_together(taken)
+        done = fanout.process_batch(taken)
     except (JobTimeoutException, OperationalError, InterfaceError):
         raise  # no fault of any of them: their leases end, and the sweeper goes on
     except Exception as error:
@@ -115,53 +115,53 @@ def _tell_together(taken: list[int], first: int) -> list[int]:
         log.warning("%s runs together failed, and are tried one by one: %s", len(taken), reason)
         done = []
     for run_id in done:
-        reach("run.committed", run_id)
+        failpoint("run.committed", run_id)
     if done:
-        publish.announce(told=True)
-        log.info("%s: done%s", Part(done[0]), f", with {len(done) - 1} others" if len(done) > 1 else "")
+        publish.publish(told=True)
+        log.info("%s: done%s", WorkItem(done[0]), f", with {len(done) - 1} others" if len(done) > 1 else "")
     left = sorted(set(taken) - set(done))
     for run_id in left:
         if run_id != first:
             try:
-                _tell(Part(run_id), 1)
+                _run(WorkItem(run_id), 1)
             except (JobTimeoutException, OperationalError, InterfaceError):
                 raise  # the job's time is up, or the database away: the leases end, and the sweeper goes on
             except Exception:
-                log.info("%s: its failure is on it, and the sweeper begins it again", Part(run_id))
+                log.info("%s: its failure is on it, and the sweeper begins it again", WorkItem(run_id))
     return left
 
 
-def _take_and_tell(part: Part) -> None:
-    attempt = claims.take(part)
+def _claim_and_run(part: WorkItem) -> None:
+    attempt = claims.claim(part)
     if attempt is None:
         log.info("%s: nothing to do: it is done, has failed (`flask runs retry`), or is in other hands", part)
         return
-    reach("run.taken" if part.after is None else "slice.taken", part.run_id, part.after)
-    _tell(part, attempt)
+    failpoint("run.taken" if part.after is None else "slice.taken", part.run_id, part.after)
+    _run(part, attempt)
 
 
-def _tell(part: Part, attempt: int) -> None:
+def _run(part: WorkItem, attempt: int) -> None:
     try:
-        slices = fanout.tell(part, attempt)
+        slices = fanout.process_work_item(part, attempt)
     except Exception as error:
-        reach("failure.met", part.run_id, part.after)
+        failpoint("failure.met", part.run_id, part.after)
         log.warning("%s failed: %s: %s", part, type(error).__name__, error)
         # Written down, and up it goes: RQ's retry must see it. Where the connection broke this fails as well,
         # and rightly so: that is no fault of the message's, its lease has ended, and the sweeper goes on.
-        claims.fail(part, attempt, f"{type(error).__name__}: {error}", _sweep_in(_this_job()))
-        reach("failure.written", part.run_id, part.after)
+        claims.record_failure(part, attempt, f"{type(error).__name__}: {error}", _retry_deadline(_this_job()))
+        failpoint("failure.written", part.run_id, part.after)
         raise
     if slices is None:
         log.info("%s: attempt %s was overtaken by a later one, wrote nothing, and does not count", part, attempt)
-        claims.give_back(part)
+        claims.release(part)
         return
-    reach("run.committed" if part.after is None else "slice.committed", part.run_id, part.after)
-    publish.announce(told=True)
+    failpoint("run.committed" if part.after is None else "slice.committed", part.run_id, part.after)
+    publish.publish(told=True)
     if slices:
         queues.enqueue(slices)
     log.info("%s: done%s", part, f", {len(slices)} slices to go" if slices else "")
 
 
-def _sweep_in(job: Any) -> float | None:
+def _retry_deadline(job: Any) -> float | None:
     """Seconds until the sweeper takes the retry of a job that fails now for lost; None where there will be none."""
-    return job.get_retry_interval() + GRACE_SECONDS if job and job.retries_left else None
+    return job.get_retry_interval() + RETRY_GRACE_SECONDS if job and job.retries_left else None

@@ -34,13 +34,13 @@ SUBSCRIPTION_STATUSES = (
 )  # the payment provider's words (Stripe's)  # fmt: skip
 RUN_KINDS = ("message", "edit", "test", "replay")
 RUN_STATES = ("pending", "queued", "running", "succeeded", "failed")
-UNFINISHED = ("pending", "queued", "running")
+UNFINISHED_STATES = ("pending", "queued", "running")
 POSTING = ("members", "admins")
 LEVELS = ("all", "mentions", "none")
 REASONS = ("message", "mention", "mention_role", "mention_everyone")
 LARGEST_ID = 2**63 - 1  # of a bigint
 QUEUED_SECONDS = 3  # that what is in the queue is taken to be on its way, before anybody asks whether it still waits
-TRIES = 6  # attempts before a run, or a slice of it, is failed: the first, and five retries
+MAX_ATTEMPTS = 6  # attempts before a run, or a slice of it, is failed: the first, and five retries
 
 
 class TimeField(Field):
@@ -242,7 +242,7 @@ class Run(Table):
     kind = TextField(constraints=[_among("kind", RUN_KINDS)])
     state = TextField(constraints=[_among("state", RUN_STATES), SQL("DEFAULT 'pending'")])
     attempts = IntegerField(constraints=[SQL("DEFAULT 0")])
-    tries_left = SmallIntegerField(constraints=[SQL(f"DEFAULT {TRIES}")])
+    tries_left = SmallIntegerField(constraints=[SQL(f"DEFAULT {MAX_ATTEMPTS}")])
     slices_left = IntegerField(constraints=[SQL("DEFAULT 0")])
     done = IntegerField(constraints=[SQL("DEFAULT 0")])
     total = IntegerField(null=True)
@@ -277,7 +277,7 @@ class Slice(Table):
     up_to = BigIntegerField()
     told_first = ArrayField(BigIntegerField, index=False, constraints=[SQL("DEFAULT '{}'")])
     attempts = IntegerField(constraints=[SQL("DEFAULT 0")])
-    tries_left = SmallIntegerField(constraints=[SQL(f"DEFAULT {TRIES}")])
+    tries_left = SmallIntegerField(constraints=[SQL(f"DEFAULT {MAX_ATTEMPTS}")])
     error = TextField(null=True)
     due_at = TimeField(null=True, constraints=[SQL(f"DEFAULT now() + interval '{QUEUED_SECONDS} seconds'")])
 
@@ -305,7 +305,7 @@ class Notification(Table):
         primary_key = CompositeKey("user_id", "message_id")
 
 
-class Telling(Table):
+class NotificationLog(Table):
     """A transaction that told somebody: the log from which the live stream goes on. Kept for a day.
 
     Which of them a reader knows already is said by PostgreSQL's own snapshot, of which `xid` is part or not: exactly,
@@ -321,7 +321,7 @@ class Telling(Table):
     snapshot = SnapshotField(constraints=[SQL("DEFAULT pg_current_snapshot()")])
 
 
-Telling.add_index(Telling.xid, where=SQL("recount"), name="telling_recount")
+NotificationLog.add_index(NotificationLog.xid, where=SQL("recount"), name="telling_recount")
 
 
 class StreamEpoch(Table):
@@ -352,5 +352,5 @@ class IdempotencyKey(Table):
 
 TABLES = (
     User, ApiToken, Session, Subscription, Server, Role, Member, MemberRole, Channel, ChannelRole, Preference,
-    Message, Run, Slice, Notification, Telling, StreamEpoch, IdempotencyKey,
+    Message, Run, Slice, Notification, NotificationLog, StreamEpoch, IdempotencyKey,
 )  # fmt: skip

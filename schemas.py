@@ -12,7 +12,7 @@ from marshmallow import RAISE, Schema, ValidationError, fields, pre_load, valida
 from marshmallow.validate import Length, OneOf, Range, Regexp
 
 from belfry.fanout.decision import DECISIONS
-from belfry.identity.users import SENDER
+from belfry.identity.users import SYSTEM_USERNAME
 from belfry.inbox.inbox import parse_notification_id
 from belfry.messages.mentions import EVERYONE, NAME, NAME_RULE
 from belfry.messages.test_notifications import AUDIENCES
@@ -21,7 +21,7 @@ from models import LARGEST_ID, LEVELS, POSTING, RUN_KINDS, RUN_STATES, SUBSCRIPT
 PAGE_DEFAULT, PAGE_MOST = 50, 100
 
 
-class Shape(Schema):
+class BaseSchema(Schema):
     class Meta:
         unknown = RAISE
 
@@ -57,7 +57,7 @@ class Name(Trimmed):
         name = super()._deserialize(value, attr, data, **kwargs).lower()
         if not NAME.match(name) or name == EVERYONE:
             raise ValidationError(f"Must be {NAME_RULE}.")
-        if name == SENDER:
+        if name == SYSTEM_USERNAME:
             raise ValidationError("Is Belfry's own name.")
         return name
 
@@ -140,7 +140,7 @@ def _email(**kwargs: Any) -> Trimmed:
 # Errors and lists -----------------------------------------------------------------------------------------
 
 
-class Problem(Shape):
+class Problem(BaseSchema):
     """RFC 9457."""
 
     type = fields.String()
@@ -157,7 +157,7 @@ class Problem(Shape):
     )
 
 
-class Page(Shape):
+class Page(BaseSchema):
     """Which part of a list."""
 
     limit = QueryNumber(load_default=PAGE_DEFAULT, validate=Range(1, PAGE_MOST))
@@ -167,26 +167,26 @@ class Page(Shape):
 # People ---------------------------------------------------------------------------------------------------
 
 
-class PersonRef(Shape):
+class PersonRef(BaseSchema):
     id = fields.Integer()
     username = fields.String()
     name = fields.String()
 
 
-class UserIn(Shape):
+class UserIn(BaseSchema):
     username = Name(required=True)
     name = _title(load_default=None)
     email = _email(load_default=None)
     is_admin = Flag(load_default=False)
 
 
-class UserChange(Shape):
+class UserChange(BaseSchema):
     name = _title()
     email = _email()
     is_admin = Flag()
 
 
-class User(Shape):
+class User(BaseSchema):
     id = fields.Integer()
     username = fields.String()
     name = fields.String()
@@ -199,12 +199,12 @@ class UserPage(Page):
     username = Text(load_default=None)
 
 
-class SubscriptionIn(Shape):
+class SubscriptionIn(BaseSchema):
     status = fields.String(required=True, validate=OneOf(SUBSCRIPTION_STATUSES))
     current_period_end = Time(load_default=None, allow_none=True)
 
 
-class Subscription(Shape):
+class Subscription(BaseSchema):
     status = fields.String()
     current_period_end = Time(allow_none=True)
     updated_at = Time()
@@ -220,11 +220,11 @@ def _in_future(time: datetime) -> None:
         raise ValidationError("Must be in the future.")
 
 
-class TokenIn(Shape):
+class TokenIn(BaseSchema):
     expires_at = Time(load_default=None, allow_none=True, validate=_in_future)
 
 
-class Token(Shape):
+class Token(BaseSchema):
     """`token` is there once: in the answer that made it."""
 
     id = fields.Integer()
@@ -234,7 +234,7 @@ class Token(Shape):
     revoked_at = Time(allow_none=True)
 
 
-class OwnToken(Shape):
+class OwnToken(BaseSchema):
     """`current`: the request was made with it, or with a session that it opened."""
 
     id = fields.Integer()
@@ -247,11 +247,11 @@ class OwnToken(Shape):
 # Communities ----------------------------------------------------------------------------------------------
 
 
-class ServerIn(Shape):
+class ServerIn(BaseSchema):
     name = _title(required=True)
 
 
-class ServerRef(Shape):
+class ServerRef(BaseSchema):
     id = fields.Integer()
     name = fields.String()
 
@@ -260,52 +260,52 @@ class Server(ServerRef):
     created_at = Time()
 
 
-class MemberIn(Shape):
+class MemberIn(BaseSchema):
     user_id = Id(required=True)
     role_ids = fields.List(Id(), load_default=None, validate=Length(max=100))
 
 
-class MemberRoles(Shape):
+class MemberRoles(BaseSchema):
     role_ids = fields.List(Id(), required=True, validate=Length(max=100))
 
 
-class Member(Shape):
+class Member(BaseSchema):
     user = fields.Nested(PersonRef)
     role_ids = fields.List(fields.Integer())
     joined_at = Time()
 
 
-class RoleIn(Shape):
+class RoleIn(BaseSchema):
     name = Name(required=True)
     moderator = Flag(load_default=False)
 
 
-class Role(Shape):
+class Role(BaseSchema):
     id = fields.Integer()
     name = fields.String()
     moderator = fields.Boolean()
 
 
-class RoleList(Shape):
+class RoleList(BaseSchema):
     """All of them: there is never a next page."""
 
     items = fields.List(fields.Nested(Role))
     next = fields.String(allow_none=True)
 
 
-class ChannelIn(Shape):
+class ChannelIn(BaseSchema):
     name = _title(required=True)
     private = Flag(load_default=False)
     posting = fields.String(load_default="members", validate=OneOf(POSTING))
 
 
-class ChannelChange(Shape):
+class ChannelChange(BaseSchema):
     name = _title()
     private = Flag()
     posting = fields.String(validate=OneOf(POSTING))
 
 
-class ChannelRef(Shape):
+class ChannelRef(BaseSchema):
     id = fields.Integer()
     name = fields.String()
 
@@ -316,16 +316,16 @@ class Channel(ChannelRef):
     server = fields.Nested(ServerRef)
 
 
-class ChannelRoles(Shape):
+class ChannelRoles(BaseSchema):
     role_ids = fields.List(Id(), required=True, validate=Length(max=100))
 
 
-class MentionableQuery(Shape):
+class MentionableQuery(BaseSchema):
     prefix = Text(load_default="", validate=Length(max=32))
     limit = QueryNumber(load_default=8, validate=Range(1, 50))
 
 
-class Mentionable(Shape):
+class Mentionable(BaseSchema):
     """`id` is the user's or the role's; null for `everyone`."""
 
     kind = fields.String(validate=OneOf(("user", "role", "everyone")))
@@ -334,19 +334,19 @@ class Mentionable(Shape):
     name = fields.String()
 
 
-class MentionableList(Shape):
+class MentionableList(BaseSchema):
     """The first of them: there is never a next page."""
 
     items = fields.List(fields.Nested(Mentionable))
     next = fields.String(allow_none=True)
 
 
-class PreferenceIn(Shape):
+class PreferenceIn(BaseSchema):
     level = fields.String(load_default="all", validate=OneOf(LEVELS))
     muted_until = Time(load_default=None, allow_none=True)
 
 
-class Preference(Shape):
+class Preference(BaseSchema):
     level = fields.String()
     muted_until = Time(allow_none=True)
 
@@ -354,50 +354,50 @@ class Preference(Shape):
 # Messages -------------------------------------------------------------------------------------------------
 
 
-class AllowedMentions(Shape):
+class AllowedMentions(BaseSchema):
     users = fields.List(Id(), load_default=list, validate=Length(max=1000))
     roles = fields.List(Id(), load_default=list, validate=Length(max=1000))
     everyone = Flag(load_default=False)
 
 
-class MessageIn(Shape):
+class MessageIn(BaseSchema):
     channel_id = Id(required=True)
     content = _content(required=True)
     allowed_mentions = fields.Nested(AllowedMentions, load_default=None)
 
 
-class MessageChange(Shape):
+class MessageChange(BaseSchema):
     content = _content(required=True)
 
 
-class MentionedUser(Shape):
+class MentionedUser(BaseSchema):
     id = fields.Integer()
     username = fields.String()
 
 
-class MentionedRole(Shape):
+class MentionedRole(BaseSchema):
     id = fields.Integer()
     name = fields.String()
 
 
-class Mentions(Shape):
+class Mentions(BaseSchema):
     users = fields.List(fields.Nested(MentionedUser))
     roles = fields.List(fields.Nested(MentionedRole))
     everyone = fields.Boolean()
 
 
-class Warning_(Shape):
+class Warning_(BaseSchema):
     code = fields.String()
     detail = fields.String()
 
 
-class RunRef(Shape):
+class RunRef(BaseSchema):
     id = fields.Integer()
     state = fields.String()
     url = fields.Function(lambda run: f"/api/runs/{run['id']}")
 
 
-class Message(Shape):
+class Message(BaseSchema):
     """`warnings` comes with the answer to a POST or PATCH; `run` is null for all but the author and admins."""
 
     id = fields.Integer()
@@ -414,11 +414,11 @@ class Message(Shape):
     run = fields.Nested(RunRef, allow_none=True)
 
 
-class ExplainQuery(Shape):
+class ExplainQuery(BaseSchema):
     user_id = _query_id()
 
 
-class Explanation(Shape):
+class Explanation(BaseSchema):
     user_id = fields.Integer()
     message_id = fields.Integer()
     decision = fields.String(validate=OneOf(tuple(DECISIONS)))
@@ -430,12 +430,12 @@ class Explanation(Shape):
 # Runs -----------------------------------------------------------------------------------------------------
 
 
-class Progress(Shape):
+class Progress(BaseSchema):
     done = fields.Integer()
     total = fields.Integer(allow_none=True)
 
 
-class Statistics(Shape):
+class Statistics(BaseSchema):
     audience = fields.Integer()
     notified = fields.Integer()
     decisions = fields.Dict(keys=fields.String(), values=fields.Integer())
@@ -443,7 +443,7 @@ class Statistics(Shape):
     withdrawn = fields.Integer()
 
 
-class Run(Shape):
+class Run(BaseSchema):
     id = fields.Integer()
     message_id = fields.Integer()
     kind = fields.String(validate=OneOf(RUN_KINDS))
@@ -462,11 +462,11 @@ class RunQuery(Page):
     channel_id = _query_id()
 
 
-class ReplayIn(Shape):
+class ReplayIn(BaseSchema):
     dry_run = Flag(load_default=False)
 
 
-class Replay(Shape):
+class Replay(BaseSchema):
     dry_run = fields.Boolean()
     added = fields.Integer()
     stays = fields.Integer()
@@ -475,7 +475,7 @@ class Replay(Shape):
     run = fields.Nested(RunRef, allow_none=True)
 
 
-class TestNotificationIn(Shape):
+class TestNotificationIn(BaseSchema):
     channel_id = Id(load_default=None, allow_none=True)
     content = _content(load_default=None, allow_none=True)
     audience = fields.String(load_default="me", validate=OneOf(AUDIENCES))
@@ -489,7 +489,7 @@ class NotificationQuery(Page):
     channel_id = _query_id()
 
 
-class Notification(Shape):
+class Notification(BaseSchema):
     id = fields.String()
     type = fields.String(validate=OneOf(("message", "mention")))
     reason = fields.String()
@@ -503,19 +503,19 @@ class Notification(Shape):
     read_at = Time(allow_none=True)
 
 
-class ChannelUnread(Shape):
+class ChannelUnread(BaseSchema):
     channel_id = fields.Integer()
     unread = fields.Integer()
     mentions = fields.Integer()
 
 
-class UnreadCount(Shape):
+class UnreadCount(BaseSchema):
     unread = fields.Integer()
     mentions = fields.Integer()
     channels = fields.List(fields.Nested(ChannelUnread))
 
 
-class MarkRead(Shape):
+class MarkRead(BaseSchema):
     """Exactly one of the four. `up_to` leaves unread what was committed later, though its id is lower."""
 
     ids = fields.List(NotificationId(), validate=Length(1, 1000))
@@ -535,7 +535,7 @@ class MarkRead(Shape):
             raise ValidationError("Must be true.", "all")
 
 
-class Marked(Shape):
+class Marked(BaseSchema):
     marked = fields.Integer()
     unread = fields.Integer()
 
@@ -543,10 +543,10 @@ class Marked(Shape):
 # Health ---------------------------------------------------------------------------------------------------
 
 
-class Health(Shape):
+class Health(BaseSchema):
     status = fields.String()
 
 
-class Readiness(Shape):
+class Readiness(BaseSchema):
     status = fields.String()
     parts = fields.Dict(keys=fields.String(), values=fields.String())

@@ -3,6 +3,10 @@
 import time
 from typing import Any
 
+import jobs
+from belfry.core.db import execute, fetch_one
+from belfry.queue import queues
+from belfry.worker.supervisor import sweep_once
 from dev import say
 
 KEYS = 10_000_000  # to insert them takes longer than the rest
@@ -12,10 +16,6 @@ WATCHED_SECONDS = 120.0  # of the deletion, for its rate
 
 def cleanup(ground: Any, _: int, __: int) -> dict[str, Any]:
     """One lost run and 10,000,000 old idempotency keys: until the run is in the queue, and how fast the keys go."""
-    import jobs
-    from belfry.core.db import execute, row
-    from belfry.queue import queues
-    from belfry.worker.supervisor import sweep_once
 
     run_id = ground.post(ground.community(20), "gold breaks out")["run"]["id"]
     for first in range(0, KEYS, AT_ONCE):
@@ -39,7 +39,7 @@ def cleanup(ground: Any, _: int, __: int) -> dict[str, Any]:
         sweep_once()
         sweeps += 1
     took = time.perf_counter() - began
-    found = row("SELECT count(*) AS keys FROM idempotency_key")
+    found = fetch_one("SELECT count(*) AS keys FROM idempotency_key")
     deleted = KEYS - (found["keys"] if found else 0)
     execute("TRUNCATE idempotency_key")
     with ground.workers(1):

@@ -12,7 +12,7 @@ from belfry.core import partitions
 def fill_partition(url: str, lower: int, people_and_messages: str, parameters: Mapping[str, Any]) -> None:
     """Make the partition that begins with message `lower`, of a SELECT of (user_id, message_id, read_at), ordered by
     message: the rows lie as fan-outs leave them, and the key is made at once."""
-    name, upper = partitions.Partition(lower, lower + partitions.WIDTH).name, lower + partitions.WIDTH
+    name, upper = partitions.Partition(lower, lower + partitions.PARTITION_SPAN).name, lower + partitions.PARTITION_SPAN
     with psycopg.connect(url, autocommit=True) as connection:
         connection.execute(f"CREATE TABLE {name} (LIKE notification INCLUDING DEFAULTS)")
         connection.execute(
@@ -27,9 +27,9 @@ def fill_partition(url: str, lower: int, people_and_messages: str, parameters: M
 
 def leave_partitions() -> None:
     """What the sweeper does in time when partitions were left: those ahead are made, and indexes of the unread."""
-    partitions.care()
-    for name in partitions.without_index():
-        assert partitions.make_index(name), name
+    partitions.maintain()
+    for name in partitions.partitions_missing_unread_index():
+        assert partitions.create_unread_index(name), name
 
 
 def timed(

@@ -10,8 +10,8 @@ import statistics
 import time
 from typing import Any
 
-from belfry.core.db import row
-from belfry.fanout.claims import Part
+from belfry.core.db import fetch_one
+from belfry.fanout.claims import WorkItem
 from belfry.queue import queues
 from bench.large import end_to_end
 from bench.small import queued_runs
@@ -57,14 +57,14 @@ def _burst(stage: Stage, channel_ids: list[int]) -> float:
     """Messages a second."""
     stage.empty()
     ids = stage.new_messages(channel_ids, BURST // len(channel_ids))
-    parts = [Part(run_id) for run_id in queued_runs(ids)]
+    parts = [WorkItem(run_id) for run_id in queued_runs(ids)]
     began, give_up = time.perf_counter(), time.monotonic() + PATIENCE
     assert queues.enqueue(parts)
     while _unfinished():
         give_up_after(give_up)
         time.sleep(0.01)
     took = time.perf_counter() - began
-    found = row(
+    found = fetch_one(
         "SELECT count(*) AS done, sum(added) AS added FROM run WHERE state = 'succeeded' AND message_id = ANY(%(ids)s)",
         {"ids": ids},
     )
@@ -73,7 +73,7 @@ def _burst(stage: Stage, channel_ids: list[int]) -> float:
 
 
 def _unfinished() -> bool:
-    found = row("SELECT EXISTS (SELECT FROM run WHERE state IN ('pending', 'queued', 'running')) AS any")
+    found = fetch_one("SELECT EXISTS (SELECT FROM run WHERE state IN ('pending', 'queued', 'running')) AS any")
     return bool(found and found["any"])
 
 

@@ -2,7 +2,7 @@
 
 They are one of RECIPIENTS of each of 100,000 messages, which are in several channels and by several authors; the others
 told are everybody in turn. So each of their rows lies on a page of its own, as in life. Each request over HTTP, beside
-the same one of a person with FEW notifications in a table that holds nothing else.
+the same one of a person with SMALL_AUDIENCE notifications in a table that holds nothing else.
 
 Of the partitions they lie in, the last one is in use, and half full.
 """
@@ -16,7 +16,7 @@ import psycopg
 
 from belfry.cli import seeding
 from belfry.core import partitions
-from belfry.core.db import execute, rows
+from belfry.core.db import execute, fetch_all
 from belfry.identity import tokens, users
 from bench.filling import fill_partition, leave_partitions, timed
 from bench.stage import Stage
@@ -26,7 +26,7 @@ from dev.client import Client
 
 RECIPIENTS = 100
 MEMBERS, CHANNELS, AUTHORS = 10_000, 10, 50
-FEW = 10
+SMALL_AUDIENCE = 10
 PER_PARTITION = tuning.partition_min_rows * 9 // 10 // RECIPIENTS  # messages; with more it might be left
 WARM = 24  # requests: each of the web's connections is to have its plans, as it has in production
 FIRST, DEEP, UNREAD_PAGE = "first page", "page in the middle", "page of the unread"
@@ -38,9 +38,9 @@ def measure(stage: Stage, arguments: argparse.Namespace) -> dict[str, Any]:
     inbox = _Inbox(stage, arguments.inbox_rows)
     ms: dict[str, dict[str, dict[str, float]]] = {}
     with stage.web():
-        say(f"the inbox of somebody with {FEW}, and nothing else")
+        say(f"the inbox of somebody with {SMALL_AUDIENCE}, and nothing else")
         inbox.fill_few()
-        ms[f"{FEW} of {FEW} unread"] = inbox.reads(200, inbox.first_page) | {MARK: inbox.marking(FEW, 30)}
+        ms[f"{SMALL_AUDIENCE} of {SMALL_AUDIENCE} unread"] = inbox.reads(200, inbox.first_page) | {MARK: inbox.marking(SMALL_AUDIENCE, 30)}
         say(f"making {inbox.messages * RECIPIENTS:,} notifications …")
         inbox.fill()
         middle = inbox.walk_to_the_middle()
@@ -51,9 +51,9 @@ def measure(stage: Stage, arguments: argparse.Namespace) -> dict[str, Any]:
             if unread:
                 found[MARK] = inbox.marking(unread, 6 if unread > 1_000 else 20)
             ms[f"{unread:,} of {inbox.messages:,} unread"] = found
-    there, number = stage.count(), len(partitions.partitions())
+    there, number = stage.count(), len(partitions.list_partitions())
     stage.without_messages()
-    return {"rows": there, "own": inbox.messages, "few": FEW, "partitions": number, "ms": ms}
+    return {"rows": there, "own": inbox.messages, "few": SMALL_AUDIENCE, "partitions": number, "ms": ms}
 
 
 class _Inbox:
@@ -63,7 +63,7 @@ class _Inbox:
         self.stage, self.messages = stage, max(1_000, all_rows // RECIPIENTS)
         made = seeding.seed(MEMBERS, CHANNELS)
         self.channel_ids = made["channel_ids"][:1] + made["channel_ids"][3:]  # where members post, and all see
-        found = rows(
+        found = fetch_all(
             "SELECT m.user_id, p.user_id IS NULL AND s.status = 'active' AS wants_all"
             " FROM member m"
             " LEFT JOIN preference p ON p.user_id = m.user_id"
@@ -87,7 +87,7 @@ class _Inbox:
 
     def fill_few(self) -> None:
         self.stage.empty()
-        ids = self.stage.new_messages(self.channel_ids[:1], FEW)
+        ids = self.stage.new_messages(self.channel_ids[:1], SMALL_AUDIENCE)
         execute(
             "INSERT INTO notification (user_id, message_id, reason)"
             " SELECT %(user_id)s, message_id, 'message' FROM unnest(%(ids)s::bigint[]) AS message_id",
@@ -97,18 +97,18 @@ class _Inbox:
 
     def fill(self) -> None:
         execute("TRUNCATE notification")
-        partitions.care()
-        first = partitions.partitions()[-1].below  # beyond what is there
+        partitions.maintain()
+        first = partitions.list_partitions()[-1].below  # beyond what is there
         number = -(-self.messages // PER_PARTITION)
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(lambda one: self._fill_one(first, one), range(number)))
-        execute(f"ALTER SEQUENCE message_id_seq RESTART WITH {first + (number - 1) * partitions.WIDTH + PER_PARTITION}")
+        execute(f"ALTER SEQUENCE message_id_seq RESTART WITH {first + (number - 1) * partitions.PARTITION_SPAN + PER_PARTITION}")
         leave_partitions()
         execute("VACUUM (ANALYZE)")
         execute("CHECKPOINT")
 
     def _fill_one(self, first: int, number: int) -> None:
-        lower = first + number * partitions.WIDTH
+        lower = first + number * partitions.PARTITION_SPAN
         here = {
             "lower": lower,
             "upper": lower + min(PER_PARTITION, self.messages - number * PER_PARTITION) - 1,

@@ -38,11 +38,11 @@ TARGETS = {LIMIT: 0.9, FOUR: 1.5, DJANGO: 50.0}
 """How many times their rows a second Belfry is to reach."""
 MEMORY_TARGET = 1.1  # the largest of the work-horses' peaks to the least
 
-_TELLING = ", ".join(f"'{reason}'" for reason in decision.TELLING)
+_NOTIFY_DECISIONS_SQL = ", ".join(f"'{reason}'" for reason in decision.NOTIFY_DECISIONS)
 BARE_STATEMENT = (
     "INSERT INTO notification (user_id, message_id, reason)"
-    f" SELECT user_id, %(message_id)s, decision::reason FROM ({decision.DECIDED}) decided"
-    f" WHERE decision IN ({_TELLING})"
+    f" SELECT user_id, %(message_id)s, decision::reason FROM ({decision.DECISIONS_SQL}) decided"
+    f" WHERE decision IN ({_NOTIFY_DECISIONS_SQL})"
     " ON CONFLICT (user_id, message_id) DO NOTHING"
 )
 """The notifications of one message by Belfry's own rules, without statistics, progress or a run. For
@@ -135,7 +135,7 @@ def _by_statement(stage: Stage, connection: Any, channel_id: int, table: str) ->
     connection.execute("TRUNCATE bench_notification")
     stage.empty()
     (message_id,) = stage.new_messages([channel_id])
-    subject = decision.subject_of(message_id)
+    subject = decision.load_fanout_message(message_id)
     assert subject is not None
     server, statement = machine.postmaster(connection), BARE_STATEMENT.replace("INTO notification", f"INTO {table}")
     before, began = machine.cpu_of(server), time.perf_counter()

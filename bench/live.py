@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 
-from belfry.core.db import rows
+from belfry.core.db import fetch_all
 from belfry.identity.tokens import TOKEN_PREFIX, hash_token
 from bench.stage import Stage, give_up_after, reached
 from bench.web import CONNECTIONS, TEXT, Bench, Load, load, request_of
@@ -95,7 +95,7 @@ def listening(address: tuple[str, int], tokens: list[str]) -> Iterator[Listeners
 
 def _people(channel_id: int) -> list[str]:
     """Tokens of members who are told of every message."""
-    found = rows(
+    found = fetch_all(
         "SELECT m.user_id FROM channel c JOIN member m ON m.server_id = c.server_id"
         " JOIN subscription s ON s.user_id = m.user_id AND s.status = 'active'"
         " AND COALESCE(s.current_period_end > now(), true)"
@@ -105,7 +105,7 @@ def _people(channel_id: int) -> list[str]:
     )
     assert len(found) == STREAMS, len(found)
     tokens = [TOKEN_PREFIX + secrets.token_urlsafe(32) for _ in found]
-    rows(
+    fetch_all(
         "INSERT INTO api_token (user_id, token_hash)"
         " SELECT * FROM unnest(%(user_ids)s::bigint[], %(hashes)s::bytea[]) RETURNING id",
         {"user_ids": [one["user_id"] for one in found], "hashes": [hash_token(token) for token in tokens]},

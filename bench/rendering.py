@@ -12,6 +12,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from belfry.messages import markdown
+from belfry.messages.mentions import find_mentions
+from belfry.messages.rendering import render
+
 LENGTH = 10_000  # characters: the greatest that a message may have
 VIEWS = 80  # of which the last 20 find everything in the cache of each web process
 
@@ -74,18 +78,16 @@ def ordinary() -> list[str]:
 
 def steps_of(content: str) -> int:
     """The steps that parsing takes: MAX_STEPS where it is given up."""
-    from belfry.messages import markdown
 
     budget = markdown.Budget(markdown.MAX_STEPS, 1)
     try:
         markdown.parse(content, budget=budget)
-    except markdown.TooEntangled:
+    except markdown.ParseBudgetExceeded:
         return markdown.MAX_STEPS
     return markdown.MAX_STEPS - budget.left
 
 
 def _ordinary() -> dict[str, Any]:
-    from belfry.messages.rendering import render
 
     texts = [text for text in ordinary() if text]
     steps = sorted(steps_of(text) for text in texts)
@@ -101,8 +103,6 @@ def _ordinary() -> dict[str, Any]:
 
 
 def _crafted() -> dict[str, Any]:
-    from belfry.messages.mentions import find_mentions
-    from belfry.messages.rendering import render
 
     figures = {}
     for piece, about in CRAFTED.items():

@@ -21,8 +21,10 @@ from typing import Any
 
 import psycopg
 
-from belfry.core.db import execute, row, rows
+from belfry.core.db import execute, fetch_all, fetch_one
 from belfry.fanout import decision
+from belfry.fanout.claims import WorkItem
+from belfry.queue import queues
 from bench import machine
 from bench.large import AS_BELFRY, BARE_STATEMENT
 from bench.peers_at_work import WORKERS, peer
@@ -42,14 +44,14 @@ class Small:
     def __init__(self, stage: Stage) -> None:
         self.stage, self.channel_id = stage, stage.small[0]
         (message_id,) = self.messages(1)
-        subject = decision.subject_of(message_id)
+        subject = decision.load_fanout_message(message_id)
         assert subject is not None
         self.parameters = subject.parameters()
         statement = {"sql": BARE_STATEMENT, "parameters": self.parameters}
         (stage.data_dir / "statement.json").write_text(json.dumps(statement))
         execute(BARE_STATEMENT, self.parameters)
         self.recipients = stage.count()
-        found = row("SELECT min(user_id) AS first FROM notification")
+        found = fetch_one("SELECT min(user_id) AS first FROM notification")
         assert found is not None
         self.witness = found["first"]  # whose one row of each message is there with all the others
 
@@ -129,23 +131,20 @@ def queued_runs(message_ids: Iterable[int]) -> list[int]:
     statement = (
         "INSERT INTO run (message_id, kind, state) SELECT unnest(%(ids)s::bigint[]), 'message', 'queued' RETURNING id"
     )
-    return [one["id"] for one in rows(statement, {"ids": list(message_ids)})]
+    return [one["id"] for one in fetch_all(statement, {"ids": list(message_ids)})]
 
 
 def belfry_rate(small: Small, messages: int) -> dict[str, float]:
     """All are in the queue before the worker starts; with them what Belfry alone does: states and statistics."""
-    from belfry.fanout.claims import Part
-    from belfry.queue import queues
 
-    assert queues.enqueue([Part(run_id) for run_id in queued_runs(small.messages(messages))], lost=True)
+    assert queues.enqueue([WorkItem(run_id) for run_id in queued_runs(small.messages(messages))], lost=True)
     with stack.worker(small.stage.env, small.stage.data_dir / "worker.log") as worker:
         found = small.rate(messages, [worker.process.pid])
-    assert row("SELECT count(*) AS done FROM run WHERE state = 'succeeded'") == {"done": messages}
+    assert fetch_one("SELECT count(*) AS done FROM run WHERE state = 'succeeded'") == {"done": messages}
     return found
 
 
 def belfry_lone(small: Small, number: int) -> list[float]:
-    from belfry.queue import queues
 
     ids = small.messages(number + WARM)
     runs = dict(zip(ids, queued_runs(ids), strict=True))

@@ -22,7 +22,7 @@ from typing import Any
 import psycopg
 
 from belfry.core import partitions
-from belfry.core.db import execute, row
+from belfry.core.db import execute, fetch_one
 from belfry.fanout import decision
 from belfry.identity import tokens, users
 from bench.filling import fill_partition, leave_partitions, timed
@@ -62,7 +62,7 @@ def measure(stage: Stage, arguments: argparse.Namespace) -> dict[str, Any]:
         full = [_told(stage, channel_id) for _ in range(PER_PARTITION)]
     _read_but_the_newest(reader, full)
     reads["many"] = _reads(stage, reader)
-    there = len(partitions.partitions())
+    there = len(partitions.list_partitions())
     execute("TRUNCATE notification")
     return {
         "members": members,
@@ -83,7 +83,7 @@ class _Reader(Client):
 
 def _reader(stage: Stage, channel_id: int) -> _Reader:
     """A member with an active subscription who wants to hear everything."""
-    found = row(
+    found = fetch_one(
         "SELECT min(m.user_id) AS user_id FROM channel c JOIN member m ON m.server_id = c.server_id"
         " JOIN subscription s ON s.user_id = m.user_id AND s.status = 'active'"
         " WHERE c.id = %(id)s AND NOT EXISTS (SELECT FROM preference p WHERE p.user_id = m.user_id)",
@@ -129,16 +129,16 @@ def _reads(stage: Stage, reader: _Reader) -> dict[str, dict[str, float]]:
 def _fill(stage: Stage, channel_id: int, members: int, rows: int) -> tuple[int, float]:
     """Make so many rows, all read, in partitions; how many there are, and the seconds it took."""
     execute("TRUNCATE notification")
-    partitions.care()
-    first = partitions.partitions()[-1].below  # beyond what is there
+    partitions.maintain()
+    first = partitions.list_partitions()[-1].below  # beyond what is there
     told = members * 7 // 10
     number = max(1, round(rows / (told * PER_PARTITION)))
     say(f"making {number * told * PER_PARTITION:,} notifications in {number} partitions …")
     began = time.perf_counter()
     with ThreadPoolExecutor(2) as pool:
-        bounds = [first + one * partitions.WIDTH for one in range(number)]
+        bounds = [first + one * partitions.PARTITION_SPAN for one in range(number)]
         list(pool.map(lambda lower: _fill_partition(stage, channel_id, told, lower), bounds))
-    execute(f"ALTER SEQUENCE message_id_seq RESTART WITH {first + number * partitions.WIDTH}")
+    execute(f"ALTER SEQUENCE message_id_seq RESTART WITH {first + number * partitions.PARTITION_SPAN}")
     leave_partitions()
     execute("VACUUM (ANALYZE)")
     execute("CHECKPOINT")
@@ -175,10 +175,10 @@ def _marking(stage: Stage, channel_id: int) -> dict[int, dict[str, float]]:
             rates = []
             for _ in range(3):
                 stage.empty()
-                for one in partitions.partitions():
+                for one in partitions.list_partitions():
                     connection.execute(f"ALTER TABLE {one.name} SET (fillfactor = {fillfactor})")
                 (message_id,) = stage.new_messages([channel_id])
-                subject = decision.subject_of(message_id)
+                subject = decision.load_fanout_message(message_id)
                 assert subject is not None
                 began = time.perf_counter()
                 rows = connection.execute(BARE_STATEMENT, subject.parameters()).rowcount
@@ -201,7 +201,7 @@ def _marking(stage: Stage, channel_id: int) -> dict[int, dict[str, float]]:
                 "marked_per_s": round(min(MARKED, len(people)) / took),
                 "hot_share": round(hot / max(1, updates), 3),
             }
-        for one in partitions.partitions():
+        for one in partitions.list_partitions():
             connection.execute(f"ALTER TABLE {one.name} RESET (fillfactor)")
     Notification.truncate_table()
     return found

@@ -8,6 +8,12 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from belfry.core import partitions
+from belfry.core.db import db, execute, fetch_one
+from belfry.fanout import claims, fanout
+from belfry.fanout.claims import WorkItem
+from belfry.identity import users
+from belfry.messages import messages
 from dev import say
 
 MEMBERS = 100_000
@@ -37,33 +43,27 @@ def verify(*_: Any) -> dict[str, Any]:
 def fill(members: int = MEMBERS, rows: int = ROWS) -> int:
     """Fill the tables; how many notifications there are then."""
     from belfry.cli import seeding
-    from belfry.core import partitions
-    from belfry.core.db import db, execute, row
-    from belfry.fanout import claims, fanout
-    from belfry.fanout.claims import Part
-    from belfry.identity import users
-    from belfry.messages import messages
 
     db.connect(reuse_if_open=True)
     author = users.create_user("author-of-many", is_admin=True)
     channel_id = seeding.seed(members, 1)["channel_ids"][0]
     posted = messages.post_message(author, channel_id, "gold breaks out")
-    parts = [Part(posted.run_id)]
+    parts = [WorkItem(posted.run_id)]
     while parts:
         part = parts.pop()
-        parts += fanout.tell(part, claims.take(part) or 0) or []
-    template = row("SELECT id, message_id, added FROM run WHERE id = %(id)s", {"id": posted.run_id})
+        parts += fanout.process_work_item(part, claims.claim(part) or 0) or []
+    template = fetch_one("SELECT id, message_id, added FROM run WHERE id = %(id)s", {"id": posted.run_id})
     assert template is not None
-    first = partitions.partitions()[-1].below
+    first = partitions.list_partitions()[-1].below
     number = max(1, round(rows / (template["added"] * PER_PARTITION)))
     say(f"  making {number * PER_PARTITION * template['added']:,} notifications in {number} partitions …")
     with ThreadPoolExecutor(2) as pool:
-        bounds = [first + one * partitions.WIDTH for one in range(number)]
+        bounds = [first + one * partitions.PARTITION_SPAN for one in range(number)]
         list(pool.map(lambda lower: _fill_partition(template, lower), bounds))
-    execute(f"ALTER SEQUENCE message_id_seq RESTART WITH {first + number * partitions.WIDTH}")
-    partitions.care()
+    execute(f"ALTER SEQUENCE message_id_seq RESTART WITH {first + number * partitions.PARTITION_SPAN}")
+    partitions.maintain()
     execute("VACUUM (ANALYZE)")
-    found = row("SELECT count(*) AS there FROM notification")
+    found = fetch_one("SELECT count(*) AS there FROM notification")
     assert found is not None
     return int(found["there"])
 

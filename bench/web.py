@@ -20,7 +20,7 @@ from typing import Any
 
 from belfry.cli import seeding
 from belfry.core import redis
-from belfry.core.db import execute, row
+from belfry.core.db import execute, fetch_one
 from belfry.fanout import runs
 from belfry.identity import tokens
 from belfry.queue import queues
@@ -146,9 +146,9 @@ class Bench:
             "SELECT count(*) AS messages, count(r.id) AS runs FROM message g"
             " LEFT JOIN run r ON r.message_id = g.id AND r.kind = 'message' WHERE g.channel_id = %(id)s"
         )
-        before = row(question, {"id": channel_id})
+        before = fetch_one(question, {"id": channel_id})
         done = load(address, request_of(self.token, {"channel_id": channel_id, "content": TEXT}), connections, seconds)
-        after = row(question, {"id": channel_id})
+        after = fetch_one(question, {"id": channel_id})
         assert before is not None
         assert after is not None
         made = {name: after[name] - before[name] for name in after}

@@ -17,7 +17,9 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from belfry.core.failpoints import POINTS
+from belfry.core.db import db, execute, fetch_all
+from belfry.core.failpoints import FAILPOINTS
+from belfry.fanout.runs import count_unfinished
 from chaos.recovery import OWN, Blow, blow_of, recoveries
 from chaos.stage import WEB, WORKERS, Stage, staged
 from chaos.victim import KILL, KILL_WITH_PARENT, STOP
@@ -27,7 +29,7 @@ from dev import stop as asked
 RECOVERY_SECONDS = 30.0  # the promise: no part waits longer
 LAST_ANSWERS_SECONDS = 300.0  # a few requests of one person after each other, each as patient as they are
 SETTLE_SECONDS = 90.0  # after the last blow; far more than recovery may take, so that what is lost is seen as lost
-STOP_SECONDS = (1.0, 10.0)  # shorter and longer than a hanging process keeps its locks
+STOP_RETRY_SECONDS = (1.0, 10.0)  # shorter and longer than a hanging process keeps its locks
 FAULT_PERCENT = 1  # of the statements that write notifications fail, so that errors are retried as well
 
 
@@ -56,8 +58,8 @@ class Director:
 
     def _point(self) -> None:
         struck = {death.point for death in self._stage.deaths() if death.action != STOP}
-        left = sorted(POINTS.keys() - struck)
-        point = self._rng.choice(left if left and self._rng.random() < 0.5 else sorted(POINTS))
+        left = sorted(FAILPOINTS.keys() - struck)
+        point = self._rng.choice(left if left and self._rng.random() < 0.5 else sorted(FAILPOINTS))
         action = self._rng.choices((KILL, KILL_WITH_PARENT, STOP), weights=(75, 20, 5))[0]
         self._stage.strike(point, action)
 
@@ -80,14 +82,14 @@ class Director:
     def _halt(self, pid: int) -> None:
         if self._stage.send(pid, signal.SIGSTOP):
             self._note("stop of a worker and its work-horse")
-            self._halted.append((time.time() + self._rng.uniform(*STOP_SECONDS), pid))
+            self._halted.append((time.time() + self._rng.uniform(*STOP_RETRY_SECONDS), pid))
 
     def resume(self, *, everybody: bool = False) -> None:
         """Let those go on whose time has come, those who stopped at a point as well."""
         deaths = self._stage.deaths()
         for death in deaths[self._deaths_seen :]:
             if death.action == STOP:
-                self._halted.append((death.when + self._rng.uniform(*STOP_SECONDS), death.pid))
+                self._halted.append((death.when + self._rng.uniform(*STOP_RETRY_SECONDS), death.pid))
         self._deaths_seen = len(deaths)
         now = time.time()
         for until, pid in self._halted:
@@ -140,7 +142,6 @@ def main() -> int:
 def _play(arguments: argparse.Namespace) -> int:
     say(f"Starting PostgreSQL and Redis (seed {arguments.seed}) …")
     with staged() as stage:
-        from belfry.core.db import rows  # these read the environment that was just made
         from chaos.audit import audit
         from chaos.load import Load
         from chaos.world import make_world
@@ -166,7 +167,7 @@ def _play(arguments: argparse.Namespace) -> int:
         findings = audit(world, load.diary, stage.address)
         deaths = stage.deaths()
         blows = [*director.blows, *map(blow_of, deaths)]
-        runs = rows("SELECT id, created_at, finished_at FROM run")
+        runs = fetch_all("SELECT id, created_at, finished_at FROM run")
         recovered = recoveries(blows, runs, stage.signs_of_life(), settled)
         waits = [recovery.seconds for recovery in recovered]
         for finding in findings.all()[:50]:
@@ -229,7 +230,6 @@ def _wait_for(at_work: Callable[[], list[str]], stage: Stage) -> None:
 
 def _reach_database() -> None:
     """The harness's own connection, which PostgreSQL's crashes broke as well, is made anew."""
-    from belfry.core.db import db
 
     give_up = time.monotonic() + 60
     while True:
@@ -246,7 +246,6 @@ def _reach_database() -> None:
 
 def _break_now_and_then(percent: int) -> None:
     """Have so many of the statements that write notifications fail by themselves."""
-    from belfry.core.db import execute
 
     execute("DROP TRIGGER IF EXISTS chaos_fault ON notification")
     if percent:
@@ -263,7 +262,6 @@ def _break_now_and_then(percent: int) -> None:
 
 def _settle(stage: Stage) -> None:
     """Until every run is finished, or long enough to know that it never will be."""
-    from belfry.fanout.runs import count_unfinished
 
     give_up = time.monotonic() + SETTLE_SECONDS
     stage.keep_running()
@@ -281,7 +279,7 @@ def _tell_what_happened(stage: Stage, director: Director) -> None:
     killed = Counter(death.point for death in stage.deaths() if death.action != STOP)
     say(f"  {director.random_kills} kills at random moments, {director.outages} blows to the servers,")
     say(f"  {stopped} processes stopped at points, {stage.restarts} started again; kills at points:")
-    for point, about in POINTS.items():
+    for point, about in FAILPOINTS.items():
         say(f"  {killed[point]:>5}  {point:18} {about}")
 
 

@@ -4,14 +4,14 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from belfry.core.db import IDLE_SECONDS, rows
+from belfry.core.db import IDLE_IN_TRANSACTION_SECONDS, fetch_all
 from belfry.integrity.verification import verify
 from chaos.load import Client, Diary, Posted, Text
 from chaos.world import World
-from tests.oracle import SILENT, TELLING, Community, Member, decision
+from tests.oracle import NOTIFY_DECISIONS, SILENT, Community, Member, decision
 
 EARLY_SECONDS = 1.0  # between a change and its answer the clock is read twice
-LATE_SECONDS = IDLE_SECONDS + 1.0  # a run ends, by its own word, when its transaction began: it may have waited since
+LATE_SECONDS = IDLE_IN_TRANSACTION_SECONDS + 1.0  # a run ends, by its own word, when its transaction began: it may have waited since
 
 
 @dataclass
@@ -33,14 +33,14 @@ class Findings:
 def audit(world: World, diary: Diary, address: str) -> Findings:
     """Hold everything that is stored, and what the API shows of it, against what should be."""
     findings = Findings()
-    stored = {found["id"]: found for found in rows("SELECT id, content, deleted_at FROM message")}
+    stored = {found["id"]: found for found in fetch_all("SELECT id, content, deleted_at FROM message")}
     runs = defaultdict(list)
-    for run in rows("SELECT id, message_id, kind, state, error, decisions, finished_at FROM run ORDER BY id"):
+    for run in fetch_all("SELECT id, message_id, kind, state, error, decisions, finished_at FROM run ORDER BY id"):
         runs[run["message_id"]].append(run)
         if run["state"] != "succeeded":
             findings.unresolved_runs.append(f"run {run['id']} is {run['state']}: {run['error']}")
     told: dict[int, dict[int, dict]] = defaultdict(dict)
-    for row in rows("SELECT user_id, message_id, reason::text AS reason, read_at FROM notification"):
+    for row in fetch_all("SELECT user_id, message_id, reason::text AS reason, read_at FROM notification"):
         told[row["message_id"]][row["user_id"]] = row
 
     known = Counter(posted.id for posted in diary.posted)
@@ -101,10 +101,10 @@ def _check_message(
             findings.foretold += 1
         else:
             findings.allowed_for += 1
-        if user_id not in told and right <= set(TELLING):
+        if user_id not in told and right <= set(NOTIFY_DECISIONS):
             findings.missing.append(f"user {user_id} has no notification of message {posted.id}: {right}")
     for user_id, found in told.items():
-        right = allowed.get(user_id, set()) & set(TELLING)
+        right = allowed.get(user_id, set()) & set(NOTIFY_DECISIONS)
         if found["reason"] not in right:
             findings.wrong_decision.append(
                 f"user {user_id} was told of message {posted.id} for {found['reason']}, not {right or 'any reason'}"
@@ -120,7 +120,7 @@ def _check_statistics(run: dict, allowed: list[set[str]], findings: Findings) ->
     counted = run["decisions"]
     if sum(counted.values()) != len(allowed):
         findings.wrong_decision.append(f"run {run['id']} counts {sum(counted.values())} members, not {len(allowed)}")
-    for kind in TELLING + SILENT:
+    for kind in NOTIFY_DECISIONS + SILENT:
         least = sum(one == {kind} for one in allowed)
         most = sum(kind in one for one in allowed)
         if not least <= counted.get(kind, 0) <= most:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from belfry.cli import seeding
-from belfry.core.db import rows
+from belfry.core.db import fetch_all
 from belfry.identity import users
 from belfry.identity.tokens import create_token
 from tests.oracle import Member, Preference, Subscription
@@ -114,7 +114,7 @@ def make_world() -> World:
     }
     preferences = {
         (found["user_id"], found["channel_id"]): Preference(found["level"], found["muted_until"])
-        for found in rows("SELECT channel_id, user_id, level, muted_until FROM preference")
+        for found in fetch_all("SELECT channel_id, user_id, level, muted_until FROM preference")
     }
     changing = [user_id for user_id in small.members if user_id != admin.id][-CHANGING:]
     changes: dict[Matter, list[Change]] = {}
@@ -131,7 +131,7 @@ def _speaks(member: Member) -> bool:
 
 def _server(seeded: dict) -> Server:
     server_id = seeded["server_id"]
-    found = rows(
+    found = fetch_all(
         """
         SELECT u.id, u.username, u.is_admin, s.status, s.current_period_end,
             ARRAY(SELECT role_id FROM member_role r WHERE r.user_id = u.id AND r.server_id = m.server_id) AS roles
@@ -152,8 +152,8 @@ def _server(seeded: dict) -> Server:
         for one in found
     }
     parameters = {"server_id": server_id}
-    channels = rows("SELECT id, name FROM channel WHERE server_id = %(server_id)s", parameters)
-    (vip,) = rows("SELECT id FROM role WHERE server_id = %(server_id)s AND name = 'vip'", parameters)
+    channels = fetch_all("SELECT id, name FROM channel WHERE server_id = %(server_id)s", parameters)
+    (vip,) = fetch_all("SELECT id FROM role WHERE server_id = %(server_id)s AND name = 'vip'", parameters)
     return Server(
         id=server_id,
         channels={channel["name"]: channel["id"] for channel in channels},

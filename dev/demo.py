@@ -11,7 +11,7 @@ from dev.processes import Child
 
 MEMBERS = 10_000
 RUN_SECONDS = 120
-TELLING = ("message", "mention", "mention_role", "mention_everyone")
+NOTIFY_DECISIONS = ("message", "mention", "mention_role", "mention_everyone")
 
 
 def demo() -> int:
@@ -76,7 +76,7 @@ def _check(run: dict[str, Any]) -> None:
     decisions, audience, notified = (run["stats"][name] for name in ("decisions", "audience", "notified"))
     if sum(decisions.values()) != audience:
         raise CommandError(f"The decisions do not add up to the audience of {audience}: {decisions}")
-    if sum(decisions[reason] for reason in TELLING) != notified:
+    if sum(decisions[reason] for reason in NOTIFY_DECISIONS) != notified:
         raise CommandError(f"The telling decisions do not add up to the {notified} told: {decisions}")
     if audience < MEMBERS:
         raise CommandError(f"The audience has {audience} members and not the {MEMBERS} of the community.")
@@ -85,7 +85,7 @@ def _check(run: dict[str, Any]) -> None:
 def _table(stats: dict[str, Any]) -> None:
     say(f"\n  {'decision':<20} {'members':>9}   told")
     for decision, count in stats["decisions"].items():
-        say(f"  {decision:<20} {count:>9,}   {'yes' if decision in TELLING else 'no'}")
+        say(f"  {decision:<20} {count:>9,}   {'yes' if decision in NOTIFY_DECISIONS else 'no'}")
     say(f"  {'-' * 30}")
     say(f"  {'audience':<20} {stats['audience']:>9,}")
     say(f"  {'told':<20} {stats['notified']:>9,}")

@@ -17,7 +17,7 @@ import psutil  # type: ignore[import-untyped]
 
 from dev import ROOT, CommandError, last_lines, stop
 
-GRACE_SECONDS = 15  # after SIGTERM: enough for a job to end, short enough to wait for
+RETRY_GRACE_SECONDS = 15  # after SIGTERM: enough for a job to end, short enough to wait for
 PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 
 
@@ -51,7 +51,7 @@ def running(
 ) -> Iterator[Child]:
     """While the block runs, `python ARGUMENTS` does, with its output in `log` or on the terminal.
 
-    At the end it gets SIGTERM, and what is left of it after GRACE_SECONDS gets SIGKILL, with its children.
+    At the end it gets SIGTERM, and what is left of it after RETRY_GRACE_SECONDS gets SIGKILL, with its children.
     """
     output = _private_log(log) if log else None
     try:
@@ -89,7 +89,7 @@ def finish(process: "subprocess.Popen[bytes]", signum: signal.Signals = signal.S
     family = psutil.Process(process.pid)
     process.send_signal(signum)
     try:
-        process.wait(GRACE_SECONDS)
+        process.wait(RETRY_GRACE_SECONDS)
     except subprocess.TimeoutExpired:
         # Asked only now: a child that it started meanwhile would be missing from an older list.
         for member in (*family.children(recursive=True), family):

@@ -12,16 +12,6 @@ from types import SimpleNamespace
 
 import psycopg
 import pytest
-
-from dev import testing
-
-if "DATABASE_URL" not in os.environ or "REDIS_URL" not in os.environ:
-    pytest.exit("Run the tests by `make test`: it sets up the database and the Redis that they empty.", returncode=2)
-if "PYTEST_XDIST_WORKER" in os.environ:  # several processes run the suite: each has servers of its own
-    testing.process_stack.enter_context(testing.databases_of_a_process())
-os.environ.setdefault("SECRET_KEY", "a key for the tests, of no use to anybody else")
-os.environ.setdefault("SECURE_COOKIES", "0")
-
 from click.testing import Result
 from flask import Flask
 from flask.testing import FlaskClient
@@ -34,9 +24,17 @@ from belfry.core.db import db
 from belfry.core.redis import redis_connection
 from belfry.queue import queues
 from config import settings
+from dev import testing
 from tests.overrides import overridden
 from tests.people import Api, Cast, make_cast
 from tests.telling import empty
+
+if "DATABASE_URL" not in os.environ or "REDIS_URL" not in os.environ:
+    pytest.exit("Run the tests by `make test`: it sets up the database and the Redis that they empty.", returncode=2)
+if "PYTEST_XDIST_WORKER" in os.environ:  # several processes run the suite: each has servers of its own
+    testing.process_stack.enter_context(testing.databases_of_a_process())
+os.environ.setdefault("SECRET_KEY", "a key for the tests, of no use to anybody else")
+os.environ.setdefault("SECURE_COOKIES", "0")
 
 NO_REDIS_URL = "unix:///nowhere/redis.sock"
 
@@ -166,7 +164,7 @@ def at_failpoint(monkeypatch) -> Callable[[str, Callable[[], None]], None]:
             actions[name]()
 
     def add(name: str, action: Callable[[], None]) -> None:
-        assert name in failpoints.POINTS | failpoints.TEST_POINTS
+        assert name in failpoints.FAILPOINTS | failpoints.TEST_POINTS
         actions[name] = action
         monkeypatch.setattr(failpoints, "listener", listener)
 

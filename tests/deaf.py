@@ -10,14 +10,14 @@ from chaos.victim import go_on
 
 
 def main() -> None:
-    tell_together = fanout.tell_together
+    tell_together = fanout.process_batch
 
     def hang(run_ids: list[int]) -> list[int]:
         signal.pthread_sigmask(signal.SIG_BLOCK, set(signal.Signals) - {signal.SIGKILL, signal.SIGSTOP})
         time.sleep(600)
         return tell_together(run_ids)
 
-    fanout.tell_together = hang
+    fanout.process_batch = hang
     go_on(sys.argv[1:])
 
 

@@ -11,11 +11,11 @@ TWENTIETH = 0.05
 
 
 def main() -> None:
-    db.IDLE_SECONDS *= TWENTIETH
-    for name in ("_TAKE_RUN", "_TAKE_SLICE", "_TAKE_TOGETHER"):
+    db.IDLE_IN_TRANSACTION_SECONDS *= TWENTIETH
+    for name in ("_CLAIM_RUN_SQL", "_CLAIM_SLICE_SQL", "_CLAIM_BATCH_SQL"):
         statement = getattr(claims, name)
-        assert claims._LEASE in statement
-        setattr(claims, name, statement.replace(claims._LEASE, f"{TWENTIETH} * {claims._LEASE}"))
+        assert claims._LEASE_SECONDS_SQL in statement
+        setattr(claims, name, statement.replace(claims._LEASE_SECONDS_SQL, f"{TWENTIETH} * {claims._LEASE_SECONDS_SQL}"))
     go_on(sys.argv[1:])
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 PROVIDER_SLACK = timedelta(days=1)
-TELLING = ("message", "mention", "mention_role", "mention_everyone")
+NOTIFY_DECISIONS = ("message", "mention", "mention_role", "mention_everyone")
 SILENT = ("author", "no_channel_access", "no_subscription", "preference_none", "preference_mentions", "muted")
 
 
@@ -105,6 +105,6 @@ def statistics(decided: dict[int, str]) -> dict:
     counted = Counter(decided.values())
     return {
         "audience": len(decided),
-        "notified": sum(counted[kind] for kind in TELLING),
-        "decisions": {kind: counted[kind] for kind in TELLING + SILENT},
+        "notified": sum(counted[kind] for kind in NOTIFY_DECISIONS),
+        "decisions": {kind: counted[kind] for kind in NOTIFY_DECISIONS + SILENT},
     }

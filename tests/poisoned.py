@@ -10,14 +10,14 @@ POISON = "7777:7777:"
 
 
 def main() -> None:
-    real = resuming.missed
+    real = resuming.missed_updates
 
     def missed(clients, here, most):
         if any(position.snapshot == POISON for _, position in clients):
             raise ZeroDivisionError("a fault of our own")
         return real(clients, here, most)
 
-    resuming.missed = missed
+    resuming.missed_updates = missed
     go_on(sys.argv[1:])
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from belfry.core import redis
-from belfry.core.db import db, execute, row, rows
+from belfry.core.db import db, execute, fetch_all, fetch_one
 from belfry.fanout import claims, fanout, runs
-from belfry.fanout.claims import Part
+from belfry.fanout.claims import WorkItem
 from belfry.fanout.decision import DECISIONS
 from belfry.inbox.inbox import mark_read, unread_count
 from belfry.messages import messages
@@ -22,21 +22,21 @@ class Killed(BaseException):
     """What ends a process without a word; nothing in the product may catch it."""
 
 
-def parts_of(run_id: int) -> list[Part]:
+def parts_of(run_id: int) -> list[WorkItem]:
     """What is left of a run, in order: its own part, or its slices; [] when it is done or there is none."""
-    run = row("SELECT state, slices_left FROM run WHERE id = %(run_id)s", {"run_id": run_id})
+    run = fetch_one("SELECT state, slices_left FROM run WHERE id = %(run_id)s", {"run_id": run_id})
     if run is None or run["state"] == "succeeded":
         return []
-    slices = rows("SELECT after FROM slice WHERE run_id = %(run_id)s ORDER BY after", {"run_id": run_id})
+    slices = fetch_all("SELECT after FROM slice WHERE run_id = %(run_id)s ORDER BY after", {"run_id": run_id})
     assert len(slices) == run["slices_left"]
-    return [Part(run_id, one["after"]) for one in slices] or [Part(run_id)]
+    return [WorkItem(run_id, one["after"]) for one in slices] or [WorkItem(run_id)]
 
 
-def do(part: Part) -> None:
+def do(part: WorkItem) -> None:
     """One attempt at a part, which must be there to be taken."""
-    attempt = claims.take(part)
+    attempt = claims.claim(part)
     assert attempt is not None, f"{part} cannot be taken"
-    fanout.tell(part, attempt)
+    fanout.process_work_item(part, attempt)
 
 
 def advance(run_id: int) -> None:
@@ -45,11 +45,11 @@ def advance(run_id: int) -> None:
 
 
 def run_to_end(run_id: int) -> str:
-    """Do all that is left of a run; its state then, or `missing`."""
+    """Do all that is left of a run; its state then, or `missing_ranges`."""
     while parts := parts_of(run_id):
         for part in parts:
             do(part)
-    found = row("SELECT state FROM run WHERE id = %(run_id)s", {"run_id": run_id})
+    found = fetch_one("SELECT state FROM run WHERE id = %(run_id)s", {"run_id": run_id})
     return str(found["state"]) if found else "missing"
 
 
@@ -58,7 +58,7 @@ def generic_plans(ask: Callable[[], object], statement: str) -> list[int]:
     db.connection().execute("DEALLOCATE ALL")
     for _ in range(20):  # five to be prepared, and five by which PostgreSQL decides
         ask()
-    found = rows(
+    found = fetch_all(
         "SELECT generic_plans FROM pg_prepared_statements WHERE statement ~ %(statement)s", {"statement": statement}
     )
     return [one["generic_plans"] for one in found]
@@ -68,7 +68,7 @@ def crowd(server_id: int, number: int) -> list[int]:
     """So many more members with an active subscription; their ids."""
     return [
         found["user_id"]
-        for found in rows(
+        for found in fetch_all(
             """
             WITH people AS (
                 INSERT INTO user_account (username, name)
@@ -138,7 +138,7 @@ def empty() -> None:
 def contents() -> dict[str, list[str]]:
     """All that is in the database."""
     return {
-        name: sorted(found["line"] for found in rows(f'SELECT t::text AS line FROM "{name}" t'))
+        name: sorted(found["line"] for found in fetch_all(f'SELECT t::text AS line FROM "{name}" t'))
         for name in (table._meta.table_name for table in TABLES)
     }
 
@@ -178,7 +178,7 @@ def fail_at_slice(monkeypatch, number: int, error: BaseException) -> None:
 
 def fail_always(monkeypatch) -> None:
     """Every fan-out of a message fails, together with others or alone."""
-    for statement in ("TELL", "TELL_OF_MANY"):
+    for statement in ("INSERT_NOTIFICATIONS_SQL", "INSERT_BATCH_SQL"):
         monkeypatch.setattr(fanout, statement, "SELECT 1 / 0 AS decision")
 
 

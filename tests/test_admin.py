@@ -9,7 +9,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from app import create_app
-from belfry.core.db import db, execute, row
+from belfry.core.db import db, execute, fetch_one
 from belfry.identity import tokens, users
 from models import ApiToken, ChannelRole, Member, MemberRole, Subscription, User
 from tests.telling import statements
@@ -57,7 +57,7 @@ def test_a_change_of_one_field_keeps_what_another_request_changed_meanwhile(cast
     statement = "UPDATE user_account SET is_admin = true, email = 'new@example.org' WHERE id = %(id)s"
     at_failpoint("user.read", lambda: execute(statement, {"id": cast.vip.id}))
     users.update_user(cast.vip.id, {"name": "Another"})
-    stored = row("SELECT name, email, is_admin FROM user_account WHERE id = %(id)s", {"id": cast.vip.id})
+    stored = fetch_one("SELECT name, email, is_admin FROM user_account WHERE id = %(id)s", {"id": cast.vip.id})
     assert stored == {"name": "Another", "email": "new@example.org", "is_admin": True}
 
 

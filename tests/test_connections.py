@@ -7,9 +7,9 @@ import psycopg
 import pytest
 
 from belfry.core import partitions
-from belfry.core.db import SESSION, connect_parameters, db, execute, prepare, row
+from belfry.core.db import SESSION, configure_connection, connect_parameters, db, execute, fetch_one
 from belfry.fanout import claims, fanout
-from belfry.fanout.claims import Part
+from belfry.fanout.claims import WorkItem
 from config import settings
 from tests.processes import wait_until
 from tests.telling import post, told
@@ -18,7 +18,7 @@ from tests.telling import post, told
 @pytest.fixture
 def database_sets(_clean: None) -> Iterator[Callable[[str, str], None]]:
     """`database_sets("DateStyle", "German")`: what each new connection begins with."""
-    found = row("SELECT current_database() AS name")
+    found = fetch_one("SELECT current_database() AS name")
     assert found is not None
     name = found["name"]
 
@@ -36,11 +36,11 @@ def database_sets(_clean: None) -> Iterator[Callable[[str, str], None]]:
 def test_a_message_deleted_while_its_run_waits_for_it_notifies_nobody(cast, database_sets, isolation):
     database_sets("default_transaction_isolation", isolation)
     message_id, run_id = post(cast.subscriber, cast.general)
-    attempt = claims.take(Part(run_id))
+    attempt = claims.claim(WorkItem(run_id))
 
     def fan_out() -> None:
         with db.connection_context():
-            fanout.tell(Part(run_id), attempt)
+            fanout.process_work_item(WorkItem(run_id), attempt)
 
     thread = threading.Thread(target=fan_out)
     with psycopg.connect(settings.database_url) as deleting:
@@ -48,7 +48,7 @@ def test_a_message_deleted_while_its_run_waits_for_it_notifies_nobody(cast, data
         deleting.execute(f"UPDATE message SET deleted_at = now() WHERE id = {message_id}")
         thread.start()
         waiting = "SELECT 1 AS yes FROM pg_locks WHERE NOT granted AND locktype = 'advisory'"
-        wait_until(lambda: row(waiting), "the run to wait for the message")
+        wait_until(lambda: fetch_one(waiting), "the run to wait for the message")
         deleting.commit()
     thread.join()
     assert told(message_id) == {}
@@ -70,10 +70,10 @@ def test_text_and_times_are_read_and_written_as_ever(api, cast, run_jobs, databa
 def test_every_connection_is_prepared_and_a_transaction_states_its_isolation(database_sets):
     database_sets("default_transaction_isolation", "serializable")
     with psycopg.connect(**connect_parameters(), autocommit=True) as own:
-        prepare(own)
+        configure_connection(own)
         for name, value in SESSION.items():
             assert own.execute(f"SHOW {name}").fetchone()[0].lower().startswith(value.lower())
     execute("SET default_transaction_isolation = 'serializable'")  # as behind PgBouncer, on another server connection
     with db.atomic():
-        assert row("SHOW transaction_isolation") == {"transaction_isolation": "read committed"}
-    assert partitions.make_index("notification_to_1")
+        assert fetch_one("SHOW transaction_isolation") == {"transaction_isolation": "read committed"}
+    assert partitions.create_unread_index("notification_to_1")

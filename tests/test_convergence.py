@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from belfry.core.db import db, execute, rows
+from belfry.core.db import db, execute, fetch_all
 from belfry.fanout import claims, fanout
-from belfry.fanout.claims import Part
+from belfry.fanout.claims import WorkItem
 from belfry.inbox import inbox
 from belfry.integrity.verification import verify
 from belfry.messages import messages
@@ -47,10 +47,10 @@ def make_community() -> tuple[Cast, list[int]]:
     return cast, many
 
 
-def unfinished() -> list[Part]:
+def unfinished() -> list[WorkItem]:
     return [
-        Part(**found)
-        for found in rows(
+        WorkItem(**found)
+        for found in fetch_all(
             "SELECT r.id AS run_id, s.after FROM run r LEFT JOIN slice s ON s.run_id = r.id"
             " WHERE r.state <> 'succeeded' ORDER BY 1, 2"
         )
@@ -65,7 +65,7 @@ def test_it_ends_as_the_last_revision_says_whatever_the_order_of_the_jobs(data):
         author = cast.moderator
         text = data.draw(st.sampled_from(TEXTS), label="post")
         message_id, _ = post(author, cast.general, text)
-        taken: list[tuple[Part, int]] = []
+        taken: list[tuple[WorkItem, int]] = []
         steps = data.draw(st.lists(st.sampled_from(["edit", "do", "do", "die", "late"]), max_size=14), label="steps")
         for step in steps:
             left = unfinished()
@@ -73,21 +73,21 @@ def test_it_ends_as_the_last_revision_says_whatever_the_order_of_the_jobs(data):
                 text = data.draw(st.sampled_from(TEXTS), label="edit")
                 messages.edit_message(author.user, message_id, text)
             elif step == "late" and taken:  # an attempt that was believed dead goes on
-                fanout.tell(*data.draw(st.sampled_from(taken), label="late"))
+                fanout.process_work_item(*data.draw(st.sampled_from(taken), label="late"))
             elif left:
                 part = data.draw(st.sampled_from(left), label=step)
-                attempt = claims.take(part)
+                attempt = claims.claim(part)
                 if attempt is None:
                     continue
                 taken.append((part, attempt))
                 if step == "do":
-                    fanout.tell(part, attempt)
+                    fanout.process_work_item(part, attempt)
                 else:  # and it has tries enough, however often
                     execute("UPDATE run SET tries_left = 6; UPDATE slice SET tries_left = 6")
         while left := unfinished():
             do(data.draw(st.sampled_from(left), label="in the end"))
         for attempt in taken:
-            fanout.tell(*attempt)
+            fanout.process_work_item(*attempt)
 
         written_so = posted_and_told(author, cast.general, text)
         assert told(message_id) == told(written_so)
@@ -124,8 +124,8 @@ def test_it_ends_as_the_last_revision_says_with_everything_at_once(cast, slices_
             parts = unfinished()
             rng.shuffle(parts)
             for part in parts:
-                if (attempt := claims.take(part)) is not None:
-                    fanout.tell(part, attempt)
+                if (attempt := claims.claim(part)) is not None:
+                    fanout.process_work_item(part, attempt)
             if last and not unfinished():
                 return
         raise AssertionError(f"a minute, and still to do: {unfinished()}")
@@ -154,7 +154,7 @@ def test_a_deletion_in_the_midst_ends_every_run_of_the_message(cast, slices_of):
     second = messages.edit_message(cast.moderator.user, message_id, "@everyone").run_id
     for run_id in (first, second, first, second):
         part = parts_of(run_id)[0]
-        fanout.tell(part, claims.take(part))
+        fanout.process_work_item(part, claims.claim(part))
     messages.delete_message(cast.moderator.user, message_id)
     before = told(message_id)
     for run_id in (second, first):

@@ -13,7 +13,7 @@ from psycopg.conninfo import conninfo_to_dict
 from belfry.core import migrations
 from belfry.core.db import ISOLATION, db
 from belfry.stream import resuming, updates
-from belfry.stream.cursor import Position
+from belfry.stream.cursor import StreamCursor
 from config import settings
 from dev import postgres
 from dev.places import temporary_data_dir
@@ -106,8 +106,8 @@ def test_a_position_of_before_a_crash_reads_the_inbox(database, crash):
         with database.connect() as session:
             session.execute("CHECKPOINT")
         database.use_up(50)
-        with updates.look() as here:
-            client = (cast.vip.id, Position.parse(str(here)))
+        with updates.take_snapshot() as here:
+            client = (cast.vip.id, StreamCursor.parse(str(here)))
         crash(database)
         db.connect(reuse_if_open=True)
         if database.next_transaction() < here.next_transaction:
@@ -116,10 +116,10 @@ def test_a_position_of_before_a_crash_reads_the_inbox(database, crash):
         pytest.fail("no transaction id came again")
     posted_and_told(cast.subscriber, cast.general, "gold")
     database.use_up(100)
-    with updates.look() as now:
+    with updates.take_snapshot() as now:
         assert now.next_transaction > here.next_transaction
-        connected = updates.news(here, now, [cast.vip.id])
-        back = resuming.missed([client], now)[client]
+        connected = updates.updates_since(here, now, [cast.vip.id])
+        back = resuming.missed_updates([client], now)[client]
     assert connected.too_much
     assert back.too_much
 

@@ -24,7 +24,7 @@ from rq.job import Job
 from rq.serializers import JSONSerializer
 from rq_dashboard import web
 
-import app as app_module
+from app import create_app
 from belfry.queue import queues
 from belfry.web.dashboard import guard
 from config import settings
@@ -243,7 +243,7 @@ def test_the_cookie_keeps_to_itself(app, client, cast, monkeypatch, secure):
 
 def test_a_secure_cookie_is_one_that_no_other_host_can_set(cast, override):
     override(secure_cookies=True)
-    answer = sign_in(app_module.create_app().test_client(), cast.admin.token, base_url="https://localhost")
+    answer = sign_in(create_app().test_client(), cast.admin.token, base_url="https://localhost")
     name, *attributes = answer.headers["Set-Cookie"].split("; ")
     assert name.startswith("__Host-belfry=")
     assert {"Secure", "HttpOnly", "Path=/", "SameSite=Lax"} == set(attributes), "and no Domain"

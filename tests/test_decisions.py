@@ -17,12 +17,12 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from psycopg.types.json import Jsonb
 
-from belfry.core.db import db, execute, row, rows
+from belfry.core.db import db, execute, fetch_all, fetch_one
 from belfry.fanout import runs
-from belfry.fanout.decision import DECIDED, DECISIONS, decide, subject_of
+from belfry.fanout.decision import DECISIONS, DECISIONS_SQL, decision_for, load_fanout_message
 from belfry.messages.explanation import explain
 from models import SUBSCRIPTION_STATUSES
-from tests.oracle import TELLING, Community, Member, Preference, Subscription, decision, decisions, statistics
+from tests.oracle import NOTIFY_DECISIONS, Community, Member, Preference, Subscription, decision, decisions, statistics
 from tests.overrides import overridden
 from tests.telling import run_to_end
 
@@ -45,7 +45,7 @@ NEARLY = (-MINUTE, -INSTANT, timedelta(), INSTANT, MINUTE)
 def one_moment() -> Iterator[datetime]:
     """A moment of the database, which lasts: `now()` stands still, and nothing that is written stays."""
     with db.atomic() as transaction:
-        found = row("SELECT now() AS now")
+        found = fetch_one("SELECT now() AS now")
         assert found is not None
         yield found["now"]
         transaction.rollback()
@@ -130,7 +130,7 @@ def mentions_of(community: Community) -> dict[str, Any]:
 
 
 def told() -> dict[int, str]:
-    return {found["user_id"]: found["reason"] for found in rows("SELECT user_id, reason::text FROM notification")}
+    return {found["user_id"]: found["reason"] for found in fetch_all("SELECT user_id, reason::text FROM notification")}
 
 
 def run(kind: str, mention_changes: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -203,13 +203,13 @@ def test_the_right_ones_are_told_and_all_are_counted_however_it_is_sliced(data, 
         community = data.draw(communities(now))
         store(community)
         expected = decisions(community, now)
-        telling = {number: reason for number, reason in expected.items() if reason in TELLING}
+        telling = {number: reason for number, reason in expected.items() if reason in NOTIFY_DECISIONS}
 
-        subject = subject_of(MESSAGE)
-        decided = [(found["user_id"], found["decision"]) for found in rows(DECIDED, subject.parameters(0, LAST_ID))]
+        subject = load_fanout_message(MESSAGE)
+        decided = [(found["user_id"], found["decision"]) for found in fetch_all(DECISIONS_SQL, subject.parameters(0, LAST_ID))]
         assert sorted(decided) == sorted(expected.items())
         for number in (*community.members, *STRANGERS):
-            assert decide(subject, number) == expected.get(number)
+            assert decision_for(subject, number) == expected.get(number)
 
         counted = run("test" if community.only_for else "message")
         assert told() == telling
@@ -229,7 +229,7 @@ def test_the_explanation_is_the_same_before_and_after_telling(data):
         for number, reason in expected.items():
             assert before[number]["decision"] == after[number]["decision"] == reason
             assert before[number]["notified_at"] is None
-            assert after[number]["notified_at"] == (now if reason in TELLING else None)
+            assert after[number]["notified_at"] == (now if reason in NOTIFY_DECISIONS else None)
             assert after[number]["detail"].startswith(DECISIONS[reason])
             assert ("may no longer post" in after[number]["detail"]) == (not may_post(community))
 
@@ -260,7 +260,7 @@ def test_an_edit_leaves_told_whom_the_new_text_would_have_told_at_once(data, sli
         counted = run("edit", changes(first, edited))
 
         expected = decisions(edited, now)
-        are_told = {number: reason for number, reason in expected.items() if reason in TELLING}
+        are_told = {number: reason for number, reason in expected.items() if reason in NOTIFY_DECISIONS}
         assert told() == are_told
         added, withdrawn = are_told.keys() - were_told.keys(), were_told.keys() - are_told.keys()
         assert counted == {**statistics(expected), "added": len(added), "withdrawn": len(withdrawn)}
@@ -298,7 +298,7 @@ class Case:
             community = Community({WHO: self.member(now)}, **about)
             assert decision(community, WHO, now) == self.decision, "the oracle itself is wrong"
             store(community)
-            assert decide(subject_of(MESSAGE), WHO) == self.decision
+            assert decision_for(load_fanout_message(MESSAGE), WHO) == self.decision
 
 
 def paying(**wish: Any) -> Callable[[datetime], Member]:
@@ -469,4 +469,4 @@ def test_a_test_message_for_one_person_has_an_audience_of_one():
         store(community)
         assert run("test")["audience"] == 1
         assert told() == {WHO: "mention_everyone"} == decisions(community, now)
-        assert decide(subject_of(MESSAGE), MEMBERS[1]) is None
+        assert decision_for(load_fanout_message(MESSAGE), MEMBERS[1]) is None

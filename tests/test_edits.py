@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from belfry.core.db import db, execute, row
+from belfry.core.db import db, execute, fetch_one
 from belfry.core.errors import Forbidden, NotFound
 from belfry.fanout import claims, runs
 from belfry.identity.subscriptions import set_subscription
@@ -145,7 +145,7 @@ def test_an_edit_that_is_run_twice_changes_nothing_more(cast):
     run_to_end(posted.run_id)
     read_everything(cast.moderator)
     before = contents()["notification"]
-    changes = row("SELECT mention_changes FROM run WHERE id = %(run_id)s", {"run_id": posted.run_id})
+    changes = fetch_one("SELECT mention_changes FROM run WHERE id = %(run_id)s", {"run_id": posted.run_id})
     again = runs.create_run(message_id, "edit", changes["mention_changes"])
     assert run_to_end(again) == "succeeded"
     assert contents()["notification"] == before
@@ -200,7 +200,7 @@ def test_an_edit_leaves_alone_whom_it_does_not_concern(cast):
 
 
 def test_an_edit_that_only_adds_a_mention_withdraws_nothing(cast):
-    # FAULT in the product: `TELL_OF_EDIT` withdraws from whomever the edit concerns, those it adds as well.
+    # FAULT in the product: `APPLY_EDIT_SQL` withdraws from whomever the edit concerns, those it adds as well.
     message_id = posted_and_told(cast.moderator, cast.general, "gold")
     set_preference(cast.vip.user, cast.general, "mentions", None)
     set_preference(cast.subscriber.user, cast.general, "none", None)
@@ -210,7 +210,7 @@ def test_an_edit_that_only_adds_a_mention_withdraws_nothing(cast):
 
 
 def test_a_dismissed_notification_does_not_come_back_by_edits(cast):
-    # FAULT in the product: `TELL_OF_EDIT` deletes unread rows, dismissed ones too, and with them what keeps
+    # FAULT in the product: `APPLY_EDIT_SQL` deletes unread rows, dismissed ones too, and with them what keeps
     # the person from being told again.
     wants_mentions_only(cast.vip, cast.general)
     message_id = posted_and_told(cast.subscriber, cast.general, "@vera")

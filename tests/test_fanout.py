@@ -148,13 +148,13 @@ def test_a_part_that_ends_half_way_has_changed_nothing_and_the_next_try_goes_on(
 def test_executed_once_more_a_finished_run_stays_as_it_is(cast):
     _, run_id = post(cast.subscriber, cast.general)
     run_to_end(run_id)
-    assert claims.take(claims.Part(run_id)) is None
-    assert claims.take(claims.Part(run_id, 0)) is None
+    assert claims.claim(claims.WorkItem(run_id)) is None
+    assert claims.claim(claims.WorkItem(run_id, 0)) is None
 
 
 def test_a_run_that_does_not_exist_cannot_be_taken(cast):
-    assert claims.take(claims.Part(4711)) is None
-    assert claims.take(claims.Part(4711, 0)) is None
+    assert claims.claim(claims.WorkItem(4711)) is None
+    assert claims.claim(claims.WorkItem(4711, 0)) is None
 
 
 def test_many_workers_on_one_run_tell_everybody_once_and_count_everybody_once(cast, slices_of):
@@ -168,9 +168,9 @@ def test_many_workers_on_one_run_tell_everybody_once_and_count_everybody_once(ca
     def all_of_them() -> int:
         done = 0
         for part in slices:  # everybody wants to do everything
-            attempt = claims.take(part)
+            attempt = claims.claim(part)
             if attempt is not None:
-                fanout.tell(part, attempt)
+                fanout.process_work_item(part, attempt)
                 done += 1
         return done
 
@@ -190,8 +190,8 @@ def test_two_slices_that_end_at_once_are_both_counted_and_finish_the_run(cast, s
     both_have_told = threading.Barrier(2, timeout=30)
     at_failpoint("slice.told", lambda: both_have_told.wait() and None)
     first, second = parts_of(run_id)
-    tokens = [(part, claims.take(part)) for part in (first, second)]
-    in_threads(lambda: fanout.tell(*tokens.pop()), 2)
+    tokens = [(part, claims.claim(part)) for part in (first, second)]
+    in_threads(lambda: fanout.process_work_item(*tokens.pop()), 2)
     assert (run_of(run_id)["state"], run_of(run_id)["done"]) == ("succeeded", 10)
     assert verify() == []
 

@@ -224,7 +224,7 @@ def test_reading_up_to_one_goes_by_the_transaction_that_wrote_the_readers_own(ca
 def test_reading_up_to_one_of_several_that_were_written_together_reads_all_before_it(cast, read):
     posted = [post(cast.subscriber, cast.general, "gold") for _ in range(3)]
     first, *others = [run_id for _, run_id in posted]
-    fanout.tell_together(claims.take_together(first, others, 1_000))
+    fanout.process_batch(claims.claim_batch(first, others, 1_000))
     assert read(cast.vip, up_to=f"{cast.vip.id}-{posted[1][0]}").get_json() == {"marked": 2, "unread": 1}
 
 

@@ -16,7 +16,7 @@ from rq.exceptions import NoSuchJobError
 from rq.job import Job
 
 import jobs
-from belfry.fanout.claims import Part
+from belfry.fanout.claims import WorkItem
 from belfry.queue import job_class, queues
 from belfry.queue.job_class import BelfryJob
 from config import settings
@@ -174,7 +174,7 @@ def test_a_job_is_accepted_in_whatever_state_rq_itself_left_it(redis):
 
 
 def test_a_job_of_ours_is_accepted_with_its_longest_ids(redis):
-    assert queues.enqueue([Part(LARGEST_ID), Part(LARGEST_ID, LARGEST_ID)])
+    assert queues.enqueue([WorkItem(LARGEST_ID), WorkItem(LARGEST_ID, LARGEST_ID)])
     assert [job.args for job in queues.queue().jobs] == [[LARGEST_ID]]
     assert [job.args for job in queues.queue(queues.BULK).jobs] == [[LARGEST_ID, LARGEST_ID]]
 

@@ -8,14 +8,14 @@ from peewee import OperationalError
 
 import jobs
 from belfry.core import failpoints
-from belfry.core.db import IDLE_SECONDS, db, execute, row
+from belfry.core.db import IDLE_IN_TRANSACTION_SECONDS, db, execute, fetch_one
 from belfry.core.redis import redis_connection
 from belfry.fanout import claims, fanout, recovery
-from belfry.fanout.claims import Part
+from belfry.fanout.claims import WorkItem
 from belfry.integrity.verification import verify
 from belfry.queue import queues
 from belfry.worker import cleanup, maintenance
-from models import TRIES
+from models import MAX_ATTEMPTS
 from tests.processes import wait_until
 from tests.telling import (
     EVERYBODY,
@@ -35,7 +35,7 @@ from tests.telling import (
 )
 
 
-def begin_and_die(part: Part) -> None:
+def begin_and_die(part: WorkItem) -> None:
     with pytest.MonkeyPatch.context() as patch:
         fail_at_slice(patch, 1, Killed())
         with pytest.raises(Killed):
@@ -48,9 +48,9 @@ def let_time_pass() -> None:
     execute("UPDATE slice SET due_at = now() - interval '1 second' WHERE due_at IS NOT NULL")
 
 
-def overdue() -> list[Part]:
+def overdue() -> list[WorkItem]:
     """What the sweeper would enqueue with nothing in the queues."""
-    return recovery.pending_runs(1000) + recovery.lost_runs(None) + recovery.lost_slices(None)
+    return recovery.queue_pending_runs(1000) + recovery.requeue_lost_runs(None) + recovery.requeue_lost_slices(None)
 
 
 @pytest.fixture(autouse=True)
@@ -81,42 +81,42 @@ def large_run(cast, slices_of) -> int:
 
 
 def test_an_attempt_that_a_later_one_has_overtaken_can_write_nothing(run):
-    late = claims.take(Part(run))
+    late = claims.claim(WorkItem(run))
     let_time_pass()
-    assert overdue() == [Part(run)]
-    in_time = claims.take(Part(run))
-    assert fanout.tell(Part(run), late) is None
-    claims.fail(Part(run), late, "I come late", None)
+    assert overdue() == [WorkItem(run)]
+    in_time = claims.claim(WorkItem(run))
+    assert fanout.process_work_item(WorkItem(run), late) is None
+    claims.record_failure(WorkItem(run), late, "I come late", None)
     assert (run_of(run)["state"], run_of(run)["done"], run_of(run)["error"]) == ("running", 0, None)
-    fanout.tell(Part(run), in_time)
-    assert fanout.tell(Part(run), late) is None
+    fanout.process_work_item(WorkItem(run), in_time)
+    assert fanout.process_work_item(WorkItem(run), late) is None
     assert (run_of(run)["state"], stats(run)) == ("succeeded", EVERYBODY)
 
 
 def test_an_attempt_at_a_slice_that_a_later_one_has_overtaken_can_write_nothing(large_run):
     part = parts_of(large_run)[2]
-    late, in_time = claims.take(part), claims.take(part)
-    assert fanout.tell(part, late) is None
-    claims.fail(part, late, "I come late", None)
+    late, in_time = claims.claim(part), claims.claim(part)
+    assert fanout.process_work_item(part, late) is None
+    claims.record_failure(part, late, "I come late", None)
     assert (run_of(large_run)["done"], run_of(large_run)["error"]) == (0, None)
-    fanout.tell(part, in_time)
+    fanout.process_work_item(part, in_time)
     assert run_of(large_run)["done"] == 5
-    assert fanout.tell(part, late) is None
+    assert fanout.process_work_item(part, late) is None
     assert run_of(large_run)["done"] == 5
 
 
 def test_a_run_that_was_swept_is_not_done_by_the_attempt_that_had_not_begun_yet(run):
-    attempt = claims.take(Part(run))
+    attempt = claims.claim(WorkItem(run))
     let_time_pass()
-    assert overdue() == [Part(run)]
-    fanout.tell(Part(run), attempt)
+    assert overdue() == [WorkItem(run)]
+    fanout.process_work_item(WorkItem(run), attempt)
     assert run_of(run)["state"] == "queued", "who was given the job will do it"
     assert run_to_end(run) == "succeeded"
 
 
 def test_a_failure_is_on_the_run_while_it_is_tried_again(run):
-    attempt = claims.take(Part(run))
-    claims.fail(Part(run), attempt, "OperationalError: the disk is full", 30)
+    attempt = claims.claim(WorkItem(run))
+    claims.record_failure(WorkItem(run), attempt, "OperationalError: the disk is full", 30)
     failed = run_of(run)
     assert (failed["state"], failed["error"], failed["finished_at"]) == (
         "queued", "OperationalError: the disk is full", None,
@@ -128,7 +128,7 @@ def test_a_failure_is_on_the_run_while_it_is_tried_again(run):
 
 def test_a_failure_of_a_slice_is_on_the_run_while_it_is_tried_again(large_run):
     part = parts_of(large_run)[1]
-    claims.fail(part, claims.take(part), "OperationalError: the disk is full", 30)
+    claims.record_failure(part, claims.claim(part), "OperationalError: the disk is full", 30)
     assert (run_of(large_run)["state"], run_of(large_run)["error"]) == ("running", "OperationalError: the disk is full")
     assert overdue() == []
     assert run_to_end(large_run) == "succeeded"
@@ -136,26 +136,26 @@ def test_a_failure_of_a_slice_is_on_the_run_while_it_is_tried_again(large_run):
 
 
 def test_a_failure_without_tries_left_is_final_and_keeps_its_reason(run):
-    for number in range(1, TRIES + 1):
-        claims.fail(Part(run), claims.take(Part(run)), f"failure {number}", 0)
-        assert run_of(run)["state"] == ("failed" if number == TRIES else "queued")
+    for number in range(1, MAX_ATTEMPTS + 1):
+        claims.record_failure(WorkItem(run), claims.claim(WorkItem(run)), f"failure {number}", 0)
+        assert run_of(run)["state"] == ("failed" if number == MAX_ATTEMPTS else "queued")
     failed = run_of(run)
-    assert (failed["error"], failed["attempts"]) == (f"failure {TRIES}", TRIES)
+    assert (failed["error"], failed["attempts"]) == (f"failure {MAX_ATTEMPTS}", MAX_ATTEMPTS)
     assert failed["finished_at"] is not None
     let_time_pass()
     assert overdue() == []
-    assert verify() == [f"run {run} failed: failure {TRIES}"]
+    assert verify() == [f"run {run} failed: failure {MAX_ATTEMPTS}"]
 
 
 def test_a_slice_that_keeps_failing_fails_the_run_and_holds_up_no_other(large_run):
     poison, *others = parts_of(large_run)
-    for number in range(TRIES):
-        claims.fail(poison, claims.take(poison), f"failure {number + 1}", 0)
-    assert (run_of(large_run)["state"], run_of(large_run)["error"]) == ("failed", f"failure {TRIES}")
+    for number in range(MAX_ATTEMPTS):
+        claims.record_failure(poison, claims.claim(poison), f"failure {number + 1}", 0)
+    assert (run_of(large_run)["state"], run_of(large_run)["error"]) == ("failed", f"failure {MAX_ATTEMPTS}")
     for part in others:
         do(part)
     run = run_of(large_run)
-    assert (run["state"], run["done"], run["total"], run["error"]) == ("failed", 20, 25, f"failure {TRIES}")
+    assert (run["state"], run["done"], run["total"], run["error"]) == ("failed", 20, 25, f"failure {MAX_ATTEMPTS}")
     let_time_pass()
     assert overdue() == [], "nobody tries again unasked"
 
@@ -169,11 +169,11 @@ def test_a_slice_that_keeps_failing_fails_the_run_and_holds_up_no_other(large_ru
 
 def test_every_slice_has_all_its_tries(large_run):
     for part in parts_of(large_run):
-        for _ in range(TRIES - 1):
+        for _ in range(MAX_ATTEMPTS - 1):
             begin_and_die(part)
         do(part)
     assert (run_of(large_run)["state"], stats(large_run)["audience"]) == ("succeeded", 25)
-    assert run_of(large_run)["attempts"] == 1 + 5 * (TRIES - 1)
+    assert run_of(large_run)["attempts"] == 1 + 5 * (MAX_ATTEMPTS - 1)
 
 
 # Failed runs ----------------------------------------------------------------------------------------------
@@ -183,16 +183,16 @@ def test_failed_runs_are_retried_with_their_progress_and_all_their_tries(cast, l
     _, small_run = post(cast.subscriber, cast.general)
     do(parts_of(large_run)[0])
     failing = parts_of(large_run)[1]
-    for part in (failing, Part(small_run)):
-        for _ in range(TRIES):
-            claims.fail(part, claims.take(part), "why", 0)
+    for part in (failing, WorkItem(small_run)):
+        for _ in range(MAX_ATTEMPTS):
+            claims.record_failure(part, claims.claim(part), "why", 0)
     assert recovery.retry_failed([large_run]) == [failing]
     assert run_of(large_run)["done"] == 5
     assert run_of(small_run)["state"] == "failed"
-    for _ in range(TRIES - 1):
+    for _ in range(MAX_ATTEMPTS - 1):
         begin_and_die(failing)
     assert run_to_end(large_run) == "succeeded"
-    assert recovery.retry_failed() == [Part(small_run)]
+    assert recovery.retry_failed() == [WorkItem(small_run)]
     assert run_of(small_run)["state"] == "queued"
     assert recovery.retry_failed() == []
 
@@ -200,10 +200,10 @@ def test_failed_runs_are_retried_with_their_progress_and_all_their_tries(cast, l
 def test_what_has_failed_is_not_tried_again_unasked(cast, large_run):
     _, small_run = post(cast.subscriber, cast.general)
     failing = parts_of(large_run)[0]
-    for part in (failing, Part(small_run)):
-        for _ in range(TRIES):
-            claims.fail(part, claims.take(part), "why", 0)
-        assert claims.take(part) is None, "whatever jobs for it RQ still has to run"
+    for part in (failing, WorkItem(small_run)):
+        for _ in range(MAX_ATTEMPTS):
+            claims.record_failure(part, claims.claim(part), "why", 0)
+        assert claims.claim(part) is None, "whatever jobs for it RQ still has to run"
         assert (run_of(part.run_id)["state"], run_of(part.run_id)["error"]) == ("failed", "why")
 
 
@@ -211,37 +211,37 @@ def test_what_has_failed_is_not_tried_again_unasked(cast, large_run):
 
 
 def test_a_run_that_never_gets_anywhere_is_failed_with_its_reason(run, run_jobs):
-    for _ in range(TRIES):
-        begin_and_die(Part(run))
-    assert recovery.give_up() == 0, "its last attempt has only just begun"
+    for _ in range(MAX_ATTEMPTS):
+        begin_and_die(WorkItem(run))
+    assert recovery.fail_exhausted() == 0, "its last attempt has only just begun"
     let_time_pass()
     assert maintenance.sweep() == 0
     failed = run_of(run)
-    assert (failed["state"], failed["attempts"]) == ("failed", TRIES)
-    assert failed["error"].startswith(f"gave up after {TRIES} attempts")
+    assert (failed["state"], failed["attempts"]) == ("failed", MAX_ATTEMPTS)
+    assert failed["error"].startswith(f"gave up after {MAX_ATTEMPTS} attempts")
     assert failed["finished_at"] is not None
     assert stats(run)["added"] == 0
 
 
 def test_a_slice_that_never_gets_anywhere_fails_its_run_with_its_reason(large_run):
     part = parts_of(large_run)[3]
-    for _ in range(TRIES):
+    for _ in range(MAX_ATTEMPTS):
         begin_and_die(part)
     let_time_pass()
-    assert recovery.give_up() == 1
+    assert recovery.fail_exhausted() == 1
     assert run_of(large_run)["state"] == "failed"
-    assert run_of(large_run)["error"].startswith(f"gave up after {TRIES} attempts")
+    assert run_of(large_run)["error"].startswith(f"gave up after {MAX_ATTEMPTS} attempts")
     assert part not in overdue()
 
 
 def test_the_last_attempt_is_not_given_up_while_somebody_is_at_it(run, in_another_session):
-    for _ in range(TRIES - 1):
-        begin_and_die(Part(run))
-    claims.take(Part(run))
+    for _ in range(MAX_ATTEMPTS - 1):
+        begin_and_die(WorkItem(run))
+    claims.claim(WorkItem(run))
     let_time_pass()
     with in_another_session("SELECT FROM run FOR NO KEY UPDATE"):
-        assert recovery.give_up() == 0
-    assert recovery.give_up() == 1
+        assert recovery.fail_exhausted() == 0
+    assert recovery.fail_exhausted() == 1
 
 
 @pytest.mark.parametrize("state", ["pending", "queued", "running"])
@@ -251,7 +251,7 @@ def test_what_is_overdue_is_found_once_and_only_where_nobody_is_at_it(run, in_an
     let_time_pass()
     with in_another_session("SELECT FROM run FOR NO KEY UPDATE"):
         assert overdue() == [], "and nobody waits for who is at work on it"
-    assert overdue() == [Part(run)]
+    assert overdue() == [WorkItem(run)]
     assert run_of(run)["state"] == "queued"
     assert overdue() == [], "another sweeper finds nothing left"
 
@@ -269,41 +269,41 @@ def test_a_slice_that_is_overdue_is_found_once_and_only_where_nobody_is_at_it(la
 def test_a_run_that_still_waits_in_the_queue_is_not_overdue(cast):
     waiting = [post(cast.subscriber, cast.general)[1] for _ in range(4)]
     let_time_pass()
-    assert recovery.lost_runs(Part(waiting[2])) == [Part(waiting[0]), Part(waiting[1])]
-    assert recovery.lost_runs(Part(waiting[2])) == []
-    assert recovery.lost_runs(None) == [Part(waiting[2]), Part(waiting[3])]
+    assert recovery.requeue_lost_runs(WorkItem(waiting[2])) == [WorkItem(waiting[0]), WorkItem(waiting[1])]
+    assert recovery.requeue_lost_runs(WorkItem(waiting[2])) == []
+    assert recovery.requeue_lost_runs(None) == [WorkItem(waiting[2]), WorkItem(waiting[3])]
 
 
 def test_a_slice_that_still_waits_in_the_queue_is_not_overdue(large_run):
     parts = parts_of(large_run)
     let_time_pass()
-    assert recovery.lost_slices(Part(large_run - 1, parts[-1].after)) == []
-    assert recovery.lost_slices(parts[2]) == parts[:2]
-    assert recovery.lost_slices(Part(large_run + 1, 0)) == parts[2:]
+    assert recovery.requeue_lost_slices(WorkItem(large_run - 1, parts[-1].after)) == []
+    assert recovery.requeue_lost_slices(parts[2]) == parts[:2]
+    assert recovery.requeue_lost_slices(WorkItem(large_run + 1, 0)) == parts[2:]
 
 
 def test_pending_runs_wait_for_room_and_what_a_dead_worker_left_does_not(cast):
     pending, left = (post(cast.subscriber, cast.general)[1] for _ in range(2))
-    recovery.wait_for_room([pending])
-    claims.take(Part(left))
+    recovery.mark_pending([pending])
+    claims.claim(WorkItem(left))
     let_time_pass()
-    assert recovery.pending_runs(0) == recovery.pending_runs(-3) == []
-    assert recovery.lost_runs(Part(1)) == [Part(left)]
-    assert recovery.pending_runs(1) == [Part(pending)]
+    assert recovery.queue_pending_runs(0) == recovery.queue_pending_runs(-3) == []
+    assert recovery.requeue_lost_runs(WorkItem(1)) == [WorkItem(left)]
+    assert recovery.queue_pending_runs(1) == [WorkItem(pending)]
 
 
 def test_only_what_waits_in_the_queue_can_be_made_pending(run):
-    claims.take(Part(run))
-    recovery.wait_for_room([run])
+    claims.claim(WorkItem(run))
+    recovery.mark_pending([run])
     assert run_of(run)["state"] == "running"
 
 
 def test_a_wish_for_what_somebody_is_at_does_not_wait_for_them(run, large_run, in_another_session):
     with in_another_session("SELECT FROM run FOR NO KEY UPDATE"):
-        assert claims.take(Part(run)) is None
+        assert claims.claim(WorkItem(run)) is None
     with in_another_session("SELECT FROM slice FOR NO KEY UPDATE"):
-        assert claims.take(parts_of(large_run)[0]) is None
-    assert claims.take(Part(run)) == 1
+        assert claims.claim(parts_of(large_run)[0]) is None
+    assert claims.claim(WorkItem(run)) == 1
 
 
 def test_one_sweeps_at_a_time(run, in_another_session):
@@ -316,38 +316,38 @@ def test_one_sweeps_at_a_time(run, in_another_session):
 
 def test_the_clock_that_counts_is_the_databases(run, monkeypatch):
     monkeypatch.setattr("time.time", lambda: 0.0)
-    claims.take(Part(run))
-    found = row("SELECT due_at - now() AS lease FROM run")
+    claims.claim(WorkItem(run))
+    found = fetch_one("SELECT due_at - now() AS lease FROM run")
     assert 0 < found["lease"].total_seconds() <= 2
 
 
 def test_after_each_death_without_a_word_the_next_attempt_comes_a_little_later(run):
     leases_given = []
-    for _ in range(TRIES):
-        claims.take(Part(run))
-        leases_given.append(row("SELECT round(extract(epoch FROM due_at - now())) AS seconds FROM run")["seconds"])
+    for _ in range(MAX_ATTEMPTS):
+        claims.claim(WorkItem(run))
+        leases_given.append(fetch_one("SELECT round(extract(epoch FROM due_at - now())) AS seconds FROM run")["seconds"])
     assert leases_given == [2, 4, 8, 15, 15, 15]
-    assert claims.take(Part(run)) is None
+    assert claims.claim(WorkItem(run)) is None
 
 
 def test_a_part_that_waits_for_its_message_is_not_taken_for_abandoned(run, in_another_session):
     """As while an edit waits for another part: it must not cost the run its tries."""
-    attempt = claims.take(Part(run))
+    attempt = claims.claim(WorkItem(run))
     outcome = []
 
     def tell() -> None:
         with db.connection_context():
-            outcome.append(fanout.tell(Part(run), attempt))
+            outcome.append(fanout.process_work_item(WorkItem(run), attempt))
 
     telling = threading.Thread(target=tell)
     with in_another_session(f"SELECT pg_advisory_xact_lock({claims.MESSAGE_LOCK}, 1)"):
         telling.start()
         waiting = "SELECT 1 AS yes FROM pg_locks WHERE NOT granted AND locktype = 'advisory'"
-        wait_until(lambda: row(waiting), "it to wait for the message")
+        wait_until(lambda: fetch_one(waiting), "it to wait for the message")
         let_time_pass_for_others()
         assert overdue() == []
-        assert recovery.give_up() == 0
-        assert claims.take(Part(run)) is None
+        assert recovery.fail_exhausted() == 0
+        assert claims.claim(WorkItem(run)) is None
     telling.join()
     assert outcome == [[]]
     assert run_of(run)["state"] == "succeeded"
@@ -362,66 +362,66 @@ def let_time_pass_for_others() -> None:
 
 
 def test_what_has_no_tries_left_is_given_up_and_never_enqueued(run, large_run):
-    for part in (Part(run), parts_of(large_run)[0]):
-        for _ in range(TRIES):
-            claims.take(part)
+    for part in (WorkItem(run), parts_of(large_run)[0]):
+        for _ in range(MAX_ATTEMPTS):
+            claims.claim(part)
     let_time_pass()
     assert overdue() == parts_of(large_run)[1:]
-    assert recovery.give_up() == 2
+    assert recovery.fail_exhausted() == 2
     assert [run_of(run_id)["state"] for run_id in (run, large_run)] == ["failed", "failed"]
 
 
 def test_a_run_that_living_workers_overtake_each_other_at_is_not_given_up(run):
     """As when each statement takes longer than the lease: every attempt comes to its lock too late."""
-    for number in range(1, 3 * TRIES):
-        attempt = claims.take(Part(run))
+    for number in range(1, 3 * MAX_ATTEMPTS):
+        attempt = claims.claim(WorkItem(run))
         assert attempt == number
         let_time_pass()
-        assert recovery.give_up() == 0
-        assert overdue() == [Part(run)]
-        jobs._tell(Part(run), attempt)
+        assert recovery.fail_exhausted() == 0
+        assert overdue() == [WorkItem(run)]
+        jobs._run(WorkItem(run), attempt)
     assert run_to_end(run) == "succeeded"
-    assert run_of(run)["attempts"] == 3 * TRIES
+    assert run_of(run)["attempts"] == 3 * MAX_ATTEMPTS
 
 
 def test_a_slice_that_living_workers_overtake_each_other_at_is_not_given_up(large_run):
     part = parts_of(large_run)[1]
-    late = claims.take(part)
-    for _ in range(3 * TRIES):
+    late = claims.claim(part)
+    for _ in range(3 * MAX_ATTEMPTS):
         let_time_pass()
-        assert recovery.give_up() == 0
-        attempt = claims.take(part)
-        jobs._tell(part, late)
+        assert recovery.fail_exhausted() == 0
+        attempt = claims.claim(part)
+        jobs._run(part, late)
         late = attempt
     assert run_to_end(large_run) == "succeeded"
 
 
 def test_what_was_given_back_is_no_more_than_there_was_and_revives_nothing(run, large_run):
-    small, part = Part(run), parts_of(large_run)[0]
+    small, part = WorkItem(run), parts_of(large_run)[0]
     for one in (small, part):
-        claims.give_back(one)
-        for _ in range(TRIES):
-            claims.take(one)
-        assert claims.take(one) is None
+        claims.release(one)
+        for _ in range(MAX_ATTEMPTS):
+            claims.claim(one)
+        assert claims.claim(one) is None
     let_time_pass()
-    assert recovery.give_up() == 2
+    assert recovery.fail_exhausted() == 2
     for one in (small, part):
-        claims.give_back(one)
-        assert claims.take(one) is None
+        claims.release(one)
+        assert claims.claim(one) is None
     assert [run_of(run_id)["state"] for run_id in (run, large_run)] == ["failed", "failed"]
 
 
 def test_while_postgresql_answers_slowly_nothing_is_taken_for_lost(run, large_run):
     part = parts_of(large_run)[0]
-    for one in (Part(run), part):
-        for _ in range(TRIES):
-            claims.take(one)
+    for one in (WorkItem(run), part):
+        for _ in range(MAX_ATTEMPTS):
+            claims.claim(one)
     let_time_pass()
-    assert recovery.give_up(grace=60) == 0
+    assert recovery.fail_exhausted(grace=60) == 0
     execute("UPDATE run SET tries_left = 1 WHERE tries_left = 0")
     execute("UPDATE slice SET tries_left = 1 WHERE tries_left = 0")
-    assert (recovery.lost_runs(None, grace=60), recovery.lost_slices(None, grace=60)) == ([], [])
-    assert recovery.lost_runs(None) + recovery.lost_slices(None) == [Part(run), *parts_of(large_run)]
+    assert (recovery.requeue_lost_runs(None, grace=60), recovery.requeue_lost_slices(None, grace=60)) == ([], [])
+    assert recovery.requeue_lost_runs(None) + recovery.requeue_lost_slices(None) == [WorkItem(run), *parts_of(large_run)]
 
 
 def test_each_retry_is_waited_for_as_long_as_it_takes(cast, monkeypatch, run_jobs):
@@ -429,17 +429,17 @@ def test_each_retry_is_waited_for_as_long_as_it_takes(cast, monkeypatch, run_job
     fail_always(monkeypatch)
     assert queues.enqueue_run(run_id)
     queue = queues.queue()
-    for retry in range(TRIES - 1):
+    for retry in range(MAX_ATTEMPTS - 1):
         run_jobs()
         (job_id,) = queue.scheduled_job_registry.get_job_ids()
         intervals = queue.fetch_job(job_id).retry_intervals
-        found = row("SELECT extract(epoch FROM due_at - now())::float AS seconds FROM run")
-        assert intervals[retry] + jobs.GRACE_SECONDS - 2 < found["seconds"] <= intervals[retry] + jobs.GRACE_SECONDS
+        found = fetch_one("SELECT extract(epoch FROM due_at - now())::float AS seconds FROM run")
+        assert intervals[retry] + jobs.RETRY_GRACE_SECONDS - 2 < found["seconds"] <= intervals[retry] + jobs.RETRY_GRACE_SECONDS
         redis = redis_connection()
         redis.zadd(queue.scheduled_job_registry.key, {job_id: 0})  # its time has come
         maintenance.sweep()
     run_jobs()
-    assert (run_of(run_id)["state"], run_of(run_id)["attempts"]) == ("failed", TRIES)
+    assert (run_of(run_id)["state"], run_of(run_id)["attempts"]) == ("failed", MAX_ATTEMPTS)
     assert len(queue.scheduled_job_registry) == queue.count == 0
 
 
@@ -462,15 +462,15 @@ def test_retrying_is_a_transaction_that_a_process_that_hangs_loses(run):
 def test_a_statement_ends_before_rq_would_break_its_job_off(run, override):
     override(job_timeout=2)
     with notifications_that("PERFORM pg_sleep(3);"), pytest.raises(OperationalError, match="statement timeout"):
-        do(Part(run))
-    assert parts_of(run) == [Part(run)], "and nothing has changed"
+        do(WorkItem(run))
+    assert parts_of(run) == [WorkItem(run)], "and nothing has changed"
     run_to_end(run)
 
 
 def test_a_sweep_that_waits_for_a_table_gives_up(monkeypatch):
     seen: list[str] = []
-    look = lambda *_: seen.append(row("SHOW statement_timeout")["statement_timeout"]) or 0  # noqa: E731
-    monkeypatch.setattr(recovery, "give_up", look)
+    look = lambda *_: seen.append(fetch_one("SHOW statement_timeout")["statement_timeout"]) or 0  # noqa: E731
+    monkeypatch.setattr(recovery, "fail_exhausted", look)
     monkeypatch.setattr(cleanup, "CLEANUPS", dict.fromkeys(cleanup.CLEANUPS, look))
     maintenance.sweep()
     assert seen == ["20s", *["5s"] * len(cleanup.CLEANUPS)]
@@ -485,7 +485,7 @@ def idle_limits(monkeypatch) -> dict[str, str]:
     seen: dict[str, str] = {}
 
     def look(point: str, run_id: int | None, after: int | None) -> None:
-        found = row("SELECT current_setting('idle_in_transaction_session_timeout') AS idle")
+        found = fetch_one("SELECT current_setting('idle_in_transaction_session_timeout') AS idle")
         seen[point] = found["idle"]
 
     monkeypatch.setattr(failpoints, "listener", look)
@@ -504,5 +504,5 @@ def test_every_process_loses_its_locks_when_it_hangs(api, cast, slices_of, run_j
     maintenance.sweep()
     locking = {"post.written", "run.held", "run.counted", "slice.held", "slice.counted", "edit.written",
                "read.written", "delete.written", "sweep.locked", "sweep.marked"}  # fmt: skip
-    assert {point: idle_limits[point] for point in locking} == dict.fromkeys(locking, f"{IDLE_SECONDS}s")
+    assert {point: idle_limits[point] for point in locking} == dict.fromkeys(locking, f"{IDLE_IN_TRANSACTION_SECONDS}s")
     assert idle_limits["run.committed"] == "0", "and it is for the transaction alone"

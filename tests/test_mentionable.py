@@ -2,10 +2,10 @@
 
 import pytest
 
-from belfry.core.db import execute, rows
+from belfry.core.db import execute, fetch_all
 from belfry.messages import suggestions
 from belfry.servers import servers
-from belfry.servers.visibility import channel_for
+from belfry.servers.visibility import get_visible_channel
 from tests.people import make_person
 from tests.telling import statements
 from tests.test_refusals import assert_problem
@@ -101,10 +101,10 @@ def test_no_account_is_looked_at_but_by_an_index(cast):
     execute("ANALYZE user_account, member")
     for channel_id in (cast.general, cast.vault):
         with statements() as said:
-            suggestions.mentionable(channel_for(cast.vip.user, channel_id), "member-12", 8)
+            suggestions.suggest_mentions(get_visible_channel(cast.vip.user, channel_id), "member-12", 8)
         parameters = {"prefix": "member-12", "beyond": "member-12~", "server_id": cast.server_id, "limit": 8}
         plan = " ".join(
-            line["QUERY PLAN"] for line in rows("EXPLAIN " + said[-1], {**parameters, "channel_id": channel_id})
+            line["QUERY PLAN"] for line in fetch_all("EXPLAIN " + said[-1], {**parameters, "channel_id": channel_id})
         )
         assert "Index Cond: ((username >= 'member-12'::text) AND (username < 'member-12~'::text))" in plan
         assert "Seq Scan on user_account" not in plan

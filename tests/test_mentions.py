@@ -19,10 +19,10 @@ from belfry.messages.mentions import (
     NAME,
     AllowedMentions,
     Candidate,
+    MentionedRole,
+    MentionedUser,
     Mentions,
     MentionWarning,
-    Person,
-    Role,
     find_mentions,
     possible_names,
     resolve,
@@ -35,9 +35,9 @@ SEEING = [
     "abcdefghijklmnopqrstuvwxyz012345",
 ]
 BLIND = ["carol", "bob.hidden"]
-PEOPLE = {name: Person(at, name, name in SEEING) for at, name in enumerate(SEEING + BLIND, start=1)}
+PEOPLE = {name: MentionedUser(at, name, name in SEEING) for at, name in enumerate(SEEING + BLIND, start=1)}
 GROUPS = ["moderators", "vip", "vip.gold", "traders", "traders-1", "bob.team", "everyone-gold"]
-ROLES = {name: Role(at, name) for at, name in enumerate(GROUPS, start=101)}
+ROLES = {name: MentionedRole(at, name) for at, name in enumerate(GROUPS, start=101)}
 
 CASES: list[dict[str, Any]] = json.loads((Path(__file__).parent / "data/mention_cases.json").read_text())
 
@@ -196,7 +196,7 @@ def test_a_warning_quotes_a_long_run_in_short() -> None:
 
 
 def test_everyone_is_nobodys_name() -> None:
-    people = {EVERYONE: Person(1, EVERYONE, True)}
+    people = {EVERYONE: MentionedUser(1, EVERYONE, True)}
     got = resolve(find_mentions("@everyone"), people, {}, may_ping_groups=True)
     assert got == Mentions((), (), True, ())
 
@@ -376,8 +376,8 @@ def is_address(rest: str) -> bool:
 
 def oracle(text: str) -> Mentions:
     """What a moderator's plain text mentions, the slow way: at each @, every length is tried."""
-    users: list[Person] = []
-    roles: list[Role] = []
+    users: list[MentionedUser] = []
+    roles: list[MentionedRole] = []
     everyone = False
     warnings: list[MentionWarning] = []
     unknown: set[str] = set()

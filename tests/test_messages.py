@@ -259,8 +259,8 @@ def test_no_more_than_so_many_are_remembered(cast, post, override):
     override(token_cache_size=2)
     for person in (cast.admin, cast.subscriber, cast.moderator, cast.vip):
         assert post("gold", person).status_code == 201
-        assert tokens.remembered(tokens.hash_token(person.token)).id == person.id
-    assert tokens.remembered(tokens.hash_token(cast.admin.token)) is None
+        assert tokens.cached_user(tokens.hash_token(person.token)).id == person.id
+    assert tokens.cached_user(tokens.hash_token(cast.admin.token)) is None
 
 
 def test_a_post_is_not_planned_anew_each_time(cast):
@@ -287,7 +287,7 @@ def test_who_may_post_only_a_moment_later_is_asked_to_try_again(cast, post, monk
         subscriptions.set_subscription(cast.lapsed.id, "active", None)
         return real(user, channel_id)
 
-    monkeypatch.setattr(messages, "channel_for", channel_for)
+    monkeypatch.setattr(messages, "get_visible_channel", channel_for)
     assert_problem(post("gold", cast.lapsed), 409, "conflict")
     assert post("gold", cast.lapsed).status_code == 201
 

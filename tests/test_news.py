@@ -13,8 +13,8 @@ from belfry.messages.messages import delete_message
 from belfry.servers import servers
 from belfry.servers.preferences import set_preference
 from belfry.stream import cursor, resuming, updates
-from belfry.stream.cursor import Position
-from belfry.stream.updates import news
+from belfry.stream.cursor import StreamCursor
+from belfry.stream.updates import updates_since
 from config import settings as belfry
 from tests.people import make_cast
 from tests.telling import crowd, edit, post, posted_and_told, run_to_end, statements
@@ -25,15 +25,15 @@ MIDST = f"{HERE}-41-770:772:771"
 
 @pytest.mark.parametrize("text", [HERE, MIDST, "0-1:1:", "1-5:5:"])
 def test_a_position_is_read_as_it_was_written_and_signed(text):
-    unsigned = Position.parse(text)
+    unsigned = StreamCursor.parse(text)
     signed = str(unsigned)
     assert signed.startswith(f"{text}.")
-    assert str(Position.parse(signed)) == signed
-    assert Position.parse(signed).is_genuine("")
-    assert not Position.parse(signed).is_genuine("another epoch")
+    assert str(StreamCursor.parse(signed)) == signed
+    assert StreamCursor.parse(signed).is_genuine("")
+    assert not StreamCursor.parse(signed).is_genuine("another epoch")
     assert not unsigned.is_genuine("")
-    assert not Position.parse(f"{text}.{signed.rpartition('.')[2][::-1]}").is_genuine("")
-    assert not Position.parse(f"9{signed}").is_genuine("")
+    assert not StreamCursor.parse(f"{text}.{signed.rpartition('.')[2][::-1]}").is_genuine("")
+    assert not StreamCursor.parse(f"9{signed}").is_genuine("")
 
 
 @given(
@@ -48,7 +48,7 @@ def test_a_snapshot_shows_what_it_shows_to_postgresql(in_progress, more, transac
     [(shown,)] = db.execute_sql(
         "SELECT pg_visible_in_snapshot(%s::text::xid8, %s::pg_snapshot)", [transaction, snapshot]
     ).fetchall()
-    assert Position(0, snapshot).shows(transaction, 1) == shown
+    assert StreamCursor(0, snapshot).shows(transaction, 1) == shown
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_a_snapshot_shows_what_it_shows_to_postgresql(in_progress, more, transac
 )  # fmt: skip
 def test_what_was_never_given_out_is_no_position(text):
     with pytest.raises(ValueError, match="is no position"):
-        Position.parse(text)
+        StreamCursor.parse(text)
 
 
 @given(strategies.from_regex(r"[0-9]{1,3}-[0-9]{1,2}:[0-9]{1,2}:([0-9]{1,2}(,[0-9]{1,2}){0,3})?", fullmatch=True))
@@ -67,7 +67,7 @@ def test_what_was_never_given_out_is_no_position(text):
 def test_postgresql_takes_for_a_snapshot_what_we_take_for_one(text):
     snapshot = text.partition("-")[2]
     try:
-        Position.parse(text)
+        StreamCursor.parse(text)
     except ValueError:
         with pytest.raises(psycopg.DataError), psycopg.connect(belfry.database_url) as session:
             session.execute("SELECT %s::pg_snapshot", [snapshot])
@@ -75,39 +75,39 @@ def test_postgresql_takes_for_a_snapshot_what_we_take_for_one(text):
         db.execute_sql("SELECT %s::pg_snapshot", [snapshot])
 
 
-def _look(since: Position | None, *user_ids: int) -> tuple[Position, updates.News]:
+def _look(since: StreamCursor | None, *user_ids: int) -> tuple[StreamCursor, updates.Updates]:
     """What those are sent who are at a position: the same, whether they are connected or come back."""
-    with updates.look() as here:
+    with updates.take_snapshot() as here:
         since = since or here
-        back = resuming.missed([(user_id, given_back(since)) for user_id in user_ids], here)
-        found = updates.News(too_much=any(one.too_much for one in back.values()))
+        back = resuming.missed_updates([(user_id, given_back(since)) for user_id in user_ids], here)
+        found = updates.Updates(too_much=any(one.too_much for one in back.values()))
         for one in back.values():
             found.notifications |= one.notifications
         if since.before is None:
-            connected = news(since, here, user_ids)
+            connected = updates_since(since, here, user_ids)
             assert (connected.notifications, connected.too_much) == (found.notifications, found.too_much)
             found = connected
         return here, found
 
 
-def given_back(position: Position) -> Position:
+def given_back(position: StreamCursor) -> StreamCursor:
     """A position as a client gives it back."""
-    return Position.parse(str(position))
+    return StreamCursor.parse(str(position))
 
 
-def _connected(since: Position, *user_ids: int) -> updates.News:
-    with updates.look() as here:
-        return news(since, here, user_ids)
+def _connected(since: StreamCursor, *user_ids: int) -> updates.Updates:
+    with updates.take_snapshot() as here:
+        return updates_since(since, here, user_ids)
 
 
 def _back(
-    *clients: tuple[int, Position], most: int = resuming.SENT_AT_ONCE
-) -> dict[tuple[int, Position], updates.News]:
-    with updates.look() as here:
-        return resuming.missed(clients, here, most)
+    *clients: tuple[int, StreamCursor], most: int = resuming.MAX_RESUMED_NOTIFICATIONS
+) -> dict[tuple[int, StreamCursor], updates.Updates]:
+    with updates.take_snapshot() as here:
+        return resuming.missed_updates(clients, here, most)
 
 
-def _messages(found: updates.News, user_id: int) -> list[int]:
+def _messages(found: updates.Updates, user_id: int) -> list[int]:
     return [notification["message_id"] for _, notification in found.notifications.get(user_id, [])]
 
 
@@ -191,7 +191,7 @@ def test_a_message_to_thousands_is_one_row_of_the_log_and_one_query_for_all(cast
 def test_who_was_away_for_too_long_reads_the_inbox(cast):
     here, _ = _look(None)
     posted_and_told(cast.subscriber, cast.general, "gold")
-    long_ago = replace(here, taken=here.taken - updates.KEPT_HOURS * 3600)
+    long_ago = replace(here, taken=here.taken - updates.LOG_RETENTION_HOURS * 3600)
     of_another_database = replace(here, snapshot="999999999:999999999:")
     for since in (long_ago, of_another_database):
         found = _look(since, cast.vip.id)[1]
@@ -230,9 +230,9 @@ def test_what_came_with_a_copy_of_another_database_stands_in_nobodys_way(cast):
         "INSERT INTO telling (xid, message_ids)"
         " SELECT (pg_current_xact_id()::text::bigint + n)::text::xid8, '{1}' FROM generate_series(2, 3000) n"
     )
-    assert updates.forget_old_tellings(5_000) == 2_999
+    assert updates.purge_log(5_000) == 2_999
     posted_and_told(cast.subscriber, cast.general, "gold")
-    assert updates.forget_old_tellings(5_000) == 0
+    assert updates.purge_log(5_000) == 0
     assert db.execute_sql("SELECT count(*) FROM telling").fetchone() == (1,)
 
 
@@ -273,7 +273,7 @@ def test_of_those_who_come_back_the_log_is_read_once_and_no_further_than_its_bou
     assert [len(_messages(found[client], client[0])) for client in clients[::2]] == [8, 7, 6, 5, 4, 3, 2, 1]
     read = []
     real = resuming.rows
-    monkeypatch.setattr(resuming, "rows", lambda *asked: read.append(real(*asked)) or read[-1])
+    monkeypatch.setattr(resuming, "fetch_all", lambda *asked: read.append(real(*asked)) or read[-1])
     override(resume_max_log_rows=3)
     found = _back(*clients)
     assert [len(found) for found in read] == [3]
@@ -284,10 +284,10 @@ def test_of_those_who_come_back_the_log_is_read_once_and_no_further_than_its_bou
 def test_of_a_transaction_with_many_messages_no_more_are_read_than_the_bound(cast, monkeypatch, override):
     here, _ = _look(None)
     run_ids = [post(cast.subscriber, cast.general)[1] for _ in range(5)]
-    assert len(fanout.tell_together(claims.take_together(run_ids[0], run_ids[1:], 1_000))) == 5
+    assert len(fanout.process_batch(claims.claim_batch(run_ids[0], run_ids[1:], 1_000))) == 5
     read = []
     real = resuming.rows
-    monkeypatch.setattr(resuming, "rows", lambda *asked: read.append(real(*asked)) or read[-1])
+    monkeypatch.setattr(resuming, "fetch_all", lambda *asked: read.append(real(*asked)) or read[-1])
     override(resume_max_log_rows=3)
     client = (cast.vip.id, given_back(here))
     assert _back(client)[client].too_much
@@ -321,7 +321,7 @@ def test_a_position_that_is_not_ours_is_not_looked_up(cast, monkeypatch):
     """Forged, or signed with a key that was changed since."""
     here, _ = _look(None)
     posted_and_told(cast.subscriber, cast.general, "gold")
-    unsigned, genuine = Position.parse(str(here).rpartition(".")[0]), given_back(here)
+    unsigned, genuine = StreamCursor.parse(str(here).rpartition(".")[0]), given_back(here)
     monkeypatch.setattr(resuming.inbox, "told_together", None)
     assert _back((cast.vip.id, unsigned))[cast.vip.id, unsigned].too_much
     monkeypatch.setattr(cursor, "secret_key", lambda: "another key, which is set from now on")
@@ -342,7 +342,7 @@ def test_the_log_is_kept_for_as_long_as_somebody_may_go_on_from_it(cast):
         posted_and_told(cast.subscriber, cast.general, "gold")
     db.execute_sql("UPDATE telling SET told_at = now() - interval '24 hours 1 second' WHERE message_ids = '{1}'")
     db.execute_sql("UPDATE telling SET told_at = now() - interval '23 hours 59 minutes' WHERE message_ids = '{2}'")
-    assert updates.forget_old_tellings(5_000) == 1
+    assert updates.purge_log(5_000) == 1
     assert db.execute_sql("SELECT array_agg(message_ids[1] ORDER BY xid) FROM telling").fetchone() == ([2, 3],)
 
 
@@ -383,7 +383,7 @@ def test_everything_is_sent_once_whatever_the_order_of_commits_and_wherever_a_st
     sent: list[int] = []
     position, _ = _look(None)
 
-    def look(position: Position) -> Position:
+    def look(position: StreamCursor) -> StreamCursor:
         here, found = _look(position, reader)
         events = found.notifications.get(reader, [])
         arrived = data.draw(strategies.integers(0, len(events)))

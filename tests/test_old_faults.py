@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 import jobs
-from belfry.core.db import execute, rows
+from belfry.core.db import execute, fetch_all
 from belfry.identity.subscriptions import set_subscription
 from belfry.identity.tokens import create_token, hash_token
 from belfry.messages import messages
@@ -226,7 +226,7 @@ def test_a_message_that_is_edited_is_not_told_as_it_was(api, cast, run_jobs):
 
 def test_the_unread_count_is_not_capped_by_the_page(api, cast):
     unread = 250
-    rows(
+    fetch_all(
         "WITH written AS ("
         " INSERT INTO message (channel_id, author_id, content)"
         " SELECT %(channel_id)s, %(author_id)s, 'gold' FROM generate_series(1, %(unread)s) RETURNING id)"

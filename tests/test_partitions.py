@@ -9,10 +9,10 @@ import pytest
 from peewee import IntegrityError, OperationalError
 
 from belfry.core import migrations, partitions
-from belfry.core.db import db, execute, row, rows
+from belfry.core.db import db, execute, fetch_all, fetch_one
 from belfry.core.partitions import Partition
 from belfry.fanout import claims, runs
-from belfry.fanout.claims import Part
+from belfry.fanout.claims import WorkItem
 from belfry.inbox import inbox
 from belfry.integrity.verification import verify
 from belfry.messages import messages
@@ -53,7 +53,7 @@ def full_at(override):
 
 
 def bounds():
-    return [one.below for one in partitions.partitions()]
+    return [one.below for one in partitions.list_partitions()]
 
 
 def post(cast, content="gold", days_ago=0):
@@ -69,23 +69,23 @@ def post(cast, content="gold", days_ago=0):
 def begin_partition(full_at):
     """The next message is the first of the next partition."""
     full_at(0)
-    partitions.care()
+    partitions.maintain()
     full_at(1_000_000)
 
 
 def told_of(message_id):
-    found = rows("SELECT user_id FROM notification WHERE message_id = %(id)s ORDER BY 1", {"id": message_id})
+    found = fetch_all("SELECT user_id FROM notification WHERE message_id = %(id)s ORDER BY 1", {"id": message_id})
     return [one["user_id"] for one in found]
 
 
 def test_every_message_id_has_a_partition_and_two_more_are_ahead():
-    assert partitions.partitions() == [
+    assert partitions.list_partitions() == [
         Partition(None, 1),
         Partition(1, 1_000_000),
         Partition(1_000_000, 2_000_000),
         Partition(2_000_000, 3_000_000),
     ]
-    partitions.care()
+    partitions.maintain()
     assert bounds() == [1, 1_000_000, 2_000_000, 3_000_000], "nothing to make, nothing to leave"
 
 
@@ -93,7 +93,7 @@ def test_a_full_one_is_left_and_the_next_message_begins_the_next(api, cast, full
     crowd(cast.server_id, 20)
     first = post(cast)
     full_at(100)
-    partitions.care()
+    partitions.maintain()
     second = api(cast.subscriber).post("/api/messages", json={"channel_id": cast.general, "content": "more"})
     assert (first, second.get_json()["id"]) == (1, 1_000_000)
     assert run_jobs() == 0
@@ -101,7 +101,7 @@ def test_a_full_one_is_left_and_the_next_message_begins_the_next(api, cast, full
     page = api(cast.vip).get("/api/notifications").get_json()["items"]
     assert [one["message_id"] for one in page] == [1_000_000, 1]
     full_at(137)
-    partitions.care()
+    partitions.maintain()
     assert bounds() == [1, 1_000_000, 2_000_000, 3_000_000, 4_000_000]
     assert post(cast) == 1_000_001
     assert verify() == []
@@ -110,7 +110,7 @@ def test_a_full_one_is_left_and_the_next_message_begins_the_next(api, cast, full
 def test_one_that_is_not_full_is_not_left(cast, full_at):
     post(cast)
     full_at(137)
-    partitions.care()
+    partitions.maintain()
     assert post(cast) == 2
 
 
@@ -128,17 +128,17 @@ def test_the_more_there_is_the_more_a_partition_holds(cast, full_at, override, c
     post(cast)
     full_at(100)
     override(**{constant: too_much})
-    partitions.care()
+    partitions.maintain()
     assert post(cast) == 2, "that is more than there is in it"
     override(**{constant: enough})
-    partitions.care()
+    partitions.maintain()
     assert post(cast) == 1_000_000
 
 
 def test_a_million_messages_fill_one_too(cast):
     execute("ALTER SEQUENCE message_id_seq RESTART WITH 999999")
     assert [post(cast), post(cast)] == [999_999, 1_000_000]
-    partitions.care()
+    partitions.maintain()
     assert bounds()[-1] == 4_000_000
     assert [len(told_of(999_999)), len(told_of(1_000_000))] == [3, 3]
 
@@ -147,7 +147,7 @@ def test_who_is_just_posting_is_not_waited_for_for_long(cast, full_at, in_anothe
     full_at(0)
     with in_another_session("SELECT nextval('message_id_seq')"):
         with pytest.raises(OperationalError, match="lock timeout"):
-            partitions.care()
+            partitions.maintain()
         override(partition_check_seconds=0)
         maintenance.sweep()
         override(partition_check_seconds=3_600)
@@ -163,36 +163,36 @@ def test_who_is_just_posting_is_not_waited_for_for_long(cast, full_at, in_anothe
 def test_an_id_is_never_given_twice(cast, full_at):
     """As if so much was posted between the look at the sequence and its lock that the partition was left by itself."""
     execute("ALTER SEQUENCE message_id_seq RESTART WITH 1000005")
-    partitions._leave(Partition(1, 1_000_000))
+    partitions._roll_over(Partition(1, 1_000_000))
     assert post(cast) == 1_000_005
 
 
 def test_one_looks_after_them_at_a_time(full_at, in_another_session, cast):
     full_at(0)
     with in_another_session(f"SELECT pg_advisory_xact_lock({partitions.PARTITION_LOCK})"):
-        partitions.care()
+        partitions.maintain()
     assert post(cast) == 1
 
 
 def test_without_retention_nothing_is_dropped_or_left_for_its_age(cast, full_at):
     post(cast, days_ago=4_000)
-    partitions.care()
+    partitions.maintain()
     assert post(cast, days_ago=3_000) == 2
     begin_partition(full_at)
     assert post(cast, days_ago=2_000) == 1_000_000
-    partitions.care()
+    partitions.maintain()
     assert bounds()[:2] == [1, 1_000_000]
 
 
 def test_one_is_left_after_a_tenth_of_the_retention(cast, keeping):
     keeping(30)
     post(cast, days_ago=2)
-    partitions.care()
+    partitions.maintain()
     assert post(cast, days_ago=4) == 2
-    partitions.care()
+    partitions.maintain()
     assert post(cast) == 3, "its first message counts"
     execute("UPDATE message SET created_at = now() - interval '73 hours' WHERE id = 1")
-    partitions.care()
+    partitions.maintain()
     assert post(cast) == 1_000_000
 
 
@@ -203,18 +203,18 @@ def test_what_is_older_than_the_retention_is_dropped_and_nothing_else(cast, keep
     begin_partition(full_at)
     new = post(cast)
     keeping(30)
-    partitions.care()
+    partitions.maintain()
     assert [told_of(old), *map(len, map(told_of, [*mixed, new]))] == [[], 3, 3, 3]
-    assert partitions.partitions()[:2] == [Partition(None, 1_000_000), Partition(1_000_000, 2_000_000)]
-    assert partitions.kept_from() == 1_000_000
+    assert partitions.list_partitions()[:2] == [Partition(None, 1_000_000), Partition(1_000_000, 2_000_000)]
+    assert partitions.oldest_retained_message_id() == 1_000_000
     before = bounds()
-    partitions.care()
+    partitions.maintain()
     assert bounds() == before
     assert verify() == []
     execute("UPDATE message SET created_at = now() - interval '31 days' WHERE id = %(id)s", {"id": mixed[1]})
-    partitions.care()
+    partitions.maintain()
     assert told_of(mixed[0]) == [] != told_of(new)
-    assert partitions.kept_from() == 2_000_000
+    assert partitions.oldest_retained_message_id() == 2_000_000
 
 
 def test_of_what_is_not_kept_it_is_said_so(api, cast, keeping, full_at):
@@ -224,12 +224,12 @@ def test_of_what_is_not_kept_it_is_said_so(api, cast, keeping, full_at):
     about = f"/api/messages/{old}/explain?user_id={cast.vip.id}"
     assert "not kept" not in api(cast.admin).get(about).get_json()["detail"]
     keeping(30)
-    partitions.care()
+    partitions.maintain()
     explained = api(cast.admin).get(about).get_json()
     assert (explained["decision"], explained["notified_at"]) == ("message", None)
     assert "notifications of messages that old are not kept" in explained["detail"]
     assert "not kept" not in api(cast.admin).get(about.replace(f"/{old}/", f"/{new}/")).get_json()["detail"]
-    run_id = row("SELECT id FROM run WHERE message_id = %(id)s", {"id": old})["id"]
+    run_id = fetch_one("SELECT id FROM run WHERE message_id = %(id)s", {"id": old})["id"]
     replayed = api(cast.admin).post(f"/api/runs/{run_id}/replay", json={"dry_run": False})
     assert replayed.status_code == 409, "everybody would be told a second time"
     assert "RETENTION_DAYS" in replayed.get_json()["detail"]
@@ -241,12 +241,12 @@ def test_a_replay_that_comes_after_the_drop_tells_nobody_a_second_time(api, cast
     crowd(cast.server_id, 1)
     begin_partition(full_at)
     post(cast)
-    run_id = row("SELECT id FROM run WHERE message_id = %(id)s", {"id": old})["id"]
+    run_id = fetch_one("SELECT id FROM run WHERE message_id = %(id)s", {"id": old})["id"]
     replayed = api(cast.admin).post(f"/api/runs/{run_id}/replay", json={"dry_run": False}).get_json()
     assert replayed["added"] == 1
     keeping(30)
-    partitions.care()
-    assert claims.take_together(replayed["run"]["id"], [], 20_000) == [], "it is done by itself"
+    partitions.maintain()
+    assert claims.claim_batch(replayed["run"]["id"], [], 20_000) == [], "it is done by itself"
     assert run_to_end(replayed["run"]["id"]) == "succeeded"
     assert told_of(old) == []
     assert verify() == []
@@ -259,7 +259,7 @@ def old_message_with_a_replay(api, cast, full_at):
     crowd(cast.server_id, 1)
     begin_partition(full_at)
     post(cast)
-    run_id = row("SELECT id FROM run WHERE message_id = %(id)s", {"id": old})["id"]
+    run_id = fetch_one("SELECT id FROM run WHERE message_id = %(id)s", {"id": old})["id"]
     replayed = api(cast.admin).post(f"/api/runs/{run_id}/replay", json={"dry_run": False}).get_json()
     assert replayed["added"] == 1
     return old, replayed["run"]["id"]
@@ -278,7 +278,7 @@ def in_a_thread_that_waits_for_members(function, meanwhile):
         other.execute("LOCK TABLE member IN ACCESS EXCLUSIVE MODE")
         thread.start()
         waiting = "SELECT 1 AS yes FROM pg_locks WHERE NOT granted AND relation = 'member'::regclass"
-        wait_until(lambda: row(waiting), "the members to be asked for")
+        wait_until(lambda: fetch_one(waiting), "the members to be asked for")
         meanwhile()
         other.rollback()
     thread.join()
@@ -286,7 +286,7 @@ def in_a_thread_that_waits_for_members(function, meanwhile):
 
 def drop_or_wait():
     with contextlib.suppress(OperationalError):  # the drop waits for the next sweep
-        partitions.care()
+        partitions.maintain()
 
 
 @pytest.mark.parametrize("in_slices", [False, True])
@@ -295,7 +295,7 @@ def test_a_replay_under_way_keeps_its_partition_and_notifies_nobody_twice(
 ):
     old, run_id = old_message_with_a_replay(api, cast, full_at)
     before = told_of(old)
-    part = Part(run_id)
+    part = WorkItem(run_id)
     if in_slices:
         slices_of(2)
         advance(run_id)
@@ -305,7 +305,7 @@ def test_a_replay_under_way_keeps_its_partition_and_notifies_nobody_twice(
     assert [user for user in told_of(old) if user in before] == before, "it is still known who was notified"
     assert len(told_of(old)) == len(before) + 1
     assert run_to_end(run_id) == "succeeded"
-    partitions.care()
+    partitions.maintain()
     assert told_of(old) == []
     assert verify() == []
 
@@ -331,9 +331,9 @@ def test_a_message_that_is_retried_after_its_replay_was_dropped_notifies_nobody_
                 {"id": old, "run": run_id})  # fmt: skip
     execute("UPDATE member SET joined_at = now() - interval '50 days'")
     keeping(30)
-    partitions.care()
+    partitions.maintain()
     assert told_of(old) == []
-    assert claims.take_together(run_id, [], 20_000) == [], "it is done by itself"
+    assert claims.claim_batch(run_id, [], 20_000) == [], "it is done by itself"
     assert run_to_end(run_id) == "succeeded"
     assert told_of(old) == []
     assert verify() == []
@@ -350,7 +350,7 @@ def test_what_is_no_partition_of_ours_is_passed_over_and_what_goes_wrong_stops_n
     execute("CREATE TABLE notification_of_others PARTITION OF notification DEFAULT")
     execute("ALTER SEQUENCE message_id_seq RESTART WITH 3000000")
     try:
-        assert len(partitions.partitions()) == 4
+        assert len(partitions.list_partitions()) == 4
         assert len(told_of(post(cast))) == 3
         maintenance.sweep()  # what is in the default partition is in the way of the one that is missing
         assert "partitions failed" in caplog.text
@@ -410,7 +410,7 @@ def test_what_has_a_partitions_name_is_not_in_its_way(api, cast, client, looked_
         maintenance.sweep()
         assert_missing(api, cast, client, 0)
         assert run_to_end(run_id) == "succeeded"
-        assert f"{name}_2" in [one.name for one in partitions.partitions()]
+        assert f"{name}_2" in [one.name for one in partitions.list_partitions()]
         assert verify() == []
     finally:
         execute(f"DROP {kind.split()[0]} {name}")
@@ -450,7 +450,7 @@ def test_one_that_was_detached_and_does_not_fit_any_more_is_left_and_said_to_be_
 def test_the_lowest_and_one_in_the_middle_are_missed_as_well(api, cast, client, looked_after):
     execute("DROP TABLE notification_to_1, notification_to_2000000")
     execute("ALTER SEQUENCE message_id_seq RESTART WITH 2500000")
-    assert partitions.missing() == [Partition(None, 1), Partition(1_000_000, 2_000_000)]
+    assert partitions.missing_ranges() == [Partition(None, 1), Partition(1_000_000, 2_000_000)]
     assert_missing(api, cast, client, 2)
     maintenance.sweep()
     assert_missing(api, cast, client, 0)
@@ -461,7 +461,7 @@ def test_one_that_is_missing_ahead_of_the_next_message_is_made_before_it_is_need
     execute("DROP TABLE notification_to_2000000")
     assert_missing(api, cast, client, 0)
     maintenance.sweep()
-    assert partitions.missing() == []
+    assert partitions.missing_ranges() == []
     assert bounds() == [1, 1_000_000, 2_000_000, 3_000_000]
 
 
@@ -485,14 +485,14 @@ def test_an_old_message_can_still_be_edited_and_whom_it_newly_mentions_is_told(a
     begin_partition(full_at)
     post(cast)
     keeping(35)
-    partitions.care()
+    partitions.maintain()
     edited = api(cast.subscriber).patch(f"/api/messages/{old}", json={"content": "gold @vera"})
     assert edited.status_code == 200, edited.get_json()
     assert run_to_end(edited.get_json()["run"]["id"]) == "succeeded"
     assert told_of(old) == [cast.vip.id]
     assert verify() == []
     keeping(30)
-    partitions.care()
+    partitions.maintain()
     assert told_of(old) == [], "it went with the next partition"
 
 
@@ -504,12 +504,12 @@ def test_somebody_who_reads_for_long_delays_a_drop_and_nothing_else(cast, keepin
     full_at(0)
     with in_another_session("SELECT count(*) FROM notification"):
         with pytest.raises(OperationalError, match="lock timeout"):
-            partitions.care()
+            partitions.maintain()
         assert len(told_of(1)) == 3
         assert bounds()[-1] == 4_000_000
         assert post(cast) == 2_000_000, "the next one is begun"
     full_at(1_000_000)
-    partitions.care()
+    partitions.maintain()
     assert told_of(1) == []
 
 
@@ -518,22 +518,22 @@ def test_what_was_there_before_partitions_stays(cast):
     migration.down(None, db)
     execute("ALTER SEQUENCE message_id_seq RESTART WITH 1999998")
     first, second = post(cast), post(cast)
-    before = rows("SELECT * FROM notification ORDER BY user_id, message_id")
+    before = fetch_all("SELECT * FROM notification ORDER BY user_id, message_id")
     migration.up(None, db)
     assert bounds() == [1, 2_000_000, 3_000_000, 4_000_000]
-    assert rows("SELECT * FROM notification ORDER BY user_id, message_id") == before
+    assert fetch_all("SELECT * FROM notification ORDER BY user_id, message_id") == before
     third = post(cast)
     assert (first, second, third) == (1_999_998, 1_999_999, 2_000_000)
     assert len(before) == 6
     migration.down(None, db)
-    assert len(rows("SELECT * FROM notification")) == 9
+    assert len(fetch_all("SELECT * FROM notification")) == 9
     migration.up(None, db)
 
 
 def nodes_of(monkeypatch, ask):
     """The nodes of the plans of the statements about notifications in `ask`, as they ran."""
     said = []
-    for name, real in (("rows", rows), ("row", row)):
+    for name, real in (("rows", fetch_all), ("row", fetch_one)):
         heard = lambda sql, parameters, real=real: said.append((sql, parameters)) or real(sql, parameters)  # noqa: E731
         monkeypatch.setattr(inbox, name, heard)
     ask()
@@ -548,7 +548,7 @@ def nodes_of(monkeypatch, ask):
     for sql, parameters in said:
         if "notification" in sql:
             with db.atomic() as explained:
-                walk(rows(f"EXPLAIN (ANALYZE, FORMAT JSON) {sql}", parameters)[0]["QUERY PLAN"][0]["Plan"])
+                walk(fetch_all(f"EXPLAIN (ANALYZE, FORMAT JSON) {sql}", parameters)[0]["QUERY PLAN"][0]["Plan"])
                 explained.rollback()
     return found
 
@@ -586,7 +586,7 @@ def test_a_page_reads_its_own_partitions_only(cast, full_at, monkeypatch):
     with db.atomic():
         execute("SET LOCAL plan_cache_mode = force_generic_plan")  # as a connection has it that was asked often
         inbox.list_notifications(vip, before=1_000_020, limit=30)
-        read = rows(
+        read = fetch_all(
             "SELECT relname AS name FROM pg_stat_xact_user_tables WHERE relname ~ '^notification_to_'"
             " AND seq_tup_read + idx_tup_fetch > 0"
         )
@@ -626,7 +626,7 @@ def test_a_page_of_one_who_has_far_more_than_others_looks_at_no_more_than_it_sho
     with db.atomic():
         execute("SET LOCAL plan_cache_mode = force_generic_plan")
         assert len(inbox.list_notifications(vip, before=None, limit=5, unread=unread)) == 5
-        (read,) = rows("SELECT seq_tup_read + idx_tup_fetch AS read FROM pg_stat_xact_user_tables"
+        (read,) = fetch_all("SELECT seq_tup_read + idx_tup_fetch AS read FROM pg_stat_xact_user_tables"
                        " WHERE relname = 'message'")  # fmt: skip
     assert read["read"] == 5
 
@@ -636,7 +636,7 @@ def test_a_page_of_one_who_has_far_more_than_others_looks_at_no_more_than_it_sho
 
 def indexes():
     """The partitions that have it, and whether it is of use."""
-    found = rows(
+    found = fetch_all(
         "SELECT i.indrelid::regclass::text AS name, i.indisvalid AS valid FROM pg_index i"
         " JOIN pg_class x ON x.oid = i.indexrelid AND x.relname ~ '_unread$' ORDER BY length(x.relname), x.relname"
     )
@@ -645,8 +645,8 @@ def indexes():
 
 def care_and_index() -> bool:
     """As the sweeper does, which makes one index at a time; whether all were made."""
-    partitions.care()
-    made = [partitions.make_index(name) for name in partitions.without_index()]
+    partitions.maintain()
+    made = [partitions.create_unread_index(name) for name in partitions.partitions_missing_unread_index()]
     return all(made)
 
 
@@ -723,4 +723,4 @@ def test_a_partition_that_is_dropped_takes_it_along(cast, keeping, full_at):
     keeping(30)
     care_and_index()
     assert indexes() == {"notification_to_1000000": True}
-    assert partitions.kept_from() == 1_000_000
+    assert partitions.oldest_retained_message_id() == 1_000_000

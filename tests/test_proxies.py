@@ -171,7 +171,7 @@ def test_a_stream_goes_through_it_event_by_event(proxy, cast):
         )
         _read_until(stream, b"event: unread")
         posted_and_told(cast.subscriber, cast.general, "gold breaks out")
-        publish.announce(told=True)
+        publish.publish(told=True)
         _read_until(stream, b"event: notification")
         _read_until(stream, b"event: ping")  # after 15 s in which nothing else was sent
 

@@ -3,7 +3,7 @@
 import pytest
 from rq import Queue, Retry
 
-from belfry.fanout.claims import Part
+from belfry.fanout.claims import WorkItem
 from belfry.queue import queues
 from config import settings
 
@@ -11,8 +11,8 @@ from config import settings
 @pytest.mark.parametrize(
     ("name", "part", "function", "arguments"),
     [
-        (queues.NOTIFICATIONS, Part(7), "jobs.notify", (7,)),
-        (queues.BULK, Part(7, 40), "jobs.notify_slice", (7, 40)),
+        (queues.NOTIFICATIONS, WorkItem(7), "jobs.notify", (7,)),
+        (queues.BULK, WorkItem(7, 40), "jobs.notify_slice", (7, 40)),
     ],
 )
 def test_a_job_is_written_as_rq_itself_would_write_it(redis, override, name, part, function, arguments):
@@ -47,14 +47,14 @@ def test_a_job_is_written_as_rq_itself_would_write_it(redis, override, name, par
 
 def test_what_is_lost_goes_first_and_the_oldest_before_all_however_many_there_are(redis, override):
     override(enqueue_batch_size=3)
-    assert queues.enqueue([Part(9), Part(10)])
-    assert queues.enqueue([Part(number) for number in range(1, 9)], lost=True)
+    assert queues.enqueue([WorkItem(9), WorkItem(10)])
+    assert queues.enqueue([WorkItem(number) for number in range(1, 9)], lost=True)
     assert queues.queue().get_job_ids() == [f"run-{number}" for number in range(1, 11)]
 
 
 def test_many_are_enqueued_some_at_a_time(redis, override):
     override(enqueue_batch_size=3)
-    assert queues.enqueue([Part(7, after) for after in range(8)])
+    assert queues.enqueue([WorkItem(7, after) for after in range(8)])
     assert queues.queue(queues.BULK).get_job_ids() == [f"slice-7-{after}" for after in range(8)]
     assert [job.args for job in queues.queue(queues.BULK).jobs] == [[7, after] for after in range(8)]
 
@@ -63,13 +63,13 @@ def test_nothing_is_left_of_a_job_whose_process_died(redis):
     redis.hset("rq:job:run-1", mapping={"exc_info": "an old one", "number_of_retries": 3})
     redis.expire("rq:job:run-1", 50)
     redis.set("rq:job:run-2", "nobody's job")
-    assert queues.enqueue([Part(1), Part(2)])
+    assert queues.enqueue([WorkItem(1), WorkItem(2)])
     assert [job.args for job in queues.queue().jobs] == [[1], [2]]
     assert (redis.ttl("rq:job:run-1"), redis.hget("rq:job:run-1", "exc_info")) == (-1, None)
 
 
 def test_redis_may_forget_what_enqueues(redis):
-    assert queues.enqueue([Part(1)])
+    assert queues.enqueue([WorkItem(1)])
     redis.script_flush()
-    assert queues.enqueue([Part(2)])
+    assert queues.enqueue([WorkItem(2)])
     assert queues.queue().count == 2

@@ -15,9 +15,9 @@ import psycopg
 import pytest
 
 import jobs
-from belfry.core.db import IDLE_SECONDS, execute, row
+from belfry.core.db import IDLE_IN_TRANSACTION_SECONDS, execute, fetch_one
 from belfry.fanout import claims, recovery
-from belfry.fanout.claims import Part
+from belfry.fanout.claims import WorkItem
 from belfry.integrity.verification import verify
 from belfry.queue import queues
 from belfry.servers import servers
@@ -153,9 +153,9 @@ def contents_of(run_id: int) -> tuple[Any, int]:
 
 def test_an_edit_whose_process_hangs_holds_up_the_fan_out_for_a_moment_only(cast, in_another_session):
     message_id, run_id = write(cast.subscriber, cast.general)
-    # As `sql.transaction` and `leases.hold_message` have it.
+    # As `sql.transaction` and `leases.lock_message` have it.
     statement = (
-        f"SELECT set_config('idle_in_transaction_session_timeout', '{IDLE_SECONDS}s', true);"
+        f"SELECT set_config('idle_in_transaction_session_timeout', '{IDLE_IN_TRANSACTION_SECONDS}s', true);"
         f"SELECT pg_advisory_xact_lock({claims.MESSAGE_LOCK}, {message_id});"
         f"UPDATE message SET content = 'edited' WHERE id = {message_id}"
     )
@@ -166,7 +166,7 @@ def test_an_edit_whose_process_hangs_holds_up_the_fan_out_for_a_moment_only(cast
         assert state_of(run_id) == "running", "it waits for the edit"
         finished(run_id)
     assert state_of(run_id) == "succeeded"
-    assert row("SELECT content FROM message") == {"content": "gold breaks out"}
+    assert fetch_one("SELECT content FROM message") == {"content": "gold breaks out"}
 
 
 # Slow -----------------------------------------------------------------------------------------------------
@@ -244,7 +244,7 @@ def test_workers_whose_clocks_are_a_minute_apart_agree_by_the_databases(cast, do
         assert not second.running()
     assert all(run_of(run_id)["done"] == 105 for run_id in runs)
     off = "finished_at NOT BETWEEN created_at AND clock_timestamp() OR created_at < now() - interval '1 hour'"
-    assert row(f"SELECT count(*) AS off FROM run WHERE {off}") == {"off": 0}
+    assert fetch_one(f"SELECT count(*) AS off FROM run WHERE {off}") == {"off": 0}
 
 
 # Lanes ----------------------------------------------------------------------------------------------------
@@ -355,7 +355,7 @@ def test_a_slice_that_was_lost_from_a_long_queue_is_found(cast, slices_of, run_j
     queues.enqueue(parts[4:])
     execute("UPDATE slice SET due_at = now() - interval '1 minute'")
     assert maintenance.sweep() == 4
-    assert [Part(*job.args) for job in queues.queue(queues.BULK).jobs] == parts
+    assert [WorkItem(*job.args) for job in queues.queue(queues.BULK).jobs] == parts
     assert run_jobs() == 0
     finished(run_id)
 

@@ -12,7 +12,7 @@ from redis import Redis
 from redis.connection import parse_url
 from rq import Queue
 
-from belfry.fanout.claims import Part
+from belfry.fanout.claims import WorkItem
 from belfry.queue import queues
 from config import settings
 from models import Run
@@ -81,7 +81,7 @@ def test_the_web_process_the_workers_and_the_dashboard_do_with_it(cast, redis, r
         dependency = bulk.enqueue("jobs.notify", 0)
         for run in failing:
             bulk.enqueue("jobs.notify", run, job_id=f"run-{run}")
-        queues.enqueue([Part(failing[0], 5)])
+        queues.enqueue([WorkItem(failing[0], 5)])
         rq_worker = [*RQ_WORKER, "--burst", "--with-scheduler", "-u", restricted]
         with notifications_that("RAISE EXCEPTION 'the disk is full';"):
             with running([*rq_worker, *queues.QUEUES], **behind) as process:

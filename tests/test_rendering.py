@@ -20,8 +20,8 @@ from justhtml import JustHTML
 from markupsafe import Markup, escape
 
 from belfry.messages import markdown
-from belfry.messages.mentions import EVERYONE, NOBODY, Mentions, Person, Role, find_mentions
-from belfry.messages.rendering import HtmlCache, budget_of_a_page, cache, render, render_in_page
+from belfry.messages.mentions import EVERYONE, NO_MENTIONS, MentionedRole, MentionedUser, Mentions, find_mentions
+from belfry.messages.rendering import HtmlCache, cache, page_budget, render, render_in_page
 
 VECTORS: dict[str, list[str]] = json.loads((Path(__file__).parent / "data/xss_vectors.json").read_text())["vectors"]
 
@@ -33,8 +33,8 @@ ALLOWED: dict[str, dict[str, str]] = {
     "span": {"class": r"mention( me)?"},
 }
 
-PEOPLE = tuple(Person(at, name, True) for at, name in enumerate(("bob", "bob.smith", "a_b_c", "alice"), start=1))
-MENTIONED = Mentions(PEOPLE, (Role(7, "vip"),), True, ())
+PEOPLE = tuple(MentionedUser(at, name, True) for at, name in enumerate(("bob", "bob.smith", "a_b_c", "alice"), start=1))
+MENTIONED = Mentions(PEOPLE, (MentionedRole(7, "vip"),), True, ())
 NAMES = MENTIONED.names
 
 
@@ -301,7 +301,7 @@ HOSTILE = [">#\n;\n", "- a\n", "*a_ ", "[a](b ", "[a](b)", "\\@", "&amp;", "![![
 @pytest.mark.parametrize("piece", HOSTILE)
 def test_a_page_of_hostile_messages_spends_no_more_than_its_budget(piece: str) -> None:
     short = "**gold** breaks out, @bob: [more](http://b.example)\n\n- a\n- b"
-    budget = budget_of_a_page(50)
+    budget = page_budget(50)
     for number in range(49):
         content = f"{number} {piece * 10_000}"[:10_000]
         render_in_page(content, MENTIONED, frozenset(), budget)
@@ -379,7 +379,7 @@ def test_html_is_at_most_five_times_as_long_as_its_content(piece: str) -> None:
 
 def test_a_page_of_what_people_write_is_rendered_whole() -> None:
     honest = "**gold** breaks out, @bob: [more](http://b.example), and *silver*.\n\n- a\n- b\n\n> so it is\n" * 10
-    budget = budget_of_a_page(50)
+    budget = page_budget(50)
     for number in range(50):
         content = f"{number} {honest}"
         assert render_in_page(content, MENTIONED, frozenset(), budget) == render(content, MENTIONED)
@@ -388,9 +388,9 @@ def test_a_page_of_what_people_write_is_rendered_whole() -> None:
 # -- The cache
 
 
-def in_page(content: str, mentioned: Mentions = NOBODY, mine: frozenset[str] = frozenset()) -> tuple[str, int]:
+def in_page(content: str, mentioned: Mentions = NO_MENTIONS, mine: frozenset[str] = frozenset()) -> tuple[str, int]:
     """The HTML on a page of its own, and how many steps of the page's budget it took."""
-    budget = budget_of_a_page(1)
+    budget = page_budget(1)
     before = budget.left
     return str(render_in_page(content, mentioned, mine, budget)), before - budget.left
 
@@ -405,7 +405,7 @@ def test_the_second_view_takes_no_steps() -> None:
 def test_each_reader_sees_their_own_marks_and_each_version_its_own_text() -> None:
     only_bob = Mentions(PEOPLE[:1], (), False, ())
     for content in ("@bob @alice", "@bob @alice!"):
-        for mentioned in (MENTIONED, only_bob, NOBODY):
+        for mentioned in (MENTIONED, only_bob, NO_MENTIONS):
             for mine in ({"bob"}, {"alice"}, {"alice", "vip"}, {"nobody"}):
                 for _ in range(2):
                     html, _ = in_page(content, mentioned, frozenset(mine))
@@ -425,8 +425,8 @@ def test_what_one_page_has_no_budget_for_the_next_page_renders() -> None:
     while shown != whole:
         views += 1
         assert views < 20
-        budget = budget_of_a_page(len(contents))
-        shown = [str(render_in_page(content, NOBODY, frozenset(), budget)) for content in contents]
+        budget = page_budget(len(contents))
+        shown = [str(render_in_page(content, NO_MENTIONS, frozenset(), budget)) for content in contents]
     assert views > 1
 
 

@@ -8,9 +8,9 @@ from peewee import DataError, IntegrityError, PostgresqlDatabase
 from playhouse.schema_diff import diff_models
 
 from belfry.core import migrations, partitions
-from belfry.core.db import db, execute, row, rows
+from belfry.core.db import db, execute, fetch_all, fetch_one
 from belfry.fanout import recovery
-from belfry.fanout.claims import Part
+from belfry.fanout.claims import WorkItem
 from models import TABLES, Notification, Role, Run, Server, Subscription, User
 from tests.telling import run_to_end, stats
 
@@ -21,7 +21,7 @@ def test_the_migrations_make_what_the_models_say():
 
 
 def test_no_column_forgets_its_offset():
-    wrong = rows(
+    wrong = fetch_all(
         "SELECT table_name, column_name FROM information_schema.columns"
         " WHERE table_schema = 'public' AND data_type = 'timestamp without time zone'"
         " AND table_name <> 'schema_migration'"
@@ -30,9 +30,9 @@ def test_no_column_forgets_its_offset():
 
 
 def test_what_is_told_pays_for_a_key_and_for_no_other_index():
-    there = partitions.partitions()
+    there = partitions.list_partitions()
     used = partitions._in_use(there)
-    indexes = rows("SELECT tablename, indexdef FROM pg_indexes WHERE tablename ~ '^notification'")
+    indexes = fetch_all("SELECT tablename, indexdef FROM pg_indexes WHERE tablename ~ '^notification'")
     keys = [index for index in indexes if index["indexdef"].endswith("btree (user_id, message_id)")]
     assert len({index["tablename"] for index in keys}) == len(keys) == 1 + len(there)
     left = {one.name for one in there if one.below < used.below}
@@ -84,8 +84,8 @@ def test_runs_that_were_half_done_before_there_were_slices_go_on_where_they_stop
         ("failed", 1, True),
         ("succeeded", 0, True),
     ]
-    assert recovery.lost_slices(None) == [Part(2, 2)], "the failed one waits to be asked for"
-    assert recovery.retry_failed() == [Part(3, 2)]
+    assert recovery.requeue_lost_slices(None) == [WorkItem(2, 2)], "the failed one waits to be asked for"
+    assert recovery.retry_failed() == [WorkItem(3, 2)]
     for run_id in (2, 3):
         execute("UPDATE run SET decisions = '{\"message\": 2}' WHERE id = %(id)s", {"id": run_id})
         assert run_to_end(run_id) == "succeeded"
@@ -131,4 +131,4 @@ def test_one_message_has_one_run_of_its_own(api, cast):
     refused("INSERT INTO run (message_id, kind) VALUES (%(id)s, 'message')", id=message.get_json()["id"])
     refused("UPDATE run SET state = 'failed', finished_at = now()")  # without saying why
     refused("UPDATE run SET state = 'succeeded'")  # without saying when
-    assert row("SELECT state FROM run") == {"state": "queued"}
+    assert fetch_one("SELECT state FROM run") == {"state": "queued"}

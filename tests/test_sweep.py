@@ -7,7 +7,7 @@ import pytest
 from peewee import OperationalError
 from prometheus_client.parser import text_string_to_metric_families
 
-from belfry.core.db import execute, row
+from belfry.core.db import execute, fetch_one
 from belfry.queue import queues, sweep_status
 from belfry.worker import cleanup, maintenance
 from belfry.worker.cleanup import CLEANUPS
@@ -25,7 +25,7 @@ def old_keys(number: int, hours: int = 25) -> None:
 
 
 def keys_left() -> int:
-    return row("SELECT count(*) AS keys FROM idempotency_key")["keys"]
+    return fetch_one("SELECT count(*) AS keys FROM idempotency_key")["keys"]
 
 
 def lost_run(cast) -> int:

@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from belfry.core.db import rows
+from belfry.core.db import fetch_all
 from belfry.fanout import claims, fanout
-from belfry.fanout.claims import Part
+from belfry.fanout.claims import WorkItem
 from belfry.integrity.verification import verify
 from belfry.servers import servers
 from tests import oracle
@@ -196,7 +196,7 @@ class Unread(RuleBasedStateMachine):
     @rule(data=st.data())
     def replay(self, data: Any) -> None:
         message_id = self.a_message(data)
-        (first,) = rows("SELECT min(id) AS id FROM run WHERE message_id = %(id)s", {"id": message_id})
+        (first,) = fetch_all("SELECT min(id) AS id FROM run WHERE message_id = %(id)s", {"id": message_id})
         answer = self.root.post(f"/api/runs/{first['id']}/replay", json={"dry_run": False})
         if self.world.messages[message_id].deleted:
             assert answer.status_code == 403
@@ -220,9 +220,9 @@ class Unread(RuleBasedStateMachine):
     def _do_whole(self, run_id: int) -> None:
         while run_id in self.world.runs:
             slices = self.world.runs[run_id].slices
-            self._do_part(Part(run_id, min(slices) if slices else None))
+            self._do_part(WorkItem(run_id, min(slices) if slices else None))
 
-    def _do_part(self, part: Part) -> None:
+    def _do_part(self, part: WorkItem) -> None:
         do(part)
         self.world.do_part(part.run_id, part.after, self.now)
         left = self.world.runs.get(part.run_id)
@@ -233,7 +233,7 @@ class Unread(RuleBasedStateMachine):
     def fan_out_together(self) -> None:
         """As small messages are that wait."""
         first, *others = self.world.runs
-        done = fanout.tell_together(claims.take_together(first, others, 1_000))
+        done = fanout.process_batch(claims.claim_batch(first, others, 1_000))
         expected = [id_ for id_, run in self.world.runs.items() if run.kind == "message" and run.slices is None]
         assert done == expected
         self.world.transaction += 1

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from flask import Flask
 
-from belfry.core.db import db, execute, rows
+from belfry.core.db import db, execute, fetch_all
 from belfry.fanout import claims, fanout
-from belfry.fanout.claims import Part
+from belfry.fanout.claims import WorkItem
 from belfry.integrity.verification import verify
 from belfry.servers import servers
 from tests.people import Api, Cast, Person, make_person
@@ -27,8 +27,8 @@ TEXTS = ("gold", "gold @vera", "@moira @sam", "@vip", "@everyone", "@lars @quent
 
 def stored_world(cast: Cast) -> World:
     """The model, of what is in the database."""
-    roles, opening = rows("SELECT user_id, role_id FROM member_role"), rows("SELECT * FROM channel_role")
-    members = {one["user_id"] for one in rows("SELECT user_id FROM member")}
+    roles, opening = fetch_all("SELECT user_id, role_id FROM member_role"), fetch_all("SELECT * FROM channel_role")
+    members = {one["user_id"] for one in fetch_all("SELECT user_id FROM member")}
     return World(
         people={
             one["id"]: Modelled(
@@ -37,25 +37,25 @@ def stored_world(cast: Cast) -> World:
                 member=one["id"] in members,
                 roles={role["role_id"] for role in roles if role["user_id"] == one["id"]},
             )
-            for one in rows("SELECT id, username, is_admin FROM user_account")
+            for one in fetch_all("SELECT id, username, is_admin FROM user_account")
         },
         channels={
             one["id"]: Channel(
                 one["private"], one["posting"], {role["role_id"] for role in opening if role["channel_id"] == one["id"]}
             )
-            for one in rows("SELECT id, private, posting FROM channel")
+            for one in fetch_all("SELECT id, private, posting FROM channel")
         },
         moderators=cast.moderators_role,
         slice_members=0,
         messages={
             one["id"]: Message(one["channel_id"], one["author_id"], Mentions(), one["deleted_at"] is not None)
-            for one in rows("SELECT id, channel_id, author_id, deleted_at FROM message")
+            for one in fetch_all("SELECT id, channel_id, author_id, deleted_at FROM message")
         },
         told={
             (one["user_id"], one["message_id"]): Notification(
                 one["reason"], one["read_at"] is not None, one["dismissed_at"] is not None
             )
-            for one in rows("SELECT user_id, message_id, reason::text, read_at, dismissed_at FROM notification")
+            for one in fetch_all("SELECT user_id, message_id, reason::text, read_at, dismissed_at FROM notification")
         },
     )
 
@@ -110,18 +110,18 @@ class _Crowd:
         return answer.get_json() if answer.data else None
 
     def messages(self) -> list[dict[str, Any]]:
-        return rows("SELECT id, author_id FROM message WHERE deleted_at IS NULL ORDER BY id DESC LIMIT 6")
+        return fetch_all("SELECT id, author_id FROM message WHERE deleted_at IS NULL ORDER BY id DESC LIMIT 6")
 
     def tell(self, rng: random.Random) -> None:
         author, channel_id = rng.choice(self.persons), rng.choice([self.cast.general, self.cast.vault])
         self.send(author, "POST", "/api/messages", {"channel_id": channel_id, "content": rng.choice(TEXTS)})
-        left = rows(
+        left = fetch_all(
             "SELECT r.id AS run_id, s.after FROM run r LEFT JOIN slice s ON s.run_id = r.id"
             " WHERE r.state NOT IN ('succeeded', 'failed')"
         )
-        for part in [Part(**one) for one in rng.sample(left, min(4, len(left)))]:
-            if (attempt := claims.take(part)) is not None:
-                fanout.tell(part, attempt)
+        for part in [WorkItem(**one) for one in rng.sample(left, min(4, len(left)))]:
+            if (attempt := claims.claim(part)) is not None:
+                fanout.process_work_item(part, attempt)
 
     def read(self, rng: random.Random) -> None:
         person = rng.choice(self.persons)
@@ -199,7 +199,7 @@ def test_what_is_counted_is_what_is_shown_with_everything_at_once(app, cast, sli
     for thread in threads:
         thread.join()
     assert crowd.broken == []
-    for unfinished in rows("SELECT id FROM run WHERE state <> 'succeeded' ORDER BY id"):
+    for unfinished in fetch_all("SELECT id FROM run WHERE state <> 'succeeded' ORDER BY id"):
         assert run_to_end(unfinished["id"]) == "succeeded"
     assert crowd.counted > 2 * ROUNDS, "there was something to count"
     for person in crowd.persons:

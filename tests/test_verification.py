@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from peewee import IntegrityError
 
-from belfry.core.db import db, execute, row, rows
+from belfry.core.db import db, execute, fetch_all, fetch_one
 from belfry.fanout import claims, fanout, recovery, runs
 from belfry.identity import subscriptions, users
 from belfry.inbox.inbox import dismiss, mark_read
@@ -289,7 +289,7 @@ def world(cast, slices_of):
 
 
 def stored_partitions() -> list[dict]:
-    return rows(
+    return fetch_all(
         "SELECT relname, relispartition FROM pg_class WHERE relkind = 'r' AND relname ~ '^notification_' ORDER BY 1"
     )
 
@@ -355,7 +355,7 @@ def test_a_refused_state_that_was_there_before_the_constraints_is_found(world, s
     finally:
         execute("DELETE FROM slice; DELETE FROM run")
         migration.up(None, db)
-    assert row("SELECT count(*) AS n FROM pg_constraint WHERE NOT convalidated") == {"n": 0}
+    assert fetch_one("SELECT count(*) AS n FROM pg_constraint WHERE NOT convalidated") == {"n": 0}
 
 
 def test_a_mention_that_the_message_has_no_more_is_found_only_while_it_is_unread(world):
@@ -380,10 +380,10 @@ def test_findings_beyond_the_first_hundred_of_a_check_are_counted(cast):
 
 def test_what_is_being_done_has_no_finding(world, in_another_session):
     part = parts_of(3)[0]
-    attempt = claims.take(part)
+    attempt = claims.claim(part)
     with in_another_session("SELECT FROM slice FOR NO KEY UPDATE"):
         assert verify() == []
-    fanout.tell(part, attempt)
+    fanout.process_work_item(part, attempt)
     assert verify() == []
 
 

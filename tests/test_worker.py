@@ -14,14 +14,14 @@ import pytest
 from rq.exceptions import StopRequested
 
 import jobs
-from belfry.core.db import execute, row
+from belfry.core.db import execute, fetch_one
 from belfry.fanout import claims
-from belfry.fanout.claims import Part
+from belfry.fanout.claims import WorkItem
 from belfry.integrity.verification import verify
 from belfry.messages import messages
 from belfry.queue import queues
 from belfry.worker import maintenance, supervisor, worker
-from belfry.worker.deadline import OVERTIME_SECONDS, Deadline
+from belfry.worker.deadline import KILL_GRACE_SECONDS, Deadline
 from config import tuning
 from models import Notification, Run
 from tests.processes import RQ_WORKER, a_gate, a_web_process, a_worker, running, wait_until
@@ -119,7 +119,7 @@ def test_sigterm_finishes_the_work_in_hand(api, cast):
 
 
 def _at_work() -> bool:
-    found = row(
+    found = fetch_one(
         "SELECT count(*) AS sessions FROM pg_stat_activity"
         " WHERE wait_event = 'PgSleep' AND datname = current_database()"
     )
@@ -201,7 +201,7 @@ def test_small_messages_go_first_and_a_large_one_goes_on_though_they_never_cease
     assert len(slices) == 5
     queues.enqueue(slices)
     small = [write(cast.subscriber, cast.general)[1] for _ in range(20)]
-    queues.enqueue([Part(run_id) for run_id in small])
+    queues.enqueue([WorkItem(run_id) for run_id in small])
     taken: list[str] = []
     monkeypatch.setattr(worker.BelfryWorker, "execute_job", lambda self, job, queue: taken.append(queue.name))
     supervisor.work(burst=True)
@@ -213,7 +213,7 @@ def test_small_messages_go_first_and_a_large_one_goes_on_though_they_never_cease
 def test_in_burst_it_sweeps_until_nothing_is_left_to_enqueue(monkeypatch):
     swept, worked = [500, 20, 0], []
     monkeypatch.setattr(supervisor, "sweep_once", lambda: swept.pop(0))
-    monkeypatch.setattr(supervisor, "work_horse", lambda burst: worked.append(burst) or True)
+    monkeypatch.setattr(supervisor, "run_jobs", lambda burst: worked.append(burst) or True)
     supervisor.work(burst=True)
     assert (swept, worked) == ([], [True, True, True])
 
@@ -257,15 +257,15 @@ def test_a_job_that_cannot_be_broken_off_ends_with_its_process(cast, override):
 def test_a_work_horse_ends_after_so_many_jobs(cast, monkeypatch, override):
     override(max_jobs_per_process=3)
     monkeypatch.setattr(worker.BelfryWorker, "execute_job", lambda *_: None)
-    queues.enqueue([Part(write(cast.subscriber, cast.general)[1]) for _ in range(5)])
-    assert worker.work_horse()
+    queues.enqueue([WorkItem(write(cast.subscriber, cast.general)[1]) for _ in range(5)])
+    assert worker.run_jobs()
     assert queues.queue().count == 2
 
 
 def test_a_deadline_is_over_only_while_a_job_is_in_hand():
     deadline = Deadline()
     assert not deadline.is_over()
-    deadline.set(-OVERTIME_SECONDS - 1)
+    deadline.set(-KILL_GRACE_SECONDS - 1)
     assert deadline.is_over()
     deadline.clear()
     assert not deadline.is_over()
@@ -279,7 +279,7 @@ def test_small_messages_that_wait_are_told_together(cast, run_jobs):
     message_id, first = write(cast.moderator, cast.general, "silver")
     runs += [first, messages.edit_message(cast.moderator.user, message_id, "@vera").run_id]
     execute("UPDATE run SET attempts = 1, tries_left = 5 WHERE id = 7")
-    queues.enqueue([Part(run_id) for run_id in runs])
+    queues.enqueue([WorkItem(run_id) for run_id in runs])
     with statements() as said:
         jobs.notify(runs[0])
     assert sum("INSERT INTO notification" in statement for statement in said) == 1
@@ -293,7 +293,7 @@ def test_small_messages_that_wait_are_told_together(cast, run_jobs):
 
 def test_of_messages_that_are_told_together_one_that_fails_costs_the_others_nothing(cast, run_jobs):
     runs = [write(cast.subscriber, cast.general)[1] for _ in range(5)]
-    queues.enqueue([Part(run_id) for run_id in runs])
+    queues.enqueue([WorkItem(run_id) for run_id in runs])
     with notifications_that_fail_for(3):
         run_jobs()
         states = [state_of(run_id) for run_id in runs]
@@ -310,7 +310,7 @@ def test_of_messages_that_are_told_together_one_that_fails_costs_the_others_noth
 def test_large_audiences_are_not_told_together_with_small_ones(cast, slices_of):
     slices_of(11)  # two messages to five members
     runs = [write(cast.subscriber, cast.general)[1] for _ in range(5)]
-    queues.enqueue([Part(run_id) for run_id in runs])
+    queues.enqueue([WorkItem(run_id) for run_id in runs])
     jobs.notify(runs[0])
     assert [state_of(run_id) for run_id in runs] == ["succeeded"] * 2 + ["queued"] * 3
     slices_of(4)
@@ -356,8 +356,8 @@ def test_a_job_that_finds_its_run_in_other_hands_leaves_it_there(api, cast, in_a
 
 def test_a_job_that_was_overtaken_says_so_and_not_that_it_is_done(cast, monkeypatch, caplog):
     _, run_id = write(cast.subscriber, cast.general)
-    monkeypatch.setattr(claims, "hold_together", lambda *_: [])
-    monkeypatch.setattr(claims, "hold", lambda *_: None)
+    monkeypatch.setattr(claims, "lock_batch", lambda *_: [])
+    monkeypatch.setattr(claims, "lock_claimed", lambda *_: None)
     with caplog.at_level("INFO"):
         jobs.notify(run_id)
     assert f"run {run_id}: attempt 1 was overtaken" in caplog.text

@@ -17,7 +17,7 @@ import schemas
 from belfry.cli import seeding
 from belfry.core import migrations
 from belfry.core.db import db
-from belfry.core.errors import Refused
+from belfry.core.errors import DomainError
 from belfry.fanout import recovery, runs
 from belfry.identity import subscriptions, tokens, users
 from belfry.integrity import verification
@@ -40,7 +40,7 @@ def command(group: list[click.Command] | click.Group, name: str) -> Callable[[Ca
         def guarded(*arguments: Any, **options: Any) -> None:
             try:
                 function(*arguments, **options)
-            except Refused as error:
+            except DomainError as error:
                 raise click.ClickException(error.detail) from None
             except (OperationalError, InterfaceError) as error:
                 raise click.ClickException(f"The database is out of reach: {str(error).strip()}") from None
@@ -132,7 +132,7 @@ def create_user(
 @json_option
 def create_token(name: str, days: int | None, as_json: bool) -> None:
     """Make a token for the person with the username NAME, and print it once."""
-    user = users.find_username(name)
+    user = users.find_user_by_username(name)
     expires_at = datetime.now(UTC) + timedelta(days=days) if days else None
     stored, token = tokens.create_token(user, expires_at)
     if as_json:
@@ -182,7 +182,7 @@ def send_test_notification(
 
 def _sender(username: str | None) -> User:
     if username:
-        return users.find_username(username)
+        return users.find_user_by_username(username)
     admin: User | None = User.select().where(User.is_admin).order_by(User.id).first()
     if admin is None:
         raise click.ClickException("There is no admin yet: flask --app app create-user NAME --admin --token")
@@ -234,7 +234,7 @@ def worker(burst: bool) -> None:
 @json_option
 def explain(message_id: int, username: str, as_json: bool) -> None:
     """Say why somebody was, or was not, told of a message."""
-    user = users.find_username(username)
+    user = users.find_user_by_username(username)
     found = schemas.Explanation().dump(explanation.explain(None, message_id, user.id))
     if as_json:
         _print_json(found)

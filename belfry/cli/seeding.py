@@ -8,7 +8,7 @@ has the role `vip`, every thousandth moderates; every eighth has asked for less 
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from belfry.core.db import db, execute, row, rows
+from belfry.core.db import db, execute, fetch_all, fetch_one
 from models import Channel, ChannelRole, Role, Server
 
 BATCH = 5_000
@@ -67,7 +67,7 @@ def seed(members: int, channels: int, on_progress: Callable[[int], None] = lambd
         channel_ids = [_channel(server.id, number, vip.id) for number in range(1, channels + 1)]
         offset = _highest_number()
         for first, last in _batches(members):
-            made = rows(
+            made = fetch_all(
                 _MEMBERS,
                 {"first": first, "last": last, "offset": offset, "server_id": server.id, "channel_id": channel_ids[0]},
             )
@@ -93,7 +93,9 @@ def _batches(members: int) -> Iterator[tuple[int, int]]:
 
 
 def _highest_number() -> int:
-    found = row("SELECT max(substring(username FROM '^member-([0-9]{1,15})$')::bigint) AS highest FROM user_account")
+    found = fetch_one(
+        "SELECT max(substring(username FROM '^member-([0-9]{1,15})$')::bigint) AS highest FROM user_account"
+    )
     return int(found["highest"] or 0) if found else 0
 
 

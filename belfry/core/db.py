@@ -23,20 +23,20 @@ from config import settings
 
 Row = dict[str, Any]
 
-IDLE_SECONDS = 5
+IDLE_IN_TRANSACTION_SECONDS = 5
 """How long a transaction may hear nothing from its process, at least. Between two statements lie a few milliseconds."""
 ROUND_TRIPS = 8
 """So many round trips are waited for before a silent process is taken for dead. On a slow network, or with
 a slow database, each takes seconds; from the claim of a work item to its lock are four."""
 
 
-def not_for_long(round_trip: float) -> dict[str, str]:
+def idle_timeout(round_trip: float) -> dict[str, str]:
     """PostgreSQL's parameters for a transaction that does not keep its locks when its process hangs.
 
     `round_trip` is how many seconds PostgreSQL took for an answer just now: the silence between two statements is at
     least as long. No longer than a job may run, however long that was.
     """
-    seconds = max(IDLE_SECONDS, min(ROUND_TRIPS * round_trip, settings.job_timeout))
+    seconds = max(IDLE_IN_TRANSACTION_SECONDS, min(ROUND_TRIPS * round_trip, settings.job_timeout))
     return {"idle_in_transaction_session_timeout": f"{seconds * 1000:.0f}ms"}
 
 
@@ -44,7 +44,7 @@ def _utc(value: Any) -> Any:
     return value.astimezone(UTC) if isinstance(value, datetime) else value
 
 
-def rows(statement: str, parameters: Mapping[str, Any] | None = None) -> list[Row]:
+def fetch_all(statement: str, parameters: Mapping[str, Any] | None = None) -> list[Row]:
     """Run one statement; its rows as dicts, times in UTC. [] when there are none."""
     cursor = db.execute_sql(statement, parameters)
     result = cursor.pgresult  # its names alone: `cursor.description` makes an object of each column, with its type
@@ -52,9 +52,9 @@ def rows(statement: str, parameters: Mapping[str, Any] | None = None) -> list[Ro
     return [dict(zip(names, map(_utc, values), strict=True)) for values in cursor.fetchall()]
 
 
-def row(statement: str, parameters: Mapping[str, Any] | None = None) -> Row | None:
+def fetch_one(statement: str, parameters: Mapping[str, Any] | None = None) -> Row | None:
     """The first row of one statement as a dict; None when there is none."""
-    found = rows(statement, parameters)
+    found = fetch_all(statement, parameters)
     return found[0] if found else None
 
 
@@ -63,13 +63,13 @@ def execute(statement: str, parameters: Mapping[str, Any] | None = None) -> int:
     return int(db.execute_sql(statement, parameters).rowcount)
 
 
-def lock_for_this_transaction(key: int) -> bool:
+def try_xact_lock(key: int) -> bool:
     """Take an advisory lock until the transaction ends; False, and nobody waits, where another one has it."""
-    held = row("SELECT pg_try_advisory_xact_lock(%(key)s) AS held", {"key": key})
+    held = fetch_one("SELECT pg_try_advisory_xact_lock(%(key)s) AS held", {"key": key})
     return bool(held and held["held"])
 
 
-def set_locally(parameters: Mapping[str, str]) -> str:
+def set_config_sql(parameters: Mapping[str, str]) -> str:
     """What sets these parameters of PostgreSQL for one transaction, as expressions for a SELECT that is said anyway."""
     return ", ".join(f"set_config('{name}', '{value}', true)" for name, value in parameters.items())
 
@@ -84,14 +84,13 @@ def timed_transaction() -> Iterator[float]:
 
 @contextmanager
 def transaction(**parameters: str) -> Iterator[float]:
-    """A transaction that does not keep its locks when its process hangs. Yields as `timed_transaction`.
+    """Begin a transaction that loses its locks when its process hangs. Yields as `timed_transaction`.
 
-    PostgreSQL ends it, and takes back what it wrote, when nothing is heard of the process for IDLE_SECONDS, or for
-    ROUND_TRIPS where those take longer; of a process that died it hears at once. `parameters` are PostgreSQL's, for
-    this transaction alone.
+    PostgreSQL rolls it back when the process sends nothing for IDLE_IN_TRANSACTION_SECONDS, or for ROUND_TRIPS where
+    those take longer. It notices a process that died at once. `parameters` are PostgreSQL's, for this transaction.
     """
     with timed_transaction() as round_trip:
-        row(f"SELECT {set_locally(not_for_long(round_trip) | parameters)}")
+        fetch_one(f"SELECT {set_config_sql(idle_timeout(round_trip) | parameters)}")
         yield round_trip
 _process = os.getpid()
 
@@ -138,7 +137,7 @@ SESSION = {
 a statement fail with an error (time-outs, read-only transactions) or cost time only are the operator's to choose."""
 
 
-def prepare(connection: psycopg.Connection[Any]) -> None:
+def configure_connection(connection: psycopg.Connection[Any]) -> None:
     """Set SESSION on a new connection, in one round trip. Call it on each connection that the product opens.
 
     It is a statement and no `options` of the connection, which PgBouncer refuses. Behind PgBouncer in transaction mode
@@ -154,7 +153,7 @@ class _Adapter(Psycopg3Adapter):
     def connect(self, *arguments: Any, **parameters: Any) -> psycopg.Connection[Any]:
         connection: psycopg.Connection[Any] = super().connect(*arguments, **parameters)  # type: ignore[no-untyped-call]
         connection.autocommit = True  # as peewee sets it next: what is set here must not wait for a commit
-        prepare(connection)
+        configure_connection(connection)
         return connection
 
 

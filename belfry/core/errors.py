@@ -1,7 +1,7 @@
 """What the domain refuses, by the contract's codes. The web and the commands each say it in their own way."""
 
 
-class Refused(Exception):
+class DomainError(Exception):
     """A request that the rules do not allow. `code` is the contract's name; the text is for the person."""
 
     code = "refused"
@@ -11,19 +11,19 @@ class Refused(Exception):
         self.detail = detail
 
 
-class Unauthenticated(Refused):
+class Unauthenticated(DomainError):
     """Nobody, as far as can be told: no token, or one that is unknown, was revoked or has expired."""
 
     code = "unauthenticated"
 
 
-class NotFound(Refused):
+class NotFound(DomainError):
     """It does not exist, or the caller may not know that it does: the two must look the same."""
 
     code = "not_found"
 
 
-class Forbidden(Refused):
+class Forbidden(DomainError):
     """The caller may know of it, but it is not theirs to do."""
 
     code = "forbidden"
@@ -35,19 +35,19 @@ class SubscriptionRequired(Forbidden):
     code = "subscription_required"
 
 
-class Conflict(Refused):
+class Conflict(DomainError):
     """It cannot be done beside something that exists, or is under way."""
 
     code = "conflict"
 
 
-class IdempotencyMismatch(Refused):
+class IdempotencyMismatch(DomainError):
     """This key came before, with another body."""
 
     code = "idempotency_mismatch"
 
 
-class Invalid(Refused):
+class Invalid(DomainError):
     """Well-formed, but a field is wrong. `errors` is {field: [why, ...]}."""
 
     code = "invalid"
@@ -57,6 +57,6 @@ class Invalid(Refused):
         self.errors = errors
 
 
-def shortened(text: str, characters: int) -> str:
+def truncate(text: str, characters: int) -> str:
     """The text, or its first characters and `…` where it has more: what a caller sent is not sent back whole."""
     return text if len(text) <= characters else f"{text[:characters]}…"

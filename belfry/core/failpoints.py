@@ -5,7 +5,7 @@ In production nobody listens, and a point costs one comparison.
 
 from collections.abc import Callable
 
-POINTS = {
+FAILPOINTS = {
     "post.written": "the message and its run are written, and not committed",
     "post.committed": "they are committed, and Redis knows nothing of it",
     "run.enqueued": "a run's job is in the queue, and whoever caused it has no answer yet",
@@ -47,7 +47,7 @@ TEST_POINTS = {
 listener: Callable[[str, int | None, int | None], None] | None = None
 
 
-def reach(name: str, run_id: int | None = None, after: int | None = None) -> None:
-    """Say that the process has come to one of POINTS, with a run, or the slice of one after a user id, in hand."""
+def failpoint(name: str, run_id: int | None = None, after: int | None = None) -> None:
+    """Say that the process has come to one of FAILPOINTS, with a run, or the slice of one after a user id, in hand."""
     if listener is not None:
         listener(name, run_id, after)

@@ -6,20 +6,20 @@ from peewee import InterfaceError, OperationalError
 from playhouse.pool import MaxConnectionsExceeded
 
 from belfry.core import partitions
-from belfry.core.db import row
+from belfry.core.db import fetch_one
 from belfry.core.migrations import missing_migrations
 
 
-def check(redis_answers: Callable[[], bool]) -> dict[str, str]:
+def check_dependencies(redis_answers: Callable[[], bool]) -> dict[str, str]:
     """{"database", "redis", "migrations", "partitions"}: "ok", or what is wrong in a few words."""
     parts = {"database": "ok", "redis": "ok", "migrations": "ok", "partitions": "ok"}
     try:
-        row("SELECT 1")
+        fetch_one("SELECT 1")
         missing = missing_migrations()
         if missing:
             parts["migrations"] = f"missing: {', '.join(missing)}"
             parts["partitions"] = "unknown until the migrations are done"
-        elif gaps := partitions.missing(ahead=False):
+        elif gaps := partitions.missing_ranges(ahead=False):
             parts["partitions"] = f"{len(gaps)} missing: some messages notify nobody; the worker's log says why"
     except (OperationalError, InterfaceError, MaxConnectionsExceeded):
         parts["database"] = "out of reach"

@@ -6,14 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from belfry.core.db import execute, not_for_long, row, set_locally
+from belfry.core.db import execute, fetch_one, idle_timeout, set_config_sql
 from belfry.core.errors import Conflict, IdempotencyMismatch
 
-KEPT = "24 hours"  # that a key counts; belfry/worker/cleanup.py deletes what is older
+RETENTION = "24 hours"  # that a key counts; belfry/worker/cleanup.py deletes what is older
 
 
 @dataclass(frozen=True)
-class Once:
+class IdempotentRequest:
     """A request that must have its effect once: whose, by which key, with what body, and how it is answered."""
 
     user_id: int
@@ -27,22 +27,22 @@ class Once:
         return hashlib.sha256(json.dumps(self.body, sort_keys=True).encode()).digest()
 
 
-def claim(once: Once, round_trip: float) -> str | None:
+def begin(once: IdempotentRequest, round_trip: float) -> str | None:
     """The answer that this key was given before, or None: then the request is the first, and goes on.
 
     Holds the key until the transaction ends; `timed_transaction` began it, and gave the `round_trip`. Raises Conflict
     while another request holds the key, and IdempotencyMismatch where it came before with another body.
     """
-    limit = set_locally(not_for_long(round_trip))
-    held = row(
+    limit = set_config_sql(idle_timeout(round_trip))
+    held = fetch_one(
         f"SELECT pg_try_advisory_xact_lock(hashtextextended(%(name)s, 0)) AS held, {limit}",
         {"name": f"idempotency {once.user_id} {once.key}"},
     )
     if not held or not held["held"]:
         raise Conflict("A request with this Idempotency-Key is still under way.")
-    found = row(
+    found = fetch_one(
         "SELECT request_hash, response FROM idempotency_key"
-        f" WHERE user_id = %(user_id)s AND key = %(key)s AND created_at > now() - interval '{KEPT}'",
+        f" WHERE user_id = %(user_id)s AND key = %(key)s AND created_at > now() - interval '{RETENTION}'",
         {"user_id": once.user_id, "key": once.key},
     )
     if found is None:
@@ -52,7 +52,7 @@ def claim(once: Once, round_trip: float) -> str | None:
     return str(found["response"])
 
 
-def remember(once: Once, answered: Any) -> None:
+def save_response(once: IdempotentRequest, answered: Any) -> None:
     """Keep the answer for the next time, in the transaction of what it answers, or once more when it changed."""
     execute(
         "INSERT INTO idempotency_key (user_id, key, request_hash, response)"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from playhouse.migrations import Runner
 
-from belfry.core.db import db, execute, row, rows
+from belfry.core.db import db, execute, fetch_all, fetch_one
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ def migrate() -> list[str]:
     index that is made CONCURRENTLY waits for every statement that runs.
     """
     with db.connection_context():
-        while rows("SELECT pg_try_advisory_lock(%(key)s) AS held", {"key": MIGRATION_LOCK}) == [{"held": False}]:
+        while fetch_all("SELECT pg_try_advisory_lock(%(key)s) AS held", {"key": MIGRATION_LOCK}) == [{"held": False}]:
             time.sleep(0.1)
         try:
             applied: list[str] = _runner().up()
@@ -36,6 +36,6 @@ def migrate() -> list[str]:
 
 def missing_migrations() -> list[str]:
     """The names of the migrations that this release has and the database has not."""
-    there = row("SELECT to_regclass('schema_migration') IS NOT NULL AS there")
+    there = fetch_one("SELECT to_regclass('schema_migration') IS NOT NULL AS there")
     applied = set(_runner().applied()) if there and there["there"] else set()
     return [path.stem for path in sorted(MIGRATIONS.glob("[0-9]*.py")) if path.stem not in applied]

@@ -4,7 +4,7 @@ Each insert finds its place in the key of its partition, and that is the slower 
 touches a page for each recipient, in the end. So a partition is left when it is full, and the next one is empty.
 
 - A partition holds a million message ids at most, and always ends at a whole million: `notification_to_3000000` those
-  below it. AHEAD of them are always there beyond the one in use.
+  below it. PARTITIONS_AHEAD of them are always there beyond the one in use.
 - The one in use is left early, when it is full or old: the next message's id is the next whole million. So ids grow
   with time, and have gaps.
 - One that was left gets an index of what is unread in it: who has read nearly all of 100,000 is not counted row by row.
@@ -22,16 +22,25 @@ from dataclasses import dataclass, field
 import psycopg
 from peewee import IntegrityError, NotSupportedError, ProgrammingError
 
-from belfry.core.db import connect_parameters, db, execute, lock_for_this_transaction, prepare, row, rows, transaction
+from belfry.core.db import (
+    configure_connection,
+    connect_parameters,
+    db,
+    execute,
+    fetch_all,
+    fetch_one,
+    transaction,
+    try_xact_lock,
+)
 from config import settings, tuning
 
 log = logging.getLogger(__name__)
 
-WIDTH = 1_000_000  # message ids
-AHEAD = 2
+PARTITION_SPAN = 1_000_000  # message ids
+PARTITIONS_AHEAD = 2
 ROW_BYTES = 60  # of a notification in its table, as measured; without its key
-INDEX_SECONDS = 600  # at most for an index: a million rows take a quarter of one, but old snapshots are waited for
-OF_RETENTION = 10  # a partition is left after this part of RETENTION_DAYS, so that not much is kept longer
+INDEX_TIMEOUT_SECONDS = 600  # a million rows take a quarter of a second, but old snapshots are waited for
+ROLLOVERS_PER_RETENTION = 10  # a partition is left after this part of RETENTION_DAYS, so that not much is kept longer
 PARTITION_LOCK = 0x62656C70  # the advisory lock's key: "belp"
 
 
@@ -47,9 +56,9 @@ class Partition:
 _BOUNDS = re.compile(r"FOR VALUES FROM \((?:MINVALUE|'?(-?[0-9]+)'?)\) TO \('?(-?[0-9]+)'?\)")
 
 
-def partitions() -> list[Partition]:
+def list_partitions() -> list[Partition]:
     """All that have an upper bound, lowest first. A default partition is not among them."""
-    found = rows(
+    found = fetch_all(
         "SELECT quote_ident(c.relname) AS name, pg_get_expr(c.relpartbound, c.oid) AS bounds"
         " FROM pg_inherits i"
         " JOIN pg_class c ON c.oid = i.inhrelid"
@@ -61,7 +70,7 @@ def partitions() -> list[Partition]:
     return sorted(there, key=lambda one: one.below)
 
 
-def missing(newest: int | None = None, *, ahead: bool = True) -> list[Partition]:
+def missing_ranges(newest: int | None = None, *, ahead: bool = True) -> list[Partition]:
     """The ranges of message ids for which no partition is there: up to the next after `newest`, and between any two.
 
     `newest` is the sequence's value, which is read unless it is given. Without `ahead` only those that the next
@@ -70,58 +79,58 @@ def missing(newest: int | None = None, *, ahead: bool = True) -> list[Partition]
     next_message = (_newest_message() if newest is None else newest) + 1
     found: list[Partition] = []
     end: int | None = None
-    for one in [*partitions(), Partition(next_message + 1, next_message + 1)]:
+    for one in [*list_partitions(), Partition(next_message + 1, next_message + 1)]:
         if one.after_or_at is not None and (end is None or end < one.after_or_at):
             found.append(Partition(end, one.after_or_at))
         end = one.below if end is None else max(end, one.below)
     return [gap for gap in found if ahead or gap.after_or_at is None or gap.after_or_at <= next_message]
 
 
-def kept_from() -> int:
+def oldest_retained_message_id() -> int:
     """The message id from which on notifications are kept: those of older messages are gone, if there were any.
 
     1 where there is no partition at all.
     """
-    there = partitions()
+    there = list_partitions()
     if not there:
         return 1
     return there[0].below if there[0].after_or_at is None else there[0].after_or_at
 
 
-def keep_from_dropping(*, writing: bool) -> None:
+def block_drops(*, writing: bool) -> None:
     """Let no partition be dropped until the transaction ends; waits for a drop that is under way.
 
-    It takes the lock on the table that reading or `writing` it takes anyway, before `kept_from` is asked: a drop needs
-    the table alone.
+    It takes the lock on the table that reading or `writing` it takes anyway, before `oldest_retained_message_id` is
+    asked: a drop needs an exclusive lock on the table.
     """
     mode = "ROW EXCLUSIVE" if writing else "ACCESS SHARE"
     execute(f"LOCK TABLE ONLY notification IN {mode} MODE")
 
 
-def care() -> None:
+def maintain() -> None:
     """Make what is missing, leave the one in use where it is full or old, and drop what is older than RETENTION_DAYS.
 
     Does nothing while another worker does it. Raises peewee's OperationalError where it would have to wait for a lock
     for long, since others would wait behind it; what is made and left stays so where only the drop has to wait.
     """
     with transaction(lock_timeout="500ms", statement_timeout="20s"):
-        if not lock_for_this_transaction(PARTITION_LOCK):
+        if not try_xact_lock(PARTITION_LOCK):
             return
         newest = _newest_message()
-        for gap in missing(newest):
+        for gap in missing_ranges(newest):
             _fill(gap, newest)
-        there = partitions()
+        there = list_partitions()
         used = _in_use(there)
-        for below in range(there[-1].below, used.below + AHEAD * WIDTH, WIDTH):
-            _make(Partition(below, below + WIDTH))
+        for below in range(there[-1].below, used.below + PARTITIONS_AHEAD * PARTITION_SPAN, PARTITION_SPAN):
+            _create(Partition(below, below + PARTITION_SPAN))
         if _is_full(used) or _is_old(used):
-            _leave(used)
+            _roll_over(used)
     if settings.retention_days:
         with transaction(lock_timeout="100ms", statement_timeout="20s"):
-            if lock_for_this_transaction(PARTITION_LOCK):
-                there = partitions()
+            if try_xact_lock(PARTITION_LOCK):
+                there = list_partitions()
                 used = _in_use(there)
-                _drop([one for one in there if one.below < used.below and _is_over(one)])
+                _drop([one for one in there if one.below < used.below and _is_expired(one)])
 
 
 def _in_use(there: list[Partition]) -> Partition:
@@ -130,7 +139,7 @@ def _in_use(there: list[Partition]) -> Partition:
 
 
 def _newest_message() -> int:
-    found = row("SELECT last_value FROM message_id_seq")
+    found = fetch_one("SELECT last_value FROM message_id_seq")
     assert found is not None
     return int(found["last_value"])
 
@@ -142,16 +151,16 @@ def _fill(gap: Partition, newest: int) -> None:
     """
     next_message = newest + 1
     if (gap.after_or_at is None or gap.after_or_at <= next_message) and next_message < gap.below:
-        start = next_message // WIDTH * WIDTH
-        below = start + WIDTH if gap.below == next_message + 1 else min(start + WIDTH, gap.below)
+        start = next_message // PARTITION_SPAN * PARTITION_SPAN
+        below = start + PARTITION_SPAN if gap.below == next_message + 1 else min(start + PARTITION_SPAN, gap.below)
         if gap.after_or_at is not None and start > gap.after_or_at:
-            _make(Partition(gap.after_or_at, start))
+            _create(Partition(gap.after_or_at, start))
             gap = Partition(start, gap.below)
         gap = Partition(gap.after_or_at, below)
-    _make(gap)
+    _create(gap)
 
 
-def _make(new: Partition) -> None:
+def _create(new: Partition) -> None:
     """Make a partition, or attach the table that has its name: one that was detached keeps who was notified.
 
     It is attached, not created as a part of the table: that would wait for everybody who reads or writes it. What has
@@ -161,7 +170,7 @@ def _make(new: Partition) -> None:
     bounds = f"FOR VALUES FROM ({lower}) TO ({new.below})"
     wanted = name = f"notification_to_{new.below}"
     number = 1
-    while _is_taken(name):
+    while _name_exists(name):
         if number == 1 and _attach(name, bounds):
             log.warning("%s was no partition any more, and is attached again", name)
             return
@@ -172,8 +181,10 @@ def _make(new: Partition) -> None:
     log.info("made %s", name)
 
 
-def _is_taken(name: str) -> bool:
-    found = row("SELECT to_regclass(%(name)s) IS NOT NULL OR to_regtype(%(name)s) IS NOT NULL AS taken", {"name": name})
+def _name_exists(name: str) -> bool:
+    found = fetch_one(
+        "SELECT to_regclass(%(name)s) IS NOT NULL OR to_regtype(%(name)s) IS NOT NULL AS taken", {"name": name}
+    )
     return bool(found and found["taken"])
 
 
@@ -189,7 +200,7 @@ def _attach(name: str, bounds: str) -> bool:
 
 
 def _is_full(used: Partition) -> bool:
-    found = row(
+    found = fetch_one(
         "SELECT pg_relation_size(%(name)s::regclass) / %(row_bytes)s"
         " >= GREATEST(%(rows)s, %(messages)s * reltuples, ("
         "  SELECT sum(pg_relation_size(inhrelid)) / %(row_bytes)s / %(number)s"
@@ -211,16 +222,16 @@ def _is_old(used: Partition) -> bool:
     if not settings.retention_days or used.after_or_at is None:
         return False
     return bool(
-        row(
+        fetch_one(
             "SELECT 1 AS yes FROM ("
             " SELECT created_at FROM message WHERE id >= %(from)s ORDER BY id LIMIT 1) oldest"
             " WHERE created_at < now() - make_interval(hours => 24 * %(days)s / %(part)s)",
-            {"from": used.after_or_at, "days": settings.retention_days, "part": OF_RETENTION},
+            {"from": used.after_or_at, "days": settings.retention_days, "part": ROLLOVERS_PER_RETENTION},
         )
     )
 
 
-def _leave(used: Partition) -> None:
+def _roll_over(used: Partition) -> None:
     """Let the next message be the first of the next partition.
 
     The sequence is locked first, so that nobody draws an id between the look at it and its move: twice the same id
@@ -232,11 +243,11 @@ def _leave(used: Partition) -> None:
         log.info("%s is full or old: the next message has the id %s", used.name, used.below)
 
 
-def without_index() -> list[str]:
+def partitions_missing_unread_index() -> list[str]:
     """The partitions that were left and have no index of what is unread in them, or one that is not finished."""
-    there = partitions()
+    there = list_partitions()
     used = _in_use(there)
-    found = rows(
+    found = fetch_all(
         "SELECT name FROM unnest(%(left)s::text[]) WITH ORDINALITY AS t (name, number)"
         " LEFT JOIN pg_index i ON i.indexrelid = to_regclass(name || '_unread')"
         " WHERE i.indisvalid IS NOT TRUE"
@@ -246,7 +257,7 @@ def without_index() -> list[str]:
     return [one["name"] for one in found]
 
 
-def make_index(name: str) -> bool:
+def create_unread_index(name: str) -> bool:
     """Make the index of what is unread in a partition that was left. Nobody who reads or writes waits meanwhile.
 
     So it is made CONCURRENTLY: out of a transaction, by a connection of its own, for its patience must not stay on one
@@ -256,9 +267,9 @@ def make_index(name: str) -> bool:
     index = f"{name}_unread"
     try:
         with psycopg.connect(**connect_parameters(), autocommit=True) as own:
-            prepare(own)
+            configure_connection(own)
             own.execute(f"SET lock_timeout = '{tuning.partition_index_lock_timeout}'")
-            own.execute(f"SET statement_timeout = '{INDEX_SECONDS}s'")
+            own.execute(f"SET statement_timeout = '{INDEX_TIMEOUT_SECONDS}s'")
             with own.transaction():
                 own.execute(f"LOCK TABLE {name} IN SHARE UPDATE EXCLUSIVE MODE")
                 if own.execute(
@@ -277,8 +288,8 @@ def make_index(name: str) -> bool:
     return True
 
 
-def _is_over(one: Partition) -> bool:
-    newest = row(
+def _is_expired(one: Partition) -> bool:
+    newest = fetch_one(
         "SELECT created_at < now() - make_interval(hours => 24 * %(days)s) AS over"
         " FROM message"
         " WHERE id < %(below)s"
@@ -294,5 +305,5 @@ def _drop(over: list[Partition]) -> None:
     if len(over) < 2:
         return  # the lowest one alone, which is already that
     execute(f"DROP TABLE {', '.join(one.name for one in over)}")
-    _make(Partition(None, over[-1].below))
+    _create(Partition(None, over[-1].below))
     log.info("dropped the notifications of messages below %s: they are older than RETENTION_DAYS", over[-1].below)

@@ -2,7 +2,7 @@
 
 - **The lease is the lock on the part's row**, held by the transaction that does it. PostgreSQL takes it back when
   the worker's connection ends (in the midst of a statement, when that ends: well under a second for a slice), and
-  after IDLE_SECONDS from a worker that hangs. No clock is compared, no
+  after IDLE_IN_TRANSACTION_SECONDS from a worker that hangs. No clock is compared, no
   heartbeat is sent: one would go on saying "alive" for a process whose work hangs.
 - **The attempt's number is its token.** It is counted, and committed, before the work: so that an attempt that
   ends without a word has been one, and whoever comes back late finds that another attempt has begun, and can
@@ -14,10 +14,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from belfry.core.db import Row, execute, row, rows, set_locally
-from models import TRIES
+from belfry.core.db import Row, execute, fetch_all, fetch_one, set_config_sql
+from models import MAX_ATTEMPTS
 
-_LEASE = f"make_interval(secs => LEAST(15, 2 * power(2, {TRIES} - tries_left)))"
+_LEASE_SECONDS_SQL = f"make_interval(secs => LEAST(15, 2 * power(2, {MAX_ATTEMPTS} - tries_left)))"
 """From the counted attempt to the lock lie milliseconds. After that `due_at` means something only where the lock is
 gone without a word: then the next attempt comes 2 s after the first began, and 4, 8, 15, 15 s after those that follow,
 so that a spell of bad luck does not use up all tries at once, and the work still goes on within half a minute.
@@ -26,12 +26,12 @@ Where PostgreSQL answers slowly the sweeper waits longer (`grace`), and an attem
 its try back: a run is not failed for slowness alone."""
 
 
-_IS_OLD = "(created_at < now() - interval '1 day')"
+_IS_OLD_SQL = "(created_at < now() - interval '1 day')"
 """Whether a run is older than the shortest RETENTION_DAYS: the notifications of its message may have been dropped."""
 
 
 @dataclass(frozen=True, order=True)
-class Part:
+class WorkItem:
     """What one job does: a run's own part (`after` None: all of a small run; the planning, and the mentioned,
     of a large one), or the slice of it that begins after a user id."""
 
@@ -42,13 +42,13 @@ class Part:
         return f"run {self.run_id}" + ("" if self.after is None else f", slice after {self.after}")
 
 
-_TAKE_RUN = f"""
+_CLAIM_RUN_SQL = f"""
     UPDATE run
     SET state = 'running',
         attempts = attempts + 1,
         tries_left = tries_left - 1,
         started_at = COALESCE(started_at, now()),
-        due_at = clock_timestamp() + {_LEASE}
+        due_at = clock_timestamp() + {_LEASE_SECONDS_SQL}
     WHERE id = (SELECT id FROM run WHERE id = %(run_id)s FOR NO KEY UPDATE SKIP LOCKED)
     AND slices_left = 0
     AND state IN ('pending', 'queued', 'running')
@@ -56,11 +56,11 @@ _TAKE_RUN = f"""
     RETURNING attempts
 """
 
-_TAKE_SLICE = f"""
+_CLAIM_SLICE_SQL = f"""
     UPDATE slice
     SET attempts = attempts + 1,
         tries_left = tries_left - 1,
-        due_at = clock_timestamp() + {_LEASE}
+        due_at = clock_timestamp() + {_LEASE_SECONDS_SQL}
     WHERE (run_id, after) = (
         SELECT run_id, after
         FROM slice
@@ -71,7 +71,7 @@ _TAKE_SLICE = f"""
 """
 
 
-_TAKE_TOGETHER = f"""
+_CLAIM_BATCH_SQL = f"""
     WITH asked AS (
         SELECT id, message_id
         FROM run
@@ -79,7 +79,7 @@ _TAKE_TOGETHER = f"""
         AND kind NOT IN ('edit', 'replay')
         AND state IN ('pending', 'queued')
         AND attempts = 0
-        AND NOT {_IS_OLD}
+        AND NOT {_IS_OLD_SQL}
         FOR NO KEY UPDATE SKIP LOCKED
     ),
     placed AS (
@@ -113,7 +113,7 @@ _TAKE_TOGETHER = f"""
         attempts = 1,
         tries_left = tries_left - 1,
         started_at = now(),
-        due_at = clock_timestamp() + {_LEASE}
+        due_at = clock_timestamp() + {_LEASE_SECONDS_SQL}
     FROM chosen, (SELECT set_config('synchronous_commit', 'off', true)) AS lazily
     WHERE run.id = chosen.id
     AND chosen.members <= %(members)s
@@ -121,7 +121,7 @@ _TAKE_TOGETHER = f"""
 """
 
 
-def take_together(first: int, others: Sequence[int], members: int) -> list[int]:
+def claim_batch(first: int, others: Sequence[int], members: int) -> list[int]:
     """Count the first attempt at a run, and at others that nobody has begun, with no more than so many members in all;
     those taken, [] when there is none to take.
 
@@ -131,16 +131,16 @@ def take_together(first: int, others: Sequence[int], members: int) -> list[int]:
     the attempt was none.
     """
     asked = {"first": first, "run_ids": [first, *others], "members": members}
-    return sorted(taken["run_id"] for taken in rows(_TAKE_TOGETHER, asked))
+    return sorted(taken["run_id"] for taken in fetch_all(_CLAIM_BATCH_SQL, asked))
 
 
-def take(part: Part) -> int | None:
-    """Count one more attempt at a part; its number, the token for `hold` and `fail`.
+def claim(part: WorkItem) -> int | None:
+    """Count one more attempt at a part; its number, the token for `lock_claimed` and `record_failure`.
 
     None where there is nothing to take: it is done, it has failed, its tries are used up, or somebody else is at it
     (who locks a row sees to it that the part goes on).
     """
-    taken = row(_TAKE_RUN if part.after is None else _TAKE_SLICE, vars(part))
+    taken = fetch_one(_CLAIM_RUN_SQL if part.after is None else _CLAIM_SLICE_SQL, vars(part))
     return int(taken["attempts"]) if taken else None
 
 
@@ -152,16 +152,16 @@ who come later do not wait for him, so that the slices of a large fan-out would 
 Before an advisory lock everybody waits in line.
 """
 
-_HOLD = f"""
+_LOCK_SQL = f"""
     WITH held AS MATERIALIZED ({{part}})
     SELECT held.*, pg_advisory_xact_lock_shared({MESSAGE_LOCK}, (message_id %% 2147483647)::int) AS shared
     FROM held
 """
 """The part's row is locked first: while the message is waited for, nobody may take the part for abandoned."""
 
-_HOLD_RUN = _HOLD.format(
+_LOCK_RUN_SQL = _LOCK_SQL.format(
     part=f"""
-        SELECT message_id, kind, mention_changes, {_IS_OLD} AS is_old
+        SELECT message_id, kind, mention_changes, {_IS_OLD_SQL} AS is_old
         FROM run
         WHERE id = %(run_id)s
         AND slices_left = 0
@@ -171,9 +171,9 @@ _HOLD_RUN = _HOLD.format(
     """
 )
 
-_HOLD_SLICE = _HOLD.format(
+_LOCK_SLICE_SQL = _LOCK_SQL.format(
     part=f"""
-        SELECT r.message_id, r.kind, r.mention_changes, {_IS_OLD} AS is_old, s.up_to, s.told_first::text
+        SELECT r.message_id, r.kind, r.mention_changes, {_IS_OLD_SQL} AS is_old, s.up_to, s.told_first::text
         FROM slice s
         JOIN run r ON r.id = s.run_id
         WHERE s.run_id = %(run_id)s
@@ -184,26 +184,26 @@ _HOLD_SLICE = _HOLD.format(
 )
 
 
-def hold(part: Part, attempt: int) -> Row | None:
+def lock_claimed(part: WorkItem, attempt: int) -> Row | None:
     """Lock a part, and keep its message as it is, until the transaction ends: {"message_id", "kind",
     "mention_changes"}, and of a slice also {"up_to", "told_first"}.
 
     None where the attempt is not the last one any more: it is another's by now. Read the message after this: who
     was changing it has committed then.
     """
-    return row(_HOLD_RUN if part.after is None else _HOLD_SLICE, {**vars(part), "attempt": attempt})
+    return fetch_one(_LOCK_RUN_SQL if part.after is None else _LOCK_SLICE_SQL, {**vars(part), "attempt": attempt})
 
 
-_GIVE_BACK_RUN = f"""
+_RELEASE_RUN_SQL = f"""
     UPDATE run
     SET tries_left = tries_left + 1
     WHERE id = (SELECT id FROM run WHERE id = %(run_id)s FOR NO KEY UPDATE SKIP LOCKED)
     AND slices_left = 0
     AND state IN ('queued', 'running')
-    AND tries_left < {TRIES}
+    AND tries_left < {MAX_ATTEMPTS}
 """
 
-_GIVE_BACK_SLICE = f"""
+_RELEASE_SLICE_SQL = f"""
     UPDATE slice
     SET tries_left = tries_left + 1
     WHERE (run_id, after) = (
@@ -212,25 +212,25 @@ _GIVE_BACK_SLICE = f"""
         WHERE run_id = %(run_id)s AND after = %(after)s
         FOR NO KEY UPDATE SKIP LOCKED)
     AND due_at IS NOT NULL
-    AND tries_left < {TRIES}
+    AND tries_left < {MAX_ATTEMPTS}
 """
 
 
-def give_back(part: Part) -> None:
-    """Return the try of an attempt that another one has overtaken (`hold` gave None): nobody died, it was slow.
+def release(part: WorkItem) -> None:
+    """Return the try of an attempt that another one has overtaken (`lock_claimed` gave None): nobody died, it was slow.
 
     Nothing changes where the part is done, has failed, or is being done: whoever locks it sees to it.
     """
-    execute(_GIVE_BACK_RUN if part.after is None else _GIVE_BACK_SLICE, vars(part))
+    execute(_RELEASE_RUN_SQL if part.after is None else _RELEASE_SLICE_SQL, vars(part))
 
 
-def hold_together(run_ids: Sequence[int], parameters: dict[str, str]) -> list[Row]:
-    """As `hold`, of what `take_together` gave: {"run_id", "message_id"} of those whose message nobody is changing.
+def lock_batch(run_ids: Sequence[int], parameters: dict[str, str]) -> list[Row]:
+    """Lock what `claim_batch` gave: {"run_id", "message_id"} of the runs whose message nobody is changing.
 
     The others are not waited for, for their sake nobody else should wait. It begins a transaction, for the rest of
     which it sets PostgreSQL's `parameters`: one statement less for each small message.
     """
-    held = rows(
+    held = fetch_all(
         f"""
         WITH held AS MATERIALIZED (
             SELECT id AS run_id, message_id
@@ -241,7 +241,7 @@ def hold_together(run_ids: Sequence[int], parameters: dict[str, str]) -> list[Ro
             ORDER BY id
             FOR NO KEY UPDATE SKIP LOCKED
         ),
-        put AS MATERIALIZED (SELECT {set_locally(parameters)})
+        put AS MATERIALIZED (SELECT {set_config_sql(parameters)})
         SELECT run_id, message_id,
             pg_try_advisory_xact_lock_shared({MESSAGE_LOCK}, (message_id %% 2147483647)::int) AS shared
         FROM put
@@ -252,7 +252,7 @@ def hold_together(run_ids: Sequence[int], parameters: dict[str, str]) -> list[Ro
     return [one for one in held if one["shared"]]
 
 
-def hold_message(message_id: int) -> None:
+def lock_message(message_id: int) -> None:
     """Wait for the parts that tell of a message, and let no other begin, until the transaction ends: to change it."""
     execute(
         f"SELECT pg_advisory_xact_lock({MESSAGE_LOCK}, (%(message_id)s::bigint %% 2147483647)::int)",
@@ -260,10 +260,10 @@ def hold_message(message_id: int) -> None:
     )
 
 
-_REASON = """COALESCE(%(reason)s, error,
+_ERROR_SQL = """COALESCE(%(reason)s, error,
     'gave up after ' || attempts || ' attempts: each ended without a word, as when its process is killed')"""
 
-_END_RUNS = """
+_RECORD_RUN_FAILURES_SQL = """
     WITH ended AS (
         SELECT id AS run_id
         FROM run
@@ -281,7 +281,7 @@ _END_RUNS = """
     WHERE run.id = ended.run_id
 """
 
-_END_SLICES = """
+_RECORD_SLICE_FAILURES_SQL = """
     WITH ended AS (
         SELECT run_id, after
         FROM slice
@@ -307,7 +307,7 @@ _END_SLICES = """
 """
 
 
-def fail(part: Part, attempt: int, reason: str, retry_in: float | None) -> None:
+def record_failure(part: WorkItem, attempt: int, reason: str, retry_in: float | None) -> None:
     """Write down why an attempt failed; nothing where it is not the last one any more.
 
     With tries left the part is the sweeper's, should the retry not come within `retry_in` seconds; otherwise the
@@ -315,8 +315,9 @@ def fail(part: Part, attempt: int, reason: str, retry_in: float | None) -> None:
     """
     noted = {"attempt": attempt, "reason": reason[:1000] or "no reason was given", "retry_in": retry_in or 0}
     if part.after is None:
-        statement = _END_RUNS.format(which="id = %(run_id)s AND attempts = %(attempt)s", reason=_REASON, of_others="")
+        which = "id = %(run_id)s AND attempts = %(attempt)s"
+        statement = _RECORD_RUN_FAILURES_SQL.format(which=which, reason=_ERROR_SQL, of_others="")
     else:
         which = "run_id = %(run_id)s AND after = %(after)s AND attempts = %(attempt)s"
-        statement = _END_SLICES.format(which=which, reason=_REASON, of_others="")
+        statement = _RECORD_SLICE_FAILURES_SQL.format(which=which, reason=_ERROR_SQL, of_others="")
     execute(statement, {**vars(part), **noted})

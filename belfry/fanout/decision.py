@@ -7,12 +7,12 @@ for one person. The tests hold it against an oracle in plain Python on random co
 from dataclasses import dataclass
 from typing import Any
 
-from belfry.core.db import Row, row, rows
-from belfry.identity.subscriptions import ACTIVE_SUBSCRIPTION
+from belfry.core.db import Row, fetch_all, fetch_one
+from belfry.identity.subscriptions import ACTIVE_SUBSCRIPTION_SQL
 from config import settings
 from models import LARGEST_ID, REASONS
 
-TELLING = REASONS
+NOTIFY_DECISIONS = REASONS
 DECISIONS = {
     "author": "They wrote the message, and nobody is told of their own.",
     "no_channel_access": "The channel is private, and none of their roles opens it.",
@@ -27,12 +27,12 @@ DECISIONS = {
 }
 
 
-_RANGE = "AND {column} > %(after)s AND {column} <= %(up_to)s"
+_USER_ID_RANGE_SQL = "AND {column} > %(after)s AND {column} <= %(up_to)s"
 """Of one slice. It stands at each table: PostgreSQL carries an equality over a join, but no inequality, and would read
 everybody's accounts, subscriptions and roles for every slice."""
 
 
-def _has_role(who: str, server_of: str, roles: str, within: str) -> str:
+def _has_role_sql(who: str, server_of: str, roles: str, within: str) -> str:
     """Whether a member has one of the roles in an array, which are of the server of a channel or message."""
     return f"""EXISTS (
             SELECT FROM member_role r
@@ -42,12 +42,12 @@ def _has_role(who: str, server_of: str, roles: str, within: str) -> str:
             {within.format(column="r.user_id")})"""
 
 
-def _audience(channels: str, within: str) -> str:
+def _audience_sql(channels: str, within: str) -> str:
     """What the rules need to know of each member of the channels' servers, whatever the message."""
     return f"""
     SELECT c.channel_id, m.user_id, u.is_admin,
-        {ACTIVE_SUBSCRIPTION} AS subscribed,
-        NOT c.private OR {_has_role("m", "c", "c.opening_roles", within)} AS sees_channel,
+        {ACTIVE_SUBSCRIPTION_SQL} AS subscribed,
+        NOT c.private OR {_has_role_sql("m", "c", "c.opening_roles", within)} AS sees_channel,
         p.level,
         p.muted_until > now() AS muted
     FROM ({channels}) c
@@ -59,7 +59,7 @@ def _audience(channels: str, within: str) -> str:
 """
 
 
-def _decision(within: str) -> str:
+def _decision_sql(within: str) -> str:
     """Exactly one reason for each member `a` of the server, of message `g`. Contract, section 4, in its order but for
     one step:
 
@@ -79,7 +79,7 @@ def _decision(within: str) -> str:
         THEN 'mention'
     WHEN a.muted
         THEN 'muted'
-    WHEN g.mentioned_roles <> '{{}}' AND {_has_role("a", "g", "g.mentioned_roles", within)}
+    WHEN g.mentioned_roles <> '{{}}' AND {_has_role_sql("a", "g", "g.mentioned_roles", within)}
         THEN 'mention_role'
     WHEN g.mentions_everyone
         THEN 'mention_everyone'
@@ -89,7 +89,7 @@ def _decision(within: str) -> str:
 END"""
 
 
-_ONE_SUBJECT = """
+_ONE_MESSAGE_SQL = """
         SELECT %(message_id)s::bigint AS message_id, %(server_id)s::bigint AS server_id,
             %(channel_id)s::bigint AS channel_id, %(author_id)s::bigint AS author_id,
             %(private)s::boolean AS private, %(opening_roles)s::bigint[] AS opening_roles,
@@ -97,7 +97,7 @@ _ONE_SUBJECT = """
             %(mentions_everyone)s::boolean AS mentions_everyone, %(only_for)s::bigint AS only_for
 """
 
-_SUBJECTS = """
+_BATCH_MESSAGES_SQL = """
     SELECT g.id AS message_id, c.server_id, c.id AS channel_id, g.author_id, c.private,
         ARRAY(SELECT o.role_id FROM channel_role o WHERE o.channel_id = c.id ORDER BY 1) AS opening_roles,
         g.mentioned_users, g.mentioned_roles, g.mentions_everyone,
@@ -107,31 +107,31 @@ _SUBJECTS = """
     WHERE g.id = {which}
 """
 
-DECIDED = f"""
-    SELECT a.user_id, {_decision(_RANGE)} AS decision
-    FROM ({_ONE_SUBJECT}) g
-    CROSS JOIN ({_audience(_ONE_SUBJECT, _RANGE)}) a
+DECISIONS_SQL = f"""
+    SELECT a.user_id, {_decision_sql(_USER_ID_RANGE_SQL)} AS decision
+    FROM ({_ONE_MESSAGE_SQL}) g
+    CROSS JOIN ({_audience_sql(_ONE_MESSAGE_SQL, _USER_ID_RANGE_SQL)}) a
     WHERE a.user_id <> ALL(%(but)s::bigint[])
     AND (%(among)s::bigint[] IS NULL OR a.user_id = ANY(%(among)s::bigint[]))
     AND (g.only_for IS NULL OR a.user_id = g.only_for)
 """
 """(user_id, decision) of the members in a range of ids, for `Subject.parameters`."""
 
-_MEMBER = ("user_id", "is_admin", "subscribed", "sees_channel", "level", "muted")  # the columns of `_audience`
+_MEMBER_SQL = ("user_id", "is_admin", "subscribed", "sees_channel", "level", "muted")  # the columns of `_audience_sql`
 
-DECIDED_OF_MANY = f"""
+BATCH_DECISIONS_SQL = f"""
     WITH subject AS MATERIALIZED (
-        {_SUBJECTS.format(which="ANY(%(message_ids)s::bigint[]) AND g.deleted_at IS NULL")}
+        {_BATCH_MESSAGES_SQL.format(which="ANY(%(message_ids)s::bigint[]) AND g.deleted_at IS NULL")}
     ),
     audience AS MATERIALIZED (
-        SELECT channel_id, {", ".join(f"array_agg({name}) AS {name}" for name in _MEMBER)}
-        FROM ({_audience("SELECT DISTINCT channel_id, server_id, private, opening_roles FROM subject", "")}) members
+        SELECT channel_id, {", ".join(f"array_agg({name}) AS {name}" for name in _MEMBER_SQL)}
+        FROM ({_audience_sql("SELECT DISTINCT channel_id, server_id, private, opening_roles FROM subject", "")}) members
         GROUP BY channel_id
     )
-    SELECT g.message_id, a.user_id, {_decision("")} AS decision
+    SELECT g.message_id, a.user_id, {_decision_sql("")} AS decision
     FROM subject g
     JOIN audience b ON b.channel_id = g.channel_id
-    CROSS JOIN LATERAL unnest({", ".join(f"b.{name}" for name in _MEMBER)}) AS a ({", ".join(_MEMBER)})
+    CROSS JOIN LATERAL unnest({", ".join(f"b.{name}" for name in _MEMBER_SQL)}) AS a ({", ".join(_MEMBER_SQL)})
     WHERE g.only_for IS NULL OR a.user_id = g.only_for
 """
 """(message_id, user_id, decision) of all who are in the audience of messages that are not deleted, for
@@ -143,7 +143,7 @@ how many they are can make the planner go over all of them for each message.
 
 
 @dataclass(frozen=True)
-class Subject:
+class FanoutMessage:
     """What the rules need to know of one message, as it stands now."""
 
     message_id: int
@@ -161,7 +161,7 @@ class Subject:
     def parameters(
         self, after: int = 0, up_to: int = LARGEST_ID, *, among: str | None = None, but: str = "{}"
     ) -> dict[str, Any]:
-        """The parameters of DECIDED for the members with `after < user_id <= up_to`.
+        """The parameters of DECISIONS_SQL for the members with `after < user_id <= up_to`.
 
         Of those, only the ones that are `among` (None: all), and not the ones in `but`: both as `mentioned_members`
         gives them.
@@ -176,23 +176,23 @@ class Subject:
         }
 
 
-def subject_of(message_id: int) -> Subject | None:
+def load_fanout_message(message_id: int) -> FanoutMessage | None:
     """The message as the rules see it; None when there is none."""
-    found = row(_SUBJECTS.format(which="%(message_id)s"), {"message_id": message_id})
-    return Subject(**found) if found else None
+    found = fetch_one(_BATCH_MESSAGES_SQL.format(which="%(message_id)s"), {"message_id": message_id})
+    return FanoutMessage(**found) if found else None
 
 
-def decide(subject: Subject, user_id: int) -> str | None:
+def decision_for(subject: FanoutMessage, user_id: int) -> str | None:
     """The decision that the rules make of one person now; None where they are not in its audience:
     no member of the server, or of a test message that is for somebody else."""
-    found = row(DECIDED, subject.parameters(user_id - 1, user_id))
+    found = fetch_one(DECISIONS_SQL, subject.parameters(user_id - 1, user_id))
     return found["decision"] if found else None
 
 
-def slice_end(subject: Subject, after: int, members: int) -> Row:
+def next_slice_bounds(subject: FanoutMessage, after: int, members: int) -> Row:
     """How far so many members reach: {"after": below the first user id, "up_to": the last, both None where there is
     none, "members": how many}."""
-    found = row(
+    found = fetch_one(
         "SELECT min(user_id) - 1 AS after, max(user_id) AS up_to, count(*) AS members FROM ("
         " SELECT m.user_id FROM member m"
         " WHERE m.server_id = %(server_id)s"
@@ -206,13 +206,13 @@ def slice_end(subject: Subject, after: int, members: int) -> Row:
     return found
 
 
-def member_range(subject: Subject, after: int, up_to: int) -> tuple[int, int]:
+def member_range(subject: FanoutMessage, after: int, up_to: int) -> tuple[int, int]:
     """The part of a range of ids in which the server has members: (after, up_to); empty where it has none.
 
     The first and the last slice are open, and whoever is beside them in other servers would be read: a slice of 20,000
     beside a server of 1,000,000 took four times as long.
     """
-    found = row(
+    found = fetch_one(
         "SELECT min(user_id) - 1 AS after, max(user_id) AS up_to FROM member"
         " WHERE server_id = %(server_id)s AND user_id > %(after)s AND user_id <= %(up_to)s",
         {"server_id": subject.server_id, "after": after, "up_to": up_to},
@@ -220,14 +220,14 @@ def member_range(subject: Subject, after: int, up_to: int) -> tuple[int, int]:
     return (found["after"], found["up_to"]) if found and found["up_to"] is not None else (after, after)
 
 
-def mentioned_members(subject: Subject, limit: int) -> Row:
+def mentioned_members(subject: FanoutMessage, limit: int) -> Row:
     """Members who are mentioned by name or by a role: {"user_ids", "after", "up_to"}.
 
     The ids are PostgreSQL's own text of an array, `{1,2}`: as numbers of Python they would take a hundred times
     the memory. Those who are mentioned by name come before the rest where they are more than `limit`. `after` and
     `up_to` are the range that they lie in; None where there are none.
     """
-    found = row(
+    found = fetch_one(
         """
         SELECT array_agg(user_id ORDER BY user_id)::text AS user_ids,
             min(user_id) - 1 AS after,
@@ -257,13 +257,13 @@ def mentioned_members(subject: Subject, limit: int) -> Row:
     return found
 
 
-def compare(subject: Subject, after: int, up_to: int) -> list[Row]:
+def preview_replay(subject: FanoutMessage, after: int, up_to: int) -> list[Row]:
     """What a replay of one range would find: rows of {"decision", "told", "members"}.
 
     `told` says whether a notification exists already. Nothing is written.
     """
-    return rows(
-        f"WITH decided AS MATERIALIZED ({DECIDED})"
+    return fetch_all(
+        f"WITH decided AS MATERIALIZED ({DECISIONS_SQL})"
         " SELECT d.decision, n.user_id IS NOT NULL AS told, count(*) AS members"
         " FROM decided d"
         " LEFT JOIN notification n ON n.user_id = d.user_id AND n.message_id = %(message_id)s"

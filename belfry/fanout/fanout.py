@@ -12,20 +12,34 @@ from dataclasses import replace
 
 from psycopg.types.json import Jsonb
 
-from belfry.core.db import Row, execute, not_for_long, row, rows, timed_transaction, transaction
-from belfry.core.failpoints import reach
-from belfry.core.partitions import keep_from_dropping, kept_from
+from belfry.core.db import Row, execute, fetch_all, fetch_one, idle_timeout, timed_transaction, transaction
+from belfry.core.failpoints import failpoint
+from belfry.core.partitions import block_drops, oldest_retained_message_id
 from belfry.fanout import claims
-from belfry.fanout.claims import Part
-from belfry.fanout.decision import DECISIONS, Subject, member_range, mentioned_members, slice_end, subject_of
-from belfry.fanout.statements import _COUNT, _SHARE_OUT, _TAKE_BACK_FROM_WHO_LEFT, TELL, TELL_OF_EDIT, TELL_OF_MANY
+from belfry.fanout.claims import WorkItem
+from belfry.fanout.decision import (
+    DECISIONS,
+    FanoutMessage,
+    load_fanout_message,
+    member_range,
+    mentioned_members,
+    next_slice_bounds,
+)
+from belfry.fanout.statements import (
+    APPLY_EDIT_SQL,
+    INSERT_BATCH_SQL,
+    INSERT_NOTIFICATIONS_SQL,
+    PLAN_SLICES_SQL,
+    RETRACT_FROM_FORMER_MEMBERS_SQL,
+    UPDATE_PROGRESS_SQL,
+)
 from config import settings
 from models import LARGEST_ID
 
 log = logging.getLogger(__name__)
 
 
-def _settings() -> dict[str, str]:
+def _transaction_settings() -> dict[str, str]:
     """PostgreSQL's, for a transaction that tells."""
     return {
         "jit": "off",  # compiling the statements would take longer than running them
@@ -34,7 +48,7 @@ def _settings() -> dict[str, str]:
     }
 
 
-_ONE_PLAN = {
+_GENERIC_PLAN_SETTINGS = {
     "plan_cache_mode": "force_generic_plan",
     "enable_hashjoin": "off",
     "enable_mergejoin": "off",
@@ -44,31 +58,31 @@ _ONE_PLAN = {
 long as to tell 50 people; and beside a large server, by which it is estimated, all members of that were read."""
 
 
-def tell(part: Part, attempt: int) -> list[Part] | None:
+def process_work_item(part: WorkItem, attempt: int) -> list[WorkItem] | None:
     """Do one part, which was taken as this attempt; the slices that came of it, to be enqueued.
 
     None, and nothing is done, where another attempt has begun since. A message that was deleted meanwhile has nobody
     left to tell: its run ends with what it has. Whatever goes wrong goes up to the caller, and nothing has changed.
     """
-    with transaction(**_settings()):
-        held = claims.hold(part, attempt)
+    with transaction(**_transaction_settings()):
+        held = claims.lock_claimed(part, attempt)
         if held is None:
             return None
-        reach("run.held" if part.after is None else "slice.held", part.run_id, part.after)
-        subject = subject_of(held["message_id"])
+        failpoint("run.held" if part.after is None else "slice.held", part.run_id, part.after)
+        subject = load_fanout_message(held["message_id"])
         assert subject is not None  # run.message_id is a foreign key
-        if _may_be_too_old(held):
-            keep_from_dropping(writing=True)
-            if subject.message_id < kept_from():
+        if _may_exceed_retention(held):
+            block_drops(writing=True)
+            if subject.message_id < oldest_retained_message_id():
                 log.info("%s: who was notified of its message is no longer kept, so nobody is notified twice", part)
                 subject = replace(subject, deleted=True)
         if part.after is not None:
-            _tell_slice(part, attempt, held, subject)
+            _process_slice(part, attempt, held, subject)
             return []
-        return _tell_run(part, held, subject)
+        return _process_run(part, held, subject)
 
 
-def _may_be_too_old(held: Row) -> bool:
+def _may_exceed_retention(held: Row) -> bool:
     """Whether the notifications of a run's message may have been dropped, by which others are told from the notified.
 
     RETENTION_DAYS is a day at least, so no younger run of a message itself needs to ask. An edit notifies those whom it
@@ -77,18 +91,18 @@ def _may_be_too_old(held: Row) -> bool:
     return held["kind"] == "replay" or (held["kind"] != "edit" and bool(held["is_old"]))
 
 
-def tell_together(run_ids: list[int]) -> list[int]:
-    """Do runs that `leases.take_together` gave; those that are done.
+def process_batch(run_ids: list[int]) -> list[int]:
+    """Do runs that `leases.claim_batch` gave; those that are done.
 
     The others are in other hands, or their message is being changed: they are to be done by themselves. Whatever goes
     wrong goes up to the caller, and nothing has changed.
     """
     with timed_transaction() as round_trip:
-        held = claims.hold_together(run_ids, not_for_long(round_trip) | _settings() | _ONE_PLAN)
-        reach("run.held", *run_ids[:1])
+        held = claims.lock_batch(run_ids, idle_timeout(round_trip) | _transaction_settings() | _GENERIC_PLAN_SETTINGS)
+        failpoint("run.held", *run_ids[:1])
         if held:
             execute(
-                TELL_OF_MANY,
+                INSERT_BATCH_SQL,
                 {
                     "run_ids": [run["run_id"] for run in held],
                     "message_ids": [run["message_id"] for run in held],
@@ -96,23 +110,23 @@ def tell_together(run_ids: list[int]) -> list[int]:
                     "nobody": Jsonb(dict.fromkeys(DECISIONS, 0)),
                 },
             )
-        reach("run.counted", *run_ids[:1])
+        failpoint("run.counted", *run_ids[:1])
     return [run["run_id"] for run in held]
 
 
-def _tell_run(part: Part, held: Row, subject: Subject) -> list[Part]:
+def _process_run(part: WorkItem, held: Row, subject: FanoutMessage) -> list[WorkItem]:
     if subject.deleted:
-        _count(part, [])
+        _record_progress(part, [])
         return []
-    all_ = slice_end(subject, 0, settings.slice_members + 1)
+    all_ = next_slice_bounds(subject, 0, settings.slice_members + 1)
     if all_["members"] <= settings.slice_members:
-        taken_back = _take_back_from_who_left(held, subject, 0, LARGEST_ID)
-        counted = _told(held, subject, all_["after"], all_["up_to"]) if all_["members"] else []
-        _count(part, counted, withdrawn=taken_back)
+        taken_back = _retract_from_former_members(held, subject, 0, LARGEST_ID)
+        counted = _notify_members(held, subject, all_["after"], all_["up_to"]) if all_["members"] else []
+        _record_progress(part, counted, withdrawn=taken_back)
         return []
     first = mentioned_members(subject, settings.slice_members)
-    shared = row(
-        _SHARE_OUT,
+    shared = fetch_one(
+        PLAN_SLICES_SQL,
         {
             "run_id": part.run_id,
             "server_id": subject.server_id,
@@ -121,47 +135,46 @@ def _tell_run(part: Part, held: Row, subject: Subject) -> list[Part]:
         },
     )
     assert shared is not None
-    reach("run.planned", part.run_id, part.after)
-    counted = (
-        _told(held, subject, first["after"], first["up_to"], among=first["user_ids"]) if first["user_ids"] else []
-    )
-    _count(part, counted, slices=len(shared["slices"]), total=shared["total"])
-    return [Part(part.run_id, after) for after in shared["slices"]]
+    failpoint("run.planned", part.run_id, part.after)
+    user_ids = first["user_ids"]
+    counted = _notify_members(held, subject, first["after"], first["up_to"], among=user_ids) if user_ids else []
+    _record_progress(part, counted, slices=len(shared["slices"]), total=shared["total"])
+    return [WorkItem(part.run_id, after) for after in shared["slices"]]
 
 
-def _tell_slice(part: Part, attempt: int, held: Row, subject: Subject) -> None:
+def _process_slice(part: WorkItem, attempt: int, held: Row, subject: FanoutMessage) -> None:
     assert part.after is not None
     counted: list[Row] = []
     taken_back = 0
     if not subject.deleted:
-        taken_back = _take_back_from_who_left(held, subject, part.after, held["up_to"])
+        taken_back = _retract_from_former_members(held, subject, part.after, held["up_to"])
         after, up_to = member_range(subject, part.after, held["up_to"])
-        counted = _told(held, subject, after, up_to, but=held["told_first"])
+        counted = _notify_members(held, subject, after, up_to, but=held["told_first"])
     execute("DELETE FROM slice WHERE run_id = %(run_id)s AND after = %(after)s", vars(part))
-    _count(part, counted, slices=-1, retries=attempt - 1, withdrawn=taken_back)
+    _record_progress(part, counted, slices=-1, retries=attempt - 1, withdrawn=taken_back)
 
 
-def _told(
-    held: Row, subject: Subject, after: int, up_to: int, *, among: str | None = None, but: str = "{}"
+def _notify_members(
+    held: Row, subject: FanoutMessage, after: int, up_to: int, *, among: str | None = None, but: str = "{}"
 ) -> list[Row]:
     parameters = subject.parameters(after, up_to, among=among, but=but)
     if held["kind"] == "edit":
-        return rows(TELL_OF_EDIT, {**parameters, **held["mention_changes"]})
-    return rows(TELL, parameters)
+        return fetch_all(APPLY_EDIT_SQL, {**parameters, **held["mention_changes"]})
+    return fetch_all(INSERT_NOTIFICATIONS_SQL, parameters)
 
 
-def _take_back_from_who_left(held: Row, subject: Subject, after: int, up_to: int) -> int:
+def _retract_from_former_members(held: Row, subject: FanoutMessage, after: int, up_to: int) -> int:
     """How many notifications that took. None of what is no edit, or takes no mention out."""
     changes = held["mention_changes"] or {}
     of_groups = bool(changes.get("removed_roles") or changes.get("removed_everyone"))
     if not of_groups and not changes.get("removed_users"):
         return 0
     parameters = {**vars(subject), "removed_users": changes["removed_users"], "of_groups": of_groups}
-    return execute(_TAKE_BACK_FROM_WHO_LEFT, {**parameters, "after": after, "up_to": up_to})
+    return execute(RETRACT_FROM_FORMER_MEMBERS_SQL, {**parameters, "after": after, "up_to": up_to})
 
 
-def _count(
-    part: Part,
+def _record_progress(
+    part: WorkItem,
     counted: list[Row],
     *,
     slices: int = 0,
@@ -169,10 +182,10 @@ def _count(
     retries: int = 0,
     withdrawn: int = 0,
 ) -> None:
-    reach("run.told" if part.after is None else "slice.told", part.run_id, part.after)
+    failpoint("run.told" if part.after is None else "slice.told", part.run_id, part.after)
     members = {group["decision"]: group["members"] for group in counted}
     execute(
-        _COUNT,
+        UPDATE_PROGRESS_SQL,
         {
             "run_id": part.run_id,
             "members": sum(members.values()),
@@ -184,4 +197,4 @@ def _count(
             "retries": retries,
         },
     )
-    reach("run.counted" if part.after is None else "slice.counted", part.run_id, part.after)
+    failpoint("run.counted" if part.after is None else "slice.counted", part.run_id, part.after)

@@ -2,30 +2,30 @@
 
 from collections.abc import Sequence
 
-from belfry.core.db import execute, rows, transaction
-from belfry.fanout.claims import _END_RUNS, _END_SLICES, _REASON, Part
-from models import QUEUED_SECONDS, TRIES
+from belfry.core.db import execute, fetch_all, transaction
+from belfry.fanout.claims import _ERROR_SQL, _RECORD_RUN_FAILURES_SQL, _RECORD_SLICE_FAILURES_SQL, WorkItem
+from models import MAX_ATTEMPTS, QUEUED_SECONDS
 
-_IS_DUE = "due_at <= now() - make_interval(secs => %(grace)s)"
+_IS_DUE_SQL = "due_at <= now() - make_interval(secs => %(grace)s)"
 """`grace`: seconds more that a work item is left alone, since whoever claimed it may wait for PostgreSQL's answer."""
 
 
-def give_up(grace: float = 0) -> int:
+def fail_exhausted(grace: float = 0) -> int:
     """Fail what has used up its tries, and whose last attempt ended without a word; how many parts that were."""
-    which = f"tries_left = 0 AND {_IS_DUE}"
+    which = f"tries_left = 0 AND {_IS_DUE_SQL}"
     parameters = {"reason": None, "retry_in": 0, "grace": grace}
     return sum(
-        execute(statement.format(which=which, reason=_REASON, of_others="SKIP LOCKED"), parameters)
-        for statement in (_END_RUNS, _END_SLICES)
+        execute(statement.format(which=which, reason=_ERROR_SQL, of_others="SKIP LOCKED"), parameters)
+        for statement in (_RECORD_RUN_FAILURES_SQL, _RECORD_SLICE_FAILURES_SQL)
     )
 
 
-_ENQUEUE_RUNS = f"""
+_REQUEUE_RUNS_SQL = f"""
     WITH found AS (
         SELECT id AS run_id
         FROM run
         WHERE {{which}}
-        AND {_IS_DUE}
+        AND {_IS_DUE_SQL}
         AND tries_left > 0
         ORDER BY due_at
         LIMIT %(limit)s
@@ -38,11 +38,11 @@ _ENQUEUE_RUNS = f"""
     RETURNING run_id
 """
 
-_ENQUEUE_SLICES = f"""
+_REQUEUE_SLICES_SQL = f"""
     WITH found AS (
         SELECT run_id, after
         FROM slice
-        WHERE {_IS_DUE}
+        WHERE {_IS_DUE_SQL}
         AND tries_left > 0
         AND (%(run_id)s::bigint IS NULL OR (run_id, after) < (%(run_id)s, %(after)s))
         ORDER BY due_at
@@ -56,16 +56,16 @@ _ENQUEUE_SLICES = f"""
     RETURNING slice.run_id, slice.after
 """
 
-LOST_AT_MOST = 10_000  # of runs, and of slices, that are found in one sweep: as many as a queue holds
+SWEEP_BATCH_SIZE = 10_000  # of runs, and of slices, that are found in one sweep: as many as a queue holds
 
 
-def pending_runs(room: int) -> list[Part]:
+def queue_pending_runs(room: int) -> list[WorkItem]:
     """Mark as queued the runs that never reached the queue, and answer them, to be enqueued: the oldest `room`."""
-    statement = _ENQUEUE_RUNS.format(which="state = 'pending'")
-    return sorted(Part(**run) for run in rows(statement, {"limit": room, "grace": 0})) if room > 0 else []
+    statement = _REQUEUE_RUNS_SQL.format(which="state = 'pending'")
+    return sorted(WorkItem(**run) for run in fetch_all(statement, {"limit": room, "grace": 0})) if room > 0 else []
 
 
-def lost_runs(oldest: Part | None, grace: float = 0) -> list[Part]:
+def requeue_lost_runs(oldest: WorkItem | None, grace: float = 0) -> list[WorkItem]:
     """Mark as queued the runs that nobody takes care of any more, and answer them, to be enqueued.
 
     - What was left by a worker that died.
@@ -77,18 +77,19 @@ def lost_runs(oldest: Part | None, grace: float = 0) -> list[Part]:
     which = """
         (state = 'running' OR (state = 'queued' AND (%(oldest)s::bigint IS NULL OR id < %(oldest)s)))
     """
-    parameters = {"limit": LOST_AT_MOST, "oldest": oldest.run_id if oldest else None, "grace": grace}
-    found = rows(_ENQUEUE_RUNS.format(which=which), parameters)
-    return sorted(Part(**run) for run in found)
+    parameters = {"limit": SWEEP_BATCH_SIZE, "oldest": oldest.run_id if oldest else None, "grace": grace}
+    found = fetch_all(_REQUEUE_RUNS_SQL.format(which=which), parameters)
+    return sorted(WorkItem(**run) for run in found)
 
 
-def lost_slices(oldest: Part | None, grace: float = 0) -> list[Part]:
-    """As `lost_runs`, of slices; those that found no room in the queue as well."""
+def requeue_lost_slices(oldest: WorkItem | None, grace: float = 0) -> list[WorkItem]:
+    """As `requeue_lost_runs`, of slices; those that found no room in the queue as well."""
     key = vars(oldest) if oldest else {"run_id": None, "after": None}
-    return sorted(Part(**one) for one in rows(_ENQUEUE_SLICES, {"limit": LOST_AT_MOST, "grace": grace, **key}))
+    found = fetch_all(_REQUEUE_SLICES_SQL, {"limit": SWEEP_BATCH_SIZE, "grace": grace, **key})
+    return sorted(WorkItem(**one) for one in found)
 
 
-def wait_for_room(run_ids: Sequence[int]) -> None:
+def mark_pending(run_ids: Sequence[int]) -> None:
     """These are not in the queue: they are `pending`, and the sweeper's. Nobody waits for the disk."""
     execute(
         "UPDATE run SET state = 'pending', due_at = now()"
@@ -99,11 +100,11 @@ def wait_for_room(run_ids: Sequence[int]) -> None:
     )
 
 
-def retry_failed(run_ids: Sequence[int] | None = None) -> list[Part]:
+def retry_failed(run_ids: Sequence[int] | None = None) -> list[WorkItem]:
     """Begin failed runs again, all or those named: with all their tries, and their progress. The parts to enqueue."""
-    parameters = {"run_ids": list(run_ids) if run_ids is not None else None, "tries": TRIES}
+    parameters = {"run_ids": list(run_ids) if run_ids is not None else None, "tries": MAX_ATTEMPTS}
     with transaction():
-        runs = rows(
+        runs = fetch_all(
             f"""
             UPDATE run
             SET state = CASE WHEN slices_left > 0 THEN 'running' ELSE 'queued' END,
@@ -117,7 +118,7 @@ def retry_failed(run_ids: Sequence[int] | None = None) -> list[Part]:
             """,
             parameters,
         )
-        slices = rows(
+        slices = fetch_all(
             f"""
             UPDATE slice
             SET due_at = now() + make_interval(secs => {QUEUED_SECONDS}), tries_left = %(tries)s, error = NULL
@@ -127,5 +128,5 @@ def retry_failed(run_ids: Sequence[int] | None = None) -> list[Part]:
             """,
             {**parameters, "begun": [run["run_id"] for run in runs]},
         )
-    own = [Part(run["run_id"]) for run in runs if not run["slices_left"]]
-    return sorted(own) + sorted(Part(**one) for one in slices)
+    own = [WorkItem(run["run_id"]) for run in runs if not run["slices_left"]]
+    return sorted(own) + sorted(WorkItem(**one) for one in slices)

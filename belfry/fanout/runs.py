@@ -5,13 +5,13 @@ from typing import Any
 
 from psycopg.types.json import Jsonb
 
-from belfry.core.db import Row, row, rows, transaction
+from belfry.core.db import Row, fetch_all, fetch_one, transaction
 from belfry.core.errors import Conflict, Forbidden, NotFound
-from belfry.core.failpoints import reach
-from belfry.core.partitions import keep_from_dropping, kept_from
-from belfry.fanout.decision import DECISIONS, TELLING, compare, slice_end, subject_of
+from belfry.core.failpoints import failpoint
+from belfry.core.partitions import block_drops, oldest_retained_message_id
+from belfry.fanout.decision import DECISIONS, NOTIFY_DECISIONS, load_fanout_message, next_slice_bounds, preview_replay
 from config import settings
-from models import RUN_STATES, UNFINISHED, User
+from models import RUN_STATES, UNFINISHED_STATES, User
 
 _COLUMNS = """
     r.id, r.message_id, r.kind, r.state, r.attempts, r.done, r.total, r.decisions, r.added, r.withdrawn,
@@ -29,10 +29,10 @@ def create_run(
     """Write down that a message is to be fanned out; the run's id. Call it in the message's own transaction.
 
     It is `queued` from the start where its job is enqueued right after the commit: if that fails,
-    `leases.wait_for_room` makes it `pending`, and where nobody lives to do even that, the sweeper finds that it
+    `leases.mark_pending` makes it `pending`, and where nobody lives to do even that, the sweeper finds that it
     is not in the queue.
     """
-    made = row(
+    made = fetch_one(
         "INSERT INTO run (message_id, kind, state, mention_changes)"
         " VALUES (%(message_id)s, %(kind)s, %(state)s, %(mention_changes)s)"
         " RETURNING id",
@@ -52,7 +52,7 @@ def find_run(run_id: int, reader: User | None = None) -> Row:
 
     Raises NotFound; also for whoever is neither its message's author nor an admin: they may not know of it.
     """
-    found = row(
+    found = fetch_one(
         f"SELECT {_COLUMNS} FROM run r JOIN message g ON g.id = r.message_id WHERE r.id = %(run_id)s",
         {"run_id": run_id},
     )
@@ -64,7 +64,7 @@ def find_run(run_id: int, reader: User | None = None) -> Row:
 def list_runs(*, before: int | None, limit: int, state: str | None = None, channel_id: int | None = None) -> list[Row]:
     """Runs, newest first, with an id below `before`; [] when there are none."""
     assert state is None or state in RUN_STATES
-    return rows(
+    return fetch_all(
         f"SELECT {_COLUMNS} FROM run r JOIN message g ON g.id = r.message_id WHERE true"
         + ("" if before is None else " AND r.id < %(before)s")
         + (f" AND r.state = '{state}'" if state else "")  # as a constant, so that the partial indexes are used
@@ -77,7 +77,7 @@ def list_runs(*, before: int | None, limit: int, state: str | None = None, chann
 
 def runs_of_messages(message_ids: Sequence[int]) -> dict[int, Row]:
     """The newest run of each message, by the message's id; those without one are not in it."""
-    found = rows(
+    found = fetch_all(
         "SELECT DISTINCT ON (message_id) message_id, id, state FROM run"
         " WHERE message_id = ANY(%(message_ids)s::bigint[])"
         " ORDER BY message_id, id DESC",
@@ -92,21 +92,21 @@ def statistics(run: Row) -> dict[str, Any]:
     `audience` is what was walked and so the sum of `decisions`; `notified` is the sum of the telling ones;
     `added` and `withdrawn` are the rows that this run itself wrote and took back.
     """
-    decisions = {decision: run["decisions"].get(decision, 0) for decision in _REPORT_ORDER}
+    decisions = {decision: run["decisions"].get(decision, 0) for decision in _DECISION_ORDER}
     return {
         "audience": run["done"],
-        "notified": sum(decisions[reason] for reason in TELLING),
+        "notified": sum(decisions[reason] for reason in NOTIFY_DECISIONS),
         "decisions": decisions,
         "added": run["added"],
         "withdrawn": run["withdrawn"],
     }
 
 
-_REPORT_ORDER = (
+_DECISION_ORDER = (
     "message", "mention", "mention_role", "mention_everyone", "author", "no_channel_access", "no_subscription",
     "preference_none", "preference_mentions", "muted",
 )  # the contract's; the telling ones first  # fmt: skip
-assert set(_REPORT_ORDER) == set(DECISIONS)
+assert set(_DECISION_ORDER) == set(DECISIONS)
 
 
 def replay(run_id: int, *, dry_run: bool) -> dict[str, Any]:
@@ -122,24 +122,24 @@ def replay(run_id: int, *, dry_run: bool) -> dict[str, Any]:
     """
     run = find_run(run_id)
     with transaction():
-        keep_from_dropping(writing=False)
-        if run["message_id"] < kept_from():
+        block_drops(writing=False)
+        if run["message_id"] < oldest_retained_message_id():
             raise Conflict("The message is older than RETENTION_DAYS: who was told of it is no longer known.")
-        subject = subject_of(run["message_id"])
+        subject = load_fanout_message(run["message_id"])
         assert subject is not None
         if subject.deleted:
             raise Forbidden("The message has been deleted: there is nobody to tell.")
-        added, stays, now_decided = 0, 0, dict.fromkeys(_REPORT_ORDER, 0)
+        added, stays, now_decided = 0, 0, dict.fromkeys(_DECISION_ORDER, 0)
         after = 0
-        while (ahead := slice_end(subject, after, settings.slice_members))["members"]:
-            for group in compare(subject, after, ahead["up_to"]):
+        while (ahead := next_slice_bounds(subject, after, settings.slice_members))["members"]:
+            for group in preview_replay(subject, after, ahead["up_to"]):
                 now_decided[group["decision"]] += group["members"]
                 stays += group["members"] if group["told"] else 0
-                added += group["members"] if not group["told"] and group["decision"] in TELLING else 0
+                added += group["members"] if not group["told"] and group["decision"] in NOTIFY_DECISIONS else 0
             after = ahead["up_to"]
         new_run = create_run(run["message_id"], "replay") if added and not dry_run else None
     if new_run:
-        reach("replay.committed", new_run)
+        failpoint("replay.committed", new_run)
     return {
         "dry_run": dry_run,
         "added": added,
@@ -155,9 +155,9 @@ def count_unfinished() -> dict[str, Any]:
 
     Reads the two partial indexes, never the finished runs.
     """
-    states = dict.fromkeys((*UNFINISHED, "failed"), 0)
+    states = dict.fromkeys((*UNFINISHED_STATES, "failed"), 0)
     oldest = 0.0
-    for found in rows(
+    for found in fetch_all(
         "SELECT state, count(*) AS runs, EXTRACT(epoch FROM now() - min(created_at))::float AS oldest_seconds"
         " FROM run"
         " WHERE state IN ('pending', 'queued', 'running')"
@@ -165,6 +165,6 @@ def count_unfinished() -> dict[str, Any]:
     ):
         states[found["state"]] = found["runs"]
         oldest = max(oldest, found["oldest_seconds"])
-    failed = row("SELECT count(*) AS runs FROM run WHERE state = 'failed'")
+    failed = fetch_one("SELECT count(*) AS runs FROM run WHERE state = 'failed'")
     states["failed"] = failed["runs"] if failed else 0
     return {"states": states, "oldest_seconds": oldest}

@@ -1,12 +1,11 @@
 """The SQL statements of the fan-out: plan slices, insert or change notifications, update the run."""
-
-from belfry.fanout.decision import DECIDED, DECIDED_OF_MANY, TELLING
+from belfry.fanout.decision import BATCH_DECISIONS_SQL, DECISIONS_SQL, NOTIFY_DECISIONS
 from models import LARGEST_ID
 
-_TELLING = ", ".join(f"'{reason}'" for reason in TELLING)
+_NOTIFY_DECISIONS_SQL = ", ".join(f"'{reason}'" for reason in NOTIFY_DECISIONS)
 
 
-def _logged(told: str) -> str:
+def _log_sql(told: str) -> str:
     """What writes down that this transaction tells, for the live stream: the messages, and whether to recount."""
     return f"""
         INSERT INTO telling (message_ids, recount)
@@ -17,18 +16,18 @@ def _logged(told: str) -> str:
     """
 
 
-TELL = f"""
-    WITH decided AS MATERIALIZED ({DECIDED}),
+INSERT_NOTIFICATIONS_SQL = f"""
+    WITH decided AS MATERIALIZED ({DECISIONS_SQL}),
     told AS (
         INSERT INTO notification (user_id, message_id, reason)
         SELECT user_id, %(message_id)s, decision::reason
         FROM decided
-        WHERE decision IN ({_TELLING})
+        WHERE decision IN ({_NOTIFY_DECISIONS_SQL})
         ORDER BY user_id
         ON CONFLICT (user_id, message_id) DO NOTHING
         RETURNING 1
     ),
-    logged AS ({_logged("SELECT ARRAY[%(message_id)s::bigint], false WHERE EXISTS (SELECT FROM told)")})
+    logged AS ({_log_sql("SELECT ARRAY[%(message_id)s::bigint], false WHERE EXISTS (SELECT FROM told)")})
     SELECT decision, count(*) AS members, (SELECT count(*) FROM told) AS added, 0 AS withdrawn
     FROM decided
     GROUP BY decision
@@ -37,19 +36,19 @@ TELL = f"""
 everywhere: two parts that tell the same ones wait for each other, and not each for the other."""
 
 
-TELL_OF_MANY = f"""
-    WITH decided AS MATERIALIZED ({DECIDED_OF_MANY}),
+INSERT_BATCH_SQL = f"""
+    WITH decided AS MATERIALIZED ({BATCH_DECISIONS_SQL}),
     told AS (
         INSERT INTO notification (user_id, message_id, reason)
         SELECT user_id, message_id, decision::reason
         FROM decided
-        WHERE decision IN ({_TELLING})
+        WHERE decision IN ({_NOTIFY_DECISIONS_SQL})
         ORDER BY user_id, message_id
         ON CONFLICT (user_id, message_id) DO NOTHING
         RETURNING message_id
     ),
     added AS (SELECT message_id, count(*) AS added FROM told GROUP BY message_id),
-    logged AS ({_logged("SELECT array_agg(message_id), false FROM added HAVING count(*) > 0")}),
+    logged AS ({_log_sql("SELECT array_agg(message_id), false FROM added HAVING count(*) > 0")}),
     counted AS (
         SELECT message_id, sum(members) AS members, jsonb_object_agg(decision, members) AS decisions
         FROM (SELECT message_id, decision, count(*) AS members FROM decided GROUP BY message_id, decision) groups
@@ -72,7 +71,7 @@ TELL_OF_MANY = f"""
 """All of many small runs: tells whoever is to be told and has not been, and finishes them."""
 
 
-def _is_among(change: str) -> str:
+def _in_mention_diff_sql(change: str) -> str:
     """Whether the edit's `added` or `removed` mentions name a member."""
     return f"""(
         user_id = ANY(%({change}_users)s::bigint[])
@@ -84,7 +83,7 @@ def _is_among(change: str) -> str:
     )"""
 
 
-_WAS_TOLD_FOR_A_ROLE = """(
+_NOTIFIED_VIA_REMOVED_ROLE_SQL = """(
         cardinality(%(removed_roles)s::bigint[]) > 0
         AND decision <> 'mention_role'
         AND EXISTS (
@@ -96,21 +95,21 @@ _WAS_TOLD_FOR_A_ROLE = """(
 """Who was told as the bearer of a role that the edit removed from the mentions, and may have lost it since."""
 
 
-_EDITED = """
+_EDIT_CHANGED_SQL = """
         SELECT ARRAY[%(message_id)s::bigint], true
         WHERE EXISTS (SELECT FROM told)
         OR EXISTS (SELECT FROM withdrawn)
         OR EXISTS (SELECT FROM changed)
 """
 
-TELL_OF_EDIT = f"""
-    WITH decided AS MATERIALIZED ({DECIDED}),
+APPLY_EDIT_SQL = f"""
+    WITH decided AS MATERIALIZED ({DECISIONS_SQL}),
     concerned AS MATERIALIZED (
         SELECT user_id, decision, telling, newly_mentioned, not_mentioned_now
         FROM (
-            SELECT user_id, decision, decision IN ({_TELLING}) AS telling,
-                {_is_among("added")} AS newly_mentioned,
-                {_is_among("removed")} OR {_WAS_TOLD_FOR_A_ROLE} AS not_mentioned_now
+            SELECT user_id, decision, decision IN ({_NOTIFY_DECISIONS_SQL}) AS telling,
+                {_in_mention_diff_sql("added")} AS newly_mentioned,
+                {_in_mention_diff_sql("removed")} OR {_NOTIFIED_VIA_REMOVED_ROLE_SQL} AS not_mentioned_now
             FROM decided
         ) members
         WHERE newly_mentioned OR not_mentioned_now
@@ -148,7 +147,7 @@ TELL_OF_EDIT = f"""
         ON CONFLICT (user_id, message_id) DO NOTHING
         RETURNING 1
     ),
-    logged AS ({_logged(_EDITED)})
+    logged AS ({_log_sql(_EDIT_CHANGED_SQL)})
     SELECT decision, count(*) AS members,
         (SELECT count(*) FROM told) AS added,
         (SELECT count(*) FROM withdrawn) AS withdrawn
@@ -163,7 +162,7 @@ TELL_OF_EDIT = f"""
 - who is told for another reason now keeps theirs, with that reason.
 """
 
-_TAKE_BACK_FROM_WHO_LEFT = """
+RETRACT_FROM_FORMER_MEMBERS_SQL = """
     DELETE FROM notification n
     WHERE n.message_id = %(message_id)s
     AND n.user_id > %(after)s
@@ -181,7 +180,7 @@ _TAKE_BACK_FROM_WHO_LEFT = """
 """Of an edit that takes mentions out: who was told for one and has left the server since is among nobody's members, and
 would find it unread on coming back."""
 
-_SHARE_OUT = f"""
+PLAN_SLICES_SQL = f"""
     WITH numbered AS (
         SELECT user_id, row_number() OVER (ORDER BY user_id) AS number
         FROM member
@@ -205,7 +204,7 @@ _SHARE_OUT = f"""
 """
 """The slices of a large run: ranges of so many members each, the last without an end, so that there are no gaps."""
 
-_COUNT = """
+UPDATE_PROGRESS_SQL = """
     UPDATE run
     SET done = done + %(members)s,
         added = added + %(added)s,

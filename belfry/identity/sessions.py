@@ -11,15 +11,15 @@ The cookie carries a random id of 256 bits; the row holds its SHA-256. A session
 import secrets
 from dataclasses import dataclass
 
-from belfry.core.db import execute, row
-from belfry.identity.tokens import IS_VALID, hash_token
+from belfry.core.db import execute, fetch_one
+from belfry.identity.tokens import TOKEN_IS_VALID_SQL, hash_token
 from models import User
 
 IDLE_DAYS = 7
 AGE_DAYS = 31
 SEEN_MINUTES = 5  # between two writes of `last_seen_at`: not every request writes
 PER_TOKEN = 50
-IS_OPEN = (
+SESSION_IS_OPEN_SQL = (
     f"(session.last_seen_at > now() - interval '{IDLE_DAYS} days'"
     f" AND session.created_at > now() - interval '{AGE_DAYS} days')"
 )
@@ -33,8 +33,8 @@ _FIND_SQL = f"""
     JOIN api_token t ON t.id = session.token_id
     JOIN user_account usr ON usr.id = t.user_id
     WHERE session.session_hash = %(session_hash)s
-    AND {IS_OPEN}
-    AND {IS_VALID}
+    AND {SESSION_IS_OPEN_SQL}
+    AND {TOKEN_IS_VALID_SQL}
 """
 """The open session with this hash, with its user and its token. Locks nothing."""
 
@@ -43,7 +43,7 @@ _OPEN_SQL = f"""
     SELECT %(session_hash)s, t.id
     FROM api_token t
     WHERE t.token_hash = %(token_hash)s
-    AND {IS_VALID}
+    AND {TOKEN_IS_VALID_SQL}
     RETURNING token_id
 """
 """A new session, if the token is valid. Shares a lock on the token's row, which its deletion waits for."""
@@ -73,7 +73,7 @@ class Session:
 def open_session(token: str) -> str | None:
     """Start a session with a token; the session's id, for the cookie. None where the token is not valid."""
     session_id = secrets.token_urlsafe(32)
-    opened = row(_OPEN_SQL, {"session_hash": hash_token(session_id), "token_hash": hash_token(token)})
+    opened = fetch_one(_OPEN_SQL, {"session_hash": hash_token(session_id), "token_hash": hash_token(token)})
     if opened is None:
         return None
     execute(_DELETE_SURPLUS_SQL, {"token_id": opened["token_id"], "kept": PER_TOKEN})
@@ -86,7 +86,7 @@ def find_session(session_id: str) -> Session | None:
     Writes `last_seen_at` where that is older than SEEN_MINUTES.
     """
     session_hash = hash_token(session_id)
-    found = row(_FIND_SQL, {"session_hash": session_hash})
+    found = fetch_one(_FIND_SQL, {"session_hash": session_hash})
     if found is None:
         return None
     token_hash = bytes(found.pop("token_hash"))

@@ -2,11 +2,11 @@
 
 from datetime import datetime
 
-from belfry.core.db import Row, row
+from belfry.core.db import Row, fetch_one
 from belfry.core.errors import NotFound
 from belfry.identity.users import find_user
 
-ACTIVE_SUBSCRIPTION = """(
+ACTIVE_SUBSCRIPTION_SQL = """(
     (s.status IN ('active', 'trialing')
         AND (s.current_period_end IS NULL OR s.current_period_end >= now() - interval '24 hours'))
     OR (s.status = 'past_due'
@@ -23,7 +23,7 @@ ACTIVE_SUBSCRIPTION = """(
 
 def subscription_of(user_id: int) -> Row | None:
     """{"status", "current_period_end", "updated_at"}; None where there never was one. Raises NotFound."""
-    found = row(  # as SQL: the first that every client asks, and peewee takes four times as long
+    found = fetch_one(  # as SQL: the first that every client asks, and peewee takes four times as long
         "SELECT s.user_id, s.status, s.current_period_end, s.updated_at"
         " FROM user_account u LEFT JOIN subscription s ON s.user_id = u.id"
         " WHERE u.id = %(user_id)s",
@@ -40,7 +40,7 @@ def set_subscription(user_id: int, status: str, current_period_end: datetime | N
     Raises NotFound for the person.
     """
     find_user(user_id)
-    found = row(
+    found = fetch_one(
         "INSERT INTO subscription (user_id, status, current_period_end)"
         " VALUES (%(user_id)s, %(status)s, %(current_period_end)s)"
         " ON CONFLICT (user_id) DO UPDATE"

@@ -4,15 +4,15 @@ import hashlib
 import secrets
 from datetime import datetime
 
-from belfry.core.db import Row, execute, row, rows
+from belfry.core.db import Row, execute, fetch_all, fetch_one
 from belfry.core.errors import Forbidden, NotFound, Unauthenticated
-from belfry.identity.users import SENDER, find_user
+from belfry.identity.users import SYSTEM_USERNAME, find_user
 from config import tuning
 from models import User
 
-IS_VALID = "(t.revoked_at IS NULL AND (t.expires_at IS NULL OR t.expires_at > now()))"
+TOKEN_IS_VALID_SQL = "(t.revoked_at IS NULL AND (t.expires_at IS NULL OR t.expires_at > now()))"  # noqa: S105
 """Of a row of `api_token t`: neither revoked nor expired."""
-_remembered: dict[bytes, User] = {}  # by a token's hash
+_cache: dict[bytes, User] = {}  # by a token's hash
 TOKEN_PREFIX = "belfry_"  # so that a leaked one can be recognised  # noqa: S105
 
 
@@ -26,10 +26,10 @@ def create_token(user: User, expires_at: datetime | None = None) -> tuple[Row, s
 
     Raises Forbidden for Belfry's own account: nobody signs in with it.
     """
-    if user.username == SENDER:
+    if user.username == SYSTEM_USERNAME:
         raise Forbidden("This account is Belfry's own: nobody signs in with it.")
     token = TOKEN_PREFIX + secrets.token_urlsafe(32)
-    made = row(
+    made = fetch_one(
         "INSERT INTO api_token (user_id, token_hash, expires_at)"
         " VALUES (%(user_id)s, %(token_hash)s, %(expires_at)s)"
         " RETURNING id, created_at, expires_at, revoked_at",
@@ -45,7 +45,7 @@ def list_tokens(user_id: int, *, after: int, limit: int, current: bytes = b"") -
     Raises NotFound for the user.
     """
     find_user(user_id)
-    return rows(
+    return fetch_all(
         "SELECT id, created_at, expires_at, revoked_at, token_hash = %(current)s AS current FROM api_token"
         " WHERE user_id = %(user_id)s AND id > %(after)s ORDER BY id LIMIT %(limit)s",
         {"user_id": user_id, "after": after, "limit": limit, "current": current},
@@ -69,22 +69,22 @@ def authenticate(token: str) -> User | None:
 
 def authenticate_hash(token_hash: bytes) -> User | None:
     """As `authenticate`, for a session that keeps the hash."""
-    found = row(  # as SQL: every request asks this, and peewee would put it together anew each time
+    found = fetch_one(  # as SQL: every request asks this, and peewee would put it together anew each time
         f"""
         SELECT u.id, u.username, u.name, u.email, u.is_admin, u.created_at
         FROM api_token t
         JOIN user_account u ON u.id = t.user_id
         WHERE t.token_hash = %(token_hash)s
-        AND {IS_VALID}
+        AND {TOKEN_IS_VALID_SQL}
         """,
         {"token_hash": token_hash},
     )
     if found is None:
-        forget(token_hash)
+        evict(token_hash)
         return None
-    if len(_remembered) >= tuning.token_cache_size:
-        _remembered.clear()
-    user = _remembered[token_hash] = User(**found)
+    if len(_cache) >= tuning.token_cache_size:
+        _cache.clear()
+    user = _cache[token_hash] = User(**found)
     return user
 
 
@@ -96,15 +96,15 @@ def require_token(token_hash: bytes) -> User:
     return user
 
 
-def remembered(token_hash: bytes) -> User | None:
+def cached_user(token_hash: bytes) -> User | None:
     """Whose token this was when it was last asked for; None where that is forgotten. No query.
 
     It never becomes another's. Whether it is valid still, and what its person may, is not known by this: whoever goes
     by it asks for that in the statement that does something, as `messages.post_message` does.
     """
-    return _remembered.get(token_hash)
+    return _cache.get(token_hash)
 
 
-def forget(token_hash: bytes) -> None:
+def evict(token_hash: bytes) -> None:
     """Whoever comes with this token is asked for anew."""
-    _remembered.pop(token_hash, None)
+    _cache.pop(token_hash, None)

@@ -6,10 +6,10 @@ from peewee import IntegrityError, fn
 
 from belfry.core.db import db
 from belfry.core.errors import Conflict, NotFound
-from belfry.core.failpoints import reach
+from belfry.core.failpoints import failpoint
 from models import User
 
-SENDER = "belfry"  # the account that Belfry's own messages come from
+SYSTEM_USERNAME = "belfry"  # the account that Belfry's own messages come from
 
 
 def create_user(username: str, name: str | None = None, email: str | None = None, *, is_admin: bool = False) -> User:
@@ -29,7 +29,7 @@ def find_user(user_id: int) -> User:
     return user
 
 
-def find_username(username: str) -> User:
+def find_user_by_username(username: str) -> User:
     """Raises NotFound. Upper and lower case are the same."""
     user = User.get_or_none(User.username == username.lower())
     if user is None:
@@ -40,7 +40,7 @@ def find_username(username: str) -> User:
 def update_user(user_id: int, changes: dict[str, Any]) -> User:
     """Change name, email or is_admin. Raises NotFound."""
     user = find_user(user_id)
-    reach("user.read")
+    failpoint("user.read")
     if changes.get("is_admin", user.is_admin) != user.is_admin:
         user.admin_changed_at = fn.now()  # the database's clock
     for column, value in changes.items():

@@ -10,28 +10,34 @@
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from belfry.core.db import Row, execute, row, rows, transaction
+from belfry.core.db import Row, execute, fetch_all, fetch_one, transaction
 from belfry.core.errors import Invalid, NotFound
-from belfry.core.failpoints import reach
-from belfry.servers.visibility import ASKER, AUTHOR_MAY_POST, channel_for, may_see, visible_channels
+from belfry.core.failpoints import failpoint
+from belfry.servers.visibility import (
+    AUTHOR_CAN_POST_SQL,
+    VIEWER_CTE_SQL,
+    can_see_channel_sql,
+    get_visible_channel,
+    visible_channels,
+)
 from models import LARGEST_ID, User
 
 BODY_CHARACTERS = 100
 
-_PERMITTED = f"""
+_AUTHOR_CAN_POST_SQL = f"""
     SELECT c.id
     FROM channel c
     JOIN user_account a ON a.id = g.author_id
     WHERE c.id = g.channel_id
-    AND {AUTHOR_MAY_POST}
+    AND {AUTHOR_CAN_POST_SQL}
     OFFSET 0  -- by their keys, whatever the estimates are: there are millions of accounts
 """
 """One row, where the author of `g` still may post there. Of a message, or of all of an author's in a channel."""
 
-_IN_SIGHT = """g.deleted_at IS NULL
+_VISIBLE_SQL = """g.deleted_at IS NULL
     AND g.channel_id = ANY(%(channel_ids)s::bigint[])"""
-_OWN = "n.user_id = %(user_id)s AND n.dismissed_at IS NULL"
-_UNREAD = "n.read_at IS NULL"
+_OWN_SQL = "n.user_id = %(user_id)s AND n.dismissed_at IS NULL"
+_UNREAD_SQL = "n.read_at IS NULL"
 """Said as a constant where it is meant, and never as a parameter: so the index of the unread ones is used."""
 
 
@@ -66,18 +72,18 @@ def list_notifications(
     Raises NotFound for a channel that the user may not see.
     """
     if channel_id is not None:
-        channel_for(user, channel_id)
+        get_visible_channel(user, channel_id)
     channels = _channels_of(user, channel_id)
     # A bound and a limit as parameters are taken for a third and a tenth of all rows, as long as nothing is known of
     # them: a plan for everybody looks dear then, and PostgreSQL plans each page anew, for longer than it reads.
-    found = rows(
+    found = fetch_all(
         f"""
         SELECT n.message_id, n.created_at, n.read_at, n.reason::text AS reason, g.channel_id, g.author_name, g.beginning
         FROM (
             SELECT n.message_id, n.created_at, n.read_at, n.reason
             FROM notification n
-            WHERE {_OWN}
-            {f"AND {_UNREAD}" if unread else ""}
+            WHERE {_OWN_SQL}
+            {f"AND {_UNREAD_SQL}" if unread else ""}
             {"" if before is None else "AND n.message_id < (SELECT %(before)s::bigint)"}
             ORDER BY n.message_id DESC
             LIMIT (SELECT NULL::bigint)  -- all of them, and the first ones soon: never read first, and sorted then
@@ -87,8 +93,8 @@ def list_notifications(
             FROM message g
             JOIN user_account a ON a.id = g.author_id
             WHERE g.id = n.message_id
-            AND {_IN_SIGHT}
-            AND EXISTS ({_PERMITTED})
+            AND {_VISIBLE_SQL}
+            AND EXISTS ({_AUTHOR_CAN_POST_SQL})
             OFFSET 0  -- each message is looked up by its key: so only the partitions of this page are read
         ) g
         ORDER BY n.message_id DESC
@@ -96,17 +102,17 @@ def list_notifications(
         """,
         {"user_id": user.id, "channel_ids": list(channels), "before": before},
     )
-    return [_describe(user.id, notification, channels[notification["channel_id"]]) for notification in found]
+    return [_serialize(user.id, notification, channels[notification["channel_id"]]) for notification in found]
 
 
-def told_together(tellings: Collection[Row], members: Collection[Row]) -> list[Row]:
+def notifications_for(tellings: Collection[Row], members: Collection[Row]) -> list[Row]:
     """What people were told by transactions, as far as their inbox shows it; by message id.
 
     Each telling is {"message_id", "told_at", "xid"}, each member {"user_id", "server_id"}; what comes back is as of
     `list_notifications`, with the "user_id". A member with a "from_xid" is not looked up for what only transactions
     before it wrote.
     """
-    found = rows(
+    found = fetch_all(
         f"""
         WITH c AS MATERIALIZED (
             SELECT t.told_at, t.last_xid, g.id AS message_id, left(g.content, {BODY_CHARACTERS + 1}) AS beginning,
@@ -123,7 +129,7 @@ def told_together(tellings: Collection[Row], members: Collection[Row]) -> list[R
             JOIN user_account a ON a.id = g.author_id
             JOIN server v ON v.id = c.server_id
             WHERE g.deleted_at IS NULL
-            AND {AUTHOR_MAY_POST}
+            AND {AUTHOR_CAN_POST_SQL}
         ),
         reader AS MATERIALIZED (
             SELECT u.id, u.is_admin, m.server_id, m.from_xid
@@ -144,7 +150,7 @@ def told_together(tellings: Collection[Row], members: Collection[Row]) -> list[R
             AND n.dismissed_at IS NULL
             OFFSET 0  -- each is looked up by its key
         ) n
-        WHERE {may_see("reader.id", "reader.is_admin")}
+        WHERE {can_see_channel_sql("reader.id", "reader.is_admin")}
         ORDER BY c.message_id
         """,
         {
@@ -159,7 +165,7 @@ def told_together(tellings: Collection[Row], members: Collection[Row]) -> list[R
     return [
         {
             "user_id": one["user_id"],
-            **_describe(
+            **_serialize(
                 one["user_id"],
                 one,
                 {
@@ -173,7 +179,7 @@ def told_together(tellings: Collection[Row], members: Collection[Row]) -> list[R
     ]
 
 
-def _describe(user_id: int, notification: Row, channel: Row) -> Row:
+def _serialize(user_id: int, notification: Row, channel: Row) -> Row:
     server, mentioned = channel["server"], notification["reason"] != "message"
     beginning = notification["beginning"]
     cut = f"{beginning[:BODY_CHARACTERS]}…" if len(beginning) > BODY_CHARACTERS else beginning
@@ -195,27 +201,27 @@ def _describe(user_id: int, notification: Row, channel: Row) -> Row:
 
 def unread_count(user: User) -> dict[str, Any]:
     """{"unread", "mentions", "channels": [{"channel_id", "unread", "mentions"}]}: counted, not kept."""
-    per_channel = rows(
+    per_channel = fetch_all(
         f"""
-        WITH {ASKER}
+        WITH {VIEWER_CTE_SQL}
         SELECT g.channel_id, sum(g.unread)::bigint AS unread, sum(g.mentions)::bigint AS mentions
         FROM (
             SELECT g.channel_id, g.author_id, g.only_for_id,
                 count(*) AS unread, count(*) FILTER (WHERE n.reason <> 'message') AS mentions
             FROM notification n
             JOIN message g ON g.id = n.message_id
-            WHERE {_OWN}
-            AND {_UNREAD}
+            WHERE {_OWN_SQL}
+            AND {_UNREAD_SQL}
             AND g.deleted_at IS NULL
             GROUP BY g.channel_id, g.author_id, g.only_for_id
         ) g  -- who sees the channel, and whether its author may post, is asked once for all of theirs in it
         WHERE EXISTS (
             SELECT FROM asker, channel c
             WHERE c.id = g.channel_id
-            AND {may_see("asker.id", "asker.is_admin")}
+            AND {can_see_channel_sql("asker.id", "asker.is_admin")}
             OFFSET 0
         )
-        AND EXISTS ({_PERMITTED})
+        AND EXISTS ({_AUTHOR_CAN_POST_SQL})
         GROUP BY g.channel_id
         ORDER BY g.channel_id
         """,
@@ -228,7 +234,7 @@ def unread_count(user: User) -> dict[str, Any]:
     }
 
 
-_LATER = """
+_LATER_CTE_SQL = """
     up_to AS MATERIALIZED (
         SELECT last.message_id, log.xid,
             COALESCE(log.snapshot, '1:1:'::pg_snapshot) AS snapshot  -- the log does not reach back so far
@@ -253,7 +259,7 @@ _LATER = """
 """
 """The transaction that wrote the notification `up_to` which a mark goes, and the edits that it did not see."""
 
-_IS_LATER = """(
+_IS_LATER_SQL = """(
     EXISTS (
         SELECT FROM up_to
         JOIN telling log ON log.told_at = n.created_at
@@ -285,24 +291,24 @@ def mark_read(
     if up_to is not None and up_to[0] != user.id:
         raise Invalid({"up_to": ["There is no such notification."]})
     if channel_id is not None:
-        channel_for(user, channel_id)
+        get_visible_channel(user, channel_id)
     which = "AND n.message_id = ANY(%(message_ids)s::bigint[])" if ids is not None else ""
     own = [message_id for user_id, message_id in ids or () if user_id == user.id]
     with transaction():
-        found = row(
+        found = fetch_one(
             f"""
-            WITH {_LATER if up_to else ""}
+            WITH {_LATER_CTE_SQL if up_to else ""}
             shown AS (
                 SELECT n.message_id
                 FROM notification n
                 JOIN message g ON g.id = n.message_id
-                WHERE {_OWN}
-                AND {_UNREAD}
+                WHERE {_OWN_SQL}
+                AND {_UNREAD_SQL}
                 AND n.message_id <= %(up_to)s
-                {f"AND NOT {_IS_LATER}" if up_to else ""}
+                {f"AND NOT {_IS_LATER_SQL}" if up_to else ""}
                 {which}
-                AND {_IN_SIGHT}
-                AND EXISTS ({_PERMITTED})
+                AND {_VISIBLE_SQL}
+                AND EXISTS ({_AUTHOR_CAN_POST_SQL})
                 ORDER BY n.message_id  -- two devices at once lock in one order
                 FOR NO KEY UPDATE OF n
             ),
@@ -324,7 +330,7 @@ def mark_read(
             },
         )
         assert found is not None
-        reach("read.written")
+        failpoint("read.written")
         return {"marked": found["marked"], "unread": unread_count(user)["unread"]}
 
 
@@ -334,7 +340,7 @@ def dismiss(user: User, user_id: int, message_id: int) -> None:
         "UPDATE notification n SET dismissed_at = now()"
         " FROM message g"
         " WHERE g.id = n.message_id"
-        f" AND n.message_id = %(message_id)s AND {_OWN} AND {_IN_SIGHT} AND EXISTS ({_PERMITTED})",
+        f" AND n.message_id = %(message_id)s AND {_OWN_SQL} AND {_VISIBLE_SQL} AND EXISTS ({_AUTHOR_CAN_POST_SQL})",
         {"user_id": user_id, "message_id": message_id, "channel_ids": list(_channels_of(user, None))},
     )
     if not touched:

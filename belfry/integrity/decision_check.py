@@ -15,8 +15,8 @@ time. What was removed leaves none, but changes how many members have which deci
 from collections import Counter
 from dataclasses import dataclass, field
 
-from belfry.core.db import Row, rows
-from belfry.fanout.decision import DECIDED, TELLING, Subject, subject_of
+from belfry.core.db import Row, fetch_all
+from belfry.fanout.decision import DECISIONS_SQL, NOTIFY_DECISIONS, FanoutMessage, load_fanout_message
 from belfry.integrity.findings import TOLERANCE_SECONDS, Finding, Report
 from belfry.integrity.notification_checks import KEPT_FROM
 
@@ -34,7 +34,7 @@ _RUNS = """
 """
 
 _COMPARE = f"""
-    WITH decided AS MATERIALIZED ({DECIDED}),
+    WITH decided AS MATERIALIZED ({DECISIONS_SQL}),
     changed AS MATERIALIZED (
         SELECT member.user_id
         FROM member
@@ -77,9 +77,9 @@ class _Progress:
 def check_decisions(report: Report, limit: int) -> None:
     """Compare the newest `limit` runs of messages that succeeded, and say in the notes what was skipped, and why."""
     progress = _Progress()
-    found = rows(_RUNS, {"limit": limit, "tolerance": TOLERANCE_SECONDS})
+    found = fetch_all(_RUNS, {"limit": limit, "tolerance": TOLERANCE_SECONDS})
     for run in found:
-        subject = subject_of(run["message_id"])
+        subject = load_fanout_message(run["message_id"])
         assert subject is not None  # run.message_id is a foreign key
         _compare(run, subject, report, progress)
     report.notes.append(
@@ -91,8 +91,8 @@ def check_decisions(report: Report, limit: int) -> None:
         report.notes.append(f"decisions not compared: of {progress.changed} members of whom something changed since")
 
 
-def _compare(run: Row, subject: Subject, report: Report, progress: _Progress) -> None:
-    groups = rows(_COMPARE, {**subject.parameters(), "since": run["since"], "run_id": run["id"]})
+def _compare(run: Row, subject: FanoutMessage, report: Report, progress: _Progress) -> None:
+    groups = fetch_all(_COMPARE, {**subject.parameters(), "since": run["since"], "run_id": run["id"]})
     if any(group["is_over"] for group in groups):
         progress.skipped["of messages that were deleted, edited, replayed, or are older than RETENTION_DAYS"] += 1
         return
@@ -110,7 +110,7 @@ def _compare(run: Row, subject: Subject, report: Report, progress: _Progress) ->
             progress.changed += group["members"]
             continue
         progress.members += group["members"]
-        expected = group["decision"] if group["decision"] in TELLING else None
+        expected = group["decision"] if group["decision"] in NOTIFY_DECISIONS else None
         if group["reason"] != expected:
             report.add([Finding(CHECK, _described(run, group))])
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from belfry.core.db import db, rows, set_locally
+from belfry.core.db import db, fetch_all, set_config_sql
 
 SHOWN = 100
 """Findings of one check that are shown; of the others only how many there are."""
@@ -48,8 +48,8 @@ class Report:
     def run(self, statement: str, parameters: Mapping[str, Any] | None = None) -> None:
         """Run the statement of one or more checks and add what it finds."""
         with db.atomic():
-            rows(f"SELECT {set_locally(_RESOURCES)}")
-            found = rows(
+            fetch_all(f"SELECT {set_config_sql(_RESOURCES)}")
+            found = fetch_all(
                 f"""
                 SELECT check_name, finding, total
                 FROM (

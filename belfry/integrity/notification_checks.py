@@ -5,14 +5,14 @@ from collections.abc import Callable
 
 from peewee import ProgrammingError
 
-from belfry.core.db import row, rows
-from belfry.core.partitions import AHEAD, Partition, partitions
-from belfry.fanout.decision import TELLING
+from belfry.core.db import fetch_all, fetch_one
+from belfry.core.partitions import PARTITIONS_AHEAD, Partition, list_partitions
+from belfry.fanout.decision import NOTIFY_DECISIONS
 from belfry.integrity.findings import Finding, Report
 from models import LARGEST_ID
 
 OLD_SECONDS = 600
-"""A partition that has been in use for so long has AHEAD others after it, if a worker runs: it looks once a minute."""
+"""A partition that has been in use for so long has PARTITIONS_AHEAD others after it, if a worker runs."""
 _TOLERANCE = "make_interval(secs => %(tolerance)s)"
 KEPT_FROM = """(
         SELECT min(substring(part.relname FROM '^notification_to_([0-9]+)(?:_[0-9]+)?$')::bigint)
@@ -20,7 +20,7 @@ KEPT_FROM = """(
         JOIN pg_class part ON part.oid = link.inhrelid
         WHERE link.inhparent = 'notification'::regclass
     )"""
-"""As `partitions.kept_from`, within a statement, all of which sees a partition that is dropped meanwhile, or none."""
+"""As `partitions.oldest_retained_message_id`, within a statement: all of it sees the same partitions."""
 
 _MENTION_IS_WRONG = """CASE note.reason
             WHEN 'mention' THEN note.user_id <> ALL(msg.mentioned_users)
@@ -168,8 +168,8 @@ def _partition_sql(partition: Partition) -> str:
         kept_from=KEPT_FROM,
         faults=" ".join(f"WHEN {condition} THEN '{name}|' || note.user_id" for name, (condition, _) in FAULTS.items()),
         called=" ".join(f"WHEN '{name}' THEN '{called}'" for name, (_, called) in FAULTS.items()),
-        reasons=", ".join(f'count(*) FILTER (WHERE note.reason = \'{reason}\') AS "{reason}"' for reason in TELLING),
-        listed=", ".join(f"'{reason}'" for reason in TELLING),
+        reasons=", ".join(f'count(*) FILTER (WHERE note.reason = \'{reason}\') AS "{reason}"' for reason in NOTIFY_DECISIONS),
+        listed=", ".join(f"'{reason}'" for reason in NOTIFY_DECISIONS),
     )
 
 
@@ -179,13 +179,13 @@ def check_notifications(report: Report, since: int, on_partition: Callable[[int,
     `on_partition` is called after each with (how many are done, how many there are). A partition that is dropped before
     its turn is skipped.
     """
-    there = [one for one in reversed(partitions()) if one.below > since]
+    there = [one for one in reversed(list_partitions()) if one.below > since]
     for number, partition in enumerate(there, 1):
         lower = -LARGEST_ID if partition.after_or_at is None else partition.after_or_at
         try:
             report.run(_partition_sql(partition), {"lower": max(lower, since), "below": partition.below})
         except ProgrammingError:
-            if partition in partitions():
+            if partition in list_partitions():
                 raise
             report.notes.append(f"not checked: {partition.name}, which was dropped meanwhile")
         on_partition(number, len(there))
@@ -196,7 +196,7 @@ _BOUNDS = re.compile(r"FOR VALUES FROM \((?:MINVALUE|'(-?\d+)')\) TO \('(-?\d+)'
 
 def check_partitions(report: Report) -> None:
     """Check that every message id has a partition, that those ahead are there, and that none is detached."""
-    found = rows(
+    found = fetch_all(
         """
         SELECT part.relname AS name, pg_get_expr(part.relpartbound, part.oid) AS bounds,
             link.inhrelid IS NOT NULL AND NOT link.inhdetachpending AS is_attached
@@ -233,18 +233,18 @@ def check_partitions(report: Report) -> None:
 def _check_ahead(report: Report, bounds: list[tuple[int | None, int]]) -> None:
     """The next message needs a partition, and so do those that come before a worker looks again."""
     name = "there are partitions ahead"
-    found = row("SELECT last_value + is_called::int AS id FROM message_id_seq")
+    found = fetch_one("SELECT last_value + is_called::int AS id FROM message_id_seq")
     assert found is not None
     here = [one for one in bounds if one[1] > found["id"]]
     if not here or (here[0][0] is not None and here[0][0] > found["id"]):
         report.add([Finding(name, f"no partition has the next message, {found['id']}: nobody can be notified of it")])
         return
-    is_old = row(
+    is_old = fetch_one(
         "SELECT created_at < now() - make_interval(secs => %(seconds)s) AS is_old"
         " FROM message WHERE id >= %(lower)s ORDER BY id LIMIT 1",
         {"lower": here[0][0] or -LARGEST_ID, "seconds": OLD_SECONDS},
     )
-    needed = AHEAD if is_old and is_old["is_old"] else 1
+    needed = PARTITIONS_AHEAD if is_old and is_old["is_old"] else 1
     if len(here) - 1 < needed:
-        text = f"{len(here) - 1} partitions are ahead of the one in use, which ends at {here[0][1]}: {AHEAD} should be"
+        text = f"{len(here) - 1} partitions are ahead of the one in use, which ends at {here[0][1]}: {PARTITIONS_AHEAD} should be"
         report.add([Finding(name, text)])

@@ -1,12 +1,12 @@
 """Checks of messages, runs and slices: that each is consistent in itself and with the others, and that the sweeper can
 find what is unfinished."""
-from belfry.fanout.decision import DECISIONS, TELLING
+from belfry.fanout.decision import DECISIONS, NOTIFY_DECISIONS
 from config import settings
-from models import TABLES, TRIES
+from models import MAX_ATTEMPTS, TABLES
 
 OVERDUE_SECONDS = 60
 """Twice what recovery may take, after the longest that a job may run."""
-_LATEST_RETRY_SECONDS = 86_400 + settings.retry_seconds * 3**TRIES
+_LATEST_RETRY_SECONDS = 86_400 + settings.retry_seconds * 3**MAX_ATTEMPTS
 """No work item is due later than its longest retry interval; a day more, for a setting that was longer before."""
 _UNFINISHED = "run.state IN ('pending', 'queued', 'running')"
 _TOLERANCE = "make_interval(secs => %(tolerance)s)"
@@ -63,7 +63,7 @@ RUN_CHECKS = {
         " || COALESCE(run.started_at::text, 'no time')",
     ),
     "attempts are counted": (
-        f"run.tries_left > {TRIES} OR run.attempts < {TRIES} - run.tries_left",
+        f"run.tries_left > {MAX_ATTEMPTS} OR run.attempts < {MAX_ATTEMPTS} - run.tries_left",
         "'run ' || run.id || ' has ' || run.tries_left || ' attempts left after ' || run.attempts",
     ),
     "only an edit changes mentions": (
@@ -94,7 +94,7 @@ RUNS_SQL = f"""
         FROM run
         CROSS JOIN LATERAL (
             SELECT COALESCE(sum(members), 0) AS members,
-                COALESCE(sum(members) FILTER (WHERE decision IN ({_listed(TELLING)})), 0) AS notified,
+                COALESCE(sum(members) FILTER (WHERE decision IN ({_listed(NOTIFY_DECISIONS)})), 0) AS notified,
                 COALESCE(bool_or(
                     members IS NULL OR members < 0 OR decision NOT IN ({_listed(tuple(DECISIONS))})
                 ), false) AS is_malformed

@@ -6,7 +6,7 @@ docs/reliability.md lists what each of them finds, and what none of them can fin
 
 from collections.abc import Callable
 
-from belfry.core.partitions import kept_from
+from belfry.core.partitions import oldest_retained_message_id
 from belfry.integrity import decision_check
 from belfry.integrity.decision_check import check_decisions
 from belfry.integrity.findings import Report
@@ -46,7 +46,7 @@ def check(*, since: int = 0, decisions: int = 0, on_partition: Callable[[int, in
     the newest runs are made again and compared as well. `on_partition` is called with the progress over the
     notifications: (partitions that are done, all of them).
     """
-    report, first = Report(), kept_from()
+    report, first = Report(), oldest_retained_message_id()
     for statement in (RUNS_SQL, WORK_ITEMS_SQL, MESSAGES_SQL, SEQUENCES_SQL):
         report.run(statement)
     report.run(MEMBERS_SQL, {"kept_from": first})
@@ -63,5 +63,5 @@ def check(*, since: int = 0, decisions: int = 0, on_partition: Callable[[int, in
 
 
 def verify() -> list[str]:
-    """The findings of `check`, a sentence each; [] when nothing is wrong."""
+    """The findings of `check_dependencies`, a sentence each; [] when nothing is wrong."""
     return [finding.text for finding in check().findings]

@@ -2,14 +2,11 @@
 
 from collections.abc import Iterable, Sequence
 
-from belfry.core.db import Row, row, rows
+from belfry.core.db import Row, fetch_all, fetch_one
 from belfry.core.errors import NotFound
 from belfry.fanout.runs import runs_of_messages
 from belfry.messages import mentions
-from belfry.servers.visibility import (
-    SeenChannel,
-    channel_for,
-)
+from belfry.servers.visibility import VisibleChannel, get_visible_channel
 from models import User
 
 _COLUMNS = """
@@ -20,9 +17,9 @@ _COLUMNS = """
 _VISIBLE = "g.deleted_at IS NULL AND (g.only_for_id IS NULL OR g.only_for_id = %(user_id)s)"
 
 
-def find_message(user: User, message_id: int) -> tuple[Row, SeenChannel]:
+def find_message(user: User, message_id: int) -> tuple[Row, VisibleChannel]:
     """A message as stored, and its channel. Raises NotFound where the user may not know of it, or it is deleted."""
-    found = row(
+    found = fetch_one(
         f"SELECT {_COLUMNS} FROM message g JOIN user_account u ON u.id = g.author_id"
         f" WHERE g.id = %(message_id)s AND {_VISIBLE}",
         {"message_id": message_id, "user_id": user.id},
@@ -30,15 +27,15 @@ def find_message(user: User, message_id: int) -> tuple[Row, SeenChannel]:
     if found is None:
         raise NotFound(f"There is no message {message_id}.")
     try:
-        return found, channel_for(user, found["channel_id"])
+        return found, get_visible_channel(user, found["channel_id"])
     except NotFound:
         raise NotFound(f"There is no message {message_id}.") from None
 
 
 def list_messages(user: User, channel_id: int, *, before: int | None, limit: int) -> list[Row]:
     """A channel's messages, newest first, with an id below `before`. Raises NotFound for the channel."""
-    channel_for(user, channel_id)
-    return describe(user, stored_messages(user, channel_id, before=before, limit=limit))
+    get_visible_channel(user, channel_id)
+    return serialize_messages(user, stored_messages(user, channel_id, before=before, limit=limit))
 
 
 def stored_messages(
@@ -48,7 +45,7 @@ def stored_messages(
 
     In that order: newest first or, given `after`, oldest first.
     """
-    return rows(
+    return fetch_all(
         f"SELECT {_COLUMNS} FROM message g JOIN user_account u ON u.id = g.author_id"
         " WHERE g.channel_id = %(channel_id)s"
         + ("" if before is None else " AND g.id < %(before)s")  # not by `IS NULL OR`: one plan would read what is newer
@@ -60,7 +57,7 @@ def stored_messages(
     )
 
 
-def describe(reader: User, messages: Sequence[Row]) -> list[Row]:
+def serialize_messages(reader: User, messages: Sequence[Row]) -> list[Row]:
     """Stored messages as they are sent: with names, and the run for their author and for admins. Three queries."""
     if not messages:
         return []
@@ -82,12 +79,12 @@ def describe(reader: User, messages: Sequence[Row]) -> list[Row]:
             "edited_at": message["edited_at"],
             "mentions": mentions.Mentions(
                 users=tuple(
-                    mentions.Person(id=id_, username=people[id_], sees_channel=True)
+                    mentions.MentionedUser(id=id_, username=people[id_], sees_channel=True)
                     for id_ in message["mentioned_users"]
                     if id_ in people
                 ),
                 roles=tuple(
-                    mentions.Role(id=id_, name=roles[id_]) for id_ in message["mentioned_roles"] if id_ in roles
+                    mentions.MentionedRole(id=id_, name=roles[id_]) for id_ in message["mentioned_roles"] if id_ in roles
                 ),
                 everyone=message["mentions_everyone"],
                 warnings=(),
@@ -106,5 +103,5 @@ def _names(select: str, ids: list[int]) -> dict[int, str]:
     if not ids:
         return {}
     return {
-        found["id"]: found["name"] for found in rows(f"{select} WHERE id = ANY(%(ids)s::bigint[])", {"ids": ids})
+        found["id"]: found["name"] for found in fetch_all(f"{select} WHERE id = ANY(%(ids)s::bigint[])", {"ids": ids})
     }

@@ -39,11 +39,11 @@ for _ in range(3):
 _find_destination = re.compile(_DESTINATION).match
 
 
-class TooEntangled(Exception):
+class ParseBudgetExceeded(Exception):
     """The text takes more steps than it may."""
 
 
-class BudgetSpent(TooEntangled):
+class BudgetSpent(ParseBudgetExceeded):
     """The text takes more steps than the budget has left for it; alone it might take fewer than MAX_STEPS."""
 
 
@@ -81,7 +81,7 @@ class _CountedInline(ParserInline):
 def _count(env: EnvType, steps: int) -> None:
     env["steps"] -= steps
     if env["steps"] < 0:
-        raise TooEntangled
+        raise ParseBudgetExceeded
 
 
 def _count_line(state: StateBlock, start_line: int, end_line: int, silent: bool) -> bool:
@@ -131,7 +131,7 @@ def parse(content: str, budget: Budget | None = None) -> list[Token]:
     try:
         _count(env, len(content) + _MARK_STEPS * sum(map(content.count, _MARKS)))
         return _PARSER.parse(content, env)
-    except TooEntangled:
+    except ParseBudgetExceeded:
         if allowed < MAX_STEPS:
             raise BudgetSpent from None
         raise
@@ -140,7 +140,7 @@ def parse(content: str, budget: Budget | None = None) -> list[Token]:
             budget.spend(allowed - max(0, env["steps"]))
 
 
-def outside_quotes(tokens: Iterable[Token]) -> Iterable[Sequence[Token]]:
+def tokens_outside_quotes(tokens: Iterable[Token]) -> Iterable[Sequence[Token]]:
     """The text of each block that is in no block quote, as tokens."""
     quotes = 0
     for token in tokens:

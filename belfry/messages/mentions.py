@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from markdown_it.token import Token
 
-from belfry.core.errors import shortened
+from belfry.core.errors import truncate
 from belfry.messages import markdown
 
 EVERYONE = "everyone"
@@ -44,7 +44,7 @@ _REST_OF_ADDRESS = re.compile(r"@[A-Za-z0-9-]+\.[A-Za-z0-9]")
 
 # Stands for an `@` that is not one, and for all markup that may neither come before a mention nor go on
 # with a name.
-_WALL = "`"
+_BOUNDARY = "`"
 _MARKUP = {
     "softbreak": "\n",
     "hardbreak": "\n",
@@ -71,7 +71,7 @@ NOT_READABLE = Candidate("", ())
 
 
 @dataclass(frozen=True)
-class Person:
+class MentionedUser:
     """A member of the message's server. `sees_channel` is about the message's channel."""
 
     id: int
@@ -80,7 +80,7 @@ class Person:
 
 
 @dataclass(frozen=True)
-class Role:
+class MentionedRole:
     """A role of the message's server."""
 
     id: int
@@ -108,8 +108,8 @@ class AllowedMentions:
 class Mentions:
     """Who is mentioned, each once, in order of appearance; `users` all see the channel."""
 
-    users: tuple[Person, ...]
-    roles: tuple[Role, ...]
+    users: tuple[MentionedUser, ...]
+    roles: tuple[MentionedRole, ...]
     everyone: bool
     warnings: tuple[MentionWarning, ...]
 
@@ -125,7 +125,7 @@ NOT_READ_DETAIL = (
     "remove markup to mention somebody"
 )
 
-NOBODY = Mentions(users=(), roles=(), everyone=False, warnings=())
+NO_MENTIONS = Mentions(users=(), roles=(), everyone=False, warnings=())
 
 
 def find_mentions(content: str) -> tuple[Candidate, ...]:
@@ -149,19 +149,19 @@ def find_mentions(content: str) -> tuple[Candidate, ...]:
         return ()
     try:
         tokens = markdown.parse(content)
-    except markdown.TooEntangled:
+    except markdown.ParseBudgetExceeded:
         return (NOT_READABLE,)
     found: dict[str, Candidate] = {}
-    for text in markdown.outside_quotes(tokens):
-        for _, candidate in candidates_in("".join(piece for _, piece in pieces(text))):
+    for text in markdown.tokens_outside_quotes(tokens):
+        for _, candidate in candidates_in("".join(piece for _, piece in tokens_with_text(text))):
             found.setdefault(candidate.text.lower(), candidate)
     return tuple(found.values())
 
 
 def candidates_in(text: str) -> Iterator[tuple[int, Candidate]]:
-    """The candidates in the text of one block, as the `pieces` of it joined, and where the `@` of each is."""
+    """The candidates in the text of one block, as the `tokens_with_text` of it joined, and where the `@` of each is."""
     for match in _MENTION.finditer(text):
-        if _goes_on(text, match.end()):
+        if _continues_word(text, match.end()):
             continue
         run = match["run"].rstrip(_PUNCTUATION)
         if names := _names(run.lower()):
@@ -176,8 +176,8 @@ def possible_names(candidates: Iterable[Candidate]) -> set[str]:
 
 def resolve(
     candidates: Iterable[Candidate],
-    people: Mapping[str, Person],
-    roles: Mapping[str, Role],
+    people: Mapping[str, MentionedUser],
+    roles: Mapping[str, MentionedRole],
     *,
     may_ping_groups: bool,
     allowed: AllowedMentions | None = None,
@@ -193,8 +193,8 @@ def resolve(
     - What `allowed` leaves out is left out without a warning. The warnings above are about the text, and are
       the same whatever `allowed` says.
     """
-    mentioned: dict[int, Person] = {}
-    groups: dict[int, Role] = {}
+    mentioned: dict[int, MentionedUser] = {}
+    groups: dict[int, MentionedRole] = {}
     everyone = False
     warnings = _Warnings()
 
@@ -238,7 +238,7 @@ class _Warnings:
             return
         self._seen.add((code, about))
         if len(self._first) < MAX_WARNINGS:
-            self._first.append(MentionWarning(code, detail.format(shortened(about, _WARNING_CHARACTERS))))
+            self._first.append(MentionWarning(code, detail.format(truncate(about, _WARNING_CHARACTERS))))
 
     def shown(self) -> tuple[MentionWarning, ...]:
         more = len(self._seen) - len(self._first)
@@ -246,7 +246,7 @@ class _Warnings:
         return (*self._first, *rest)
 
 
-def pieces(tokens: Sequence[Token]) -> Iterator[tuple[Token, str]]:
+def tokens_with_text(tokens: Sequence[Token]) -> Iterator[tuple[Token, str]]:
     """The text of one block as displayed, with a character for each piece of markup, and every `@` that does not
     count gone: token by token, to be joined, so that a name which the parser took apart is whole again.
 
@@ -260,16 +260,16 @@ def pieces(tokens: Sequence[Token]) -> Iterator[tuple[Token, str]]:
         if token.type == "text":
             yield token, token.content
         elif token.type == "text_special":
-            yield token, token.content.replace("@", _WALL)
+            yield token, token.content.replace("@", _BOUNDARY)
         elif token.type == "image":
             yield token, "["
-            yield from pieces(token.children or ())
+            yield from tokens_with_text(token.children or ())
             yield token, ")"
         else:
-            yield token, _MARKUP.get(token.type, _WALL)
+            yield token, _MARKUP.get(token.type, _BOUNDARY)
 
 
-def _goes_on(text: str, end: int) -> bool:
+def _continues_word(text: str, end: int) -> bool:
     """Whether the run that ends at `end` is but the beginning of a word in another alphabet, or of an
     address."""
     foreign = unicodedata.category(text[end : end + 1] or " ")[0] in "LNM"

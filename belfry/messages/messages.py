@@ -8,28 +8,28 @@ from typing import Any
 from psycopg.types.json import Jsonb
 
 from belfry.core import idempotency
-from belfry.core.db import Row, execute, row, rows, timed_transaction, transaction
+from belfry.core.db import Row, execute, fetch_all, fetch_one, timed_transaction, transaction
 from belfry.core.errors import Conflict, Forbidden
-from belfry.core.failpoints import reach
-from belfry.core.idempotency import Once
-from belfry.fanout.claims import hold_message
+from belfry.core.failpoints import failpoint
+from belfry.core.idempotency import IdempotentRequest
+from belfry.fanout.claims import lock_message
 from belfry.fanout.runs import create_run
 from belfry.identity import tokens
 from belfry.messages import mentions
-from belfry.messages.history import describe, find_message
+from belfry.messages.history import find_message, serialize_messages
 from belfry.servers.visibility import (
-    MAY_POST,
-    SEEN_CHANNEL,
-    SeenChannel,
+    CAN_POST_SQL,
+    VISIBLE_CHANNEL_SQL,
+    VisibleChannel,
     access_parameters,
-    channel_for,
+    get_visible_channel,
     require_posting,
 )
 from models import User
 
 
 @dataclass(frozen=True)
-class Posted:
+class PostResult:
     """What came of a request to post. `answer` is set where an earlier answer is given again."""
 
     message: Row = field(default_factory=dict)
@@ -42,31 +42,31 @@ def post_message(
     channel_id: int,
     content: str,
     allowed: mentions.AllowedMentions | None = None,
-    once: Once | None = None,
+    once: IdempotentRequest | None = None,
     *,
     run_state: str = "queued",
     token_hash: bytes | None = None,
-) -> Posted:
+) -> PostResult:
     """Write a message and its run, both or neither. Enqueue the run after it, or leave it `pending`.
 
-    With `token_hash` the author is as `accounts.remembered` has them, and whether that token is valid still, and what
+    With `token_hash` the author is as `accounts.cached_user` has them, and whether that token is valid still, and what
     its person may now, is asked here.
 
     Raises NotFound where the author may not see the channel, Forbidden and SubscriptionRequired where they
-    may not post, what `idempotency.claim` raises, and Unauthenticated for the token.
+    may not post, what `idempotency.begin` raises, and Unauthenticated for the token.
     """
     candidates = mentions.find_mentions(content)
     if token_hash and (once or candidates):  # there is more to read than the one statement
         author, token_hash = tokens.require_token(token_hash), None
     with timed_transaction() if once else nullcontext(0.0) as round_trip:  # one statement needs no transaction
-        if once and (answer := idempotency.claim(once, round_trip)):
-            return Posted(answer=answer)
-        found = mentions.NOBODY
+        if once and (answer := idempotency.begin(once, round_trip)):
+            return PostResult(answer=answer)
+        found = mentions.NO_MENTIONS
         if candidates:
-            channel = channel_for(author, channel_id)
+            channel = get_visible_channel(author, channel_id)
             require_posting(author, channel)
             found = resolve_mentions(channel, candidates, may_ping_groups=channel.moderates, allowed=allowed)
-        written = _write(author, token_hash, channel_id, content, allowed, found, run_state)
+        written = _insert(author, token_hash, channel_id, content, allowed, found, run_state)
         run_id = written["run_id"]
         message = {
             "id": written["message_id"],
@@ -80,13 +80,13 @@ def post_message(
             "run": {"id": run_id, "state": run_state},  # as it is, a moment after the commit
         }
         if once:
-            idempotency.remember(once, message)
-            reach("post.written", run_id)
-    reach("post.committed", run_id)
-    return Posted(message, run_id)
+            idempotency.save_response(once, message)
+            failpoint("post.written", run_id)
+    failpoint("post.committed", run_id)
+    return PostResult(message, run_id)
 
 
-_WRITE = f"""
+_INSERT_SQL = f"""
     WITH asker AS MATERIALIZED (
         SELECT u.id, u.username, u.name, u.is_admin
         FROM user_account u
@@ -95,17 +95,17 @@ _WRITE = f"""
             SELECT FROM api_token t
             WHERE t.token_hash = %(token_hash)s
             AND t.user_id = u.id
-            AND {tokens.IS_VALID}
+            AND {tokens.TOKEN_IS_VALID_SQL}
         ))
     ),
-    seen AS ({SEEN_CHANNEL}),
+    seen AS ({VISIBLE_CHANNEL_SQL}),
     written AS (
         INSERT INTO message (channel_id, author_id, content, allowed_mentions,
             mentioned_users, mentioned_roles, mentions_everyone)
         SELECT seen.id, asker.id, %(content)s, %(allowed)s::jsonb,
             %(users)s::bigint[], %(roles)s::bigint[], %(everyone)s
         FROM seen, asker
-        WHERE {MAY_POST}
+        WHERE {CAN_POST_SQL}
         RETURNING id, created_at
     ),
     started AS (
@@ -120,7 +120,7 @@ _WRITE = f"""
 No row where it is not, or they may not."""
 
 
-def _write(
+def _insert(
     author: User,
     token_hash: bytes | None,
     channel_id: int,
@@ -130,26 +130,26 @@ def _write(
     run_state: str,
 ) -> Row:
     """{"message_id", "created_at", "run_id", "username", "name"}. Raises as `post_message` does."""
-    written = row(
-        _WRITE,
+    written = fetch_one(
+        _INSERT_SQL,
         {
             **access_parameters(author, channel_id),
             "token_hash": token_hash,
             "content": content,
             "allowed": Jsonb(_allowed_json(allowed)) if allowed else None,
-            **_mentioned(found),
+            **_mention_parameters(found),
             "run_state": run_state,
         },
     )
     if written is None:
         author = tokens.require_token(token_hash) if token_hash else author
-        require_posting(author, channel_for(author, channel_id))  # says why
+        require_posting(author, get_visible_channel(author, channel_id))  # says why
         raise Conflict("Who may post here was changed at the same time. Try again.")
     return written
 
 
 def resolve_mentions(
-    channel: SeenChannel,
+    channel: VisibleChannel,
     candidates: tuple[mentions.Candidate, ...],
     *,
     may_ping_groups: bool,
@@ -157,11 +157,11 @@ def resolve_mentions(
 ) -> mentions.Mentions:
     """Whom a content's candidates mention, among the channel's server's members and roles."""
     names = sorted(mentions.possible_names(candidates))
-    people: dict[str, mentions.Person] = {}
-    roles: dict[str, mentions.Role] = {}
+    people: dict[str, mentions.MentionedUser] = {}
+    roles: dict[str, mentions.MentionedRole] = {}
     if names:
         parameters = {"server_id": channel.server_id, "channel_id": channel.id, "names": names}
-        for found in rows(
+        for found in fetch_all(
             """
             SELECT u.id, u.username,
                 NOT c.private OR EXISTS (
@@ -176,16 +176,16 @@ def resolve_mentions(
             """,
             parameters,
         ):
-            people[found["username"]] = mentions.Person(**found)
-        for found in rows(
+            people[found["username"]] = mentions.MentionedUser(**found)
+        for found in fetch_all(
             "SELECT id, name FROM role WHERE server_id = %(server_id)s AND name = ANY(%(names)s::text[])",
             parameters,
         ):
-            roles[found["name"]] = mentions.Role(**found)
+            roles[found["name"]] = mentions.MentionedRole(**found)
     return mentions.resolve(candidates, people, roles, may_ping_groups=may_ping_groups, allowed=allowed)
 
 
-def _mentioned(found: mentions.Mentions) -> dict[str, Any]:
+def _mention_parameters(found: mentions.Mentions) -> dict[str, Any]:
     return {
         "users": sorted(person.id for person in found.users),
         "roles": sorted(role.id for role in found.roles),
@@ -197,34 +197,34 @@ def _allowed_json(allowed: mentions.AllowedMentions) -> dict[str, Any]:
     return {"users": sorted(allowed.users), "roles": sorted(allowed.roles), "everyone": allowed.everyone}
 
 
-def _find_to_change(
-    user: User, message_id: int, require_right: Callable[[Row, SeenChannel], None]
-) -> tuple[Row, SeenChannel]:
+def _lock_to_change(
+    user: User, message_id: int, require_right: Callable[[Row, VisibleChannel], None]
+) -> tuple[Row, VisibleChannel]:
     """`find_message`, with nobody telling of it or changing it until the transaction ends.
 
     The right is asked for twice: before, so that who has none holds nobody up, and of the message as it is then.
     """
     require_right(*find_message(user, message_id))
-    hold_message(message_id)
-    reach("message.locked")
+    lock_message(message_id)
+    failpoint("message.locked")
     found = find_message(user, message_id)
     require_right(*found)
     return found
 
 
-def edit_message(editor: User, message_id: int, content: str) -> Posted:
+def edit_message(editor: User, message_id: int, content: str) -> PostResult:
     """Replace a message's content. `run_id` is 0 where the mentions stay as they were: nobody has to be told.
 
     Otherwise a run of kind `edit` tells the newly mentioned, and takes back what is unread of those who are
     mentioned no more. Raises NotFound; Forbidden for everybody but the author; what posting raises.
     """
-    def require_right(stored: Row, channel: SeenChannel) -> None:
+    def require_right(stored: Row, channel: VisibleChannel) -> None:
         if stored["author_id"] != editor.id:
             raise Forbidden("Only its author edits a message.")
         require_posting(editor, channel)
 
     with transaction():
-        stored, channel = _find_to_change(editor, message_id, require_right)
+        stored, channel = _lock_to_change(editor, message_id, require_right)
         allowed = stored["allowed_mentions"]
         found = resolve_mentions(
             channel,
@@ -236,8 +236,8 @@ def edit_message(editor: User, message_id: int, content: str) -> Posted:
             if allowed
             else None,
         )
-        now = _mentioned(found)
-        written = row(
+        now = _mention_parameters(found)
+        written = fetch_one(
             """
             UPDATE message
             SET content = %(content)s,
@@ -251,15 +251,15 @@ def edit_message(editor: User, message_id: int, content: str) -> Posted:
             {"content": content, "message_id": message_id, **now},
         )
         assert written is not None
-        changes = _mention_changes(stored, now)
+        changes = _mention_diff(stored, now)
         run_id = create_run(message_id, "edit", changes) if any(changes.values()) else 0
-        message = describe(editor, [{**stored, "content": content, "edited_at": written["edited_at"]}])[0]
-        reach("edit.written", run_id)
-    reach("edit.committed", run_id)
-    return Posted({**message, "mentions": found, "warnings": found.warnings}, run_id)
+        message = serialize_messages(editor, [{**stored, "content": content, "edited_at": written["edited_at"]}])[0]
+        failpoint("edit.written", run_id)
+    failpoint("edit.committed", run_id)
+    return PostResult({**message, "mentions": found, "warnings": found.warnings}, run_id)
 
 
-def _mention_changes(stored: Row, now: dict[str, Any]) -> dict[str, Any]:
+def _mention_diff(stored: Row, now: dict[str, Any]) -> dict[str, Any]:
     users, roles = set(stored["mentioned_users"]), set(stored["mentioned_roles"])
     return {
         "added_users": sorted(set(now["users"]) - users),
@@ -276,11 +276,11 @@ def delete_message(user: User, message_id: int) -> None:
 
     Raises NotFound; Forbidden for everybody but the author, a moderator and an admin.
     """
-    def require_right(stored: Row, channel: SeenChannel) -> None:
+    def require_right(stored: Row, channel: VisibleChannel) -> None:
         if stored["author_id"] != user.id and not channel.moderates:
             raise Forbidden("Only its author, a moderator or an admin deletes a message.")
 
     with transaction():
-        _find_to_change(user, message_id, require_right)
+        _lock_to_change(user, message_id, require_right)
         execute("UPDATE message SET deleted_at = now() WHERE id = %(id)s", {"id": message_id})
-        reach("delete.written")
+        failpoint("delete.written")

@@ -11,7 +11,7 @@ from markdown_it.token import Token
 from markupsafe import Markup, escape
 
 from belfry.messages import markdown, mentions
-from belfry.messages.mentions import NOBODY, Mentions
+from belfry.messages.mentions import NO_MENTIONS, Mentions
 
 _PAGE_STEPS = 2 * markdown.MAX_STEPS  # for all messages of a page that are not in the cache
 
@@ -88,7 +88,7 @@ class HtmlCache:
 cache = HtmlCache(_CACHE_BYTES)
 
 
-def budget_of_a_page(messages: int) -> markdown.Budget:
+def page_budget(messages: int) -> markdown.Budget:
     """For rendering so many messages of one page."""
     return markdown.Budget(_PAGE_STEPS, messages)
 
@@ -107,9 +107,9 @@ def render_in_page(content: str, mentioned: Mentions, mine: Set[str], budget: ma
     try:
         html = _render(content, names, mine, budget)
     except markdown.BudgetSpent:
-        return _as_written(content)
-    except markdown.TooEntangled:
-        html = _as_written(content)
+        return _plain_text(content)
+    except markdown.ParseBudgetExceeded:
+        html = _plain_text(content)
     cache.put(key, html)
     return html
 
@@ -120,7 +120,7 @@ def _key(content: str, names: Set[str], mine: Set[str]) -> bytes:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
 
-def render(content: str, mentioned: Mentions = NOBODY, mine: Set[str] = frozenset()) -> Markup:
+def render(content: str, mentioned: Mentions = NO_MENTIONS, mine: Set[str] = frozenset()) -> Markup:
     """The content, read as CommonMark, as HTML. `mine` is what an `@` calls the reader by, in lower case: their
     username, and where the caller wishes the roles that they have, and `everyone`. Never raises.
 
@@ -139,26 +139,26 @@ def render(content: str, mentioned: Mentions = NOBODY, mine: Set[str] = frozense
     """
     try:
         return _render(content, mentioned.names, mine)
-    except markdown.TooEntangled:
-        return _as_written(content)
+    except markdown.ParseBudgetExceeded:
+        return _plain_text(content)
 
 
 def _render(content: str, names: Set[str], mine: Set[str], budget: markdown.Budget | None = None) -> Markup:
     """Render as `render` does. Raises what `markdown.parse` raises."""
     tokens = markdown.parse(content, budget)
     if any(token.level >= markdown.MAX_NESTING - 1 and token.nesting == 1 for token in tokens):
-        return _as_written(content)
+        return _plain_text(content)
     parts, left = [], _MAX_GROWTH * len(content) + _FREE_CHARACTERS
     for part in _blocks(tokens, _marks(tokens, names, mine)):
         left -= len(part)
         if left < 0:
-            return _as_written(content)
+            return _plain_text(content)
         parts.append(part)
     html = "".join(parts)
-    return Markup(html) if html else _as_written(content)  # noqa: S704  # every piece of it is escaped or ours
+    return Markup(html) if html else _plain_text(content)  # noqa: S704  # every piece of it is escaped or ours
 
 
-def _as_written(content: str) -> Markup:
+def _plain_text(content: str) -> Markup:
     return Markup("<p>") + Markup("<br>\n").join(content.split("\n")) + Markup("</p>\n")
 
 
@@ -167,8 +167,8 @@ def _marks(tokens: Sequence[Token], names: Set[str], mine: Set[str]) -> Marks:
     marks: Marks = {}
     if not names:
         return marks
-    for children in markdown.outside_quotes(tokens):
-        parts = list(mentions.pieces(children))
+    for children in markdown.tokens_outside_quotes(tokens):
+        parts = list(mentions.tokens_with_text(children))
         ends = list(accumulate(len(text) for _, text in parts))
         at = 0
         for start, candidate in mentions.candidates_in("".join(text for _, text in parts)):

@@ -1,20 +1,20 @@
 """The channels that a page lists beside what it shows."""
-from belfry.core.db import Row, rows
-from belfry.servers.visibility import visible_channels, with_server
+from belfry.core.db import Row, fetch_all
+from belfry.servers.visibility import nest_server, visible_channels
 from models import User
 
-OTHERS = 200  # channels of servers that an admin is not in
+MAX_OTHER_CHANNELS = 200  # channels of servers that an admin is not in
 
 
-def listed_channels(user: User, viewed_id: int | None = None) -> tuple[list[Row], bool]:
+def sidebar_channels(user: User, viewed_id: int | None = None) -> tuple[list[Row], bool]:
     """As of `visible_channels`, by id, and whether there are more that the user may see.
 
     - Members: all that they may see.
-    - Admins, who may see every channel: those of the servers that they are in, the one in view, and OTHERS more.
+    - Admins, who may see every channel: those of the servers that they are in, the one in view, and MAX_OTHER_CHANNELS more.
     """
     if not user.is_admin:
         return visible_channels(user), False
-    found = rows(
+    found = fetch_all(
         """
         WITH own AS MATERIALIZED (
             SELECT m.server_id FROM member m WHERE m.user_id = %(user_id)s
@@ -40,9 +40,9 @@ def listed_channels(user: User, viewed_id: int | None = None) -> tuple[list[Row]
         JOIN server v ON v.id = c.server_id
         ORDER BY c.id
         """,
-        {"user_id": user.id, "viewed_id": viewed_id, "others": OTHERS},
+        {"user_id": user.id, "viewed_id": viewed_id, "others": MAX_OTHER_CHANNELS},
     )
     more = bool(found and found[0]["more"])
     for one in found:
         del one["more"]
-    return [with_server(one) for one in found], more
+    return [nest_server(one) for one in found], more

@@ -1,13 +1,13 @@
 """Whom one may mention in a channel: as one types the beginning of a name."""
-from belfry.core.db import Row, rows
+from belfry.core.db import Row, fetch_all
 from belfry.messages.mentions import EVERYONE
-from belfry.servers.visibility import SeenChannel
+from belfry.servers.visibility import VisibleChannel
 from config import tuning
 
-WALK = 20_000
+MAX_INDEX_SCAN = 20_000
 
-_OPEN = "SELECT m.user_id FROM member m WHERE m.server_id = %(server_id)s"
-_PRIVATE = """
+_OPEN_CHANNEL_SQL = "SELECT m.user_id FROM member m WHERE m.server_id = %(server_id)s"
+_PRIVATE_CHANNEL_SQL = """
     SELECT r.user_id
     FROM channel_role o
     JOIN member_role r ON r.role_id = o.role_id
@@ -15,12 +15,12 @@ _PRIVATE = """
 """
 
 
-def _people(who: str, user_id: str) -> str:
+def _users_sql(who: str, user_id: str) -> str:
     """Those of a set of user ids, `user_id` among them, whose name is in the range: fast, however many there are.
 
     - Where they are tuning.suggestion_small_audience, each is looked at.
     - Where they are more, the names of the range are walked, in the order of the username's index: `~` comes after all
-      that a name can have. Of more than WALK names the first are, and it takes another letter to find the others:
+      that a name can have. Of more than MAX_INDEX_SCAN names the first are, and it takes another letter to find the others:
       else all names of everybody would be, where those of the set begin otherwise.
     """
     in_range = "u.username >= %(prefix)s AND u.username < %(beyond)s"
@@ -39,7 +39,7 @@ def _people(who: str, user_id: str) -> str:
             AND {in_range}
             UNION ALL
             (SELECT u.id, u.username, u.name
-            FROM (SELECT * FROM user_account u WHERE {in_range} ORDER BY u.username LIMIT {WALK}) u
+            FROM (SELECT * FROM user_account u WHERE {in_range} ORDER BY u.username LIMIT {MAX_INDEX_SCAN}) u
             WHERE NOT (SELECT are_few FROM counted)
             AND EXISTS ({who} AND {user_id} = u.id)
             ORDER BY u.username
@@ -50,7 +50,7 @@ def _people(who: str, user_id: str) -> str:
     """
 
 
-def mentionable(channel: SeenChannel, prefix: str, limit: int) -> list[Row]:
+def suggest_mentions(channel: VisibleChannel, prefix: str, limit: int) -> list[Row]:
     """Up to `limit` of whom a mention can reach: {"kind", "id", "username", "name"}, whose username begins so.
 
     - Members who see the channel, by username; upper and lower case are the same.
@@ -70,13 +70,13 @@ def mentionable(channel: SeenChannel, prefix: str, limit: int) -> list[Row]:
             groups.append({"kind": "everyone", "id": None, "username": EVERYONE, "name": "everyone here"})
         groups += [
             {"kind": "role", **role, "name": f"everyone with the role {role['username']}"}
-            for role in rows(
+            for role in fetch_all(
                 "SELECT id, name AS username FROM role"
                 " WHERE server_id = %(server_id)s AND starts_with(name, %(prefix)s)"
                 " ORDER BY name LIMIT %(limit)s",
                 parameters,
             )
         ]
-    sees = (_PRIVATE, "r.user_id") if channel.private else (_OPEN, "m.user_id")
-    people = rows(_people(*sees), parameters)
+    sees = (_PRIVATE_CHANNEL_SQL, "r.user_id") if channel.private else (_OPEN_CHANNEL_SQL, "m.user_id")
+    people = fetch_all(_users_sql(*sees), parameters)
     return [*groups, *({"kind": "user", **person} for person in people)][:limit]

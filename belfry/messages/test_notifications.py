@@ -5,13 +5,13 @@
 - Without a channel it is the first one of a server that the caller is in; where there is none at all,
   a server `Belfry test` is made, with the caller in it, so that a fresh installation can be tried.
 """
-from belfry.core.db import db, row
+from belfry.core.db import db, fetch_one
 from belfry.core.errors import Invalid
 from belfry.fanout.runs import create_run
-from belfry.identity.users import SENDER
+from belfry.identity.users import SYSTEM_USERNAME
 from belfry.messages.mentions import find_mentions
 from belfry.messages.messages import resolve_mentions
-from belfry.servers.visibility import channel_for, is_member
+from belfry.servers.visibility import get_visible_channel, is_member
 from models import Channel, Member, Server, User
 
 AUDIENCES = ("me", "channel")
@@ -21,7 +21,7 @@ def send_test(caller: User, channel_id: int | None, content: str | None, audienc
     """Write the message and its run, of kind `test`; the run's id. Raises NotFound for the channel,
     Invalid where the caller would not be told because they are not in its server."""
     with db.atomic():
-        channel = channel_for(caller, channel_id or _first_channel(caller))
+        channel = get_visible_channel(caller, channel_id or _first_channel(caller))
         if audience == "me" and not is_member(caller.id, channel.server_id):
             raise Invalid({"channel_id": ["You are in no server with this channel: nobody would be told."]})
         text = content or (
@@ -29,7 +29,7 @@ def send_test(caller: User, channel_id: int | None, content: str | None, audienc
         )
         found = resolve_mentions(channel, find_mentions(text), may_ping_groups=channel.moderates, allowed=None)
         author_id = _sender() if audience == "me" else caller.id
-        written = row(
+        written = fetch_one(
             """
             INSERT INTO message (channel_id, author_id, content, mentioned_users, mentioned_roles,
                 mentions_everyone, only_for_id)
@@ -53,16 +53,16 @@ def send_test(caller: User, channel_id: int | None, content: str | None, audienc
 
 def _sender() -> int:
     """The account that Belfry's own messages come from. It has no token: nobody can sign in with it."""
-    row(
+    fetch_one(
         "INSERT INTO user_account (username, name) VALUES (%(sender)s, 'Belfry')"
         " ON CONFLICT (username) DO NOTHING RETURNING id",
-        {"sender": SENDER},
+        {"sender": SYSTEM_USERNAME},
     )
-    return int(User.get(User.username == SENDER).id)
+    return int(User.get(User.username == SYSTEM_USERNAME).id)
 
 
 def _first_channel(caller: User) -> int:
-    found = row(
+    found = fetch_one(
         "SELECT c.id FROM channel c JOIN member m ON m.server_id = c.server_id"
         " WHERE m.user_id = %(user_id)s ORDER BY c.private, c.id LIMIT 1",
         {"user_id": caller.id},

@@ -5,16 +5,16 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from belfry.core.db import Row
-from belfry.messages.history import describe, stored_messages
-from belfry.servers.visibility import SeenChannel
+from belfry.messages.history import serialize_messages, stored_messages
+from belfry.servers.visibility import VisibleChannel
 from models import User
 
-STRETCH = 50  # messages
-CHARACTERS = 100_000  # of content in a stretch: what ten messages of the greatest length have
+PAGE_SIZE = 50  # messages
+PAGE_CHARACTERS = 100_000  # of content in a stretch: what ten messages of the greatest length have
 
 
 @dataclass(frozen=True)
-class Stretch:
+class MessagePage:
     """Messages, oldest first, and whether there are older and newer ones."""
 
     messages: list[Row]
@@ -22,16 +22,16 @@ class Stretch:
     newer: bool
 
 
-def stretch(
+def load_page(
     user: User,
-    channel: SeenChannel,
+    channel: VisibleChannel,
     *,
     before: int | None = None,
     after: int | None = None,
     around: int | None = None,
-    limit: int = STRETCH,
-) -> Stretch:
-    """Up to `limit` messages of a channel, and fewer where they have more than CHARACTERS together:
+    limit: int = PAGE_SIZE,
+) -> MessagePage:
+    """Up to `limit` messages of a channel, and fewer where they have more than PAGE_CHARACTERS together:
 
     - with `around`: that message, as many above it as below it, whether or not it is there itself;
     - with `after`: the oldest with a higher id;
@@ -41,21 +41,21 @@ def stretch(
         half = limit // 2
         above = stored_messages(user, channel.id, after=around, limit=half + 1)
         below = stored_messages(user, channel.id, before=around + 1, limit=half + 1)
-        shown_above, shown_below = _first(above, half, CHARACTERS // 2), _first(below, half, CHARACTERS // 2)
+        shown_above, shown_below = _fit(above, half, PAGE_CHARACTERS // 2), _fit(below, half, PAGE_CHARACTERS // 2)
         found = [*reversed(shown_below), *shown_above]
         older, newer = len(below) > len(shown_below), len(above) > len(shown_above)
     elif after is not None:
         above = stored_messages(user, channel.id, after=after, limit=limit + 1)
-        found = _first(above, limit, CHARACTERS)
+        found = _fit(above, limit, PAGE_CHARACTERS)
         older, newer = after > 0, len(above) > len(found)
     else:
         below = stored_messages(user, channel.id, before=before, limit=limit + 1)
-        shown = _first(below, limit, CHARACTERS)
+        shown = _fit(below, limit, PAGE_CHARACTERS)
         found, older, newer = shown[::-1], len(below) > len(shown), before is not None
-    return Stretch(describe(user, found), older, newer)
+    return MessagePage(serialize_messages(user, found), older, newer)
 
 
-def _first(messages: Sequence[Row], limit: int, characters: int) -> list[Row]:
+def _fit(messages: Sequence[Row], limit: int, characters: int) -> list[Row]:
     """The first of the messages, at most `limit`, whose content has at most so many characters together."""
     lengths = accumulate(len(message["content"]) for message in messages[:limit])
     return list(messages[: sum(length <= characters for length in lengths)])

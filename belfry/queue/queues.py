@@ -24,13 +24,13 @@ from rq import Queue, Retry
 from rq.job import JOB_ID_PATTERN, Job, JobStatus
 from rq.utils import now, utcformat
 
-from belfry.core.failpoints import reach
+from belfry.core.failpoints import failpoint
 from belfry.core.redis import redis_connection
 from belfry.fanout import recovery
-from belfry.fanout.claims import Part
+from belfry.fanout.claims import WorkItem
 from belfry.queue.job_class import BelfryJob
 from config import settings, tuning
-from models import LARGEST_ID, TRIES
+from models import LARGEST_ID, MAX_ATTEMPTS
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ BULK = "bulk"  # one job a slice of a large run, served after `notifications`, b
 DELIVERIES = "deliveries"  # other transports
 QUEUES = (NOTIFICATIONS, BULK, DELIVERIES)
 
-RETRIES = TRIES - 1
+RETRIES = MAX_ATTEMPTS - 1
 _full_until: dict[str, float] = {}  # by queue, in `time.monotonic()`: asking each time would be a round trip more
 
 
@@ -66,12 +66,12 @@ def _queue(name: str, connection: Redis) -> Queue:
 
 def enqueue_run(run_id: int) -> bool:
     """As `enqueue`, of a new run. Call it after the commit that made it."""
-    enqueued = enqueue([Part(run_id)])
-    reach("run.enqueued", run_id)
+    enqueued = enqueue([WorkItem(run_id)])
+    failpoint("run.enqueued", run_id)
     return enqueued
 
 
-def enqueue(parts: Sequence[Part], *, lost: bool = False) -> bool:
+def enqueue(parts: Sequence[WorkItem], *, lost: bool = False) -> bool:
     """Wish that somebody look at these parts soon: a job for each, in its queue.
 
     False when Redis is out of reach, or a queue is full: runs are `pending` then, and the sweeper enqueues what is
@@ -84,14 +84,14 @@ def enqueue(parts: Sequence[Part], *, lost: bool = False) -> bool:
     if not _enqueue(NOTIFICATIONS, own, lost):
         all_in = False
         try:
-            recovery.wait_for_room([part.run_id for part in own])
+            recovery.mark_pending([part.run_id for part in own])
         except (OperationalError, InterfaceError) as error:
             # They are committed: whoever waits for an answer must not get an error for this.
             log.warning("run(s) could not be marked pending: %s", error)
     return all_in
 
 
-def _enqueue(name: str, parts: list[Part], lost: bool) -> bool:
+def _enqueue(name: str, parts: list[WorkItem], lost: bool) -> bool:
     in_order, keys = parts[::-1] if lost else parts, [Queue.redis_queues_keys, queue(name).key]
     try:
         if parts and not lost and _is_full(name):
@@ -101,7 +101,7 @@ def _enqueue(name: str, parts: list[Part], lost: bool) -> bool:
             arguments = ["LPUSH" if lost else "RPUSH", utcformat(now())]
             for part in some:
                 arguments += _job_id(part), _data(part), str(part), json.dumps(retry_intervals())
-            waiting = _enqueuing(name, settings.job_timeout)(keys, arguments, client=redis_connection())
+            waiting = _enqueue_script(name, settings.job_timeout)(keys, arguments, client=redis_connection())
             if waiting >= tuning.max_queue_length:
                 _full_until[name] = time.monotonic() + tuning.queue_full_recheck_seconds
     except RedisError as error:
@@ -130,7 +130,7 @@ def _is_full(name: str) -> bool:
     return False
 
 
-def _job_id(part: Part) -> str:
+def _job_id(part: WorkItem) -> str:
     return f"run-{part.run_id}" if part.after is None else f"slice-{part.run_id}-{part.after}"
 
 
@@ -142,7 +142,7 @@ def _run_of(job_id: bytes) -> int | None:
     return int(number) if int(number) <= LARGEST_ID else None
 
 
-def waiting_runs(at_most: int) -> list[int]:
+def peek_runs(at_most: int) -> list[int]:
     """The runs whose jobs come next; [] where Redis is out of reach."""
     if not at_most:
         return []
@@ -157,9 +157,9 @@ def _is_job_id(entry: bytes) -> bool:
     return JOB_ID_PATTERN.fullmatch(entry.decode("ascii", "replace")) is not None
 
 
-def withdraw(run_ids: Sequence[int]) -> None:
+def remove_jobs(run_ids: Sequence[int]) -> None:
     """Take the jobs of these runs out of the queue: somebody is at them. One that is left finds nothing to do."""
-    key, job_ids = queue().key, [_job_id(Part(run_id)) for run_id in run_ids]
+    key, job_ids = queue().key, [_job_id(WorkItem(run_id)) for run_id in run_ids]
     try:
         with redis_connection().pipeline(transaction=False) as pipeline:
             for job_id in job_ids:
@@ -170,13 +170,13 @@ def withdraw(run_ids: Sequence[int]) -> None:
         log.warning("Redis is out of reach, %s job(s) stay in the queue: %s", len(run_ids), error)
 
 
-def _data(part: Part) -> bytes:
+def _data(part: WorkItem) -> bytes:
     """A job's function and its arguments, as RQ stores them."""
     called = ("jobs.notify", (part.run_id,)) if part.after is None else ("jobs.notify_slice", (part.run_id, part.after))
     return zlib.compress(json.dumps([called[0], None, called[1], {}]).encode())
 
 
-_ENQUEUE = """
+_ENQUEUE_LUA = """
 redis.call('SADD', KEYS[1], KEYS[2])
 local waiting = 0
 for at = 3, #ARGV, 4 do
@@ -191,7 +191,7 @@ return waiting
 
 
 @cache
-def _enqueuing(name: str, timeout: int) -> Script:
+def _enqueue_script(name: str, timeout: int) -> Script:
     """What `Queue.enqueue_many` does, for jobs that are alike, in one command: how many wait then.
 
     RQ makes one of them, and what does not differ from job to job is taken from that. It takes a third of the time: RQ
@@ -212,10 +212,10 @@ def _enqueuing(name: str, timeout: int) -> Script:
         if field not in ("created_at", "enqueued_at", "data", "description", "retry_intervals")
         for word in (field, value)
     ]
-    return redis_connection().register_script(_ENQUEUE % {"jobs": Job.key_for(""), "alike": ", ".join(alike)})
+    return redis_connection().register_script(_ENQUEUE_LUA % {"jobs": Job.key_for(""), "alike": ", ".join(alike)})
 
 
-def oldest_waiting(name: str) -> Part | None:
+def peek_head(name: str) -> WorkItem | None:
     """The part whose job has waited longest in a queue; None where none waits. Raises RedisError.
 
     What is no job of ours tells nothing: then it is a part before all others.
@@ -226,8 +226,8 @@ def oldest_waiting(name: str) -> Part | None:
         if not ids:
             return None
         if job := waiting.fetch_job(ids[0]):
-            return Part(*job.args)
-    return Part(0, 0)
+            return WorkItem(*job.args)
+    return WorkItem(0, 0)
 
 
 def remove_rejected_retries() -> None:

@@ -2,16 +2,16 @@
 
 from datetime import datetime
 
-from belfry.core.db import Row, execute, row
-from belfry.core.failpoints import reach
-from belfry.servers.visibility import channel_for
+from belfry.core.db import Row, execute, fetch_one
+from belfry.core.failpoints import failpoint
+from belfry.servers.visibility import get_visible_channel
 from models import User
 
 
 def preference_of(user: User, channel_id: int) -> Row:
     """{"level", "muted_until"}. Creates nothing. Raises NotFound for a channel that one may not see."""
-    channel_for(user, channel_id)
-    found = row(
+    get_visible_channel(user, channel_id)
+    found = fetch_one(
         "SELECT level, muted_until FROM preference"
         " WHERE channel_id = %(channel_id)s AND user_id = %(user_id)s",
         {"channel_id": channel_id, "user_id": user.id},
@@ -21,7 +21,7 @@ def preference_of(user: User, channel_id: int) -> Row:
 
 def set_preference(user: User, channel_id: int, level: str, muted_until: datetime | None) -> Row:
     """Set both at once; the preference as it is then. Raises NotFound as above."""
-    channel_for(user, channel_id)
+    get_visible_channel(user, channel_id)
     execute(
         "INSERT INTO preference (channel_id, user_id, level, muted_until)"
         " VALUES (%(channel_id)s, %(user_id)s, %(level)s, %(muted_until)s)"
@@ -29,5 +29,5 @@ def set_preference(user: User, channel_id: int, level: str, muted_until: datetim
         " SET level = EXCLUDED.level, muted_until = EXCLUDED.muted_until, updated_at = now()",
         {"channel_id": channel_id, "user_id": user.id, "level": level, "muted_until": muted_until},
     )
-    reach("preference.written")
+    failpoint("preference.written")
     return {"level": level, "muted_until": muted_until}

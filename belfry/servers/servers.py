@@ -5,7 +5,7 @@ from typing import Any
 
 from peewee import IntegrityError
 
-from belfry.core.db import Row, db, execute, row, rows
+from belfry.core.db import Row, db, execute, fetch_all, fetch_one
 from belfry.core.errors import Conflict, Invalid, NotFound
 from belfry.identity.users import find_user
 from models import Channel, Role, Server
@@ -27,7 +27,7 @@ def list_servers(*, after: int, limit: int) -> list[Server]:
 def list_members(server_id: int, *, after: int, limit: int) -> list[Row]:
     """Members by user id: {"user": {...}, "roles": [{"id", "name"}], "joined_at"}. Raises NotFound."""
     find_server(server_id)
-    found = rows(
+    found = fetch_all(
         """
         SELECT u.id, u.username, u.name, m.joined_at,
             ARRAY(SELECT r.role_id FROM member_role r
@@ -166,7 +166,7 @@ def channel_roles(channel_id: int) -> list[Row]:
     """The roles that open a channel: [{"id", "name", "moderator"}]. Raises NotFound."""
     if not Channel.select().where(Channel.id == channel_id).exists():
         raise NotFound(f"There is no channel {channel_id}.")
-    return rows(
+    return fetch_all(
         "SELECT r.id, r.name, r.moderator FROM role r JOIN channel_role o ON o.role_id = r.id"
         " WHERE o.channel_id = %(channel_id)s ORDER BY r.id",
         {"channel_id": channel_id},
@@ -177,7 +177,7 @@ def set_channel_roles(channel_id: int, role_ids: Sequence[int]) -> list[Row]:
     """Let exactly these roles open a channel. Raises NotFound, and Invalid for a role of another server."""
     try:
         with db.atomic():
-            channel = row("SELECT server_id FROM channel WHERE id = %(id)s FOR NO KEY UPDATE", {"id": channel_id})
+            channel = fetch_one("SELECT server_id FROM channel WHERE id = %(id)s FOR NO KEY UPDATE", {"id": channel_id})
             if channel is None:
                 raise NotFound(f"There is no channel {channel_id}.")
             parameters = {"channel_id": channel_id, "server_id": channel["server_id"], "role_ids": list(role_ids)}
@@ -195,7 +195,7 @@ def set_channel_roles(channel_id: int, role_ids: Sequence[int]) -> list[Row]:
 
 def servers_of(user_id: int) -> list[Row]:
     """The servers that somebody is in: [{"id", "name"}], by id."""
-    return rows(
+    return fetch_all(
         "SELECT v.id, v.name FROM server v JOIN member m ON m.server_id = v.id"
         " WHERE m.user_id = %(user_id)s ORDER BY v.id",
         {"user_id": user_id},
@@ -204,7 +204,7 @@ def servers_of(user_id: int) -> list[Row]:
 
 def roles_of(user_id: int, server_id: int) -> list[str]:
     """The names of the roles that somebody has in a server."""
-    found = rows(
+    found = fetch_all(
         "SELECT r.name FROM role r JOIN member_role m ON m.role_id = r.id"
         " WHERE m.server_id = %(server_id)s AND m.user_id = %(user_id)s ORDER BY r.name",
         {"server_id": server_id, "user_id": user_id},

@@ -8,14 +8,14 @@
 
 from dataclasses import dataclass
 
-from belfry.core.db import Row, row, rows
+from belfry.core.db import Row, fetch_all, fetch_one
 from belfry.core.errors import Forbidden, NotFound, SubscriptionRequired
-from belfry.identity.subscriptions import ACTIVE_SUBSCRIPTION
+from belfry.identity.subscriptions import ACTIVE_SUBSCRIPTION_SQL
 from config import settings
 from models import User
 
 
-def may_see(user_id: str, is_admin: str) -> str:
+def can_see_channel_sql(user_id: str, is_admin: str) -> str:
     """Whether channel `c` may be seen by the user whom two SQL expressions name.
 
     Each is looked up by the key, for the OFFSET: else PostgreSQL reads all members there are into a hash, as soon as it
@@ -33,12 +33,12 @@ def may_see(user_id: str, is_admin: str) -> str:
 )"""
 
 
-_SEEN = may_see("%(user_id)s", "%(is_admin)s")
+_VISIBLE_SQL = can_see_channel_sql("%(user_id)s", "%(is_admin)s")
 
-AUTHOR_MAY_POST = f"""(
+AUTHOR_CAN_POST_SQL = f"""(
     g.only_for_id IS NOT NULL
     OR a.is_admin
-    OR (c.posting = 'members' AND {may_see("g.author_id", "a.is_admin")})
+    OR (c.posting = 'members' AND {can_see_channel_sql("g.author_id", "a.is_admin")})
 )"""
 """Of message `g` in channel `c` by author `a`: whether they still see the channel and may post in it.
 
@@ -48,7 +48,7 @@ message for one person is Belfry's own.
 
 
 @dataclass(frozen=True)
-class SeenChannel:
+class VisibleChannel:
     """A channel, as somebody who may see it does. `moderates`: an admin, or in a moderating role."""
 
     id: int
@@ -65,11 +65,11 @@ def _parameters(user: User) -> Row:
     return {"user_id": user.id, "is_admin": user.is_admin, "grace_days": settings.past_due_grace_days}
 
 
-ASKER = "asker AS MATERIALIZED (SELECT %(user_id)s::bigint AS id, %(is_admin)s::boolean AS is_admin)"
+VIEWER_CTE_SQL = "asker AS MATERIALIZED (SELECT %(user_id)s::bigint AS id, %(is_admin)s::boolean AS is_admin)"
 """Who asks, as a query before another one, and no parameter of it: by an admin's `true` PostgreSQL would find a plan
 that is good for nobody else, and plan the statement anew each time, which may take as long as all the rest."""
 
-SEEN_CHANNEL = f"""
+VISIBLE_CHANNEL_SQL = f"""
     SELECT c.id, c.name, c.private, c.posting, c.server_id, v.name AS server_name,
         asker.is_admin OR EXISTS (
             SELECT FROM member_role mr
@@ -80,34 +80,34 @@ SEEN_CHANNEL = f"""
         asker.is_admin OR EXISTS (
             SELECT FROM subscription s
             WHERE s.user_id = asker.id
-            AND {ACTIVE_SUBSCRIPTION}
+            AND {ACTIVE_SUBSCRIPTION_SQL}
         ) AS subscribed
     FROM asker
     JOIN channel c ON c.id = %(channel_id)s
     JOIN server v ON v.id = c.server_id
-    WHERE {may_see("asker.id", "asker.is_admin")}
+    WHERE {can_see_channel_sql("asker.id", "asker.is_admin")}
 """
-"""The row of a SeenChannel; none where `asker` (ASKER, or the like) may not know of the channel. For
+"""The row of a SeenChannel; none where `asker` (VIEWER_CTE_SQL, or the like) may not know of the channel. For
 `access_parameters`."""
 
-MAY_POST = "((seen.posting = 'members' OR asker.is_admin) AND seen.subscribed)"
-"""Of a row of SEEN_CHANNEL as `seen`, and its `asker`: whether `require_posting` raises nothing."""
+CAN_POST_SQL = "((seen.posting = 'members' OR asker.is_admin) AND seen.subscribed)"
+"""Of a row of VISIBLE_CHANNEL_SQL as `seen`, and its `asker`: whether `require_posting` raises nothing."""
 
 
 def access_parameters(user: User, channel_id: int) -> Row:
-    """What SEEN_CHANNEL and an `asker` ask for."""
+    """What VISIBLE_CHANNEL_SQL and an `asker` ask for."""
     return {**_parameters(user), "channel_id": channel_id}
 
 
-def channel_for(user: User, channel_id: int) -> SeenChannel:
+def get_visible_channel(user: User, channel_id: int) -> VisibleChannel:
     """The channel. Raises NotFound where there is none that the user may know of."""
-    found = row(f"WITH {ASKER} {SEEN_CHANNEL}", access_parameters(user, channel_id))
+    found = fetch_one(f"WITH {VIEWER_CTE_SQL} {VISIBLE_CHANNEL_SQL}", access_parameters(user, channel_id))
     if found is None:
         raise NotFound(f"There is no channel {channel_id}.")
-    return SeenChannel(**found)
+    return VisibleChannel(**found)
 
 
-def require_posting(user: User, channel: SeenChannel) -> None:
+def require_posting(user: User, channel: VisibleChannel) -> None:
     """Raises Forbidden where the channel is for admins to post in, SubscriptionRequired without one."""
     if channel.posting == "admins" and not user.is_admin:
         raise Forbidden(f"Only admins post in #{channel.name}.")
@@ -115,17 +115,17 @@ def require_posting(user: User, channel: SeenChannel) -> None:
         raise SubscriptionRequired("Posting needs an active subscription.")
 
 
-def is_told_in(user: User, channel_id: int) -> bool:
+def receives_notifications_in(user: User, channel_id: int) -> bool:
     """Whether the user is told of a channel as far as that is its server's to say: admins see more than that."""
     return bool(
-        row(
-            f"SELECT 1 AS yes FROM channel c WHERE c.id = %(channel_id)s AND {may_see('%(user_id)s', 'false')}",
+        fetch_one(
+            f"SELECT 1 AS yes FROM channel c WHERE c.id = %(channel_id)s AND {can_see_channel_sql('%(user_id)s', 'false')}",
             {"channel_id": channel_id, "user_id": user.id},
         )
     )
 
 
-def with_server(channel: Row) -> Row:
+def nest_server(channel: Row) -> Row:
     """A channel's row in which {"id", "name"} as "server" stand for "server_id" and "server_name", which it loses."""
     server = {"id": channel.pop("server_id"), "name": channel.pop("server_name")}
     return {**channel, "server": server}
@@ -134,8 +134,8 @@ def with_server(channel: Row) -> Row:
 def visible_channels(user: User, *, after: int = 0, limit: int | None = None) -> list[Row]:
     """Channels that the user may see, by id, above id `after`: {"id", "name", "private", "posting", "server"}."""
     return [
-        with_server(channel)
-        for channel in rows(
+        nest_server(channel)
+        for channel in fetch_all(
             f"""
             SELECT c.id, c.name, c.private, c.posting, c.server_id, v.name AS server_name
             FROM channel c
@@ -143,7 +143,7 @@ def visible_channels(user: User, *, after: int = 0, limit: int | None = None) ->
             WHERE c.id > %(after)s
             AND (%(is_admin)s OR c.server_id = ANY(ARRAY(  -- else each channel of all servers is asked
                 SELECT m.server_id FROM member m WHERE m.user_id = %(user_id)s)))
-            AND {_SEEN}
+            AND {_VISIBLE_SQL}
             ORDER BY c.id
             LIMIT %(limit)s
             """,
@@ -152,12 +152,12 @@ def visible_channels(user: User, *, after: int = 0, limit: int | None = None) ->
     ]
 
 
-def author_may_post(message_id: int) -> bool:
+def author_can_post(message_id: int) -> bool:
     """Whether a message's author still may post where it stands. While not, nobody's inbox shows it."""
     return bool(
-        row(
+        fetch_one(
             "SELECT 1 AS yes FROM message g JOIN channel c ON c.id = g.channel_id JOIN user_account a"
-            f" ON a.id = g.author_id WHERE g.id = %(message_id)s AND {AUTHOR_MAY_POST}",
+            f" ON a.id = g.author_id WHERE g.id = %(message_id)s AND {AUTHOR_CAN_POST_SQL}",
             {"message_id": message_id},
         )
     )
@@ -166,7 +166,7 @@ def author_may_post(message_id: int) -> bool:
 def is_member(user_id: int, server_id: int) -> bool:
     """Whether somebody is in a server."""
     return bool(
-        row(
+        fetch_one(
             "SELECT 1 AS yes FROM member WHERE server_id = %(server_id)s AND user_id = %(user_id)s",
             {"server_id": server_id, "user_id": user_id},
         )

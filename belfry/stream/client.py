@@ -6,16 +6,16 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from belfry.stream.cursor import Position
+from belfry.stream.cursor import StreamCursor
 from models import User
 
 UNSENT_BYTES = 256 * 1024  # that wait for a reader: before they are taken there is nothing more for it
 KERNEL_BYTES = 64 * 1024  # of what was sent and not taken; the kernel would keep megabytes for each
-STALLED_SECONDS = 60  # that something waits, and the reader takes nothing
+STALL_TIMEOUT_SECONDS = 60  # that something waits, and the reader takes nothing
 
 
 @dataclass(eq=False)
-class Reader:
+class StreamClient:
     """A connection. `since` None: from now on. `session`: whose end is its end.
 
     `token_hash`: of the token that opened it, or of the session, which has a row of its own.
@@ -25,7 +25,7 @@ class Reader:
     user: User
     token_hash: bytes
     session: str | None
-    since: Position | None
+    since: StreamCursor | None
     chunked: bool
     servers: frozenset[int] | None = None
     joined: bool = False
@@ -75,7 +75,7 @@ class Reader:
         if sent:
             self.moved_at = time.monotonic()
             del self.unsent[:sent]
-        return not self.unsent or time.monotonic() - self.moved_at < STALLED_SECONDS
+        return not self.unsent or time.monotonic() - self.moved_at < STALL_TIMEOUT_SECONDS
 
     def has_left(self) -> bool:
         """Whether the other side has closed. What it sends is read and not looked at."""
@@ -95,14 +95,14 @@ class Reader:
 
 
 @dataclass
-class Unread:
+class UnreadCounts:
     """What one person has unread, {channel id: [unread, mentions]}, and when (`time.monotonic()`) it was counted."""
 
     channels: dict[int, list[int]]
     counted_at: float
 
     @classmethod
-    def of(cls, count: dict[str, Any], counted_at: float) -> "Unread":
+    def of(cls, count: dict[str, Any], counted_at: float) -> "UnreadCounts":
         """As `inbox.unread_count` has it."""
         return cls({one["channel_id"]: [one["unread"], one["mentions"]] for one in count["channels"]}, counted_at)
 

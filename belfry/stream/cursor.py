@@ -21,7 +21,7 @@ _SIGNATURE_BYTES = 12
 
 
 @dataclass(frozen=True)
-class Position:
+class StreamCursor:
     """A client was sent everything that `snapshot` shows. `taken`: when, in seconds since 1970.
 
     Within what one search found: the client was sent what `before` shows, and of the rest that `snapshot` shows the
@@ -46,7 +46,7 @@ class Position:
         return f"{self.taken}-{self.snapshot}{within}"
 
     @classmethod
-    def parse(cls, text: str) -> "Position":
+    def parse(cls, text: str) -> "StreamCursor":
         """Read a position. Raises ValueError for a text that is not one, whoever signed it."""
         found = _POSITION.fullmatch(text)
         if not found or not all(_is_snapshot(part) for part in (found[2], found[4]) if part):

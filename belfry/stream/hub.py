@@ -35,11 +35,11 @@ from belfry.core.open_files import streams_limit
 from belfry.core.redis import redis_connection
 from belfry.inbox import inbox
 from belfry.stream import resuming, updates
-from belfry.stream.client import Reader, Unread
-from belfry.stream.cursor import Position
+from belfry.stream.client import StreamClient, UnreadCounts
+from belfry.stream.cursor import StreamCursor
 from belfry.stream.publish import live_channel
 from belfry.stream.sse import Dumped, event, events_of
-from belfry.stream.updates import News
+from belfry.stream.updates import Updates
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -47,16 +47,16 @@ T = TypeVar("T")
 PING_SECONDS = 15
 CHECK_SECONDS = 15  # between two looks at who may still listen
 CHECK_AGAIN_SECONDS = 1  # however often an admin changes something
-LOOK_SECONDS = 5  # at least so often, whatever Redis says; each second while it says nothing
-GAP_SECONDS = 0.05  # between two looks: what is told meanwhile is one look's
+MAX_POLL_INTERVAL = 5  # at least so often, whatever Redis says; each second while it says nothing
+MIN_POLL_INTERVAL = 0.05  # between two looks: what is told meanwhile is one look's
 RECOUNT_SECONDS = 300
 COUNT_SECONDS = 0.1  # in one look, for counts: one takes a millisecond or two, and all others wait meanwhile
 MANY_NEW = 10  # clients in one look: while so many come, nobody is counted
 NEW_AT_ONCE = 100  # clients that are met in one look
 RESUMED_AT_ONCE = 50_000  # messages times clients that wait: who missed more than their part of it is sent `reset`
-READERS_OF_ONE = 20  # of one person, in one process; the oldest ends
+MAX_STREAMS_PER_USER = 20  # of one person, in one process; the oldest ends
 
-OUT_OF_REACH = (OperationalError, InterfaceError, MaxConnectionsExceeded)
+UNREACHABLE = (OperationalError, InterfaceError, MaxConnectionsExceeded)
 
 
 class Hub:
@@ -68,24 +68,24 @@ class Hub:
         self._woken.setblocking(False)
         self._bell.setblocking(False)
         self._selector.register(self._woken, selectors.EVENT_READ)
-        self._new: SimpleQueue[Reader] = SimpleQueue()  # handed over, and not met by the thread
-        self._waiting: deque[Reader] = deque()  # met by the thread, and not by a look; the first to come first
+        self._new: SimpleQueue[StreamClient] = SimpleQueue()  # handed over, and not met by the thread
+        self._waiting: deque[StreamClient] = deque()  # met by the thread, and not by a look; the first to come first
         self._announced: SimpleQueue[dict[str, Any]] = SimpleQueue()
-        self._readers: dict[int, list[Reader]] = {}  # by user id, the oldest first
-        self._unread: dict[int, Unread] = {}
+        self._readers: dict[int, list[StreamClient]] = {}  # by user id, the oldest first
+        self._unread: dict[int, UnreadCounts] = {}
         self._uncounted: dict[int, None] = {}  # user ids that wait for their first count, the first to come first
         self._stale: dict[int, None] = {}  # user ids, in the order in which they are to be counted again
         self._deleted: set[int] = set()  # messages: who was told of them is stale
         self._unchecked: set[int] = set()  # user ids: whether they may still listen
         self._check_wanted = False  # of everybody
-        self._position: Position | None = None  # of all readers
+        self._position: StreamCursor | None = None  # of all readers
         self._due = self._looked_at = self._checked_at = self._pinged_at = 0.0
         self._redis_answers = False
         self._most = streams_limit()
         for work in (self._run, self._listen):
             threading.Thread(target=work, name=f"hub{work.__name__}", daemon=True).start()
 
-    def add(self, reader: Reader) -> None:
+    def add(self, reader: StreamClient) -> None:
         """Take over a reader, who has had the head of the answer."""
         self._new.put(reader)
         self._ring()
@@ -96,7 +96,7 @@ class Hub:
         return sum(map(len, list(self._readers.values()))) + coming >= self._most
 
     def announced(self, what: dict[str, Any]) -> None:
-        """Something has changed, as `queues.announce` says it."""
+        """Something has changed, as `queues.publish` says it."""
         self._announced.put(what)
         self._ring()
 
@@ -113,7 +113,7 @@ class Hub:
                     self._redis_answers = True
                     self.announced({"access": True})
                     while True:
-                        if message := subscription.get_message(timeout=LOOK_SECONDS):
+                        if message := subscription.get_message(timeout=MAX_POLL_INTERVAL):
                             self.announced(json.loads(message["data"]))
             except (RedisError, OSError) as error:
                 if self._redis_answers:
@@ -134,7 +134,7 @@ class Hub:
                     self._ping()
                 if time.monotonic() >= self._due:
                     self._look()
-            except OUT_OF_REACH as error:
+            except UNREACHABLE as error:
                 log.warning("live: the database is out of reach, all go on when it is back: %s", error)
                 self._due = time.monotonic() + 1
             except Exception:
@@ -146,7 +146,7 @@ class Hub:
         for key, mask in self._selector.select(min(max(0.0, self._due - time.monotonic()), 1.0)):
             if key.data is None:
                 self._woken.recv(4096)
-                self._due = min(self._due, max(time.monotonic(), self._looked_at + GAP_SECONDS))
+                self._due = min(self._due, max(time.monotonic(), self._looked_at + MIN_POLL_INTERVAL))
             elif mask & selectors.EVENT_WRITE:
                 self._send(key.data)
             elif key.data.has_left():
@@ -160,7 +160,7 @@ class Hub:
                 reader.say(event("ping", "{}", self._position))
                 self._send(reader)
 
-    def _everybody(self) -> list[Reader]:
+    def _everybody(self) -> list[StreamClient]:
         return [reader for readers in self._readers.values() for reader in readers]
 
     def _look(self) -> None:
@@ -173,7 +173,7 @@ class Hub:
             try:
                 gone = self._heed(announced)
                 self._look_at(new, gone)
-            except OUT_OF_REACH:
+            except UNREACHABLE:
                 self._waiting.extendleft(reversed(new))
                 raise
             except Exception:
@@ -183,8 +183,8 @@ class Hub:
                 raise
         more = self._uncounted or self._stale or self._deleted or self._waiting or not self._new.empty()
         now = time.monotonic()
-        gap = max(GAP_SECONDS, 2 * (now - self._looked_at))  # the other threads get half of the time at least
-        self._due = self._looked_at + (gap if more else LOOK_SECONDS if self._redis_answers else 1)
+        gap = max(MIN_POLL_INTERVAL, 2 * (now - self._looked_at))  # the other threads get half of the time at least
+        self._due = self._looked_at + (gap if more else MAX_POLL_INTERVAL if self._redis_answers else 1)
         if self._check_wanted:
             self._due = min(self._due, self._checked_at + CHECK_AGAIN_SECONDS)
 
@@ -213,17 +213,17 @@ class Hub:
                 self._cut(reader)
         return gone
 
-    def _look_at(self, new: list[Reader], gone: set[str]) -> None:
+    def _look_at(self, new: list[StreamClient], gone: set[str]) -> None:
         pause = CHECK_AGAIN_SECONDS if self._check_wanted else CHECK_SECONDS
         check_all = self._looked_at >= self._checked_at + pause
         checked = [reader for reader in self._everybody() if check_all or reader.user.id in self._unchecked]
-        with updates.look() as here:
+        with updates.take_snapshot() as here:
             asked = {reader.token_hash for reader in [*new, *checked]}
-            listeners = updates.listeners(asked) if asked else {}
-            found = updates.news(self._position or here, here, self._readers)
+            listeners = updates.authorized_clients(asked) if asked else {}
+            found = updates.updates_since(self._position or here, here, self._readers)
             missed = self._missed(new, here)
             for message_id in self._deleted:
-                self._stale |= dict.fromkeys(updates.told_of(message_id, self._readers))
+                self._stale |= dict.fromkeys(updates.notified_among(message_id, self._readers))
             self._stale |= dict.fromkeys(self._readers if found.too_much else found.recount)
             counted = self._count(new)
         # All is known; what is wrong from here on is one reader's own affair.
@@ -242,7 +242,7 @@ class Hub:
             if not reader.may_go_on(listeners) or reader.session in gone:
                 reader.close()
             elif reader.since is None:
-                self._join(reader, News(), here, dumped)
+                self._join(reader, Updates(), here, dumped)
             elif client_missed := missed.get((reader.user.id, reader.since)):
                 self._join(reader, client_missed, here, dumped)
             else:
@@ -255,23 +255,23 @@ class Hub:
 
     # --- who listens
 
-    def _missed(self, new: list[Reader], here: Position) -> dict[tuple[int, Position], News]:
+    def _missed(self, new: list[StreamClient], here: StreamCursor) -> dict[tuple[int, StreamCursor], Updates]:
         """What those missed who come back: of the first of them, the others come with the next look."""
         clients = {(reader.user.id, reader.since): None for reader in new if reader.since}
         share = RESUMED_AT_ONCE // (len(self._waiting) + len(new)) if new else 0
-        return resuming.missed(list(clients), here, min(resuming.SENT_AT_ONCE, share))
+        return resuming.missed_updates(list(clients), here, min(resuming.MAX_RESUMED_NOTIFICATIONS, share))
 
-    def _join(self, reader: Reader, missed: News, here: Position, dumped: Dumped) -> None:
+    def _join(self, reader: StreamClient, missed: Updates, here: StreamCursor, dumped: Dumped) -> None:
         """From now on the reader is one of all, who are here."""
         readers = self._readers.setdefault(reader.user.id, [])
-        if len(readers) >= READERS_OF_ONE:
+        if len(readers) >= MAX_STREAMS_PER_USER:
             self._cut(readers[0])
         readers.append(reader)
         reader.joined = True
         self._selector.register(reader.socket, selectors.EVENT_READ, reader)
         reader.say(*events_of(missed, here, [reader.user.id], dumped).get(reader.user.id, []))
 
-    def _cut(self, reader: Reader) -> None:
+    def _cut(self, reader: StreamClient) -> None:
         readers = self._readers[reader.user.id]
         readers.remove(reader)
         if not readers:
@@ -282,7 +282,7 @@ class Hub:
         self._selector.unregister(reader.socket)
         reader.close()
 
-    def _send(self, reader: Reader) -> None:
+    def _send(self, reader: StreamClient) -> None:
         """Send what was said; what does not go out at once goes when there is room. Who takes nothing is cut off."""
         if not reader.send():
             self._cut(reader)
@@ -292,29 +292,29 @@ class Hub:
 
     # --- what they have unread
 
-    def _count(self, new: list[Reader]) -> dict[int, Unread]:
+    def _count(self, new: list[StreamClient]) -> dict[int, UnreadCounts]:
         """Of those who came, who come, and who are stale, for COUNT_SECONDS; the rest with the next looks."""
         coming = {reader.user.id: reader.user for reader in new if reader.user.id not in self._unread}
-        counted: dict[int, Unread] = {}
+        counted: dict[int, UnreadCounts] = {}
         if len(new) > MANY_NEW:
             return counted
         enough = time.monotonic() + COUNT_SECONDS
         for user_id in chain(self._uncounted, coming, self._stale):
             if user_id not in counted:
                 user = coming[user_id] if user_id in coming else self._readers[user_id][0].user
-                counted[user_id] = Unread.of(inbox.unread_count(user), self._looked_at)
+                counted[user_id] = UnreadCounts.of(inbox.unread_count(user), self._looked_at)
             if time.monotonic() > enough:
                 break
         return counted
 
     # --- what they are sent
 
-    def _tell(self, found: News, here: Position, dumped: Dumped) -> None:
+    def _tell(self, found: Updates, here: StreamCursor, dumped: Dumped) -> None:
         for user_id, events in events_of(found, here, self._readers, dumped).items():
             for reader in self._readers.get(user_id, []):
                 reader.say(*events)
 
-    def _tell_counts(self, found: News, counted: dict[int, Unread], new: set[int], here: Position) -> None:
+    def _tell_counts(self, found: Updates, counted: dict[int, UnreadCounts], new: set[int], here: StreamCursor) -> None:
         """Send what people have unread to those of whom it has changed, and to who has come."""
         changed = new | set(found.notifications)
         for user_id in self._readers.keys() & (changed | counted.keys()):

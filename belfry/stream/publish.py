@@ -12,11 +12,11 @@ log = logging.getLogger(__name__)
 
 
 def live_channel() -> str:
-    """Where `announce` publishes. Redis has one set of channels for all of its databases."""
+    """Where `publish` publishes. Redis has one set of channels for all of its databases."""
     return f"belfry:{redis_connection().connection_pool.connection_kwargs.get('db', 0)}:live"
 
 
-def announce(**what: Any) -> None:
+def publish(**what: Any) -> None:
     """Tell the web processes that something has changed that they may have to show at once: after the commit.
 
     `told=True`, `user_id`, `message_id`, `access` (a user id, or True for all) or `signed_out`: the hub says what it

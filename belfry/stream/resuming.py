@@ -13,37 +13,37 @@ from collections.abc import Collection, Iterable
 from dataclasses import replace
 from datetime import datetime
 
-from belfry.core.db import Row, row, rows
+from belfry.core.db import Row, fetch_all, fetch_one
 from belfry.inbox import inbox
-from belfry.stream.cursor import Position
-from belfry.stream.updates import News, is_resumable, possible_recipients, with_positions
+from belfry.stream.cursor import StreamCursor
+from belfry.stream.updates import Updates, is_resumable, possible_recipients, with_cursors
 from config import tuning
 
-SENT_AT_ONCE = 1_000  # notifications to one client, one by one
+MAX_RESUMED_NOTIFICATIONS = 1_000  # notifications to one client, one by one
 
-Client = tuple[int, Position]  # a user's id, and where that client was
+Client = tuple[int, StreamCursor]  # a user's id, and where that client was
 Announced = dict[tuple[int, datetime], int]  # transaction by (message id, time) of the announcement
 
 
-def missed(clients: Collection[Client], here: Position, most: int = SENT_AT_ONCE) -> dict[Client, News]:
-    """Find what clients have not been sent, of what is seen `here`, in a `live.look`.
+def missed_updates(clients: Collection[Client], here: StreamCursor, most: int = MAX_RESUMED_NOTIFICATIONS) -> dict[Client, Updates]:
+    """Find what clients have not been sent, of what is seen `here`, in a `live.take_snapshot`.
 
     Returns the news of the first clients, as many as the bounds allow and at least one; {} for no clients.
     """
     known = {client for client in clients if client[1].is_genuine(here.epoch) and is_resumable(client[1], here)}
     if known:
-        beyond = _beyond_the_log()
+        beyond = _overflow()
         known = {client for client in known if client[1].first_unseen > beyond}
     if not known:
-        return {client: News(too_much=True) for client in clients}
+        return {client: Updates(too_much=True) for client in clients}
     log, oldest = _log(min(position.first_unseen for _, position in known))
     servers: dict[int, list[int]] = {}
     for member in possible_recipients({user_id for user_id, _ in known}, list(log)):
         servers.setdefault(member["user_id"], []).append(member["server_id"])
-    answered: dict[Client, News] = {}
+    answered: dict[Client, Updates] = {}
     wanted: dict[Client, Announced] = {}
     lookups: dict[int, int] = {}
-    unseen: dict[tuple[Position, frozenset[int]], Announced | None] = {}  # most clients are at the position of others
+    unseen: dict[tuple[StreamCursor, frozenset[int]], Announced | None] = {}  # most clients are at the position of others
     for client in clients:
         user_id, position = client
         found = None
@@ -53,20 +53,20 @@ def missed(clients: Collection[Client], here: Position, most: int = SENT_AT_ONCE
                 unseen[alike] = _unseen((log[server_id] for server_id in alike[1]), position, most)
             found = unseen[alike]
         if found is None:
-            answered[client] = News(too_much=True)
+            answered[client] = Updates(too_much=True)
             continue
         number = max(len(found), lookups.get(user_id, 0))  # several streams of one user are looked up together
         if answered and sum(lookups.values()) - lookups.get(user_id, 0) + number > tuning.resume_max_lookups:
             break
         lookups[user_id] = number
-        answered[client], wanted[client] = News(), found
+        answered[client], wanted[client] = Updates(), found
     _look_up(answered, {client: found for client, found in wanted.items() if found}, here, servers)
     return answered
 
 
-def _beyond_the_log() -> int:
+def _overflow() -> int:
     """The number of a transaction before the last `resume_max_log_rows`; 0 where there are fewer. Some 1 ms."""
-    found = row(
+    found = fetch_one(
         "SELECT xid::text::bigint AS xid FROM telling ORDER BY telling.xid DESC OFFSET %(number)s LIMIT 1",
         {"number": tuning.resume_max_log_rows},
     )
@@ -76,7 +76,7 @@ def _beyond_the_log() -> int:
 def _log(first: int) -> tuple[dict[int, list[Row]], int]:
     """What was announced by transactions from this number on: by server, newest first. And the number of the last
     transaction that may not be in it whole: 0 where everything was read."""
-    found = rows(
+    found = fetch_all(
         """
         SELECT t.xid::text::bigint AS xid, t.message_id, t.told_at, chan.server_id
         FROM (
@@ -99,7 +99,7 @@ def _log(first: int) -> tuple[dict[int, list[Row]], int]:
     return by_server, found[-1]["xid"] if len(found) > tuning.resume_max_log_rows else 0
 
 
-def _unseen(logs: Iterable[list[Row]], position: Position, most: int) -> Announced | None:
+def _unseen(logs: Iterable[list[Row]], position: StreamCursor, most: int) -> Announced | None:
     """What was announced in some servers that a client at this position has not been sent. None: too many messages."""
     found: Announced = {}
     messages = set()
@@ -117,7 +117,7 @@ def _unseen(logs: Iterable[list[Row]], position: Position, most: int) -> Announc
 
 
 def _look_up(
-    answered: dict[Client, News], wanted: dict[Client, Announced], here: Position, servers: dict[int, list[int]]
+    answered: dict[Client, Updates], wanted: dict[Client, Announced], here: StreamCursor, servers: dict[int, list[int]]
 ) -> None:
     """Put into the news of each client the notifications that are the user's own, of what was announced."""
     if not wanted:
@@ -128,7 +128,7 @@ def _look_up(
         announced |= found
         from_xid[user_id] = min(position.first_unseen, from_xid.get(user_id, position.first_unseen))
     own: dict[int, list[Row]] = {}
-    for notification in inbox.told_together(
+    for notification in inbox.notifications_for(
         [{"message_id": id_, "told_at": told_at, "xid": xid} for (id_, told_at), xid in announced.items()],
         [
             {"user_id": user_id, "server_id": server_id, "from_xid": xid}
@@ -146,6 +146,6 @@ def _look_up(
             if (message_id, told_at) in found:
                 of_the_rest = whole.shows(found[message_id, told_at], message_id)
                 (rest if of_the_rest else new).append(notification)
-        steps = with_positions(rest, since.before or "", whole) + with_positions(new, since.snapshot, here)
+        steps = with_cursors(rest, since.before or "", whole) + with_cursors(new, since.snapshot, here)
         if steps:
             answered[user_id, since].notifications[user_id] = steps

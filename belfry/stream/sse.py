@@ -5,28 +5,28 @@ from collections.abc import Iterable
 from typing import Any
 
 import schemas
-from belfry.stream.cursor import Position
-from belfry.stream.resuming import SENT_AT_ONCE
-from belfry.stream.updates import News
+from belfry.stream.cursor import StreamCursor
+from belfry.stream.resuming import MAX_RESUMED_NOTIFICATIONS
+from belfry.stream.updates import Updates
 
 Dumped = dict[tuple[Any, ...], str]
 
 _notification = schemas.Notification()
 
 
-def event(kind: str, text: str, position: Position) -> bytes:
+def event(kind: str, text: str, position: StreamCursor) -> bytes:
     """A server-sent event. The position is what `Last-Event-ID` will say."""
     return f"event: {kind}\nid: {position}\ndata: {text}\n\n".encode()
 
 
-def events_of(found: News, here: Position, user_ids: Iterable[int], dumped: Dumped) -> dict[int, list[bytes]]:
+def events_of(found: Updates, here: StreamCursor, user_ids: Iterable[int], dumped: Dumped) -> dict[int, list[bytes]]:
     """What to send to whom. A notification that many users have alike is serialized once, but for its id, and kept in
     `dumped` for further calls."""
     if found.too_much:
         return {user_id: [event("reset", "{}", here)] for user_id in user_ids}
     events: dict[int, list[bytes]] = {}
     for user_id, sent in found.notifications.items():
-        if len(sent) > SENT_AT_ONCE:
+        if len(sent) > MAX_RESUMED_NOTIFICATIONS:
             events[user_id] = [event("reset", "{}", here)]
             continue
         for position, notification in sent:

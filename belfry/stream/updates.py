@@ -11,17 +11,17 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
-from belfry.core.db import Row, db, execute, row, rows, set_locally
-from belfry.identity.sessions import IS_OPEN
-from belfry.identity.subscriptions import ACTIVE_SUBSCRIPTION
-from belfry.identity.tokens import IS_VALID
+from belfry.core.db import Row, db, execute, fetch_all, fetch_one, set_config_sql
+from belfry.identity.sessions import SESSION_IS_OPEN_SQL
+from belfry.identity.subscriptions import ACTIVE_SUBSCRIPTION_SQL
+from belfry.identity.tokens import TOKEN_IS_VALID_SQL
 from belfry.inbox import inbox
-from belfry.stream.cursor import Position
+from belfry.stream.cursor import StreamCursor
 from config import settings, tuning
 from models import User
 
-KEPT_HOURS = 24  # of what was told: for so long somebody may be away, and go on where they were
-_LOOKS_UP = {
+LOG_RETENTION_HOURS = 24  # of what was told: for so long somebody may be away, and go on where they were
+_LOOKUP_SETTINGS = {
     "jit": "off",
     "enable_hashjoin": "off",
     "enable_mergejoin": "off",
@@ -31,20 +31,20 @@ _LOOKS_UP = {
 
 
 @dataclass
-class News:
+class Updates:
     """What somebody has not been sent: by user id, each notification with the position that it brings them to.
 
     `recount`: of whom some may have been withdrawn or made unread again, too. `too_much`: it is more than can
     be sent one by one, or not known any longer; the inbox has it.
     """
 
-    notifications: dict[int, list[tuple[Position, Row]]] = field(default_factory=dict)
+    notifications: dict[int, list[tuple[StreamCursor, Row]]] = field(default_factory=dict)
     recount: set[int] = field(default_factory=set)
     too_much: bool = False
 
 
 @contextmanager
-def look() -> Iterator[Position]:
+def take_snapshot() -> Iterator[StreamCursor]:
     """While the block runs, everything in it sees the same moment. Yields the position of who was sent all of it.
 
     On a standby, where unlogged tables cannot be read, the epoch is "": its positions are good on standbys alone.
@@ -53,14 +53,14 @@ def look() -> Iterator[Position]:
         while True:
             with db.atomic():
                 execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
-                found = row(
+                found = fetch_one(
                     "SELECT pg_current_snapshot()::text AS snapshot, pg_is_in_recovery() AS is_standby,"
-                    f" {set_locally(_LOOKS_UP)}"
+                    f" {set_config_sql(_LOOKUP_SETTINGS)}"
                 )
                 assert found is not None
                 epoch = "" if found["is_standby"] else _epoch()
                 if epoch is not None:
-                    yield Position(int(time.time()), found["snapshot"], epoch=epoch)
+                    yield StreamCursor(int(time.time()), found["snapshot"], epoch=epoch)
                     return
             execute("INSERT INTO stream_epoch DEFAULT VALUES ON CONFLICT DO NOTHING")
 
@@ -70,18 +70,18 @@ def _epoch() -> str | None:
 
     The system identifier is part of it, because a dump that is restored elsewhere brings the table's row along.
     """
-    found = row("SELECT epoch::text || (SELECT system_identifier FROM pg_control_system()) AS epoch FROM stream_epoch")
+    found = fetch_one("SELECT epoch::text || (SELECT system_identifier FROM pg_control_system()) AS epoch FROM stream_epoch")
     return str(found["epoch"]) if found else None
 
 
-def news(since: Position, here: Position, user_ids: Collection[int]) -> News:
-    """What these people have not been sent who are connected, and at `since`; of what is seen `here`, in a `look`."""
-    found = News()
+def updates_since(since: StreamCursor, here: StreamCursor, user_ids: Collection[int]) -> Updates:
+    """What these people have not been sent who are connected, and at `since`; of what is seen `here`, in a `take_snapshot`."""
+    found = Updates()
     if since.epoch != here.epoch or not is_resumable(since, here):
-        return News(too_much=True)
+        return Updates(too_much=True)
     if not user_ids:
         return found
-    tellings = rows(
+    tellings = fetch_all(
         """
         SELECT t.xid::text::bigint AS xid, t.message_id, t.told_at, t.recount, c.server_id
         FROM (
@@ -108,20 +108,20 @@ def news(since: Position, here: Position, user_ids: Collection[int]) -> News:
         found.too_much = True
         return found
     new: dict[int, list[Row]] = {}
-    for notification in inbox.told_together(tellings, members) if members else []:
+    for notification in inbox.notifications_for(tellings, members) if members else []:
         new.setdefault(notification.pop("user_id"), []).append(notification)
     for user_id, notifications in new.items():
-        found.notifications[user_id] = with_positions(notifications, since.snapshot, here)
+        found.notifications[user_id] = with_cursors(notifications, since.snapshot, here)
     return found
 
 
-def is_resumable(since: Position, here: Position) -> bool:
+def is_resumable(since: StreamCursor, here: StreamCursor) -> bool:
     """Return whether it is known what a client at `since` was not sent: not after a day, nor of another database."""
-    too_long = here.taken - since.taken > (KEPT_HOURS - 1) * 3_600
+    too_long = here.taken - since.taken > (LOG_RETENTION_HOURS - 1) * 3_600
     return not too_long and since.next_transaction <= here.next_transaction
 
 
-def with_positions(notifications: list[Row], before: str, to: Position) -> list[tuple[Position, Row]]:
+def with_cursors(notifications: list[Row], before: str, to: StreamCursor) -> list[tuple[StreamCursor, Row]]:
     """Each notification with the position it brings a client to, who was sent what `before` shows; the last one: `to`.
 
     They are in the order of their messages.
@@ -138,7 +138,7 @@ def possible_recipients(user_ids: Collection[int], server_ids: Collection[int]) 
 
     Members; and admins wherever they are, who see all even after they have left.
     """
-    return rows(
+    return fetch_all(
         """
         SELECT m.user_id, m.server_id
         FROM member m
@@ -157,7 +157,7 @@ def possible_recipients(user_ids: Collection[int], server_ids: Collection[int]) 
     )
 
 
-def listeners(token_hashes: Collection[bytes]) -> dict[bytes, tuple[User, frozenset[int]]]:
+def authorized_clients(token_hashes: Collection[bytes]) -> dict[bytes, tuple[User, frozenset[int]]]:
     """Of these tokens those whose person may listen, with them and the servers that they are in.
 
     A session's hash stands for itself, not for its token: it is looked for among both.
@@ -168,7 +168,7 @@ def listeners(token_hashes: Collection[bytes]) -> dict[bytes, tuple[User, frozen
     is_asked = "= ANY(%(which)s::bytea[])"
     if len(which) == 1:  # PostgreSQL plans a comparison with an array each time, which takes longer than all the rest
         [which], is_asked = token_hashes, "= %(which)s"
-    found = rows(
+    found = fetch_all(
         f"""
         SELECT valid.token_hash, u.id, u.username, u.name, u.email, u.is_admin, u.created_at,
             ARRAY(SELECT m.server_id FROM member m WHERE m.user_id = u.id) AS servers
@@ -176,18 +176,18 @@ def listeners(token_hashes: Collection[bytes]) -> dict[bytes, tuple[User, frozen
             SELECT t.token_hash, t.user_id
             FROM api_token t
             WHERE t.token_hash {is_asked}
-            AND {IS_VALID}
+            AND {TOKEN_IS_VALID_SQL}
             UNION ALL
             SELECT session.session_hash, t.user_id
             FROM session
             JOIN api_token t ON t.id = session.token_id
             WHERE session.session_hash {is_asked}
-            AND {IS_OPEN}
-            AND {IS_VALID}
+            AND {SESSION_IS_OPEN_SQL}
+            AND {TOKEN_IS_VALID_SQL}
         ) valid
         JOIN user_account u ON u.id = valid.user_id
         WHERE (u.is_admin OR (
-            EXISTS (SELECT FROM subscription s WHERE s.user_id = u.id AND {ACTIVE_SUBSCRIPTION})
+            EXISTS (SELECT FROM subscription s WHERE s.user_id = u.id AND {ACTIVE_SUBSCRIPTION_SQL})
             AND EXISTS (SELECT FROM member m WHERE m.user_id = u.id)))
         """,
         {"which": which, "grace_days": settings.past_due_grace_days},
@@ -199,9 +199,9 @@ def listeners(token_hashes: Collection[bytes]) -> dict[bytes, tuple[User, frozen
     }
 
 
-def told_of(message_id: int, user_ids: Collection[int]) -> set[int]:
+def notified_among(message_id: int, user_ids: Collection[int]) -> set[int]:
     """Who of these people was told of a message."""
-    found = rows(
+    found = fetch_all(
         "SELECT user_id FROM notification"
         " WHERE user_id = ANY(%(user_ids)s::bigint[]) AND message_id = %(message_id)s",
         {"user_ids": list(user_ids), "message_id": message_id},
@@ -209,7 +209,7 @@ def told_of(message_id: int, user_ids: Collection[int]) -> set[int]:
     return {one["user_id"] for one in found}
 
 
-def forget_old_tellings(limit: int) -> int:
+def purge_log(limit: int) -> int:
     """Delete at most `limit` transactions of each kind, the oldest first; returns how many.
 
     Those that are older than anybody can have been away, and those that came with a copy of another database, whose
@@ -231,5 +231,5 @@ def forget_old_tellings(limit: int) -> int:
             WHERE told_at < now() - make_interval(hours => %(hours)s)
         )
         """,
-        {"hours": KEPT_HOURS, "limit": limit},
+        {"hours": LOG_RETENTION_HOURS, "limit": limit},
     )

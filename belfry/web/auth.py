@@ -13,7 +13,7 @@ from werkzeug.wrappers import Response as AnyResponse
 
 from belfry.identity import sessions
 from belfry.identity.sessions import Session
-from belfry.stream.publish import announce
+from belfry.stream.publish import publish
 from models import User
 
 BASE_POLICY = "default-src 'none'; base-uri 'none'; frame-ancestors 'none'; style-src 'self'; img-src 'self' data:"
@@ -50,7 +50,7 @@ def logout() -> AnyResponse:
     user = signed_in()
     if user and request.form.get("everywhere") == "1":
         sessions.end_all_sessions(user.id)
-        announce(access=user.id)
+        publish(access=user.id)
     else:
         _end_current_session()
     session.clear()
@@ -61,7 +61,7 @@ def _end_current_session() -> None:
     """End the session of this request's cookie, if it is open, and its streams."""
     if current := current_session():
         sessions.end_session(current.session_hash)
-        announce(signed_out=current.session_hash.hex())
+        publish(signed_out=current.session_hash.hex())
 
 
 def _csrf_holds() -> bool:

@@ -12,7 +12,7 @@ from flask import Blueprint, Response, g, json, request
 from marshmallow import Schema, ValidationError
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
-from belfry.core.errors import Invalid, Refused, Unauthenticated
+from belfry.core.errors import DomainError, Invalid, Unauthenticated
 from belfry.identity.tokens import require_token
 from belfry.web.problems import HttpProblem
 from models import LARGEST_ID, User
@@ -26,7 +26,7 @@ api = Blueprint("api", __name__, url_prefix="/api")
 
 
 @dataclass(frozen=True)
-class Answer:
+class ApiResponse:
     """What a view gives back where the value alone does not say it."""
 
     value: Any = None
@@ -79,13 +79,13 @@ def endpoint(
                 if load_body:
                     parts["body"] = _load(load_body, _json_body(optional_body))
                 given = view(**parts)
-            except (Refused, HttpProblem, HTTPException):
+            except (DomainError, HttpProblem, HTTPException):
                 if g.get("token_hash"):  # a token that has ended since it was remembered is reported first: 401
                     require_token(g.token_hash)
                 raise
             if isinstance(given, Response):
                 return given
-            answer = given if isinstance(given, Answer) else Answer(given)
+            answer = given if isinstance(given, ApiResponse) else ApiResponse(given)
             return _respond(answer, status, dump, paged)
 
         wrapped.contract = Contract(body, query, gives, status, paged, admin, optional_body)  # type: ignore[attr-defined]
@@ -94,7 +94,7 @@ def endpoint(
     return decorate
 
 
-def asks_for_itself(view: View) -> View:
+def defers_token_check(view: View) -> View:
     """Whose token it is, may be as remembered: then it is in `g.token_hash`, and the view asks whether it is valid."""
     view.asks_for_itself = True  # type: ignore[attr-defined]
     return view
@@ -176,7 +176,7 @@ def _flat(messages: Any, prefix: str = "") -> dict[str, list[str]]:
     return flat
 
 
-def _respond(answer: Answer, status: int, dump: Schema | None, paged: bool) -> Response:
+def _respond(answer: ApiResponse, status: int, dump: Schema | None, paged: bool) -> Response:
     if paged:
         items, following = answer.value
         value: Any = {"items": dump.dump(items, many=True) if dump else items, "next": following}

@@ -17,7 +17,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from rq import Worker
 
 from belfry.core import partitions, redis
-from belfry.core.health import check
+from belfry.core.health import check_dependencies
 from belfry.fanout import runs
 from belfry.queue import queues, sweep_status
 from belfry.web.endpoint import bearer_token, json_response
@@ -58,7 +58,7 @@ class _Readiness:
             return self._found
 
     def _check(self) -> tuple[dict[str, str], dict[str, int]]:
-        parts = check(redis.redis_answers)
+        parts = check_dependencies(redis.redis_answers)
         failing = sweep_status.sweep_times("failing since") if parts["redis"] == "ok" else {}
         parts["recovery"] = "ok"
         if sweep_status.RECOVERY in failing and time.time() - failing[sweep_status.RECOVERY] > RECOVERY_SECONDS:
@@ -113,7 +113,7 @@ def _readings() -> list[Reading]:
     missing: int | None = None
     with suppress(OperationalError, InterfaceError):
         unfinished = runs.count_unfinished()
-        missing = len(partitions.missing(ahead=False))
+        missing = len(partitions.missing_ranges(ahead=False))
     return [
         (
             "belfry_up",

@@ -12,13 +12,13 @@ from werkzeug.exceptions import HTTPException
 
 from belfry.core.errors import (
     Conflict,
+    DomainError,
     Forbidden,
     IdempotencyMismatch,
     Invalid,
     NotFound,
-    Refused,
     Unauthenticated,
-    shortened,
+    truncate,
 )
 
 log = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ def problem(
         "type": "about:blank",
         "title": HTTPStatus(status).phrase,
         "status": status,
-        "detail": shortened(detail, _DETAIL_CHARACTERS),
+        "detail": truncate(detail, _DETAIL_CHARACTERS),
         "code": code or CODES.get(status, "http_error"),
     }
     if errors is not None:
@@ -96,8 +96,8 @@ def limited(errors: dict[str, list[str]]) -> dict[str, list[str]]:
     shown: dict[str, list[str]] = {}
     for field, reasons in islice(errors.items(), MAX_ERRORS):
         more = len(reasons) - MAX_ERRORS
-        shown.setdefault(shortened(field, _FIELD_CHARACTERS), []).extend(
-            [shortened(reason, _REASON_CHARACTERS) for reason in reasons[:MAX_ERRORS]]
+        shown.setdefault(truncate(field, _FIELD_CHARACTERS), []).extend(
+            [truncate(reason, _REASON_CHARACTERS) for reason in reasons[:MAX_ERRORS]]
             + ([f"{more} more reasons are not shown."] if more > 0 else [])
         )
     if (more := len(errors) - MAX_ERRORS) > 0:
@@ -108,8 +108,8 @@ def limited(errors: dict[str, list[str]]) -> dict[str, list[str]]:
 def register(app: Flask) -> None:
     """Give every error of the app this shape: ours, Flask's, the database's, and what nobody foresaw."""
 
-    @app.errorhandler(Refused)
-    def refused(error: Refused) -> Response:
+    @app.errorhandler(DomainError)
+    def refused(error: DomainError) -> Response:
         status = next(number for kind, number in STATUS.items() if isinstance(error, kind))
         errors = error.errors if isinstance(error, Invalid) else None
         detail = "A field is wrong; `errors` says which and why." if errors is not None else error.detail

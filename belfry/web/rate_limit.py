@@ -99,7 +99,7 @@ def limit_streams(view: View) -> View:
 def register(app: Flask) -> None:
     """Count every request. After `_authenticate`, before the views."""
     app.before_request(_count)
-    app.after_request(_tell)
+    app.after_request(_set_headers)
 
 
 def _count() -> None:
@@ -162,7 +162,7 @@ def _network(text: str) -> str | None:
     return f"{ipaddress.IPv6Address(int(address) >> 64 << 64)}/64"
 
 
-def _tell(answer: Response) -> Response:
+def _set_headers(answer: Response) -> Response:
     if "limit" in g:
         most, left, seconds = g.limit
         answer.headers["RateLimit-Limit"] = str(most)

@@ -3,8 +3,8 @@
 import time
 from collections.abc import Callable
 
-from belfry.core.db import execute, lock_for_this_transaction, transaction
-from belfry.core.idempotency import KEPT
+from belfry.core.db import execute, transaction, try_xact_lock
+from belfry.core.idempotency import RETENTION
 from belfry.identity import sessions
 from belfry.stream import updates
 from config import tuning
@@ -28,8 +28,8 @@ def delete_older(table: str, column: str, age: str) -> Callable[[int], int]:
 
 
 CLEANUPS: dict[str, Callable[[int], int]] = {
-    "idempotency_keys": delete_older("idempotency_key", "created_at", KEPT),
-    "stream_log": updates.forget_old_tellings,
+    "idempotency_keys": delete_older("idempotency_key", "created_at", RETENTION),
+    "stream_log": updates.purge_log,
     "sessions": sessions.delete_idle_sessions,
 }
 """{part of the sweep: what deletes at most so many rows, and returns how many}."""
@@ -44,7 +44,7 @@ def clean_up(name: str) -> int | None:
     while True:
         # Nobody waits for the disk: after a crash the same rows are found again.
         with transaction(statement_timeout="5s", synchronous_commit="off"):
-            if not lock_for_this_transaction(CLEANUP_LOCK):
+            if not try_xact_lock(CLEANUP_LOCK):
                 return deleted or None
             batch = CLEANUPS[name](tuning.cleanup_batch_rows)
         deleted += batch

@@ -4,7 +4,7 @@ import mmap
 import struct
 import time
 
-OVERTIME_SECONDS = 10  # after JOB_TIMEOUT, before a process that cannot be broken off is killed
+KILL_GRACE_SECONDS = 10  # after JOB_TIMEOUT, before a process that cannot be broken off is killed
 
 
 class Deadline:
@@ -14,7 +14,7 @@ class Deadline:
         self._shared = mmap.mmap(-1, 8)
 
     def set(self, seconds: float) -> None:
-        self._shared[:] = struct.pack("d", time.monotonic() + seconds + OVERTIME_SECONDS)
+        self._shared[:] = struct.pack("d", time.monotonic() + seconds + KILL_GRACE_SECONDS)
 
     def clear(self) -> None:
         self._shared[:] = struct.pack("d", 0.0)

@@ -12,8 +12,8 @@ from redis.exceptions import RedisError
 from rq.scheduler import RQScheduler
 
 from belfry.core import partitions, redis
-from belfry.core.db import ROUND_TRIPS, database_connection, lock_for_this_transaction, transaction
-from belfry.core.failpoints import reach
+from belfry.core.db import ROUND_TRIPS, database_connection, transaction, try_xact_lock
+from belfry.core.failpoints import failpoint
 from belfry.fanout import recovery
 from belfry.queue import queues, sweep_status
 from belfry.worker.cleanup import CLEANUPS, clean_up
@@ -59,46 +59,46 @@ def _recover() -> int | None:
 
     One sweeper at a time, by an advisory lock that ends with its transaction. Raises RedisError while Redis is away.
     """
-    oldest = {name: queues.oldest_waiting(name) for name in (queues.NOTIFICATIONS, queues.BULK)}
+    oldest = {name: queues.peek_head(name) for name in (queues.NOTIFICATIONS, queues.BULK)}
     room = tuning.max_queue_length - queues.queue().count
     with transaction(statement_timeout="20s") as round_trip:
-        if not lock_for_this_transaction(SWEEP_LOCK):
+        if not try_xact_lock(SWEEP_LOCK):
             return None
-        reach("sweep.locked")
+        failpoint("sweep.locked")
         # Where PostgreSQL answers slowly, whoever claimed a part is as slow to lock it, and lives.
         grace = min(ROUND_TRIPS * round_trip, settings.job_timeout)
-        if given_up := recovery.give_up(grace):
+        if given_up := recovery.fail_exhausted(grace):
             log.error("%s run(s) or slice(s) gave up: each attempt ended without a word", given_up)
-        lost = recovery.lost_runs(oldest[queues.NOTIFICATIONS], grace)
-        lost += recovery.lost_slices(oldest[queues.BULK], grace)
-        pending = recovery.pending_runs(room - len(lost))
-        reach("sweep.marked")
-    reach("sweep.committed")
+        lost = recovery.requeue_lost_runs(oldest[queues.NOTIFICATIONS], grace)
+        lost += recovery.requeue_lost_slices(oldest[queues.BULK], grace)
+        pending = recovery.queue_pending_runs(room - len(lost))
+        failpoint("sweep.marked")
+    failpoint("sweep.committed")
     swept = len(lost) if queues.enqueue(lost, lost=True) else 0
     swept += len(pending) if queues.enqueue(pending) else 0
-    reach("sweep.enqueued")
+    failpoint("sweep.enqueued")
     if swept:
         log.info("swept: %s part(s) that nobody took care of, %s that were pending", len(lost), len(pending))
     return swept
 
 
-def _look_after_partitions() -> bool | None:
+def _maintain_partitions() -> bool | None:
     """Make, leave and drop partitions, from time to time, and at once where one is missing; None in between.
 
     Raises OperationalError where somebody who reads for long stands in the way.
     """
     global _partitions_looked_at, _indexing
-    gaps = partitions.missing()
+    gaps = partitions.missing_ranges()
     for gap in gaps:
         log.error("message ids from %s to below %s have no partition: their runs fail until it is made",
                   gap.after_or_at or "the lowest", gap.below)  # fmt: skip
     if not gaps and time.monotonic() - _partitions_looked_at < tuning.partition_check_seconds:
         return None
     _partitions_looked_at = time.monotonic()
-    partitions.care()
+    partitions.maintain()
     if _indexing is None or not _indexing.is_alive():
-        for name in partitions.without_index()[:1]:
-            _indexing = threading.Thread(target=partitions.make_index, args=(name,), daemon=True)
+        for name in partitions.partitions_missing_unread_index()[:1]:
+            _indexing = threading.Thread(target=partitions.create_unread_index, args=(name,), daemon=True)
             _indexing.start()  # it may take minutes, in which others wait for the next sweep
     return True
 
@@ -121,7 +121,7 @@ def _enqueue_retries() -> bool:
 SWEEP_PARTS: dict[str, Callable[[], int | None]] = {
     sweep_status.RECOVERY: _recover,
     "scheduled_retries": _enqueue_retries,
-    "partitions": _look_after_partitions,
+    "partitions": _maintain_partitions,
     **{name: partial(clean_up, name) for name in CLEANUPS},
 }
 """{part of the sweep: what does it}, in their order. None is returned where it was another's turn, or not yet time."""

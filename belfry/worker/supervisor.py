@@ -12,14 +12,14 @@ import time
 from peewee import InterfaceError, OperationalError
 from playhouse.pool import MaxConnectionsExceeded
 
-from belfry.core.failpoints import reach
+from belfry.core.failpoints import failpoint
 from belfry.worker import maintenance
-from belfry.worker.deadline import OVERTIME_SECONDS, Deadline
-from belfry.worker.worker import work_horse
+from belfry.worker.deadline import KILL_GRACE_SECONDS, Deadline
+from belfry.worker.worker import run_jobs
 from config import settings
 
 log = logging.getLogger(__name__)
-TICK_SECONDS = 0.05  # between two looks of the parent: how soon another process follows one that died
+POLL_INTERVAL_SECONDS = 0.05  # between two looks of the parent: how soon another process follows one that died
 PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 
 
@@ -43,11 +43,11 @@ class Supervisor:
                 sweep_once()
                 swept = time.monotonic()
             self._look_after_horse()
-            time.sleep(TICK_SECONDS)
+            time.sleep(POLL_INTERVAL_SECONDS)
         while self._horse:
             self._tell_horse(signal.SIGTERM)
             self._look_after_horse()
-            time.sleep(TICK_SECONDS)
+            time.sleep(POLL_INTERVAL_SECONDS)
 
     def _stop(self, signum: int, frame: object) -> None:
         self._stopping = True
@@ -69,10 +69,10 @@ class Supervisor:
         try:
             for signum in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(signum, signal.SIG_DFL)  # until RQ has its own: there is nothing in hand
-            _end_with(parent)
+            _set_parent_death_signal(parent)
             random.seed()
-            reach("worker.forked")
-            work_horse(self._deadline)
+            failpoint("worker.forked")
+            run_jobs(self._deadline)
             status = 0
         except Exception:
             log.exception("the work-horse failed")
@@ -87,18 +87,18 @@ class Supervisor:
         if pid:
             self._horse = 0
             if status and not self._stopping:
-                log.error("the work-horse ended with %s: another is started", _words_of(status))
+                log.error("the work-horse ended with %s: another is started", _exit_reason(status))
         elif self._deadline.is_over():
-            log.error("a job takes %s s longer than it may: its process is killed", OVERTIME_SECONDS)
+            log.error("a job takes %s s longer than it may: its process is killed", KILL_GRACE_SECONDS)
             self._tell_horse(signal.SIGKILL)
 
 
-def _words_of(status: int) -> str:
+def _exit_reason(status: int) -> str:
     code = os.waitstatus_to_exitcode(status)
     return f"signal {-code}" if code < 0 else f"code {code}"
 
 
-def _end_with(parent: int) -> None:
+def _set_parent_death_signal(parent: int) -> None:
     """On Linux a work-horse is asked to stop when its parent dies; elsewhere it goes on, and harms nobody."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
@@ -133,4 +133,4 @@ def work(burst: bool = False) -> None:
 def _work_in_burst() -> bool:
     """One sweep, and the queues until they are empty; whether another round may find more to do."""
     swept = sweep_once()
-    return work_horse(burst=True) and swept > 0
+    return run_jobs(burst=True) and swept > 0

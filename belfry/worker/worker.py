@@ -25,7 +25,7 @@ from rq.timeouts import JobTimeoutException
 from rq.utils import now
 
 import jobs
-from belfry.core.failpoints import reach
+from belfry.core.failpoints import failpoint
 from belfry.queue import queues
 from belfry.queue.job_class import BelfryJob
 from belfry.worker.deadline import Deadline
@@ -33,7 +33,7 @@ from config import settings, tuning
 
 log = logging.getLogger(__name__)
 
-OTHERS_TURN = 4  # one job in so many may be of another queue though some wait in the first: a quarter of the time
+BULK_EVERY_NTH = 4  # one job in so many may be of another queue though some wait in the first: a quarter of the time
 
 
 class BelfryWorker(SimpleWorker):  # type: ignore[misc]
@@ -82,16 +82,16 @@ class BelfryWorker(SimpleWorker):  # type: ignore[misc]
             log.exception("RQ's registries cannot be cleaned up")
 
     def reorder_queues(self, reference_queue: Queue) -> None:
-        """The first queue comes first; but for one job in OTHERS_TURN it comes last, so that it starves nobody."""
+        """The first queue comes first; but for one job in BULK_EVERY_NTH it comes last, so that it starves nobody."""
         self.dequeued += 1
         first, *others = self.queues
-        others_turn = self.dequeued % OTHERS_TURN == OTHERS_TURN - 1
+        others_turn = self.dequeued % BULK_EVERY_NTH == BULK_EVERY_NTH - 1
         self._ordered_queues = [*others, first] if others_turn else [first, *others]
 
     def execute_job(self, job: Job, queue: Queue) -> None:
         self._in_hand = True
         try:
-            reach("worker.taken")
+            failpoint("worker.taken")
             if self.deadline:
                 self.deadline.set(job.timeout or settings.job_timeout)
             if not self._do_at_once(job, queue):
@@ -121,7 +121,7 @@ class BelfryWorker(SimpleWorker):  # type: ignore[misc]
         return done
 
 
-def work_horse(deadline: Deadline | None = None, burst: bool = False) -> bool:
+def run_jobs(deadline: Deadline | None = None, burst: bool = False) -> bool:
     """Run jobs until somebody asks to stop, or `max_jobs_per_process` are done; with `burst`, until there are no more.
 
     Whether nobody asked to stop.

@@ -6,7 +6,7 @@ from statistics import median
 import psycopg
 from playwright.sync_api import Page, expect
 
-from belfry.fanout.claims import Part
+from belfry.fanout.claims import WorkItem
 from belfry.queue import queues
 from config import settings
 from models import Run
@@ -155,7 +155,7 @@ def test_what_the_list_does_not_have_is_not_read(visit, faults, cast, post, run_
         expect(bell(page)).to_have_text("61")
         late.execute("INSERT INTO run (message_id, kind) VALUES (%s, 'message')", [late_id])
         late.commit()
-    queues.enqueue([Part(Run.get(Run.message == late_id).id)])
+    queues.enqueue([WorkItem(Run.get(Run.message == late_id).id)])
     page.route(re.compile(r"/messages\?"), lambda route: route.fulfill(status=429))  # so the list does not get it
     run_jobs()
     page.evaluate("() => { document.hasFocus = () => true; window.dispatchEvent(new Event('focus')); }")

@@ -10,14 +10,14 @@ from playwright.sync_api import Page, expect
 
 from belfry.core.db import db
 from belfry.messages import messages
-from belfry.messages.timeline import STRETCH
+from belfry.messages.timeline import PAGE_SIZE
 from belfry.queue.queues import enqueue_run
 from models import Message
 from tests.browser.browsing import address, composer, message, shown, wait_until_live, watch_requests
 from tests.people import Person
 from tests.processes import wait_until
 
-HALF = STRETCH // 2
+HALF = PAGE_SIZE // 2
 
 
 def scroll_to(page: Page, where: str) -> None:
@@ -27,7 +27,7 @@ def scroll_to(page: Page, where: str) -> None:
 @pytest.fixture
 def written(post) -> list[int]:
     """More messages than a page has; their ids, oldest first."""
-    return [post(f"number {number}") for number in range(2 * STRETCH + 20)]
+    return [post(f"number {number}") for number in range(2 * PAGE_SIZE + 20)]
 
 
 @contextmanager
@@ -81,10 +81,10 @@ def test_an_admin_finds_the_queues(visit, faults, cast) -> None:
 def test_older_messages_come_as_one_scrolls_up(visit, cast, written) -> None:
     page = visit(address(cast, cast.general), cast.subscriber)
     expect(message(page, written[-1])).to_be_in_viewport()
-    assert shown(page) == written[-STRETCH:]
-    top = message(page, written[-STRETCH])
+    assert shown(page) == written[-PAGE_SIZE:]
+    top = message(page, written[-PAGE_SIZE])
     scroll_to(page, "-log.scrollHeight")
-    wait_until(lambda: shown(page) == written[-2 * STRETCH :], "older messages")
+    wait_until(lambda: shown(page) == written[-2 * PAGE_SIZE :], "older messages")
     expect(top).to_be_in_viewport()  # what one looks at stays in its place
     page.get_by_role("link", name="Older messages").click()
     wait_until(lambda: shown(page) == written, "all messages")
@@ -99,7 +99,7 @@ def test_a_link_leads_to_an_old_message_and_on_to_the_newest(visit, cast, writte
 
     page.get_by_role("link", name="Newer messages").click()
     page.wait_for_url(f"**?after={written[40 + HALF]}#messages")
-    assert shown(page)[-STRETCH:] == written[40 + HALF + 1 :][:STRETCH]  # older ones come in above them
+    assert shown(page)[-PAGE_SIZE:] == written[40 + HALF + 1 :][:PAGE_SIZE]  # older ones come in above them
     expect(message(page, written[40 + HALF + 1])).to_be_in_viewport()  # one goes on reading where one was
     page.get_by_role("link", name="The newest").click()
     page.wait_for_url(re.compile(r"/channels/\d+$"))
@@ -143,7 +143,7 @@ def test_new_messages_wait_for_who_reads_old_ones(visit, worker, cast, written, 
     wait_until_live(page)
     new = page.get_by_role("button", name="New messages")
     scroll_to(page, "-600")
-    reading = page.locator("#messages li").nth(STRETCH // 2)
+    reading = page.locator("#messages li").nth(PAGE_SIZE // 2)
     before = reading.bounding_box()
     number = post("look")
     expect(new).to_be_visible()

@@ -4,11 +4,11 @@ from typing import Any
 
 import schemas
 from belfry.identity import sessions, subscriptions, tokens, users
-from belfry.messages.suggestions import mentionable
+from belfry.messages.suggestions import suggest_mentions
 from belfry.servers import servers
-from belfry.servers.visibility import channel_for, visible_channels
+from belfry.servers.visibility import get_visible_channel, visible_channels
 from belfry.web import auth
-from belfry.web.endpoint import Answer, api, bearer_token, current_user, endpoint, paginate
+from belfry.web.endpoint import ApiResponse, api, bearer_token, current_user, endpoint, paginate
 
 
 @api.get("/me")
@@ -63,10 +63,10 @@ def list_own_channels(query: dict[str, Any]) -> Any:
 
 @api.get("/channels/<id:channel_id>/members")
 @endpoint(query=schemas.MentionableQuery, gives=schemas.MentionableList)
-def list_mentionable(channel_id: int, query: dict[str, Any]) -> Any:
+def list_mention_suggestions(channel_id: int, query: dict[str, Any]) -> Any:
     """Whom one may mention in a channel, by the beginning of a username; for moderators, groups as well."""
-    channel = channel_for(current_user(), channel_id)
-    return {"items": mentionable(channel, query["prefix"], query["limit"]), "next": None}
+    channel = get_visible_channel(current_user(), channel_id)
+    return {"items": suggest_mentions(channel, query["prefix"], query["limit"]), "next": None}
 
 
 @api.get("/users")
@@ -82,10 +82,10 @@ def list_users(query: dict[str, Any]) -> Any:
 
 @api.post("/users")
 @endpoint(body=schemas.UserIn, gives=schemas.User, status=201, admin=True)
-def create_user(body: dict[str, Any]) -> Answer:
+def create_user(body: dict[str, Any]) -> ApiResponse:
     """A new person."""
     user = users.create_user(**body)
-    return Answer(users.find_user(user.id), headers={"Location": f"/api/users/{user.id}"})
+    return ApiResponse(users.find_user(user.id), headers={"Location": f"/api/users/{user.id}"})
 
 
 @api.get("/users/<id:user_id>")

@@ -9,11 +9,11 @@ from peewee import InterfaceError, OperationalError
 
 import schemas
 from belfry.core.errors import Invalid
-from belfry.core.idempotency import Once, remember
+from belfry.core.idempotency import IdempotentRequest, save_response
 from belfry.messages import explanation, history, messages
 from belfry.messages.mentions import AllowedMentions
 from belfry.queue.queues import enqueue_run, queue_is_full
-from belfry.web.endpoint import Answer, api, asks_for_itself, current_user, endpoint, json_response, paginate
+from belfry.web.endpoint import ApiResponse, api, current_user, defers_token_check, endpoint, json_response, paginate
 from belfry.web.rate_limit import limit_messages
 
 _message = schemas.Message()
@@ -23,20 +23,20 @@ def _render(message: Any) -> str:
     return json.dumps(_message.dump(message), ensure_ascii=False)
 
 
-def _once(body: dict[str, Any]) -> Once | None:
+def _once(body: dict[str, Any]) -> IdempotentRequest | None:
     key = request.headers.get("Idempotency-Key")
     if key is None:
         return None
     if not re.fullmatch(r"[!-~]{1,255}", key):
         raise Invalid({"Idempotency-Key": ["Must have 1 to 255 visible ASCII characters."]})
-    return Once(current_user().id, key, request.get_json(), _render)
+    return IdempotentRequest(current_user().id, key, request.get_json(), _render)
 
 
 @api.post("/messages")
-@asks_for_itself
+@defers_token_check
 @limit_messages
 @endpoint(body=schemas.MessageIn, gives=schemas.Message, status=201)
-def post_message(body: dict[str, Any]) -> Answer | Response:
+def post_message(body: dict[str, Any]) -> ApiResponse | Response:
     """Post a message. Everyone who should know is told by a run, which this answer does not wait for."""
     allowed = body["allowed_mentions"]
     once = _once(body)
@@ -60,8 +60,8 @@ def post_message(body: dict[str, Any]) -> Answer | Response:
         message["run"]["state"] = "pending"
         if once:
             with suppress(OperationalError, InterfaceError):  # the message is posted, whatever becomes of this
-                remember(once, message)
-    return Answer(message, headers={"Location": f"/api/messages/{message['id']}"})
+                save_response(once, message)
+    return ApiResponse(message, headers={"Location": f"/api/messages/{message['id']}"})
 
 
 @api.get("/channels/<id:channel_id>/messages")
@@ -80,7 +80,7 @@ def list_messages(channel_id: int, query: dict[str, Any]) -> Any:
 def get_message(message_id: int) -> Any:
     """One message, as it is now."""
     stored, _ = history.find_message(current_user(), message_id)
-    return history.describe(current_user(), [stored])[0]
+    return history.serialize_messages(current_user(), [stored])[0]
 
 
 @api.patch("/messages/<id:message_id>")

@@ -7,7 +7,7 @@ from belfry.core.db import Row
 from belfry.fanout import runs
 from belfry.messages import test_notifications
 from belfry.queue.queues import enqueue_run
-from belfry.web.endpoint import Answer, api, current_user, endpoint, paginate
+from belfry.web.endpoint import ApiResponse, api, current_user, endpoint, paginate
 from models import User
 
 HIDDEN_ERROR = "The last attempt failed. Admins can see why."
@@ -57,17 +57,17 @@ def replay(run_id: int, body: dict[str, Any]) -> Any:
     replayed = runs.replay(run_id, dry_run=body["dry_run"])
     new_run = replayed["run_id"]
     if new_run is None:
-        return Answer({**replayed, "run": None}, 200)
+        return ApiResponse({**replayed, "run": None}, 200)
     state = "queued" if enqueue_run(new_run) else "pending"
-    return Answer(
+    return ApiResponse(
         {**replayed, "run": {"id": new_run, "state": state}}, headers={"Location": f"/api/runs/{new_run}"}
     )
 
 
 @api.post("/test-notifications")
 @endpoint(body=schemas.TestNotificationIn, gives=schemas.Run, status=202, admin=True, optional_body=True)
-def test_notification(body: dict[str, Any]) -> Answer:
+def test_notification(body: dict[str, Any]) -> ApiResponse:
     """Send a test notification through the real queue: to oneself, or to a channel."""
     run_id = test_notifications.send_test(current_user(), body["channel_id"], body["content"], body["audience"])
     enqueue_run(run_id)
-    return Answer(describe_run(runs.find_run(run_id)), headers={"Location": f"/api/runs/{run_id}"})
+    return ApiResponse(describe_run(runs.find_run(run_id)), headers={"Location": f"/api/runs/{run_id}"})

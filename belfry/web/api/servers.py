@@ -4,8 +4,8 @@ from typing import Any
 
 import schemas
 from belfry.servers import servers
-from belfry.servers.visibility import SeenChannel, channel_for
-from belfry.web.endpoint import Answer, api, current_user, endpoint, paginate, require_admin
+from belfry.servers.visibility import VisibleChannel, get_visible_channel
+from belfry.web.endpoint import ApiResponse, api, current_user, endpoint, paginate, require_admin
 from models import Server
 
 
@@ -22,10 +22,10 @@ def list_servers(query: dict[str, Any]) -> Any:
 
 @api.post("/servers")
 @endpoint(body=schemas.ServerIn, gives=schemas.Server, status=201, admin=True)
-def create_server(body: dict[str, Any]) -> Answer:
+def create_server(body: dict[str, Any]) -> ApiResponse:
     """A new server, with nobody in it."""
     server = servers.find_server(Server.create(**body).id)
-    return Answer(server, headers={"Location": f"/api/servers/{server.id}"})
+    return ApiResponse(server, headers={"Location": f"/api/servers/{server.id}"})
 
 
 @api.get("/servers/<id:server_id>")
@@ -105,13 +105,13 @@ def list_channels(server_id: int, query: dict[str, Any]) -> Any:
 
 @api.post("/servers/<id:server_id>/channels")
 @endpoint(body=schemas.ChannelIn, gives=schemas.Channel, status=201, admin=True)
-def create_channel(server_id: int, body: dict[str, Any]) -> Answer:
+def create_channel(server_id: int, body: dict[str, Any]) -> ApiResponse:
     """A new channel: open or private, for members or for admins to post in."""
     channel = servers.create_channel(server_id, body["name"], body["private"], body["posting"])
-    return Answer(channel, headers={"Location": f"/api/channels/{channel.id}"})
+    return ApiResponse(channel, headers={"Location": f"/api/channels/{channel.id}"})
 
 
-def _describe(channel: SeenChannel) -> dict[str, Any]:
+def _describe(channel: VisibleChannel) -> dict[str, Any]:
     return {**vars(channel), "server": {"id": channel.server_id, "name": channel.server_name}}
 
 
@@ -119,12 +119,12 @@ def _describe(channel: SeenChannel) -> dict[str, Any]:
 @endpoint(gives=schemas.Channel)
 def get_channel(channel_id: int) -> Any:
     """One channel, for whoever may see it."""
-    return _describe(channel_for(current_user(), channel_id))
+    return _describe(get_visible_channel(current_user(), channel_id))
 
 
 def _administered(channel_id: int) -> None:
     """Raises NotFound for a channel that the caller may not see, 403 for one that is not theirs to change."""
-    channel_for(current_user(), channel_id)
+    get_visible_channel(current_user(), channel_id)
     require_admin()
 
 
@@ -134,7 +134,7 @@ def update_channel(channel_id: int, body: dict[str, Any]) -> Any:
     """Rename a channel, make it private or open, or say who posts in it. Admins."""
     _administered(channel_id)
     servers.update_channel(channel_id, body)
-    return _describe(channel_for(current_user(), channel_id))
+    return _describe(get_visible_channel(current_user(), channel_id))
 
 
 @api.delete("/channels/<id:channel_id>")

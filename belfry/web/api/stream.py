@@ -10,10 +10,10 @@ from belfry.core.errors import Forbidden, Invalid, SubscriptionRequired
 from belfry.identity import tokens
 from belfry.servers import servers
 from belfry.stream import updates
-from belfry.stream.client import Reader
-from belfry.stream.cursor import Position
+from belfry.stream.client import StreamClient
+from belfry.stream.cursor import StreamCursor
 from belfry.stream.hub import hub
-from belfry.stream.publish import announce
+from belfry.stream.publish import publish
 from belfry.web import auth
 from belfry.web.connection import ClientSocket
 from belfry.web.endpoint import READS, api, authenticated_by, bearer_token, current_user, endpoint
@@ -41,7 +41,7 @@ def register(app: Flask) -> None:
 
 def _find_listener(token_hash: bytes) -> User | None:
     """Find the token's user; in `g.may_listen` is whether they may listen. One query for those who may."""
-    listener = updates.listeners([token_hash]).get(token_hash)
+    listener = updates.authorized_clients([token_hash]).get(token_hash)
     g.may_listen = listener is not None
     return listener[0] if listener else tokens.authenticate_hash(token_hash)
 
@@ -61,7 +61,7 @@ def stream() -> Response:
     token = bearer_token()
     current = None if token else auth.current_session()
     token_hash = current.session_hash if current else tokens.hash_token(token or "")
-    if not g.get("may_listen") and token_hash not in updates.listeners([token_hash]):
+    if not g.get("may_listen") and token_hash not in updates.authorized_clients([token_hash]):
         if not servers.servers_of(user.id):
             raise Forbidden("Who is in no server is told of nothing.")
         raise SubscriptionRequired("Live updates need an active subscription.")
@@ -74,7 +74,7 @@ def stream() -> Response:
         raise HttpProblem(501, "The stream needs gunicorn, with TLS ended in front of it: the Procfile's `web`.")
     if hub().is_full():
         raise HttpProblem(503, "This process has as many streams as it can. Try again soon.")
-    reader = Reader(
+    reader = StreamClient(
         connection,
         user,
         token_hash,
@@ -86,7 +86,7 @@ def stream() -> Response:
     return answer
 
 
-def _since() -> Position | None:
+def _since() -> StreamCursor | None:
     """Where the reader was. An empty header is none. Raises Invalid for what is no position.
 
     Who signed it is looked at later: a browser does not come back after a 4xx, and open pages have positions of before
@@ -94,12 +94,12 @@ def _since() -> Position | None:
     """
     text = request.headers.get("Last-Event-ID", "")
     try:
-        return Position.parse(text) if text else None
+        return StreamCursor.parse(text) if text else None
     except ValueError:
         raise Invalid({"Last-Event-ID": ["Is not one that was given out."]}) from None
 
 
-def _hand_over(reader: Reader, connection: ClientSocket) -> Iterator[bytes]:
+def _hand_over(reader: StreamClient, connection: ClientSocket) -> Iterator[bytes]:
     """The beginning of the stream, which gunicorn sends with its head; then the connection is the hub's.
 
     gunicorn is left a socket without a connection, and an error that it takes for a reader who went away: it lets go,
@@ -116,11 +116,11 @@ def _announce(answer: Response) -> Response:
     if request.method in READS or answer.status_code >= 400:
         return answer
     if request.endpoint in OF_ONESELF:
-        announce(user_id=g.user.id)
+        publish(user_id=g.user.id)
     elif request.endpoint in OF_OWN_ACCESS:
-        announce(access=g.user.id)
+        publish(access=g.user.id)
     elif request.endpoint == "api.delete_message":
-        announce(message_id=(request.view_args or {})["message_id"])
+        publish(message_id=(request.view_args or {})["message_id"])
     elif request.blueprint == "api" and request.endpoint not in (*OF_MESSAGES, "api.put_preference"):
-        announce(access=(request.view_args or {}).get("user_id", True))  # of one person, or of who knows whom
+        publish(access=(request.view_args or {}).get("user_id", True))  # of one person, or of who knows whom
     return answer

@@ -17,12 +17,18 @@ from belfry.inbox import inbox
 from belfry.inbox.inbox import parse_notification_id
 from belfry.messages.markdown import Budget
 from belfry.messages.mentions import EVERYONE
-from belfry.messages.rendering import budget_of_a_page, render_in_page
-from belfry.messages.sidebar import listed_channels
-from belfry.messages.timeline import STRETCH, stretch
+from belfry.messages.rendering import page_budget, render_in_page
+from belfry.messages.sidebar import sidebar_channels
+from belfry.messages.timeline import PAGE_SIZE, load_page
 from belfry.servers import preferences
 from belfry.servers.servers import roles_of
-from belfry.servers.visibility import SeenChannel, channel_for, is_told_in, require_posting, visible_channels
+from belfry.servers.visibility import (
+    VisibleChannel,
+    get_visible_channel,
+    receives_notifications_in,
+    require_posting,
+    visible_channels,
+)
 from belfry.stream import updates
 from belfry.web import auth
 from belfry.web.endpoint import READS
@@ -77,11 +83,11 @@ def channel(server_id: int, channel_id: int) -> str:
     return _page(
         "channel.html",
         channel=seen,
-        **_stretch(seen),
-        may_not_post=_why_not_post(g.user, seen),
+        **_message_page(seen),
+        may_not_post=_posting_denied_reason(g.user, seen),
         preference=preference,
         effects=effects,
-        told=effects is EFFECTS,
+        told=effects is PREFERENCE_HELP,
         effect=_effect(preference, effects),
     )
 
@@ -90,7 +96,7 @@ def channel(server_id: int, channel_id: int) -> str:
 def messages(server_id: int, channel_id: int) -> str:
     """The messages alone, as the channel's page has them."""
     seen = _channel(server_id, channel_id)
-    return render_template("messages.html", channel=seen, **_stretch(seen))
+    return render_template("messages.html", channel=seen, **_message_page(seen))
 
 
 @blueprint.get("/inbox")
@@ -124,8 +130,8 @@ def _page(template: str, **context: Any) -> str:
     count, current = inbox.unread_count(g.user), auth.current_session()
     by_channel = {channel["channel_id"]: channel for channel in count["channels"]}
     servers: dict[int, Row] = {}
-    viewed: SeenChannel | None = context.get("channel")
-    channels, more_channels = listed_channels(g.user, viewed.id if viewed else None)
+    viewed: VisibleChannel | None = context.get("channel")
+    channels, more_channels = sidebar_channels(g.user, viewed.id if viewed else None)
     for one in channels:
         server = servers.setdefault(one["server"]["id"], {**one["server"], "channels": []})
         server["channels"].append({**one, "address": _address(one), "count": by_channel.get(one["id"])})
@@ -136,7 +142,7 @@ def _page(template: str, **context: Any) -> str:
         servers=list(servers.values()),
         more_channels=more_channels,
         count=count,
-        hears=current is not None and current.session_hash in updates.listeners([current.session_hash]),
+        hears=current is not None and current.session_hash in updates.authorized_clients([current.session_hash]),
         **context,
     )
 
@@ -145,8 +151,8 @@ def _address(channel: Row) -> str:
     return url_for("pages.channel", server_id=channel["server"]["id"], channel_id=channel["id"])
 
 
-def _channel(server_id: int, channel_id: int) -> SeenChannel:
-    seen = channel_for(g.user, channel_id)
+def _channel(server_id: int, channel_id: int) -> VisibleChannel:
+    seen = get_visible_channel(g.user, channel_id)
     if seen.server_id != server_id:
         raise NotFound(f"There is no channel {channel_id}.")
     return seen
@@ -162,24 +168,24 @@ def _position(name: str) -> int | None:
     return _id(request.args.get(name, ""))
 
 
-def _stretch(seen: SeenChannel) -> Row:
+def _message_page(seen: VisibleChannel) -> Row:
     """The messages that the address asks for, and by which names they may call the reader."""
     roles = roles_of(g.user.id, seen.server_id)
-    found = stretch(g.user, seen, before=_position("before"), after=_position("after"), around=_position("around"))
+    found = load_page(g.user, seen, before=_position("before"), after=_position("after"), around=_position("around"))
     return {
         "stretch": found,
-        "budget": budget_of_a_page(len(found.messages)),
+        "budget": page_budget(len(found.messages)),
         "mine": frozenset((g.user.username, EVERYONE, *roles)),
     }
 
 
 def _notifications() -> Row:
     unread = request.args.get("unread") == "1"
-    found = inbox.list_notifications(g.user, before=_position("before"), limit=STRETCH + 1, unread=unread)
-    return {"notifications": found[:STRETCH], "more": len(found) > STRETCH, "unread_only": unread}
+    found = inbox.list_notifications(g.user, before=_position("before"), limit=PAGE_SIZE + 1, unread=unread)
+    return {"notifications": found[:PAGE_SIZE], "more": len(found) > PAGE_SIZE, "unread_only": unread}
 
 
-def _why_not_post(user: User, seen: SeenChannel) -> str | None:
+def _posting_denied_reason(user: User, seen: VisibleChannel) -> str | None:
     try:
         require_posting(user, seen)
     except Forbidden as error:
@@ -187,18 +193,18 @@ def _why_not_post(user: User, seen: SeenChannel) -> str | None:
     return None
 
 
-def _effects(user: User, seen: SeenChannel) -> dict[str, str]:
+def _effects(user: User, seen: VisibleChannel) -> dict[str, str]:
     """What each setting of a channel does, in a sentence: by its level, with ` muted` while it is, until `TIME`.
 
     Where nothing is told whatever is set, all of them say so.
     """
     if not seen.subscribed:
         nothing = "You are told of nothing, whatever you choose here: that needs an active subscription."
-    elif not is_told_in(user, seen.id):
+    elif not receives_notifications_in(user, seen.id):
         nothing = "You are told of nothing here, whatever you choose: no role of yours opens this channel."
     else:
-        return EFFECTS
-    return dict.fromkeys(EFFECTS, nothing)
+        return PREFERENCE_HELP
+    return dict.fromkeys(PREFERENCE_HELP, nothing)
 
 
 def _effect(preference: Row, effects: dict[str, str]) -> str:
@@ -209,7 +215,7 @@ def _effect(preference: Row, effects: dict[str, str]) -> str:
     return effects[f"{preference['level']} muted"].replace("TIME", _utc(until))
 
 
-EFFECTS = {
+PREFERENCE_HELP = {
     "all": "You are told of every message here.",
     "mentions": "You are told only of messages that mention you, a role of yours, or everyone.",
     "none": "You are told of nothing here; a mention does not get through either.",
