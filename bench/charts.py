@@ -15,7 +15,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot  # needs to know that there is no display
 
-OURS, MAX_OTHER_CHANNELS, LIMIT = "#1f5fa8", "#9aa5b1", "#c9a227"
+OURS, OTHERS, LIMIT = "#1f5fa8", "#9aa5b1", "#c9a227"
 WORKERS = {"1": "one worker", "2": "two workers"}
 ALPHA = {"1": 1.0, "2": 0.55}
 OTHER_NAMES = {
@@ -50,7 +50,7 @@ def _bars(axes: Any, values: dict[str, float], labels: list[str], unit: str) -> 
 
 
 def _colour(name: str) -> str:
-    return OURS if name.startswith("Belfry") else LIMIT if "statement" in name else MAX_OTHER_CHANNELS
+    return OURS if name.startswith("Belfry") else LIMIT if "statement" in name else OTHERS
 
 
 def small_messages(part: dict[str, Any]) -> tuple[Any, str]:

@@ -2,7 +2,7 @@
 
 They are one of RECIPIENTS of each of 100,000 messages, which are in several channels and by several authors; the others
 told are everybody in turn. So each of their rows lies on a page of its own, as in life. Each request over HTTP, beside
-the same one of a person with SMALL_AUDIENCE notifications in a table that holds nothing else.
+the same one of a person with FEW notifications in a table that holds nothing else.
 
 Of the partitions they lie in, the last one is in use, and half full.
 """
@@ -26,7 +26,7 @@ from dev.client import Client
 
 RECIPIENTS = 100
 MEMBERS, CHANNELS, AUTHORS = 10_000, 10, 50
-SMALL_AUDIENCE = 10
+FEW = 10
 PER_PARTITION = tuning.partition_min_rows * 9 // 10 // RECIPIENTS  # messages; with more it might be left
 WARM = 24  # requests: each of the web's connections is to have its plans, as it has in production
 FIRST, DEEP, UNREAD_PAGE = "first page", "page in the middle", "page of the unread"
@@ -38,9 +38,9 @@ def measure(stage: Stage, arguments: argparse.Namespace) -> dict[str, Any]:
     inbox = _Inbox(stage, arguments.inbox_rows)
     ms: dict[str, dict[str, dict[str, float]]] = {}
     with stage.web():
-        say(f"the inbox of somebody with {SMALL_AUDIENCE}, and nothing else")
+        say(f"the inbox of somebody with {FEW}, and nothing else")
         inbox.fill_few()
-        ms[f"{SMALL_AUDIENCE} of {SMALL_AUDIENCE} unread"] = inbox.reads(200, inbox.first_page) | {MARK: inbox.marking(SMALL_AUDIENCE, 30)}
+        ms[f"{FEW} of {FEW} unread"] = inbox.reads(200, inbox.first_page) | {MARK: inbox.marking(FEW, 30)}
         say(f"making {inbox.messages * RECIPIENTS:,} notifications …")
         inbox.fill()
         middle = inbox.walk_to_the_middle()
@@ -53,7 +53,7 @@ def measure(stage: Stage, arguments: argparse.Namespace) -> dict[str, Any]:
             ms[f"{unread:,} of {inbox.messages:,} unread"] = found
     there, number = stage.count(), len(partitions.list_partitions())
     stage.without_messages()
-    return {"rows": there, "own": inbox.messages, "few": SMALL_AUDIENCE, "partitions": number, "ms": ms}
+    return {"rows": there, "own": inbox.messages, "few": FEW, "partitions": number, "ms": ms}
 
 
 class _Inbox:
@@ -87,7 +87,7 @@ class _Inbox:
 
     def fill_few(self) -> None:
         self.stage.empty()
-        ids = self.stage.new_messages(self.channel_ids[:1], SMALL_AUDIENCE)
+        ids = self.stage.new_messages(self.channel_ids[:1], FEW)
         execute(
             "INSERT INTO notification (user_id, message_id, reason)"
             " SELECT %(user_id)s, message_id, 'message' FROM unnest(%(ids)s::bigint[]) AS message_id",
@@ -102,7 +102,8 @@ class _Inbox:
         number = -(-self.messages // PER_PARTITION)
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(lambda one: self._fill_one(first, one), range(number)))
-        execute(f"ALTER SEQUENCE message_id_seq RESTART WITH {first + (number - 1) * partitions.PARTITION_SPAN + PER_PARTITION}")
+        following = first + (number - 1) * partitions.PARTITION_SPAN + PER_PARTITION
+        execute(f"ALTER SEQUENCE message_id_seq RESTART WITH {following}")
         leave_partitions()
         execute("VACUUM (ANALYZE)")
         execute("CHECKPOINT")

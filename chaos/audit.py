@@ -11,7 +11,8 @@ from chaos.world import World
 from tests.oracle import NOTIFY_DECISIONS, SILENT, Community, Member, decision
 
 EARLY_SECONDS = 1.0  # between a change and its answer the clock is read twice
-LATE_SECONDS = IDLE_IN_TRANSACTION_SECONDS + 1.0  # a run ends, by its own word, when its transaction began: it may have waited since
+LATE_SECONDS = IDLE_IN_TRANSACTION_SECONDS + 1.0
+"""A run's `finished_at` is when its transaction began: the transaction may have waited since."""
 
 
 @dataclass

@@ -39,7 +39,7 @@ TALK = (
 
 @dataclass(frozen=True)
 class Screen:
-    """What is pictured. `path` may name a channel; `signed_in` is a username; `configure_connection` opens what is to be seen."""
+    """What is pictured. `path` may name a channel; `signed_in` is a username; `prepare` opens what is to be seen."""
 
     name: str
     path: str

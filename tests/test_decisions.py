@@ -206,7 +206,8 @@ def test_the_right_ones_are_told_and_all_are_counted_however_it_is_sliced(data, 
         telling = {number: reason for number, reason in expected.items() if reason in NOTIFY_DECISIONS}
 
         subject = load_fanout_message(MESSAGE)
-        decided = [(found["user_id"], found["decision"]) for found in fetch_all(DECISIONS_SQL, subject.parameters(0, LAST_ID))]
+        found = fetch_all(DECISIONS_SQL, subject.parameters(0, LAST_ID))
+        decided = [(one["user_id"], one["decision"]) for one in found]
         assert sorted(decided) == sorted(expected.items())
         for number in (*community.members, *STRANGERS):
             assert decision_for(subject, number) == expected.get(number)

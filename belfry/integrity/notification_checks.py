@@ -168,7 +168,9 @@ def _partition_sql(partition: Partition) -> str:
         kept_from=KEPT_FROM,
         faults=" ".join(f"WHEN {condition} THEN '{name}|' || note.user_id" for name, (condition, _) in FAULTS.items()),
         called=" ".join(f"WHEN '{name}' THEN '{called}'" for name, (_, called) in FAULTS.items()),
-        reasons=", ".join(f'count(*) FILTER (WHERE note.reason = \'{reason}\') AS "{reason}"' for reason in NOTIFY_DECISIONS),
+        reasons=", ".join(
+            f'count(*) FILTER (WHERE note.reason = \'{reason}\') AS "{reason}"' for reason in NOTIFY_DECISIONS
+        ),
         listed=", ".join(f"'{reason}'" for reason in NOTIFY_DECISIONS),
     )
 
@@ -246,5 +248,6 @@ def _check_ahead(report: Report, bounds: list[tuple[int | None, int]]) -> None:
     )
     needed = PARTITIONS_AHEAD if is_old and is_old["is_old"] else 1
     if len(here) - 1 < needed:
-        text = f"{len(here) - 1} partitions are ahead of the one in use, which ends at {here[0][1]}: {PARTITIONS_AHEAD} should be"
+        ahead, end = len(here) - 1, here[0][1]
+        text = f"{ahead} partitions are ahead of the one in use, which ends at {end}: {PARTITIONS_AHEAD} should be"
         report.add([Finding(name, text)])

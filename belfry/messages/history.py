@@ -84,7 +84,9 @@ def serialize_messages(reader: User, messages: Sequence[Row]) -> list[Row]:
                     if id_ in people
                 ),
                 roles=tuple(
-                    mentions.MentionedRole(id=id_, name=roles[id_]) for id_ in message["mentioned_roles"] if id_ in roles
+                    mentions.MentionedRole(id=id_, name=roles[id_])
+                    for id_ in message["mentioned_roles"]
+                    if id_ in roles
                 ),
                 everyone=message["mentions_everyone"],
                 warnings=(),

@@ -10,7 +10,7 @@ def sidebar_channels(user: User, viewed_id: int | None = None) -> tuple[list[Row
     """As of `visible_channels`, by id, and whether there are more that the user may see.
 
     - Members: all that they may see.
-    - Admins, who may see every channel: those of the servers that they are in, the one in view, and MAX_OTHER_CHANNELS more.
+    - Admins, who may see every channel: those of their servers, the one in view, and MAX_OTHER_CHANNELS more.
     """
     if not user.is_admin:
         return visible_channels(user), False

@@ -18,10 +18,10 @@ _PRIVATE_CHANNEL_SQL = """
 def _users_sql(who: str, user_id: str) -> str:
     """Those of a set of user ids, `user_id` among them, whose name is in the range: fast, however many there are.
 
-    - Where they are tuning.suggestion_small_audience, each is looked at.
-    - Where they are more, the names of the range are walked, in the order of the username's index: `~` comes after all
-      that a name can have. Of more than MAX_INDEX_SCAN names the first are, and it takes another letter to find the others:
-      else all names of everybody would be, where those of the set begin otherwise.
+    - Up to `tuning.suggestion_small_audience` members are each compared with the prefix.
+    - Where there are more, the index of usernames is scanned from the prefix on: `~` comes after every character of a
+      name. At most MAX_INDEX_SCAN names are read, so that a prefix that few members have does not read all users.
+      Another letter then finds the others.
     """
     in_range = "u.username >= %(prefix)s AND u.username < %(beyond)s"
     return f"""

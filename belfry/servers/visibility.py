@@ -119,7 +119,8 @@ def receives_notifications_in(user: User, channel_id: int) -> bool:
     """Whether the user is told of a channel as far as that is its server's to say: admins see more than that."""
     return bool(
         fetch_one(
-            f"SELECT 1 AS yes FROM channel c WHERE c.id = %(channel_id)s AND {can_see_channel_sql('%(user_id)s', 'false')}",
+            "SELECT 1 AS yes FROM channel c WHERE c.id = %(channel_id)s"
+            f" AND {can_see_channel_sql('%(user_id)s', 'false')}",
             {"channel_id": channel_id, "user_id": user.id},
         )
     )

@@ -25,7 +25,9 @@ Client = tuple[int, StreamCursor]  # a user's id, and where that client was
 Announced = dict[tuple[int, datetime], int]  # transaction by (message id, time) of the announcement
 
 
-def missed_updates(clients: Collection[Client], here: StreamCursor, most: int = MAX_RESUMED_NOTIFICATIONS) -> dict[Client, Updates]:
+def missed_updates(
+    clients: Collection[Client], here: StreamCursor, most: int = MAX_RESUMED_NOTIFICATIONS
+) -> dict[Client, Updates]:
     """Find what clients have not been sent, of what is seen `here`, in a `live.take_snapshot`.
 
     Returns the news of the first clients, as many as the bounds allow and at least one; {} for no clients.
@@ -43,7 +45,7 @@ def missed_updates(clients: Collection[Client], here: StreamCursor, most: int = 
     answered: dict[Client, Updates] = {}
     wanted: dict[Client, Announced] = {}
     lookups: dict[int, int] = {}
-    unseen: dict[tuple[StreamCursor, frozenset[int]], Announced | None] = {}  # most clients are at the position of others
+    unseen: dict[tuple[StreamCursor, frozenset[int]], Announced | None] = {}  # many share a cursor
     for client in clients:
         user_id, position = client
         found = None

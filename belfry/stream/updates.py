@@ -70,12 +70,17 @@ def _epoch() -> str | None:
 
     The system identifier is part of it, because a dump that is restored elsewhere brings the table's row along.
     """
-    found = fetch_one("SELECT epoch::text || (SELECT system_identifier FROM pg_control_system()) AS epoch FROM stream_epoch")
+    found = fetch_one(
+        "SELECT epoch::text || (SELECT system_identifier FROM pg_control_system()) AS epoch FROM stream_epoch"
+    )
     return str(found["epoch"]) if found else None
 
 
 def updates_since(since: StreamCursor, here: StreamCursor, user_ids: Collection[int]) -> Updates:
-    """What these people have not been sent who are connected, and at `since`; of what is seen `here`, in a `take_snapshot`."""
+    """Find what these connected users, all at `since`, have not been sent, of what `here` sees.
+
+    `here` is a snapshot that `take_snapshot` gave.
+    """
     found = Updates()
     if since.epoch != here.epoch or not is_resumable(since, here):
         return Updates(too_much=True)
