@@ -305,7 +305,7 @@ class Notification(Table):
         primary_key = CompositeKey("user_id", "message_id")
 
 
-class NotificationLog(Table):
+class Telling(Table):
     """A transaction that told somebody: the log from which the live stream goes on. Kept for a day.
 
     Which of them a reader knows already is said by PostgreSQL's own snapshot, of which `xid` is part or not: exactly,
@@ -321,7 +321,7 @@ class NotificationLog(Table):
     snapshot = SnapshotField(constraints=[SQL("DEFAULT pg_current_snapshot()")])
 
 
-NotificationLog.add_index(NotificationLog.xid, where=SQL("recount"), name="telling_recount")
+Telling.add_index(Telling.xid, where=SQL("recount"), name="telling_recount")
 
 
 class StreamEpoch(Table):
@@ -352,5 +352,5 @@ class IdempotencyKey(Table):
 
 TABLES = (
     User, ApiToken, Session, Subscription, Server, Role, Member, MemberRole, Channel, ChannelRole, Preference,
-    Message, Run, Slice, Notification, NotificationLog, StreamEpoch, IdempotencyKey,
+    Message, Run, Slice, Notification, Telling, StreamEpoch, IdempotencyKey,
 )  # fmt: skip
