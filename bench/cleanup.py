@@ -3,10 +3,6 @@
 import time
 from typing import Any
 
-import jobs
-from belfry.core.db import execute, fetch_one
-from belfry.queue import queues
-from belfry.worker.supervisor import sweep_once
 from dev import say
 
 KEYS = 10_000_000  # to insert them takes longer than the rest
@@ -16,6 +12,10 @@ WATCHED_SECONDS = 120.0  # of the deletion, for its rate
 
 def cleanup(ground: Any, _: int, __: int) -> dict[str, Any]:
     """One lost run and 10,000,000 old idempotency keys: until the run is in the queue, and how fast the keys go."""
+    import jobs
+    from belfry.core.db import execute, fetch_one
+    from belfry.queue import queues
+    from belfry.worker.supervisor import sweep_once
 
     run_id = ground.post(ground.community(20), "gold breaks out")["run"]["id"]
     for first in range(0, KEYS, AT_ONCE):

@@ -21,8 +21,6 @@ from typing import Any
 
 import redis
 
-from belfry.fanout.runs import count_unfinished
-from belfry.identity import tokens, users
 from bench.cleanup import cleanup
 from bench.reconnect import reconnect
 from bench.rendering import rendering
@@ -43,6 +41,7 @@ class Ground:
     """A web process on servers of its own, an administrator, and communities as they are asked for."""
 
     def __init__(self, data_dir: Path, env: dict[str, str], address: str) -> None:
+        from belfry.identity import tokens, users
 
         self.data_dir, self.env, self.address = data_dir, env, address
         self.sockets = Path((data_dir / "sockets").read_text())
@@ -81,6 +80,7 @@ class Ground:
 def mention(ground: Ground, members: int, _: int) -> dict[str, Any]:
     """A personal mention posted elsewhere while a message goes to so many members by two workers: until it is in the
     inbox of the mentioned, as they see it over HTTP."""
+    from belfry.identity import tokens, users
 
     large, small = ground.community(members), ground.community(20)
     name = small["usernames"][0]
@@ -229,6 +229,7 @@ def _give_up_after(when: float, what: str) -> None:
 
 
 def _unfinished() -> int:
+    from belfry.fanout.runs import count_unfinished
 
     states = count_unfinished()["states"]
     return int(states["pending"] + states["queued"] + states["running"])

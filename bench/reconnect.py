@@ -16,9 +16,6 @@ from urllib.parse import urlsplit
 
 import psycopg
 
-from belfry.core import partitions
-from belfry.core.db import db
-from belfry.identity.tokens import TOKEN_PREFIX, hash_token
 from dev import say
 from dev.client import Client
 
@@ -155,6 +152,7 @@ class _Drill:
         self.enough = asyncio.Event()
 
     def _people(self) -> tuple[list[int], list[str]]:
+        from belfry.identity.tokens import TOKEN_PREFIX, hash_token
 
         found = self.database.execute(
             "SELECT m.user_id FROM channel c JOIN member m ON m.server_id = c.server_id"
@@ -190,6 +188,8 @@ class _Drill:
 
     def settle(self) -> None:
         """Do what Belfry and autovacuum would have done during the hour, so that it is not done while we measure."""
+        from belfry.core import partitions
+        from belfry.core.db import db
 
         with db.connection_context():
             partitions.maintain()

@@ -12,10 +12,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from belfry.messages import markdown
-from belfry.messages.mentions import find_mentions
-from belfry.messages.rendering import render
-
 LENGTH = 10_000  # characters: the greatest that a message may have
 VIEWS = 80  # of which the last 20 find everything in the cache of each web process
 
@@ -78,6 +74,7 @@ def ordinary() -> list[str]:
 
 def steps_of(content: str) -> int:
     """The steps that parsing takes: MAX_STEPS where it is given up."""
+    from belfry.messages import markdown
 
     budget = markdown.Budget(markdown.MAX_STEPS, 1)
     try:
@@ -88,6 +85,7 @@ def steps_of(content: str) -> int:
 
 
 def _ordinary() -> dict[str, Any]:
+    from belfry.messages.rendering import render
 
     texts = [text for text in ordinary() if text]
     steps = sorted(steps_of(text) for text in texts)
@@ -103,6 +101,8 @@ def _ordinary() -> dict[str, Any]:
 
 
 def _crafted() -> dict[str, Any]:
+    from belfry.messages.mentions import find_mentions
+    from belfry.messages.rendering import render
 
     figures = {}
     for piece, about in CRAFTED.items():

@@ -23,8 +23,6 @@ import psycopg
 
 from belfry.core.db import execute, fetch_all, fetch_one
 from belfry.fanout import decision
-from belfry.fanout.claims import WorkItem
-from belfry.queue import queues
 from bench import machine
 from bench.large import AS_BELFRY, BARE_STATEMENT
 from bench.peers_at_work import WORKERS, peer
@@ -136,6 +134,8 @@ def queued_runs(message_ids: Iterable[int]) -> list[int]:
 
 def belfry_rate(small: Small, messages: int) -> dict[str, float]:
     """All are in the queue before the worker starts; with them what Belfry alone does: states and statistics."""
+    from belfry.fanout.claims import WorkItem
+    from belfry.queue import queues
 
     assert queues.enqueue([WorkItem(run_id) for run_id in queued_runs(small.messages(messages))], lost=True)
     with stack.worker(small.stage.env, small.stage.data_dir / "worker.log") as worker:
@@ -145,6 +145,7 @@ def belfry_rate(small: Small, messages: int) -> dict[str, float]:
 
 
 def belfry_lone(small: Small, number: int) -> list[float]:
+    from belfry.queue import queues
 
     ids = small.messages(number + WARM)
     runs = dict(zip(ids, queued_runs(ids), strict=True))

@@ -16,8 +16,6 @@ from peewee import ProgrammingError
 from psycopg.rows import dict_row
 from rq import Worker
 
-from belfry.core.db import db, execute, fetch_all
-from belfry.identity import tokens, users
 from dev import CommandError, ports, say, stack
 from dev.client import Client
 from dev.processes import Child
@@ -35,6 +33,7 @@ def _unchecked() -> Iterator[None]:
 
     What is seeded fits together, and looking takes nearly as long as the rest of the seeding.
     """
+    from belfry.core.db import db, execute
 
     db.connect(reuse_if_open=True)
     try:
@@ -56,6 +55,7 @@ class Stage:
     """
 
     def __init__(self, env: dict[str, str], listening: socket.socket, data_dir: Path) -> None:
+        from belfry.identity import tokens, users
 
         self.env, self.listening, self.data_dir = env, listening, data_dir
         self.admin = users.create_user("bench", is_admin=True)
@@ -67,6 +67,7 @@ class Stage:
     def populate(self, sizes: Iterable[int]) -> None:
         """Make all communities, the small ones first: each takes seconds beside a million people."""
         from belfry.cli import seeding
+        from belfry.core.db import execute
 
         with _unchecked():
             self.small = [seeding.seed(SMALL, 1)["channel_ids"][0] for _ in range(SERVERS)]
@@ -91,6 +92,7 @@ class Stage:
     def without_messages(self) -> None:
         """As it was before the first message, in the partitions that there were then."""
         from belfry.core import migrations
+        from belfry.core.db import execute
 
         execute("TRUNCATE message, notification RESTART IDENTITY CASCADE")
         runner = migrations._runner()
@@ -99,6 +101,7 @@ class Stage:
 
     def new_messages(self, channel_ids: Iterable[int], each: int = 1) -> list[int]:
         """Messages that nobody has been told of, and that have no run."""
+        from belfry.core.db import fetch_all
 
         made = fetch_all(
             "INSERT INTO message (channel_id, author_id, content)"

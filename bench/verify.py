@@ -8,12 +8,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from belfry.core import partitions
-from belfry.core.db import db, execute, fetch_one
-from belfry.fanout import claims, fanout
-from belfry.fanout.claims import WorkItem
-from belfry.identity import users
-from belfry.messages import messages
 from dev import say
 
 MEMBERS = 100_000
@@ -43,6 +37,12 @@ def verify(*_: Any) -> dict[str, Any]:
 def fill(members: int = MEMBERS, rows: int = ROWS) -> int:
     """Fill the tables; how many notifications there are then."""
     from belfry.cli import seeding
+    from belfry.core import partitions
+    from belfry.core.db import db, execute, fetch_one
+    from belfry.fanout import claims, fanout
+    from belfry.fanout.claims import WorkItem
+    from belfry.identity import users
+    from belfry.messages import messages
 
     db.connect(reuse_if_open=True)
     author = users.create_user("author-of-many", is_admin=True)

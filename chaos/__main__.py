@@ -17,9 +17,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from belfry.core.db import db, execute, fetch_all
 from belfry.core.failpoints import FAILPOINTS
-from belfry.fanout.runs import count_unfinished
 from chaos.recovery import OWN, Blow, blow_of, recoveries
 from chaos.stage import WEB, WORKERS, Stage, staged
 from chaos.victim import KILL, KILL_WITH_PARENT, STOP
@@ -29,7 +27,7 @@ from dev import stop as asked
 RECOVERY_SECONDS = 30.0  # the promise: no part waits longer
 LAST_ANSWERS_SECONDS = 300.0  # a few requests of one person after each other, each as patient as they are
 SETTLE_SECONDS = 90.0  # after the last blow; far more than recovery may take, so that what is lost is seen as lost
-STOP_RETRY_SECONDS = (1.0, 10.0)  # shorter and longer than a hanging process keeps its locks
+STOP_SECONDS = (1.0, 10.0)  # shorter and longer than a hanging process keeps its locks
 FAULT_PERCENT = 1  # of the statements that write notifications fail, so that errors are retried as well
 
 
@@ -82,14 +80,14 @@ class Director:
     def _halt(self, pid: int) -> None:
         if self._stage.send(pid, signal.SIGSTOP):
             self._note("stop of a worker and its work-horse")
-            self._halted.append((time.time() + self._rng.uniform(*STOP_RETRY_SECONDS), pid))
+            self._halted.append((time.time() + self._rng.uniform(*STOP_SECONDS), pid))
 
     def resume(self, *, everybody: bool = False) -> None:
         """Let those go on whose time has come, those who stopped at a point as well."""
         deaths = self._stage.deaths()
         for death in deaths[self._deaths_seen :]:
             if death.action == STOP:
-                self._halted.append((death.when + self._rng.uniform(*STOP_RETRY_SECONDS), death.pid))
+                self._halted.append((death.when + self._rng.uniform(*STOP_SECONDS), death.pid))
         self._deaths_seen = len(deaths)
         now = time.time()
         for until, pid in self._halted:
@@ -142,6 +140,7 @@ def main() -> int:
 def _play(arguments: argparse.Namespace) -> int:
     say(f"Starting PostgreSQL and Redis (seed {arguments.seed}) …")
     with staged() as stage:
+        from belfry.core.db import fetch_all  # these read the environment that was just made
         from chaos.audit import audit
         from chaos.load import Load
         from chaos.world import make_world
@@ -230,6 +229,7 @@ def _wait_for(at_work: Callable[[], list[str]], stage: Stage) -> None:
 
 def _reach_database() -> None:
     """The harness's own connection, which PostgreSQL's crashes broke as well, is made anew."""
+    from belfry.core.db import db
 
     give_up = time.monotonic() + 60
     while True:
@@ -246,6 +246,7 @@ def _reach_database() -> None:
 
 def _break_now_and_then(percent: int) -> None:
     """Have so many of the statements that write notifications fail by themselves."""
+    from belfry.core.db import execute
 
     execute("DROP TRIGGER IF EXISTS chaos_fault ON notification")
     if percent:
@@ -262,6 +263,7 @@ def _break_now_and_then(percent: int) -> None:
 
 def _settle(stage: Stage) -> None:
     """Until every run is finished, or long enough to know that it never will be."""
+    from belfry.fanout.runs import count_unfinished
 
     give_up = time.monotonic() + SETTLE_SECONDS
     stage.keep_running()

@@ -12,6 +12,16 @@ from types import SimpleNamespace
 
 import psycopg
 import pytest
+
+from dev import testing
+
+if "DATABASE_URL" not in os.environ or "REDIS_URL" not in os.environ:
+    pytest.exit("Run the tests by `make test`: it sets up the database and the Redis that they empty.", returncode=2)
+if "PYTEST_XDIST_WORKER" in os.environ:  # several processes run the suite: each has servers of its own
+    testing.process_stack.enter_context(testing.databases_of_a_process())
+os.environ.setdefault("SECRET_KEY", "a key for the tests, of no use to anybody else")
+os.environ.setdefault("SECURE_COOKIES", "0")
+
 from click.testing import Result
 from flask import Flask
 from flask.testing import FlaskClient
@@ -24,17 +34,9 @@ from belfry.core.db import db
 from belfry.core.redis import redis_connection
 from belfry.queue import queues
 from config import settings
-from dev import testing
 from tests.overrides import overridden
 from tests.people import Api, Cast, make_cast
 from tests.telling import empty
-
-if "DATABASE_URL" not in os.environ or "REDIS_URL" not in os.environ:
-    pytest.exit("Run the tests by `make test`: it sets up the database and the Redis that they empty.", returncode=2)
-if "PYTEST_XDIST_WORKER" in os.environ:  # several processes run the suite: each has servers of its own
-    testing.process_stack.enter_context(testing.databases_of_a_process())
-os.environ.setdefault("SECRET_KEY", "a key for the tests, of no use to anybody else")
-os.environ.setdefault("SECURE_COOKIES", "0")
 
 NO_REDIS_URL = "unix:///nowhere/redis.sock"
 
