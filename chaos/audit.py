@@ -8,7 +8,7 @@ from belfry.core.db import IDLE_IN_TRANSACTION_SECONDS, fetch_all
 from belfry.integrity.verification import verify
 from chaos.load import Client, Diary, Posted, Text
 from chaos.world import World
-from tests.oracle import SILENT, TELLING, Community, Member, decision
+from tests.oracle import NOTIFY_DECISIONS, SILENT, Community, Member, decision
 
 EARLY_SECONDS = 1.0  # between a change and its answer the clock is read twice
 LATE_SECONDS = IDLE_IN_TRANSACTION_SECONDS + 1.0
@@ -102,10 +102,10 @@ def _check_message(
             findings.foretold += 1
         else:
             findings.allowed_for += 1
-        if user_id not in told and right <= set(TELLING):
+        if user_id not in told and right <= set(NOTIFY_DECISIONS):
             findings.missing.append(f"user {user_id} has no notification of message {posted.id}: {right}")
     for user_id, found in told.items():
-        right = allowed.get(user_id, set()) & set(TELLING)
+        right = allowed.get(user_id, set()) & set(NOTIFY_DECISIONS)
         if found["reason"] not in right:
             findings.wrong_decision.append(
                 f"user {user_id} was told of message {posted.id} for {found['reason']}, not {right or 'any reason'}"
@@ -121,7 +121,7 @@ def _check_statistics(run: dict, allowed: list[set[str]], findings: Findings) ->
     counted = run["decisions"]
     if sum(counted.values()) != len(allowed):
         findings.wrong_decision.append(f"run {run['id']} counts {sum(counted.values())} members, not {len(allowed)}")
-    for kind in TELLING + SILENT:
+    for kind in NOTIFY_DECISIONS + SILENT:
         least = sum(one == {kind} for one in allowed)
         most = sum(kind in one for one in allowed)
         if not least <= counted.get(kind, 0) <= most:

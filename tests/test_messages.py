@@ -281,7 +281,7 @@ def test_a_post_that_is_refused_leaves_nothing_with_or_without_mentions(api, cas
 
 
 def test_who_may_post_only_a_moment_later_is_asked_to_try_again(cast, post, monkeypatch):
-    real = messages.channel_for
+    real = messages.get_visible_channel
 
     def channel_for(user, channel_id):
         subscriptions.set_subscription(cast.lapsed.id, "active", None)

@@ -272,7 +272,7 @@ def test_of_those_who_come_back_the_log_is_read_once_and_no_further_than_its_bou
     assert len(all_) == len(one)
     assert [len(_messages(found[client], client[0])) for client in clients[::2]] == [8, 7, 6, 5, 4, 3, 2, 1]
     read = []
-    real = resuming.rows
+    real = resuming.fetch_all
     monkeypatch.setattr(resuming, "fetch_all", lambda *asked: read.append(real(*asked)) or read[-1])
     override(resume_max_log_rows=3)
     found = _back(*clients)
@@ -286,7 +286,7 @@ def test_of_a_transaction_with_many_messages_no_more_are_read_than_the_bound(cas
     run_ids = [post(cast.subscriber, cast.general)[1] for _ in range(5)]
     assert len(fanout.process_batch(claims.claim_batch(run_ids[0], run_ids[1:], 1_000))) == 5
     read = []
-    real = resuming.rows
+    real = resuming.fetch_all
     monkeypatch.setattr(resuming, "fetch_all", lambda *asked: read.append(real(*asked)) or read[-1])
     override(resume_max_log_rows=3)
     client = (cast.vip.id, given_back(here))
@@ -313,7 +313,7 @@ def test_a_client_that_missed_more_than_its_part_reads_the_inbox_and_is_not_look
         posted_and_told(cast.subscriber, cast.general, "gold")
     client = (cast.vip.id, given_back(here))
     assert not _back(client, most=3)[client].too_much
-    monkeypatch.setattr(resuming.inbox, "told_together", None)
+    monkeypatch.setattr(resuming.inbox, "notifications_for", None)
     assert _back(client, most=2)[client].too_much
 
 
@@ -322,7 +322,7 @@ def test_a_position_that_is_not_ours_is_not_looked_up(cast, monkeypatch):
     here, _ = _look(None)
     posted_and_told(cast.subscriber, cast.general, "gold")
     unsigned, genuine = StreamCursor.parse(str(here).rpartition(".")[0]), given_back(here)
-    monkeypatch.setattr(resuming.inbox, "told_together", None)
+    monkeypatch.setattr(resuming.inbox, "notifications_for", None)
     assert _back((cast.vip.id, unsigned))[cast.vip.id, unsigned].too_much
     monkeypatch.setattr(cursor, "secret_key", lambda: "another key, which is set from now on")
     cursor._signature.cache_clear()

@@ -65,11 +65,11 @@ def test_a_task_that_fails_is_not_reported_as_success(api, cast, run_jobs, monke
 def test_a_task_that_keeps_failing_ends_as_failed_with_its_reason(api, cast, monkeypatch):
     message = post(api, cast.subscriber, cast.general)
     fail_always(monkeypatch)
-    for _ in range(queues.TRIES):
+    for _ in range(queues.MAX_ATTEMPTS):
         with pytest.raises(Exception, match="division by zero"):
             jobs.notify(message["run"]["id"])
     run = api(cast.admin).get(message["run"]["url"]).get_json()
-    assert (run["state"], run["attempts"]) == ("failed", queues.TRIES)
+    assert (run["state"], run["attempts"]) == ("failed", queues.MAX_ATTEMPTS)
     assert "division by zero" in run["error"]
 
 

@@ -533,7 +533,7 @@ def test_what_was_there_before_partitions_stays(cast):
 def nodes_of(monkeypatch, ask):
     """The nodes of the plans of the statements about notifications in `ask`, as they ran."""
     said = []
-    for name, real in (("rows", fetch_all), ("row", fetch_one)):
+    for name, real in (("fetch_all", fetch_all), ("fetch_one", fetch_one)):
         heard = lambda sql, parameters, real=real: said.append((sql, parameters)) or real(sql, parameters)  # noqa: E731
         monkeypatch.setattr(inbox, name, heard)
     ask()

@@ -181,12 +181,12 @@ class World:
             there = self.told.get((number, run.message))
             if run.kind == "edit":
                 self._tell_of_edit(run, number, decision, there)
-            elif decision in oracle.TELLING and there is None:
+            elif decision in oracle.NOTIFY_DECISIONS and there is None:
                 self.told[number, run.message] = Notification(decision, transaction=self.transaction)
 
     def _tell_of_edit(self, run: Run, number: int, decision: str, there: Notification | None) -> None:
         """An edit tells the newly mentioned only, and takes back what is unread of those mentioned no more."""
-        telling, roles = decision in oracle.TELLING, self.people[number].roles
+        telling, roles = decision in oracle.NOTIFY_DECISIONS, self.people[number].roles
         newly, no_more = run.added.name(number, roles), run.removed.name(number, roles)
         if there and there.reason == "mention_role" and run.removed.roles and decision != "mention_role":
             no_more = True  # they may have lost the role since
@@ -223,7 +223,7 @@ class World:
         """How many a replay would tell."""
         message = self.messages[message_id]
         return sum(
-            self.decision(number, message, now) in oracle.TELLING and (number, message_id) not in self.told
+            self.decision(number, message, now) in oracle.NOTIFY_DECISIONS and (number, message_id) not in self.told
             for number in self.members()
         )
 
