@@ -1,22 +1,21 @@
-"""Every function that RQ may run, and the sweep. What runs later.
+"""Every function that RQ may run: what runs later.
 
-A job takes ids, reloads everything, and may run twice. RQ's own worker runs them as well:
-`rq worker -S json --job-class job_class.BelfryJob notifications bulk deliveries`. Without that class it would run
-whatever function a job in Redis names.
+A job takes ids, reloads everything, and may run twice. Belfry's own worker processes many small runs in one batch
+(`claim_batch`, `run_batch`). RQ's own worker runs the same jobs one by one:
+`rq worker -S json --job-class belfry.queue.job_class.BelfryJob notifications bulk deliveries`. Without that class it
+would run whatever function a job in Redis names.
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from peewee import InterfaceError, OperationalError
 from rq import get_current_job
 from rq.job import Job
-from rq.timeouts import JobTimeoutException
 
 from belfry.core import logging_setup
-from belfry.core.db import database_connection
+from belfry.core.db import Row, database_connection, fetch_one
 from belfry.core.failpoints import failpoint
 from belfry.fanout import claims, fanout
 from belfry.fanout.claims import WorkItem
@@ -26,142 +25,107 @@ from config import settings, tuning
 
 log = logging.getLogger(__name__)
 
-
 RETRY_GRACE_SECONDS = 5  # after a retry should have begun, before the sweeper takes it for lost
-_at_once: Job | None = None  # the job that `do_at_once` does
-_failed: tuple[str, Exception] | None = None  # the id of the one that failed there, and why
+
+Result = dict[str, Any]
+"""What RQ keeps of a finished job: {"run", "state", "summary"}, the summary in one line."""
 
 
-def notify(run_id: int) -> None:
-    """Fan out one run; of one with a large audience, share it out and tell the mentioned. Queue `notifications`.
+def notify(run_id: int, attempt: int | None = None) -> Result:
+    """Process one run: a small audience at once; of a large one plan the slices and notify the mentioned members.
 
-    The small ones that wait behind it are done in the same transaction: a commit, a statement and a job for all of
-    them. Retried with growing intervals; what failed is on the run.
+    Queue `notifications`. `attempt` is the number of an attempt that the worker has claimed already. Raises whatever
+    goes wrong, after it is recorded on the run, so that RQ retries the job.
     """
-    part = WorkItem(run_id)
-    with job_context(part):
-        taken = claims.claim_batch(run_id, queues.peek_runs(tuning.max_batch_runs), settings.slice_members)
-        left = _run_batch(taken, run_id) if taken else []
-        if run_id not in taken:
-            _claim_and_run(part)
-        elif run_id in left:
-            _run(part, 1)
-        failpoint("job.done", run_id)
+    return _work_on(WorkItem(run_id), attempt)
 
 
-def notify_slice(run_id: int, after: int) -> None:
-    """Fan out the slice of a large run that begins after a user id. Queue `bulk`; otherwise as `notify`."""
-    part = WorkItem(run_id, after)
-    with job_context(part):
-        _claim_and_run(part)
-        failpoint("job.done", run_id, after)
+def notify_slice(run_id: int, after: int) -> Result:
+    """Process the slice of a large run that begins after a user id. Queue `bulk`; otherwise as `notify`."""
+    return _work_on(WorkItem(run_id, after))
 
 
-ENTRY_POINTS: dict[str, Callable[..., None]] = {"jobs.notify": notify, "jobs.notify_slice": notify_slice}
+def claim_batch(run_id: int) -> list[int]:
+    """Claim a run and small runs that wait behind it in the queue, to be processed in one transaction.
 
-
-def do_at_once(job: Job) -> bool:
-    """Do a job without RQ's accounts of it, which take longer than to tell 50 people; False where it is none of ours.
-
-    Whatever goes wrong is written down as ever, and goes up to the caller: RQ is to meet it, by `fail_as_before`.
+    [] where nothing can be claimed so. The run itself may be missing: it is large, or not new.
     """
-    global _at_once, _failed
-    entry_point = ENTRY_POINTS.get(job.func_name)
-    if entry_point is None:
-        return False
-    _at_once, _failed = job, None
-    try:
-        entry_point(*job.args)
-    finally:
-        _at_once = None
-    return True
+    with job_context(WorkItem(run_id)):
+        claimed = claims.claim_batch(run_id, queues.peek_runs(tuning.max_batch_runs), settings.slice_members)
+        for one in claimed:
+            failpoint("run.taken", one)
+    return claimed
 
 
-def fail_as_before(job: Job, error: Exception) -> None:
-    """Let a job that failed at once fail so again, doing nothing, when RQ does it: for its accounts, and the retry."""
-    global _failed
-    _failed = (job.id, error)
+def run_batch(run_ids: Sequence[int]) -> dict[int, Result]:
+    """Process claimed runs in one transaction; the result of each that was processed.
+
+    A run whose message is being changed is left out. Raises whatever goes wrong, and then nothing has changed.
+    """
+    with database_connection():
+        processed = fanout.process_batch(run_ids)
+        for run in processed:
+            failpoint("run.committed", run["run_id"])
+        if processed:
+            publish.publish(told=True)
+            others = f", with {len(processed) - 1} others" if len(processed) > 1 else ""
+            log.info("%s: done%s", WorkItem(processed[0]["run_id"]), others)
+            failpoint("job.done", run_ids[0])
+    return {run["run_id"]: _result(run["run_id"], "succeeded", run) for run in processed}
 
 
-def _this_job() -> Job | None:
-    return _at_once or get_current_job()
+def _result(run_id: int, state: str, run: Row) -> Result:
+    summary = f"{run['added']} notifications inserted for {run['total']} members"
+    return {"run": run_id, "state": state, "summary": summary}
 
 
 @contextmanager
-def job_context(part: WorkItem) -> Iterator[None]:
-    global _failed
-    job, failed = _this_job(), _failed
-    _failed = None
-    if failed and job and job.id == failed[0]:
-        raise failed[1]
-    with logging_setup.context(run_id=part.run_id, job_id=job.id if job else None), database_connection():
-        failpoint("job.begun", part.run_id, part.after)
-        yield
+def job_context(item: WorkItem) -> Iterator[Job | None]:
+    """Open a database connection and put the ids into the log; yields RQ's job, None where RQ runs none."""
+    job = get_current_job()
+    with logging_setup.context(run_id=item.run_id, job_id=job.id if job else None), database_connection():
+        failpoint("job.begun", item.run_id, item.after)
+        yield job
 
 
-def _run_batch(taken: list[int], first: int) -> list[int]:
-    """Fan out runs that were taken together; those that are not done: of the others the failure is on the run."""
-    for run_id in taken:
-        failpoint("run.taken", run_id)
-    others = [run_id for run_id in taken if run_id != first]
-    if others:
-        queues.remove_jobs(others)
+def _work_on(item: WorkItem, attempt: int | None = None) -> Result:
+    with job_context(item) as job:
+        if attempt is None:
+            attempt = claims.claim(item)
+            if attempt is not None:
+                failpoint("run.taken" if item.after is None else "slice.taken", item.run_id, item.after)
+        if attempt is None:
+            log.info("%s: nothing to do: it is done, has failed (`flask runs retry`), or is in other hands", item)
+        else:
+            _run(item, attempt, job)
+        failpoint("job.done", item.run_id, item.after)
+        statement = "SELECT state, added, COALESCE(total, done) AS total FROM run WHERE id = %(run_id)s"
+        run = fetch_one(statement, vars(item))
+        return _result(item.run_id, run["state"], run) if run else {"run": item.run_id, "state": "gone", "summary": ""}
+
+
+def _run(item: WorkItem, attempt: int, job: Job | None) -> None:
     try:
-        done = fanout.process_batch(taken)
-    except (JobTimeoutException, OperationalError, InterfaceError):
-        raise  # no fault of any of them: their leases end, and the sweeper goes on
+        slices = fanout.process_work_item(item, attempt)
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        log.warning("%s runs together failed, and are tried one by one: %s", len(taken), reason)
-        done = []
-    for run_id in done:
-        failpoint("run.committed", run_id)
-    if done:
-        publish.publish(told=True)
-        log.info("%s: done%s", WorkItem(done[0]), f", with {len(done) - 1} others" if len(done) > 1 else "")
-    left = sorted(set(taken) - set(done))
-    for run_id in left:
-        if run_id != first:
-            try:
-                _run(WorkItem(run_id), 1)
-            except (JobTimeoutException, OperationalError, InterfaceError):
-                raise  # the job's time is up, or the database away: the leases end, and the sweeper goes on
-            except Exception:
-                log.info("%s: its failure is on it, and the sweeper begins it again", WorkItem(run_id))
-    return left
-
-
-def _claim_and_run(part: WorkItem) -> None:
-    attempt = claims.claim(part)
-    if attempt is None:
-        log.info("%s: nothing to do: it is done, has failed (`flask runs retry`), or is in other hands", part)
-        return
-    failpoint("run.taken" if part.after is None else "slice.taken", part.run_id, part.after)
-    _run(part, attempt)
-
-
-def _run(part: WorkItem, attempt: int) -> None:
-    try:
-        slices = fanout.process_work_item(part, attempt)
-    except Exception as error:
-        failpoint("failure.met", part.run_id, part.after)
-        log.warning("%s failed: %s: %s", part, type(error).__name__, error)
-        # Written down, and up it goes: RQ's retry must see it. Where the connection broke this fails as well,
-        # and rightly so: that is no fault of the message's, its lease has ended, and the sweeper goes on.
-        claims.record_failure(part, attempt, f"{type(error).__name__}: {error}", _retry_deadline(_this_job()))
-        failpoint("failure.written", part.run_id, part.after)
+        failpoint("failure.met", item.run_id, item.after)
+        log.warning("%s failed: %s: %s", item, type(error).__name__, error)
+        # Recorded, and raised again: RQ's retry must see it. Where the connection broke, recording fails as well:
+        # then the claim has ended with the connection, and the sweeper enqueues the work item again.
+        claims.record_failure(item, attempt, f"{type(error).__name__}: {error}", _retry_deadline(job))
+        failpoint("failure.written", item.run_id, item.after)
         raise
     if slices is None:
-        log.info("%s: attempt %s was overtaken by a later one, wrote nothing, and does not count", part, attempt)
-        claims.release(part)
+        log.info("%s: attempt %s was overtaken by a later one, wrote nothing, and does not count", item, attempt)
+        claims.release(item)
         return
-    failpoint("run.committed" if part.after is None else "slice.committed", part.run_id, part.after)
+    failpoint("run.committed" if item.after is None else "slice.committed", item.run_id, item.after)
     publish.publish(told=True)
     if slices:
         queues.enqueue(slices)
-    log.info("%s: done%s", part, f", {len(slices)} slices to go" if slices else "")
+    log.info("%s: done%s", item, f", {len(slices)} slices to go" if slices else "")
 
 
-def _retry_deadline(job: Any) -> float | None:
+def _retry_deadline(job: Job | None) -> float | None:
     """Seconds until the sweeper takes the retry of a job that fails now for lost; None where there will be none."""
     return job.get_retry_interval() + RETRY_GRACE_SECONDS if job and job.retries_left else None

@@ -8,7 +8,9 @@
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
+from operator import itemgetter
 
 from psycopg.types.json import Jsonb
 
@@ -91,17 +93,18 @@ def _may_exceed_retention(held: Row) -> bool:
     return held["kind"] == "replay" or (held["kind"] != "edit" and bool(held["is_old"]))
 
 
-def process_batch(run_ids: list[int]) -> list[int]:
-    """Do runs that `leases.claim_batch` gave; those that are done.
+def process_batch(run_ids: Sequence[int]) -> list[Row]:
+    """Process runs that `claims.claim_batch` gave: {"run_id", "total", "added"} of each that was processed, by id.
 
-    The others are in other hands, or their message is being changed: they are to be done by themselves. Whatever goes
-    wrong goes up to the caller, and nothing has changed.
+    The others are claimed by another worker, or their message is being changed: process them one by one. Raises
+    whatever goes wrong, and then nothing has changed.
     """
+    processed: list[Row] = []
     with timed_transaction() as round_trip:
         held = claims.lock_batch(run_ids, idle_timeout(round_trip) | _transaction_settings() | _GENERIC_PLAN_SETTINGS)
         failpoint("run.held", *run_ids[:1])
         if held:
-            execute(
+            processed = fetch_all(
                 INSERT_BATCH_SQL,
                 {
                     "run_ids": [run["run_id"] for run in held],
@@ -111,7 +114,7 @@ def process_batch(run_ids: list[int]) -> list[int]:
                 },
             )
         failpoint("run.counted", *run_ids[:1])
-    return [run["run_id"] for run in held]
+    return sorted(processed, key=itemgetter("run_id"))
 
 
 def _process_run(part: WorkItem, held: Row, subject: FanoutMessage) -> list[WorkItem]:

@@ -67,8 +67,9 @@ INSERT_BATCH_SQL = f"""
     LEFT JOIN counted c USING (message_id)
     LEFT JOIN added a USING (message_id)
     WHERE run.id = held.run_id
+    RETURNING run.id AS run_id, run.total, run.added
 """
-"""All of many small runs: tells whoever is to be told and has not been, and finishes them."""
+"""All of many small runs: insert the notifications that are missing, and finish the runs."""
 
 
 def _in_mention_diff_sql(change: str) -> str:

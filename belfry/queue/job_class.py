@@ -69,6 +69,10 @@ class BelfryJob(Job):  # type: ignore[misc]
         # Always JSON: RQ's default is pickle, which runs what it reads.
         super().__init__(id, connection, JSONSerializer)
 
+    def use_attempt(self, attempt: int) -> None:
+        """Let the job go on with an attempt that is claimed already. It is not stored."""
+        self._kwargs: dict[str, Any] = {"attempt": attempt}
+
     @classmethod
     def fetch(cls, id: str, connection: Redis, serializer: Any = None) -> "BelfryJob":
         """Read one job. Raises NoSuchJobError where there is none, or it is rejected."""
@@ -128,7 +132,7 @@ class BelfryJob(Job):  # type: ignore[misc]
             raise RejectedJobError(f"it cannot be read: {str(error)!a}") from None
         # What was checked is what runs: RQ would read it from the data once more.
         self._func_name, self._instance, self._args = function, None, arguments
-        self._kwargs: dict[str, Any] = {}
+        self._kwargs = {}
 
 
 def _decompressed(stored: bytes) -> bytes:

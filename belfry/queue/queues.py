@@ -21,7 +21,7 @@ from redis import Redis
 from redis.commands.core import Script
 from redis.exceptions import RedisError
 from rq import Queue, Retry
-from rq.job import JOB_ID_PATTERN, Job, JobStatus
+from rq.job import JOB_ID_PATTERN, JobStatus
 from rq.utils import now, utcformat
 
 from belfry.core.failpoints import failpoint
@@ -29,6 +29,7 @@ from belfry.core.redis import redis_connection
 from belfry.fanout import recovery
 from belfry.fanout.claims import WorkItem
 from belfry.queue.job_class import BelfryJob
+from belfry.queue.registries import PREFIXES, RESULT_SECONDS
 from config import settings, tuning
 from models import LARGEST_ID, MAX_ATTEMPTS
 
@@ -92,7 +93,7 @@ def enqueue(parts: Sequence[WorkItem], *, lost: bool = False) -> bool:
 
 
 def _enqueue(name: str, parts: list[WorkItem], lost: bool) -> bool:
-    in_order, keys = parts[::-1] if lost else parts, [Queue.redis_queues_keys, queue(name).key]
+    in_order, keys = parts[::-1] if lost else parts, _keys(name)
     try:
         if parts and not lost and _is_full(name):
             return False
@@ -108,6 +109,14 @@ def _enqueue(name: str, parts: list[WorkItem], lost: bool) -> bool:
         log.warning("Redis is out of reach, %s job(s) are not enqueued: %s", len(parts), error)
         return False
     return True
+
+
+def _keys(name: str) -> list[str]:
+    """The keys of a queue, and of the registries in which a job that is enqueued again may stand."""
+    one = queue(name)
+    registries = (one.finished_job_registry, one.failed_job_registry, one.scheduled_job_registry)
+    keys = [registry.key for registry in (*registries, one.started_job_registry)]
+    return [Queue.redis_queues_keys, one.key, *keys]
 
 
 def queue_is_full() -> bool:
@@ -134,6 +143,11 @@ def _job_id(part: WorkItem) -> str:
     return f"run-{part.run_id}" if part.after is None else f"slice-{part.run_id}-{part.after}"
 
 
+def run_job_id(run_id: int) -> str:
+    """The id of the job of a run as a whole."""
+    return _job_id(WorkItem(run_id))
+
+
 def _run_of(job_id: bytes) -> int | None:
     """Whose job it is, as far as the id alone says so: of a run as a whole."""
     kind, _, number = job_id.partition(b"-")
@@ -157,19 +171,6 @@ def _is_job_id(entry: bytes) -> bool:
     return JOB_ID_PATTERN.fullmatch(entry.decode("ascii", "replace")) is not None
 
 
-def remove_jobs(run_ids: Sequence[int]) -> None:
-    """Take the jobs of these runs out of the queue: somebody is at them. One that is left finds nothing to do."""
-    key, job_ids = queue().key, [_job_id(WorkItem(run_id)) for run_id in run_ids]
-    try:
-        with redis_connection().pipeline(transaction=False) as pipeline:
-            for job_id in job_ids:
-                pipeline.lrem(key, 1, job_id)
-            pipeline.unlink(*map(Job.key_for, job_ids))
-            pipeline.execute()
-    except RedisError as error:
-        log.warning("Redis is out of reach, %s job(s) stay in the queue: %s", len(run_ids), error)
-
-
 def _data(part: WorkItem) -> bytes:
     """A job's function and its arguments, as RQ stores them."""
     called = ("jobs.notify", (part.run_id,)) if part.after is None else ("jobs.notify_slice", (part.run_id, part.after))
@@ -180,8 +181,16 @@ _ENQUEUE_LUA = """
 redis.call('SADD', KEYS[1], KEYS[2])
 local waiting = 0
 for at = 3, #ARGV, 4 do
-    local key = '%(jobs)s' .. ARGV[at]
-    redis.call('UNLINK', key)  -- of a job whose process died, or whatever stands there
+    local key = '%(job)s' .. ARGV[at]
+    redis.call('UNLINK', key, '%(results)s' .. ARGV[at])  -- of an earlier time, or whatever stands there
+    redis.call('ZREM', KEYS[3], ARGV[at])
+    redis.call('ZREM', KEYS[4], ARGV[at])
+    redis.call('ZREM', KEYS[5], ARGV[at])
+    for _, execution in ipairs(redis.call('ZRANGE', '%(executions)s' .. ARGV[at], 0, -1)) do  -- its worker died
+        redis.call('ZREM', KEYS[6], ARGV[at] .. ':' .. execution)
+        redis.call('UNLINK', '%(execution)s' .. ARGV[at] .. ':' .. execution)
+    end
+    redis.call('UNLINK', '%(executions)s' .. ARGV[at])
     redis.call('HSET', key, 'created_at', ARGV[2], 'enqueued_at', ARGV[2], 'data', ARGV[at + 1],
         'description', ARGV[at + 2], 'retry_intervals', ARGV[at + 3], %(alike)s)
     waiting = redis.call(ARGV[1], KEYS[2], ARGV[at])
@@ -201,7 +210,7 @@ def _enqueue_script(name: str, timeout: int) -> Script:
         "jobs.notify",
         args=(0,),
         timeout=timeout,
-        result_ttl=0,  # the run says how it went; Redis keeps nothing of what is done
+        result_ttl=RESULT_SECONDS,
         failure_ttl=7 * 86_400,
         retry=Retry(max=RETRIES, interval=retry_intervals()),
     )
@@ -212,7 +221,7 @@ def _enqueue_script(name: str, timeout: int) -> Script:
         if field not in ("created_at", "enqueued_at", "data", "description", "retry_intervals")
         for word in (field, value)
     ]
-    return redis_connection().register_script(_ENQUEUE_LUA % {"jobs": Job.key_for(""), "alike": ", ".join(alike)})
+    return redis_connection().register_script(_ENQUEUE_LUA % {**PREFIXES, "alike": ", ".join(alike)})
 
 
 def peek_head(name: str) -> WorkItem | None:

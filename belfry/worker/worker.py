@@ -11,8 +11,11 @@ after job. What a fork a job gives is kept otherwise:
 
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from peewee import InterfaceError, OperationalError
 from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
@@ -28,6 +31,7 @@ import jobs
 from belfry.core.failpoints import failpoint
 from belfry.queue import queues
 from belfry.queue.job_class import BelfryJob
+from belfry.queue.registries import BatchRecord, trim_finished
 from belfry.worker.deadline import Deadline
 from config import settings, tuning
 
@@ -44,7 +48,7 @@ class BelfryWorker(SimpleWorker):  # type: ignore[misc]
     asked_to_stop = False
     deadline: "Deadline | None" = None
     dequeued = 0
-    _in_hand = False
+    _busy = False
     _leaving_until = 0.0  # `time.monotonic()`
 
     def request_stop(self, signum: int, frame: object) -> None:
@@ -58,10 +62,10 @@ class BelfryWorker(SimpleWorker):  # type: ignore[misc]
             self.asked_to_stop = True
             self.handle_warm_shutdown_request()
         self._stop_requested = True  # RQ itself would write to Redis first: it may be away, and a job in hand goes on
-        if not self._in_hand and time.monotonic() < self._leaving_until:
+        if not self._busy and time.monotonic() < self._leaving_until:
             return
         self._leaving_until = time.monotonic() + tuning.stop_retry_seconds
-        if not self._in_hand:
+        if not self._busy:
             raise StopRequested
 
     def dequeue_job_and_maintain_ttl(self, *arguments: Any) -> Any:
@@ -89,36 +93,86 @@ class BelfryWorker(SimpleWorker):  # type: ignore[misc]
         self._ordered_queues = [*others, first] if others_turn else [first, *others]
 
     def execute_job(self, job: Job, queue: Queue) -> None:
-        self._in_hand = True
+        """Process a run and the small ones behind it in one batch, and whatever cannot be in one by RQ's life cycle."""
+        self._busy = True
         try:
             failpoint("worker.taken")
-            if self.deadline:
-                self.deadline.set(job.timeout or settings.job_timeout)
-            if not self._do_at_once(job, queue):
+            self._limit_time(job)
+            claimed = self._claim_batch(job)
+            left = self._execute_batch(job, claimed, queue) if claimed else []
+            if job.args[0] not in claimed:
                 super().execute_job(job, queue)
+            for other in left:
+                self._limit_time(other)
+                other.use_attempt(1)
+                super().execute_job(other, queue)
         finally:
-            self._in_hand = False
+            self._busy = False
             if self.deadline:
                 self.deadline.clear()
 
-    def _do_at_once(self, job: Job, queue: Queue) -> bool:
-        """All that RQ hears of a job that goes well is that it is no more: meanwhile /rq shows it as queued, and its
-        worker as idle. What goes wrong RQ meets itself.
-        """
+    def _limit_time(self, job: Job) -> None:
+        if self.deadline:
+            self.deadline.set(job.timeout or settings.job_timeout)
+
+    def _claim_batch(self, job: Job) -> list[int]:
+        """The runs that were claimed; [] for a slice, and while the database is away: RQ records the failure."""
+        if job.func_name != "jobs.notify":
+            return []
         try:
-            if queue.name != queues.NOTIFICATIONS:  # a slice may take long, and says nothing meanwhile
-                self.heartbeat((job.timeout or settings.job_timeout) + 60)
-            with self.death_penalty_class(job.timeout or settings.job_timeout, JobTimeoutException, job_id=job.id):
-                done = jobs.do_at_once(job)
-        except Exception as error:
-            jobs.fail_as_before(job, error)
-            return False
-        if done:
-            with self.connection.pipeline(transaction=False) as pipeline:
-                pipeline.unlink(job.key)
-                self.increment_successful_job_count(pipeline)
-                pipeline.execute()
-        return done
+            return jobs.claim_batch(*job.args)
+        except (OperationalError, InterfaceError) as error:
+            log.warning("no batch is claimed: %s", error)
+            return []
+
+    def _execute_batch(self, job: Job, run_ids: list[int], queue: Queue) -> list[BelfryJob]:
+        """Process claimed runs together; the jobs of those that have to be processed one by one.
+
+        RQ's records are written once before and once after it. While Redis is away the work goes on without them.
+        """
+        job_ids = {queues.run_job_id(run_id): run_id for run_id in run_ids}
+        record, timeout = BatchRecord(self, queue), job.timeout or settings.job_timeout
+        results: dict[int, jobs.Result] = {}
+        error: BaseException | None = None
+        with _without_redis():
+            record.start(list(job_ids), timeout + 60)
+        try:
+            with self.death_penalty_class(timeout, JobTimeoutException, job_id=job.id):
+                results = jobs.run_batch(run_ids)
+        except (JobTimeoutException, OperationalError, InterfaceError) as caught:
+            error = caught  # no fault of any single run: each is retried by RQ, or found by the sweeper
+            log.warning("%s runs together were interrupted: %s: %s", len(run_ids), type(error).__name__, error)
+        except Exception as caught:
+            log.warning(
+                "%s runs together failed, and are tried one by one: %s: %s",
+                len(run_ids), type(caught).__name__, caught,
+            )  # fmt: skip
+        left: list[BelfryJob] = []
+        with _without_redis():
+            record.end({job_id: results.get(run_id) for job_id, run_id in job_ids.items()})
+            trim_finished(self.connection, queue)
+            remaining = [job_id for job_id, run_id in job_ids.items() if run_id not in results]
+            left = [one for one in BelfryJob.fetch_many(remaining, self.connection) if one] if remaining else []
+            if error is not None:
+                for one in left:
+                    execution = self.prepare_execution(one)
+                    self._finalize_failure(one, queue, execution, (type(error), error, error.__traceback__))
+                left = []
+        return left
+
+    def handle_job_success(self, job: Job, queue: Queue, *arguments: Any, **named: Any) -> None:
+        """Record a success as RQ does, and delete the oldest finished jobs beyond the limit."""
+        super().handle_job_success(job, queue, *arguments, **named)
+        trim_finished(self.connection, queue)
+
+
+@contextmanager
+def _without_redis() -> Iterator[None]:
+    """Go on where Redis is away: the database has the truth, and RQ's records catch up with the next job."""
+    try:
+        yield
+    except RedisError as error:
+        log.warning("Redis is out of reach, RQ's records are not written: %s", error)
 
 
 def run_jobs(deadline: Deadline | None = None, burst: bool = False) -> bool:

@@ -1,0 +1,138 @@
+"""RQ's records of jobs that are processed in one batch: the keys that RQ writes job by job, in two commands for all.
+
+RQ's own life cycle takes six round trips for each job, longer than the notifications of a small message take. So a batch
+is recorded by two scripts, one before it and one after it. Everything that reads RQ's keys (rq-dashboard, `rq info`,
+/metrics) sees each job started, and then finished, as after RQ's own worker. Jobs that are not processed in a batch, and
+jobs that fail, go through RQ's life cycle.
+"""
+
+import json
+import uuid
+from base64 import b64encode
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
+
+from redis import Redis
+from redis.commands.core import Script
+from rq import Queue
+from rq.job import Job
+from rq.results import Result
+from rq.utils import current_timestamp, now, utcformat
+from rq.worker.base import BaseWorker
+
+RESULT_SECONDS = 86_400
+"""How long a finished job is kept, and its result."""
+FINISHED_AT_MOST = 10_000
+"""Finished jobs of a queue that are kept: the oldest are deleted."""
+
+PREFIXES: dict[str, Any] = {
+    "job": Job.key_for(""),
+    "execution": "rq:execution:",
+    "executions": "rq:executions:",
+    "results": Result.get_key(""),
+    "successful": Result.Type.SUCCESSFUL.value,
+}
+"""Of RQ's keys, for the scripts."""
+
+_START_LUA = """
+-- KEYS: queue, started registry, the worker's executions, the worker.
+-- ARGV: now as text, now, ttl, worker, execution, job ids.
+local at, time, ttl, worker, execution = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
+for number = 6, #ARGV do
+    local id = ARGV[number]
+    local entry = id .. ':' .. execution
+    redis.call('LREM', KEYS[1], 1, id)
+    if redis.call('EXISTS', '%(job)s' .. id) == 1 then
+        redis.call('HSET', '%(job)s' .. id, 'status', 'started', 'started_at', at, 'last_heartbeat', at,
+            'worker_name', worker)
+    end
+    redis.call('HSET', '%(execution)s' .. entry, 'id', execution, 'job_id', id, 'created_at', time,
+        'last_heartbeat', time, 'worker_name', worker)
+    redis.call('EXPIRE', '%(execution)s' .. entry, ttl)
+    redis.call('ZADD', '%(executions)s' .. id, time + ttl + 60, execution)
+    redis.call('EXPIRE', '%(executions)s' .. id, ttl + 60)
+    redis.call('ZADD', KEYS[2], time + ttl, entry)
+    redis.call('SADD', KEYS[3], entry)
+end
+redis.call('EXPIRE', KEYS[3], ttl + 60)
+redis.call('HSET', KEYS[4], 'state', 'busy', 'last_heartbeat', at)
+redis.call('EXPIRE', KEYS[4], ttl)
+"""
+
+_END_LUA = """
+-- KEYS: finished registry, started registry, the worker's executions, the worker.
+-- ARGV: now as text, now, seconds that a result is kept, worker, execution, when the batch began, seconds that it took,
+-- and of each job its id and its result; the result is empty where the job did not finish.
+local at, time, ttl, worker, execution = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
+local jobs = 0
+for number = 8, #ARGV, 2 do
+    local id = ARGV[number]
+    local entry = id .. ':' .. execution
+    redis.call('ZREM', KEYS[2], entry)
+    redis.call('SREM', KEYS[3], entry)
+    redis.call('UNLINK', '%(execution)s' .. entry, '%(executions)s' .. id)
+    if ARGV[number + 1] ~= '' then
+        redis.call('HSET', '%(job)s' .. id, 'status', 'finished', 'ended_at', at)
+        redis.call('EXPIRE', '%(job)s' .. id, ttl)
+        redis.call('XADD', '%(results)s' .. id, 'MAXLEN', 10, '*', 'type', '%(successful)s', 'worker_name', worker,
+            'return_value', ARGV[number + 1], 'execution_id', execution, 'execution_started_at', ARGV[6],
+            'execution_ended_at', time)
+        redis.call('EXPIRE', '%(results)s' .. id, ttl)
+        redis.call('ZADD', KEYS[1], time + ttl, id)
+        jobs = jobs + 1
+    end
+end
+redis.call('HINCRBY', KEYS[4], 'successful_job_count', jobs)
+redis.call('HINCRBYFLOAT', KEYS[4], 'total_working_time', ARGV[7])
+"""
+
+_TRIM_LUA = """
+-- KEYS: finished registry. ARGV: how many jobs are kept.
+local surplus = redis.call('ZCARD', KEYS[1]) - ARGV[1]
+if surplus > 0 then
+    for _, id in ipairs(redis.call('ZRANGE', KEYS[1], 0, surplus - 1)) do
+        redis.call('UNLINK', '%(job)s' .. id, '%(results)s' .. id)
+    end
+    redis.call('ZREMRANGEBYRANK', KEYS[1], 0, surplus - 1)
+end
+"""
+
+@cache
+def _script(connection: Redis, text: str) -> Script:
+    return connection.register_script(text % PREFIXES)
+
+
+class BatchRecord:
+    """The records of one batch of a worker. Its methods raise RedisError while Redis is away."""
+
+    def __init__(self, worker: BaseWorker, queue: Queue) -> None:
+        self._worker, self._queue = worker, queue
+        self._execution_id = uuid.uuid4().hex
+        self._started_at = current_timestamp()
+
+    def start(self, job_ids: Sequence[str], ttl: int) -> None:
+        """Move these jobs out of the queue into the started registry, where they count as lost after `ttl` seconds."""
+        worker = self._worker
+        keys = [self._queue.key, self._queue.started_job_registry.key, worker.executions_key, worker.key]
+        arguments = [utcformat(now()), self._started_at, ttl, worker.name, self._execution_id, *job_ids]
+        _script(worker.connection, _START_LUA)(keys, arguments)
+
+    def end(self, results: Mapping[str, Any]) -> None:
+        """Move these jobs into the finished registry, each with its result, which is kept as JSON.
+
+        A job whose result is None did not finish, and is only taken out of the started registry.
+        """
+        worker, moment = self._worker, current_timestamp()
+        finished = self._queue.finished_job_registry.key
+        keys = [finished, self._queue.started_job_registry.key, worker.executions_key, worker.key]
+        arguments: list[Any] = [utcformat(now()), moment, RESULT_SECONDS, worker.name, self._execution_id]
+        arguments += [self._started_at, max(0.0, moment - self._started_at)]
+        for job_id, result in results.items():
+            arguments += [job_id, "" if result is None else b64encode(json.dumps(result).encode())]
+        _script(worker.connection, _END_LUA)(keys, arguments)
+
+
+def trim_finished(connection: Redis, queue: Queue) -> None:
+    """Delete the oldest finished jobs of a queue beyond FINISHED_AT_MOST. Raises RedisError."""
+    _script(connection, _TRIM_LUA)([queue.finished_job_registry.key], [FINISHED_AT_MOST])
