@@ -50,7 +50,8 @@ def claim_batch(run_id: int) -> list[int]:
 
     [] where nothing can be claimed so. The run itself may be missing: it is large, or not new.
     """
-    with job_context(WorkItem(run_id)):
+    with _batch_context(run_id):
+        failpoint("job.begun", run_id)
         claimed = claims.claim_batch(run_id, queues.peek_runs(tuning.max_batch_runs), settings.slice_members)
         for one in claimed:
             failpoint("run.taken", one)
@@ -62,7 +63,7 @@ def run_batch(run_ids: Sequence[int]) -> dict[int, Result]:
 
     A run whose message is being changed is left out. Raises whatever goes wrong, and then nothing has changed.
     """
-    with database_connection():
+    with _batch_context(run_ids[0]):
         processed = fanout.process_batch(run_ids)
         for run in processed:
             failpoint("run.committed", run["run_id"])
@@ -72,6 +73,12 @@ def run_batch(run_ids: Sequence[int]) -> dict[int, Result]:
             log.info("%s: done%s", WorkItem(processed[0]["run_id"]), others)
             failpoint("job.done", run_ids[0])
     return {run["run_id"]: _result(run["run_id"], "succeeded", run) for run in processed}
+
+
+@contextmanager
+def _batch_context(first: int) -> Iterator[None]:
+    with logging_setup.context(run_id=first, job_id=queues.run_job_id(first)), database_connection():
+        yield
 
 
 def _result(run_id: int, state: str, run: Row) -> Result:

@@ -45,7 +45,7 @@ def advance(run_id: int) -> None:
 
 
 def run_to_end(run_id: int) -> str:
-    """Do all that is left of a run; its state then, or `missing_ranges`."""
+    """Do all that is left of a run; its state then, or `missing`."""
     while parts := parts_of(run_id):
         for part in parts:
             do(part)

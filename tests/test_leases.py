@@ -380,7 +380,7 @@ def test_a_run_that_living_workers_overtake_each_other_at_is_not_given_up(run):
         let_time_pass()
         assert recovery.fail_exhausted() == 0
         assert overdue() == [WorkItem(run)]
-        jobs._run(WorkItem(run), attempt)
+        jobs._run(WorkItem(run), attempt, None)
     assert run_to_end(run) == "succeeded"
     assert run_of(run)["attempts"] == 3 * MAX_ATTEMPTS
 
@@ -392,7 +392,7 @@ def test_a_slice_that_living_workers_overtake_each_other_at_is_not_given_up(larg
         let_time_pass()
         assert recovery.fail_exhausted() == 0
         attempt = claims.claim(part)
-        jobs._run(part, late)
+        jobs._run(part, late, None)
         late = attempt
     assert run_to_end(large_run) == "succeeded"
 

@@ -28,7 +28,7 @@ def test_a_job_is_written_as_rq_itself_would_write_it(redis, override, name, par
                 function,
                 args=arguments,
                 timeout=settings.job_timeout,
-                result_ttl=0,
+                result_ttl=86_400,
                 failure_ttl=7 * 86_400,
                 description=str(part),
                 job_id=job_id,

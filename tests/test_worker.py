@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
+from redis import Redis
 from rq.exceptions import StopRequested
 
 import jobs
@@ -22,7 +23,7 @@ from belfry.messages import messages
 from belfry.queue import queues
 from belfry.worker import maintenance, supervisor, worker
 from belfry.worker.deadline import KILL_GRACE_SECONDS, Deadline
-from config import tuning
+from config import settings, tuning
 from models import Notification, Run
 from tests.processes import RQ_WORKER, a_gate, a_web_process, a_worker, running, wait_until
 from tests.telling import advance, crowd, notifications_that, parts_of, statements
@@ -143,10 +144,10 @@ def test_who_is_asked_to_stop_and_goes_on_is_asked_again_but_not_with_a_job_in_h
     with pytest.raises(StopRequested):
         horse.request_stop(signal.SIGTERM, None)
     another = worker.BelfryWorker([queues.queue()], connection=redis)
-    another._in_hand = True
+    another._busy = True
     another.request_stop(signal.SIGTERM, None)
     assert another._stop_requested
-    another._in_hand = False
+    another._busy = False
     another.request_stop(signal.SIGTERM, None)  # the job is done, and it is leaving
     monkeypatch.setattr(time, "monotonic", lambda: now + 60)
     with pytest.raises(StopRequested):
@@ -273,6 +274,14 @@ def test_a_deadline_is_over_only_while_a_job_is_in_hand():
     assert not deadline.is_over()
 
 
+def work_on_jobs(at_most: int | None = None) -> None:
+    """Let a worker of Belfry's, in this process, take jobs out of the queue until it is empty, or so many."""
+    with Redis.from_url(settings.redis_url) as connection:
+        one = worker.BelfryWorker([queues.queue(queues.NOTIFICATIONS, connection)], connection=connection)
+        one.log_result_lifespan = False
+        one.work(burst=True, max_jobs=at_most, logging_level=None)
+
+
 def test_small_messages_that_wait_are_told_together(cast, run_jobs):
     """In one transaction, by one job; edits, tests and retries among them are done as ever."""
     runs = [write(cast.subscriber, cast.general, f"gold {number}, @vera")[1] for number in range(30)]
@@ -281,10 +290,10 @@ def test_small_messages_that_wait_are_told_together(cast, run_jobs):
     execute("UPDATE run SET attempts = 1, tries_left = 5 WHERE id = 7")
     queues.enqueue([WorkItem(run_id) for run_id in runs])
     with statements() as said:
-        jobs.notify(runs[0])
+        work_on_jobs(1)
     assert sum("INSERT INTO notification" in statement for statement in said) == 1
     assert [state_of(run_id) for run_id in runs].count("succeeded") == len(runs) - 2
-    assert [job.args[0] for job in queues.queue().jobs] == [runs[0], 7, runs[-1]], "the others' jobs are gone"
+    assert [job.args[0] for job in queues.queue().jobs] == [7, runs[-1]], "the others' jobs are gone"
     assert run_jobs() == 0
     assert {state_of(run_id) for run_id in runs} == {"succeeded"}
     assert told_of(message_id) == {cast.admin.id, cast.subscriber.id, cast.vip.id}
@@ -295,7 +304,7 @@ def test_of_messages_that_are_told_together_one_that_fails_costs_the_others_noth
     runs = [write(cast.subscriber, cast.general)[1] for _ in range(5)]
     queues.enqueue([WorkItem(run_id) for run_id in runs])
     with notifications_that_fail_for(3):
-        run_jobs()
+        work_on_jobs()
         states = [state_of(run_id) for run_id in runs]
     assert states == ["succeeded", "succeeded", "queued", "succeeded", "succeeded"]
     assert "poison" in Run.get_by_id(3).error
@@ -311,10 +320,10 @@ def test_large_audiences_are_not_told_together_with_small_ones(cast, slices_of):
     slices_of(11)  # two messages to five members
     runs = [write(cast.subscriber, cast.general)[1] for _ in range(5)]
     queues.enqueue([WorkItem(run_id) for run_id in runs])
-    jobs.notify(runs[0])
+    work_on_jobs(1)
     assert [state_of(run_id) for run_id in runs] == ["succeeded"] * 2 + ["queued"] * 3
     slices_of(4)
-    jobs.notify(runs[2])
+    work_on_jobs(1)
     assert [state_of(run_id) for run_id in runs] == ["succeeded"] * 2 + ["running"] + ["queued"] * 2
 
 

@@ -1,9 +1,9 @@
 """RQ's records of jobs that are processed in one batch: the keys that RQ writes job by job, in two commands for all.
 
-RQ's own life cycle takes six round trips for each job, longer than the notifications of a small message take. So a batch
-is recorded by two scripts, one before it and one after it. Everything that reads RQ's keys (rq-dashboard, `rq info`,
-/metrics) sees each job started, and then finished, as after RQ's own worker. Jobs that are not processed in a batch, and
-jobs that fail, go through RQ's life cycle.
+RQ's own life cycle takes six round trips for each job, longer than the notifications of a small message take. So a
+batch is recorded by two scripts, one before it and one after it. Everything that reads RQ's keys (rq-dashboard, `rq
+info`, /metrics) sees each job started, and then finished, as after RQ's own worker. Jobs that are not processed in a
+batch, and jobs that fail, go through RQ's life cycle.
 """
 
 import json
