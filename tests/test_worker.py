@@ -58,7 +58,11 @@ def test_a_message_reaches_the_inbox_through_web_queue_and_worker(cast, redis):
         done = next(line for line in process.lines() if line["message"] == f"run {message['run']['id']}: done")
         assert done["run_id"] == message["run"]["id"]
         assert done["job_id"]
-        wait_until(lambda: not redis.keys("rq:job:*"), "Redis to keep nothing of what is done")
+        job_id = queues.run_job_id(message["run"]["id"])
+        finished = queues.queue().finished_job_registry
+        wait_until(lambda: finished.get_job_ids() == [job_id], "RQ to record that the job is finished")
+        result = queues.queue().fetch_job(job_id).latest_result()
+        assert result.return_value["run"] == message["run"]["id"]
 
 
 def test_an_error_is_recorded_on_the_run_and_retried_until_it_passes(cast):

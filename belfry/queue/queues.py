@@ -9,6 +9,7 @@ Redis may be away at any time: what is not enqueued waits in PostgreSQL, and the
 import json
 import logging
 import random
+import re
 import time
 import zlib
 from collections.abc import Sequence
@@ -146,6 +147,12 @@ def _job_id(part: WorkItem) -> str:
 def run_job_id(run_id: int) -> str:
     """The id of the job of a run as a whole."""
     return _job_id(WorkItem(run_id))
+
+
+def run_of_job_id(job_id: str) -> int | None:
+    """The run to which a job belongs by its id, as a whole or as a slice; None where the id is no job's of a run."""
+    found = re.fullmatch(r"(?:run|slice)-([0-9]{1,19})(?:-[0-9]{1,19})?", job_id)
+    return int(found[1]) if found and int(found[1]) <= LARGEST_ID else None
 
 
 def _run_of(job_id: bytes) -> int | None:

@@ -18,6 +18,7 @@ from rq.job import Job
 from rq.serializers import JSONSerializer
 from rq_dashboard import web
 
+from belfry.fanout import recovery
 from belfry.queue import queues
 
 LIBRARY = web.blueprint.name
@@ -178,8 +179,21 @@ def delete_job_view(job_id: str) -> Response:
 
 
 def requeue_job_view(job_id: str) -> Response:
-    _job(job_id).requeue()
+    _requeue(_job(job_id))
     return jsonify(status="OK")
+
+
+def _requeue(job: Job) -> None:
+    """Put a failed job into its queue again; where the run has failed too, it gets all its attempts again.
+
+    Raises InvalidJobOperation where the job has not failed.
+    """
+    run_id = queues.run_of_job_id(job.id)
+    items = recovery.retry_failed([run_id]) if run_id is not None and job.is_failed else []
+    if items:
+        queues.enqueue(items)  # which takes the job out of the registry of failed ones
+    else:
+        job.requeue()
 
 
 def requeue_all(queue_name: str) -> Response:
@@ -187,7 +201,7 @@ def requeue_all(queue_name: str) -> Response:
     count = 0
     for job_id in _source(queue_name, "failed").get_job_ids(cleanup=False):
         with suppress(NoSuchJobError, InvalidJobOperation):  # expired, or somebody else was faster
-            _job(job_id).requeue()
+            _requeue(_job(job_id))
             count += 1
     return jsonify(status="OK", count=count)
 
