@@ -137,7 +137,7 @@ def _refuse(status: int, detail: str) -> Response:
 def _trouble(error: Exception) -> Response:
     """The answer to what the library's views run into."""
     if isinstance(error, NoSuchJobError):
-        return _refuse(404, "There is no such job. Those that went well are not kept.")
+        return _refuse(404, "There is no such job. Finished jobs are kept for a day, and at most 10,000 of a queue.")
     if isinstance(error, InvalidJobOperation):
         return _refuse(409, "This job has not failed, so it is not requeued.")
     return _refuse(503, "Redis is out of reach. No run is lost: the database has them. Try again soon.")
