@@ -5,6 +5,7 @@ cannot hold (NUL, lone surrogates) is refused here, with its field's name. No sc
 """
 
 import re
+import unicodedata
 from datetime import UTC, datetime
 from typing import Any
 
@@ -54,8 +55,9 @@ class Name(Trimmed):
     """A username or a role's name, in lower case; one that `@` can mention."""
 
     def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> str:
-        name = super()._deserialize(value, attr, data, **kwargs).lower()
-        if not NAME.match(name) or name == EVERYONE:
+        given = super()._deserialize(value, attr, data, **kwargs)
+        name = given.lower()
+        if not given.isascii() or not NAME.match(name) or name == EVERYONE:  # some other letters have ASCII lower cases
             raise ValidationError(f"Must be {NAME_RULE}.")
         if name == SYSTEM_USERNAME:
             raise ValidationError("Is Belfry's own name.")
@@ -129,7 +131,13 @@ def _query_id() -> QueryNumber:
 
 
 def _title(**kwargs: Any) -> Trimmed:
-    return Trimmed(validate=Length(1, 100), **kwargs)
+    return Trimmed(validate=[Length(1, 100), _require_visible], **kwargs)
+
+
+def _require_visible(text: str) -> None:
+    """Refuse a text of spaces and invisible characters alone: nobody could see such a name, or choose it."""
+    if not any(unicodedata.category(character)[0] in "LNPS" for character in text):
+        raise ValidationError("Must have a visible character.")
 
 
 def _email(**kwargs: Any) -> Trimmed:

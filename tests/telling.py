@@ -11,7 +11,7 @@ from belfry.core.db import db, execute, fetch_all, fetch_one
 from belfry.fanout import claims, fanout, runs
 from belfry.fanout.claims import WorkItem
 from belfry.fanout.decision import DECISIONS
-from belfry.inbox.inbox import mark_read, unread_count
+from belfry.inbox.inbox import mark_all_read, unread_count
 from belfry.messages import messages
 from belfry.servers.preferences import set_preference
 from models import TABLES, Notification
@@ -125,7 +125,7 @@ def unread(person: Person) -> int:
 
 
 def read_everything(person: Person) -> None:
-    mark_read(person.user)
+    mark_all_read(person.user)
 
 
 def empty() -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from belfry.fanout import claims, fanout
 from belfry.identity.subscriptions import set_subscription
+from belfry.inbox.inbox import mark_read
 from belfry.servers import servers
 from config import settings
 from models import Message, Notification, Preference
@@ -414,3 +415,9 @@ def test_a_preference_is_set_whole_and_counts(api, cast, tell, inbox):
     assert bodies(inbox(cast.vip)) == ["@vera"]
     assert vera.put(path, json={}).get_json() == {"level": "all", "muted_until": None}
     assert api(cast.moderator).get(path).get_json()["level"] == "all"
+
+
+def test_marking_needs_exactly_one_selector(cast):
+    for selectors in ({}, {"ids": [], "channel_id": cast.general}):
+        with pytest.raises(ValueError, match="Exactly one"):
+            mark_read(cast.vip.user, **selectors)

@@ -13,7 +13,7 @@ import pytest
 
 from belfry.core.db import db, execute
 from belfry.identity import tokens, users
-from belfry.inbox.inbox import dismiss, list_notifications, mark_read
+from belfry.inbox.inbox import dismiss, list_notifications, mark_all_read, mark_read
 from belfry.messages.messages import delete_message
 from belfry.servers import servers
 from belfry.stream import publish
@@ -125,7 +125,7 @@ def test_everybody_is_sent_their_own_and_nobody_anything_else(web, cast):
 def test_every_window_of_one_person_is_sent_the_same(web, cast):
     with listening(web, cast.vip) as one, listening(web, cast.vip) as other:
         tell(cast.subscriber, cast.general)
-        mark_read(cast.vip.user)
+        mark_all_read(cast.vip.user)
         publish.publish(user_id=cast.vip.id)
         for listener in (one, other):
             wait_until(lambda listener=listener: listener.unread() == 0 and listener.messages(), "what was read")

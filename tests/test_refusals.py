@@ -444,3 +444,27 @@ def test_a_request_id_that_is_none_is_replaced(client):
     for given in ("short", "x" * 65, "two words", "<script>", "a\ttab-in-it"):
         answer = client.get("/healthz", headers={"X-Request-Id": given})
         assert re.fullmatch("[0-9a-f]{32}", answer.headers["X-Request-Id"])
+
+
+def test_a_field_that_is_given_twice_is_refused(api, cast):
+    body = f'{{"channel_id": {cast.general}, "content": "gold", "content": "silver"}}'
+    answer = api(cast.subscriber).post("/api/messages", data=body, content_type="application/json")
+    assert "given twice" in assert_problem(answer, 400, "malformed_json")["detail"]
+    assert Message.select().count() == 0
+
+
+@pytest.mark.parametrize("username", ["\u212aate", "kate\u0130", "ſam"])
+def test_a_username_of_letters_that_only_fold_to_ascii_is_refused_and_finds_nobody(api, cast, username):
+    admin = api(cast.admin)
+    assert list(assert_problem(admin.post("/api/users", json={"username": username}), 422, "invalid")["errors"]) == [
+        "username"
+    ]
+    admin.post("/api/users", json={"username": "kate"})
+    assert admin.get("/api/users", query_string={"username": username}).get_json()["items"] == []
+
+
+@pytest.mark.parametrize("name", ["\u200b", "\u2060\u00ad", "\u202e \u200f"])
+def test_a_name_without_a_visible_character_is_refused(api, cast, name):
+    for path in ("/api/servers", f"/api/servers/{cast.server_id}/channels"):
+        answer = api(cast.admin).post(path, json={"name": name})
+        assert assert_problem(answer, 422, "invalid")["errors"]["name"] == ["Must have a visible character."]

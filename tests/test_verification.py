@@ -11,7 +11,7 @@ from peewee import IntegrityError
 from belfry.core.db import db, execute, fetch_all, fetch_one
 from belfry.fanout import claims, fanout, recovery, runs
 from belfry.identity import subscriptions, users
-from belfry.inbox.inbox import dismiss, mark_read
+from belfry.inbox.inbox import dismiss, mark_all_read
 from belfry.integrity.findings import SHOWN
 from belfry.integrity.verification import CHECKS, DECISIONS_CHECK, check, verify
 from belfry.messages.messages import delete_message, edit_message
@@ -492,7 +492,7 @@ CHANGES = {
     ),
     "a message that was deleted": lambda cast: delete_message(cast.subscriber.user, Message.select().first().id),
     "what was read and dismissed": lambda cast: (
-        mark_read(cast.vip.user),
+        mark_all_read(cast.vip.user),
         dismiss(cast.vip.user, cast.vip.id, Message.select().first().id),
     ),
 }

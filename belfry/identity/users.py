@@ -29,9 +29,14 @@ def find_user(user_id: int) -> User:
     return user
 
 
+def _lower(username: str) -> str:
+    """In lower case, of ASCII letters only: the Kelvin sign has the lower case `k`, and is no `k`."""
+    return username.lower() if username.isascii() else username
+
+
 def find_user_by_username(username: str) -> User:
     """Raises NotFound. Upper and lower case are the same."""
-    user = User.get_or_none(User.username == username.lower())
+    user = User.get_or_none(User.username == _lower(username))
     if user is None:
         raise NotFound(f"There is no user {username}.")
     return user
@@ -52,4 +57,4 @@ def update_user(user_id: int, changes: dict[str, Any]) -> User:
 def list_users(*, after: int, limit: int, username: str | None = None) -> list[User]:
     """People by id, above id `after`; only those whose username is `username`, if given."""
     found = User.select().where(User.id > after).order_by(User.id).limit(limit)
-    return list(found.where(User.username == username.lower()) if username is not None else found)
+    return list(found.where(User.username == _lower(username)) if username is not None else found)

@@ -281,17 +281,34 @@ def mark_read(
     up_to: tuple[int, int] | None = None,
     channel_id: int | None = None,
 ) -> dict[str, int]:
-    """Mark the named notifications read, those up to one, a channel's, or (nothing given) all.
+    """Mark the named notifications read, those up to one, or a channel's: exactly one of the three is given.
 
     With `up_to` only those are marked that any list contained which shows that one: one with a lower id that was
     committed later stays unread. Where there is no such notification, that of the last message before it counts.
     Answers {"marked", "unread"}. Ids of other people are passed over, and so is what is read already.
     Raises NotFound for a channel that the user may not see, Invalid where `up_to` is another person's.
     """
+    if [ids, up_to, channel_id].count(None) != 2:
+        raise ValueError("Exactly one of ids, up_to and channel_id is needed.")
     if up_to is not None and up_to[0] != user.id:
         raise Invalid({"up_to": ["There is no such notification."]})
     if channel_id is not None:
         get_visible_channel(user, channel_id)
+    return _mark_read(user, ids=ids, up_to=up_to, channel_id=channel_id)
+
+
+def mark_all_read(user: User) -> dict[str, int]:
+    """Mark all notifications of a user read. Answers as `mark_read`."""
+    return _mark_read(user)
+
+
+def _mark_read(
+    user: User,
+    *,
+    ids: Sequence[tuple[int, int]] | None = None,
+    up_to: tuple[int, int] | None = None,
+    channel_id: int | None = None,
+) -> dict[str, int]:
     which = "AND n.message_id = ANY(%(message_ids)s::bigint[])" if ids is not None else ""
     own = [message_id for user_id, message_id in ids or () if user_id == user.id]
     with transaction():

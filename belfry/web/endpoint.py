@@ -134,6 +134,14 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
+def _object_without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object with these fields. Raises ValueError where a field is given twice: only one of them would count."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a field is given twice")
+    return found
+
+
 def _json_body(optional: bool) -> dict[str, Any]:
     raw = request.get_data(cache=True)
     if len(raw) > BODY_BYTES:  # of a chunked body Werkzeug reads so far and no further, and says nothing
@@ -143,7 +151,9 @@ def _json_body(optional: bool) -> dict[str, Any]:
     if request.mimetype != "application/json":
         raise HttpProblem(415, "Send JSON: Content-Type: application/json.")
     try:
-        body = json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant)
+        body = json.loads(
+            raw.decode("utf-8"), parse_constant=_refuse_constant, object_pairs_hook=_object_without_repetition
+        )
     except (ValueError, RecursionError) as error:
         raise HttpProblem(400, f"The body is not JSON: {str(error)[:200]}") from None
     if not isinstance(body, dict):

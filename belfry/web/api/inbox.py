@@ -34,6 +34,8 @@ def unread_count() -> Any:
 @endpoint(body=schemas.MarkRead, gives=schemas.Marked)
 def mark_read(body: dict[str, Any]) -> Any:
     """Mark some, those up to one, a channel's, or all as read."""
+    if body.get("all"):
+        return inbox.mark_all_read(current_user())
     return inbox.mark_read(
         current_user(), ids=body.get("ids"), up_to=body.get("up_to"), channel_id=body.get("channel_id")
     )
