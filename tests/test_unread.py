@@ -233,7 +233,8 @@ class Unread(RuleBasedStateMachine):
     def fan_out_together(self) -> None:
         """As small messages are that wait."""
         first, *others = self.world.runs
-        done = fanout.process_batch(claims.claim_batch(first, others, 1_000))
+        processed = fanout.process_batch(claims.claim_batch(first, others, 1_000))
+        done = [run["run_id"] for run in processed]
         expected = [id_ for id_, run in self.world.runs.items() if run.kind == "message" and run.slices is None]
         assert done == expected
         self.world.transaction += 1

@@ -163,7 +163,8 @@ class BelfryWorker(SimpleWorker):  # type: ignore[misc]
     def handle_job_success(self, job: Job, queue: Queue, *arguments: Any, **named: Any) -> None:
         """Record a success as RQ does, and delete the oldest finished jobs beyond the limit."""
         super().handle_job_success(job, queue, *arguments, **named)
-        trim_finished(self.connection, queue)
+        with _without_redis():
+            trim_finished(self.connection, queue)
 
 
 @contextmanager

@@ -117,11 +117,13 @@ def mark_read() -> AnyResponse:
     name, everything = request.form.get("id"), request.form.get("all") == "1"
     if (name is not None) == everything:
         raise HttpProblem(422, "Say which notification to mark as read, or that all are meant.")
-    try:
-        ids = [parse_notification_id(name)] if name is not None else None
-    except ValueError:
-        raise NotFound("There is no such notification.") from None
-    inbox.mark_read(g.user, ids=ids)
+    if everything:
+        inbox.mark_all_read(g.user)
+    else:
+        try:
+            inbox.mark_read(g.user, ids=[parse_notification_id(name or "")])
+        except ValueError:
+            raise NotFound("There is no such notification.") from None
     return redirect(url_for("pages.inbox_page"), 303)
 
 
