@@ -10,7 +10,7 @@ LOCKED := --require-hashes -r requirements-dev.lock
 UV     := .belfry/uv/bin/uv pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest \
           --generate-hashes --no-emit-index-url --no-emit-find-links --custom-compile-command 'make lock'
 
-.PHONY: help setup demo run web worker test bench chaos drill lint screenshots lock clean
+.PHONY: help setup demo run web worker test check bench chaos drill lint screenshots lock clean
 
 help:
 	@echo 'make demo     the whole way once: 10,000 members, a real message, who was told; leaves nothing behind'
@@ -18,6 +18,7 @@ help:
 	@echo 'make web      the web process alone; it shares its data with `make worker` and `make run`'
 	@echo 'make worker   a worker alone, for a second terminal'
 	@echo 'make test     the test suite, three files at once   (ARGS="-k inbox -x" goes to pytest, which runs one at a time)'
+	@echo 'make check    the fast tests, ruff, mypy, and the imports: about three minutes'
 	@echo 'make bench    the benchmarks                   (ARGS="--only large small --json FILE --charts DIR")'
 	@echo 'make chaos    kill everything, again and again, and then an audit   (ARGS="--kills 1000 --seed 7")'
 	@echo 'make drill    fan-outs to 1,000,000, SIGTERM, Redis down, attacks, …       (ARGS="stop slow_clients"; see README.md)'
@@ -37,6 +38,9 @@ demo run web worker screenshots: $(STAMP)
 
 test: $(STAMP)
 	@$(PY) -m dev test $(or $(ARGS),-n 3 --dist loadfile)
+
+check: lint
+	@$(PY) -m dev test -q -n 3 --dist loadfile -m 'not slow'
 
 bench: $(STAMP)
 	@$(PY) -m bench $(ARGS)

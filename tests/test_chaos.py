@@ -29,6 +29,8 @@ from tests.oracle import Preference
 from tests.processes import a_web_process
 from tests.telling import run_to_end
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 
 

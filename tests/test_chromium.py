@@ -9,6 +9,8 @@ import pytest
 
 from dev import ROOT, CommandError, chromium
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):

@@ -24,6 +24,8 @@ from tests.overrides import overridden
 from tests.people import Cast, make_cast
 from tests.telling import crowd, do, parts_of, post, posted_and_told, run_to_end, told, wants_mentions_only
 
+pytestmark = pytest.mark.slow
+
 TEXTS = (
     "gold", "@vera", "@vera @lars", "@vip", "@everyone", "@crowd-1 @crowd-2 @crowd-3", "@moira @sam @ada", "@vip @vera",
 )  # fmt: skip

@@ -22,6 +22,8 @@ from tests.people import make_cast
 from tests.processes import a_web_process, wait_until
 from tests.telling import posted_and_told
 
+pytestmark = pytest.mark.slow
+
 
 class Database:
     """A PostgreSQL of this test's own, which can crash; `db` is connected to it meanwhile."""

@@ -25,6 +25,8 @@ from dev.own import private
 from dev.pids import end, has_ended, process_of
 from dev.servers import servers, stop_unused
 
+pytestmark = pytest.mark.slow
+
 embedded = pytest.mark.skipif(
     os.environ.get("BELFRY_TEST_EXTERNAL") == "1",
     reason="embedded servers are not used when DATABASE_URL is set",

@@ -26,6 +26,8 @@ from tests.processes import RQ_WORKER, a_worker, running, wait_until
 from tests.telling import post
 from tests.test_worker import horses_of
 
+pytestmark = pytest.mark.slow
+
 LEAVE = "tests.leaving_a_mark.leave"
 NOW = "2026-11-26T12:00:00.000000Z"
 

@@ -25,6 +25,8 @@ from tests.people import csrf_of
 from tests.processes import RedisGate, a_gate, a_web_process, wait_until
 from tests.telling import crowd, edit, parts_of, post, posted_and_told, run_to_end, wants_mentions_only
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def gate() -> Iterator[RedisGate]:

@@ -20,6 +20,8 @@ from belfry.stream import publish
 from tests.processes import PATIENCE, a_web_process, wait_until
 from tests.telling import posted_and_told
 
+pytestmark = pytest.mark.slow
+
 CONFIGURATIONS = Path(__file__).parent.parent / "docs" / "proxy"
 SLOW = 40
 

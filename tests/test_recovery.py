@@ -30,6 +30,8 @@ from tests.telling import advance, crowd, parts_of, run_of, told
 from tests.telling import post as write
 from tests.test_worker import post, state_of
 
+pytestmark = pytest.mark.slow
+
 RECOVERY = 30.0  # seconds: the promise
 
 

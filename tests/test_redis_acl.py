@@ -20,6 +20,8 @@ from tests.listening import Listener
 from tests.processes import RQ_WORKER, a_web_process, a_worker, running, wait_until
 from tests.telling import crowd, notifications_that, post
 
+pytestmark = pytest.mark.slow
+
 GUIDE = Path(__file__).parent.parent / "docs" / "deployment.md"
 
 

@@ -5,6 +5,7 @@ import os
 import signal
 
 import psutil
+import pytest
 from redis import Redis
 
 from belfry.core.db import execute
@@ -17,6 +18,8 @@ from models import Run
 from tests.processes import a_worker, wait_until
 from tests.telling import fail_always, notifications_that
 from tests.telling import post as write
+
+pytestmark = pytest.mark.slow
 
 
 def work(at_most: int | None = None) -> worker.BelfryWorker:

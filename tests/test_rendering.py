@@ -23,6 +23,8 @@ from belfry.messages import markdown
 from belfry.messages.mentions import EVERYONE, NO_MENTIONS, MentionedRole, MentionedUser, Mentions, find_mentions
 from belfry.messages.rendering import HtmlCache, cache, page_budget, render, render_in_page
 
+pytestmark = pytest.mark.slow
+
 VECTORS: dict[str, list[str]] = json.loads((Path(__file__).parent / "data/xss_vectors.json").read_text())["vectors"]
 
 ALLOWED: dict[str, dict[str, str]] = {

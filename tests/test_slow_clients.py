@@ -20,6 +20,8 @@ from models import Message
 from tests.listening import Listener
 from tests.processes import PATIENCE, a_web_process, running, wait_until
 
+pytestmark = pytest.mark.slow
+
 SLOW_HEADS, SLOW_BODIES, SILENT = 100, 100, 1_500
 HEALTHZ = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
 

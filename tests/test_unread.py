@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 from itertools import cycle
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -22,6 +23,8 @@ from tests.people import Api, Person, make_cast, make_person
 from tests.telling import do, empty, parts_of
 from tests.unread_model import Channel, Mentions, Message, Run, World
 from tests.unread_model import Person as Modelled
+
+pytestmark = pytest.mark.slow
 
 PAGE = 4
 GROUPS = ("", "", "", "@vip", "@moderators", "@everyone", "@vip @everyone")

@@ -21,6 +21,8 @@ from tests.test_unread import COUNT, counted
 from tests.unread_model import Channel, Mentions, Message, Notification, World
 from tests.unread_model import Person as Modelled
 
+pytestmark = pytest.mark.slow
+
 ROUNDS = 40  # of each thread
 TEXTS = ("gold", "gold @vera", "@moira @sam", "@vip", "@everyone", "@lars @quentin @vera")
 

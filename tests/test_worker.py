@@ -29,6 +29,8 @@ from tests.processes import RQ_WORKER, a_gate, a_web_process, a_worker, running,
 from tests.telling import advance, crowd, notifications_that, parts_of, statements
 from tests.telling import post as write
 
+pytestmark = pytest.mark.slow
+
 
 def post(address: str, token: str, channel_id: int, content: str) -> tuple[int, dict[str, Any]]:
     request = urllib.request.Request(

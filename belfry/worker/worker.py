@@ -116,13 +116,14 @@ class BelfryWorker(SimpleWorker):  # type: ignore[misc]
             self.deadline.set(job.timeout or settings.job_timeout)
 
     def _claim_batch(self, job: Job) -> list[int]:
-        """The runs that were claimed; [] for a slice, and while the database is away: RQ records the failure."""
+        """The runs that were claimed; [] for a slice, and where claiming fails: the job meets that error too, and RQ
+        records it."""
         if job.func_name != "jobs.notify":
             return []
         try:
             return jobs.claim_batch(*job.args)
-        except (OperationalError, InterfaceError) as error:
-            log.warning("no batch is claimed: %s", error)
+        except Exception as error:
+            log.warning("no batch is claimed: %s: %s", type(error).__name__, error)
             return []
 
     def _execute_batch(self, job: Job, run_ids: list[int], queue: Queue) -> list[BelfryJob]:

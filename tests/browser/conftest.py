@@ -26,14 +26,17 @@ FAILED = pytest.StashKey[bool]()
 Visit = Callable[..., Page]
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves these tests out where there is no Chromium. Raises UsageError where CHROMIUM names none."""
+    """Mark these tests slow. Leave them out where there is no Chromium; raise UsageError where CHROMIUM names none."""
+    ours = [item for item in items if HERE in item.path.parents]
+    for item in ours:
+        item.add_marker("slow")
     try:
         if chromium.find() is not None:
             return
     except CommandError as error:
         raise pytest.UsageError(str(error)) from None
-    ours = [item for item in items if HERE in item.path.parents]
     items[:] = [item for item in items if item not in ours]
     config.stash[LEFT_OUT] = len(ours)
 
