@@ -73,3 +73,11 @@ def test_redis_may_forget_what_enqueues(redis):
     redis.script_flush()
     assert queues.enqueue([WorkItem(2)])
     assert queues.queue().count == 2
+
+
+def test_keys_of_another_type_in_the_place_of_rqs_do_not_stop_a_job(redis):
+    for key in ("executions:run-1", "results:run-1", "finished:notifications", "wip:notifications"):
+        redis.set(f"rq:{key}", "nobody's")
+    assert queues.enqueue([WorkItem(1)])
+    assert queues.queue().get_job_ids() == ["run-1"]
+    assert not redis.exists("rq:executions:run-1", "rq:results:run-1")

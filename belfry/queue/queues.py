@@ -190,11 +190,12 @@ local waiting = 0
 for at = 3, #ARGV, 4 do
     local key = '%(job)s' .. ARGV[at]
     redis.call('UNLINK', key, '%(results)s' .. ARGV[at])  -- of an earlier time, or whatever stands there
-    redis.call('ZREM', KEYS[3], ARGV[at])
-    redis.call('ZREM', KEYS[4], ARGV[at])
-    redis.call('ZREM', KEYS[5], ARGV[at])
-    for _, execution in ipairs(redis.call('ZRANGE', '%(executions)s' .. ARGV[at], 0, -1)) do  -- its worker died
-        redis.call('ZREM', KEYS[6], ARGV[at] .. ':' .. execution)
+    for registry = 3, 5 do
+        redis.pcall('ZREM', KEYS[registry], ARGV[at])  -- by pcall: a key of another type must not stop the jobs
+    end
+    local executions = redis.pcall('ZRANGE', '%(executions)s' .. ARGV[at], 0, -1)
+    for _, execution in ipairs(executions.err and {} or executions) do  -- its worker died
+        redis.pcall('ZREM', KEYS[6], ARGV[at] .. ':' .. execution)
         redis.call('UNLINK', '%(execution)s' .. ARGV[at] .. ':' .. execution)
     end
     redis.call('UNLINK', '%(executions)s' .. ARGV[at])
