@@ -68,11 +68,11 @@ def create_app() -> Flask:
     app.config.update(
         SECRET_KEY=secret_key(),
         MAX_CONTENT_LENGTH=BODY_BYTES + 1,  # what is cut there is seen to be too long
-        SESSION_COOKIE_NAME="__Host-belfry" if settings.secure_cookies else "belfry",
+        SESSION_COOKIE_NAME="__Host-belfry" if settings.session_cookie_secure else "belfry",
         SESSION_COOKIE_PATH="/",  # `__Host-` asks for this path, `Secure` and no domain
         SESSION_COOKIE_HTTPONLY=True,
         SESSION_COOKIE_SAMESITE="Lax",
-        SESSION_COOKIE_SECURE=settings.secure_cookies,
+        SESSION_COOKIE_SECURE=settings.session_cookie_secure,
     )
     app.session_interface = _Sessions()
     app.json.sort_keys = False  # type: ignore[attr-defined]  # decisions come in the contract's order
@@ -150,7 +150,7 @@ def _finish_response(answer: Response) -> Response:
         (time.perf_counter() - g.began) * 1000,
     )
     answer.headers.setdefault("X-Content-Type-Options", "nosniff")
-    if settings.secure_cookies and settings.public_url.startswith("https://"):
+    if settings.session_cookie_secure and settings.public_url.startswith("https://"):
         answer.headers["Strict-Transport-Security"] = f"max-age={HSTS_SECONDS}"
     if answer.status_code == 503:
         answer.headers["Retry-After"] = str(RETRY_AFTER_SECONDS)  # whoever says 503

@@ -166,9 +166,9 @@ class Settings:
     port: int = _variable(_number(1, 65535), 8000, "where the web process listens")
     web_concurrency: int = _variable(_number(1, 256), 2, "web processes")
     web_threads: int = _variable(_number(1, 256), 8, "threads in each web process, and its database connections")
-    streams: int = _variable(_number(1, 100_000), 10_000, "live streams at most, in each web process")
+    max_streams_per_process: int = _variable(_number(1, 100_000), 10_000, "live streams at most, in each web process")
     public_url: str = _variable(_web_address, "http://localhost:8000", "the address that people see")
-    secure_cookies: bool = _variable(_flag, True, "session cookies over HTTPS only; 0 for development on http://")
+    session_cookie_secure: bool = _variable(_flag, True, "session cookies over HTTPS only; 0 for development on http://")
     log_level: str = _variable(_one_of("DEBUG", "INFO", "WARNING", "ERROR"), "INFO", "what is logged")
     log_format: str = _variable(_one_of("text", "json"), "text", "text for people, json for machines")
     rate_limit_messages: str = _variable(_rate, "200 per 15 minutes", "messages of one author")
@@ -177,11 +177,11 @@ class Settings:
     trusted_proxies: int = _variable(_number(0, 32), 0, "proxies in front that append to X-Forwarded-For")
     past_due_grace_days: int = _variable(_number(0, 366), 7, "days that a past_due subscription still counts")
     metrics_token: str = _variable(_secret, "", "opens /metrics to a scraper; at least 32 characters")
-    slice_members: int = _variable(_number(1, 1_000_000), 20_000, "members in one slice of a fan-out")
-    job_timeout: int = _variable(_number(5, 86_400), 300, "seconds that one job may run")
-    sweep_seconds: int = _variable(_number(1, 3_600), 2, "seconds between two looks for work that was lost")
+    fanout_slice_size: int = _variable(_number(1, 1_000_000), 20_000, "members in one slice of a fan-out")
+    job_timeout_seconds: int = _variable(_number(5, 86_400), 300, "seconds that one job may run")
+    sweep_interval_seconds: int = _variable(_number(1, 3_600), 2, "seconds between two looks for work that was lost")
     retention_days: int = _variable(_number(0, 36_500), 0, "days that notifications are kept; 0: for ever")
-    retry_seconds: int = _variable(_number(1, 3_600), 5, "seconds before the first retry; then thrice as long each")
+    retry_base_delay_seconds: int = _variable(_number(1, 3_600), 5, "seconds before the first retry; then times 3")
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> "Settings":

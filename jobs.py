@@ -40,9 +40,9 @@ def notify(run_id: int, attempt: int | None = None) -> Result:
     return _work_on(WorkItem(run_id), attempt)
 
 
-def notify_slice(run_id: int, after: int) -> Result:
+def notify_slice(run_id: int, after_user_id: int) -> Result:
     """Process the slice of a large run that begins after a user id. Queue `bulk`; otherwise as `notify`."""
-    return _work_on(WorkItem(run_id, after))
+    return _work_on(WorkItem(run_id, after_user_id))
 
 
 def claim_batch(run_id: int) -> list[int]:
@@ -52,9 +52,9 @@ def claim_batch(run_id: int) -> list[int]:
     """
     with _batch_context(run_id):
         failpoint("job.begun", run_id)
-        claimed = claims.claim_batch(run_id, queues.peek_runs(tuning.max_batch_runs), settings.slice_members)
+        claimed = claims.claim_batch(run_id, queues.peek_runs(tuning.max_batch_runs), settings.fanout_slice_size)
         for one in claimed:
-            failpoint("run.taken", one)
+            failpoint("run.claimed", one)
     return claimed
 
 
@@ -81,8 +81,15 @@ def _batch_context(first: int) -> Iterator[None]:
         yield
 
 
+_RESULT_SQL = """
+    SELECT state, notifications_inserted, COALESCE(members_total, members_processed) AS members_total
+    FROM run
+    WHERE id = %(run_id)s
+"""
+
+
 def _result(run_id: int, state: str, run: Row) -> Result:
-    summary = f"{run['added']} notifications inserted for {run['total']} members"
+    summary = f"{run['notifications_inserted']} notifications inserted for {run['members_total']} members"
     return {"run": run_id, "state": state, "summary": summary}
 
 
@@ -91,7 +98,7 @@ def job_context(item: WorkItem) -> Iterator[Job | None]:
     """Open a database connection and put the ids into the log; yields RQ's job, None where RQ runs none."""
     job = get_current_job()
     with logging_setup.context(run_id=item.run_id, job_id=job.id if job else None), database_connection():
-        failpoint("job.begun", item.run_id, item.after)
+        failpoint("job.begun", *item)
         yield job
 
 
@@ -100,14 +107,13 @@ def _work_on(item: WorkItem, attempt: int | None = None) -> Result:
         if attempt is None:
             attempt = claims.claim(item)
             if attempt is not None:
-                failpoint("run.taken" if item.after is None else "slice.taken", item.run_id, item.after)
+                failpoint("run.claimed" if item.is_run else "slice.claimed", *item)
         if attempt is None:
             log.info("%s: nothing to do: it is done, has failed (`flask runs retry`), or is in other hands", item)
         else:
             _run(item, attempt, job)
-        failpoint("job.done", item.run_id, item.after)
-        statement = "SELECT state, added, COALESCE(total, done) AS total FROM run WHERE id = %(run_id)s"
-        run = fetch_one(statement, vars(item))
+        failpoint("job.done", *item)
+        run = fetch_one(_RESULT_SQL, item._asdict())
         return _result(item.run_id, run["state"], run) if run else {"run": item.run_id, "state": "gone", "summary": ""}
 
 
@@ -115,18 +121,18 @@ def _run(item: WorkItem, attempt: int, job: Job | None) -> None:
     try:
         slices = fanout.process_work_item(item, attempt)
     except Exception as error:
-        failpoint("failure.met", item.run_id, item.after)
+        failpoint("attempt.failed", *item)
         log.warning("%s failed: %s: %s", item, type(error).__name__, error)
         # Recorded, and raised again: RQ's retry must see it. Where the connection broke, recording fails as well:
         # then the claim has ended with the connection, and the sweeper enqueues the work item again.
         claims.record_failure(item, attempt, f"{type(error).__name__}: {error}", _retry_deadline(job))
-        failpoint("failure.written", item.run_id, item.after)
+        failpoint("attempt.recorded", *item)
         raise
     if slices is None:
         log.info("%s: attempt %s was overtaken by a later one, wrote nothing, and does not count", item, attempt)
         claims.release(item)
         return
-    failpoint("run.committed" if item.after is None else "slice.committed", item.run_id, item.after)
+    failpoint("run.committed" if item.is_run else "slice.committed", *item)
     publish.publish(told=True)
     if slices:
         queues.enqueue(slices)

@@ -217,7 +217,7 @@ class Message(Table):
     mentioned_roles = ArrayField(BigIntegerField, index=False, constraints=[SQL("DEFAULT '{}'")])
     mentions_everyone = BooleanField(constraints=[SQL("DEFAULT false")])
     allowed_mentions = JSONField(null=True)
-    only_for = ForeignKeyField(User, null=True, index=False)  # a test message that one person alone gets
+    visible_to_user = ForeignKeyField(User, null=True, index=False)  # of a test message for one user
     created_at = TimeField(constraints=_now())
     edited_at = TimeField(null=True)
     deleted_at = TimeField(null=True)
@@ -229,12 +229,12 @@ class Message(Table):
 class Run(Table):
     """One fan-out of one message, and the outbox: written in the message's own transaction.
 
-    - `attempts`: also the token of whoever works on it: the next attempt makes the last one's writes void.
-    - `tries_left`: attempts that may still be made before it is `failed`.
-    - `slices_left`: how many rows of `slice` it has. None before its audience is known to be a large one.
-    - `due_at`: until then somebody is believed to be taking care of it; afterwards the sweeper does. NULL where
-      there is nothing to take care of: it is finished, or its slices are on their own.
-    - `mention_changes`: of an edit, who was added to and removed from the mentions.
+    - `attempts`: the number of the newest attempt, which is also its token: an older attempt cannot write any more.
+    - `attempts_left`: attempts before it is `failed`.
+    - `slices_left`: how many rows of `slice` it has; 0 until its audience turns out to be large.
+    - `members_processed`, `members_total`: progress; the total is NULL until the audience is counted.
+    - `sweep_after`: from when the sweeper may enqueue it again. NULL where it is finished, or waits for its slices.
+    - `mention_diff`: for an edit, the mentions that it added and removed.
     """
 
     id = BigAutoField()
@@ -242,16 +242,16 @@ class Run(Table):
     kind = TextField(constraints=[_among("kind", RUN_KINDS)])
     state = TextField(constraints=[_among("state", RUN_STATES), SQL("DEFAULT 'pending'")])
     attempts = IntegerField(constraints=[SQL("DEFAULT 0")])
-    tries_left = SmallIntegerField(constraints=[SQL(f"DEFAULT {MAX_ATTEMPTS}")])
+    attempts_left = SmallIntegerField(constraints=[SQL(f"DEFAULT {MAX_ATTEMPTS}")])
     slices_left = IntegerField(constraints=[SQL("DEFAULT 0")])
-    done = IntegerField(constraints=[SQL("DEFAULT 0")])
-    total = IntegerField(null=True)
-    added = IntegerField(constraints=[SQL("DEFAULT 0")])
-    withdrawn = IntegerField(constraints=[SQL("DEFAULT 0")])
+    members_processed = IntegerField(constraints=[SQL("DEFAULT 0")])
+    members_total = IntegerField(null=True)
+    notifications_inserted = IntegerField(constraints=[SQL("DEFAULT 0")])
+    notifications_retracted = IntegerField(constraints=[SQL("DEFAULT 0")])
     decisions = JSONField(constraints=[SQL("DEFAULT '{}'")])
-    mention_changes = JSONField(null=True)
+    mention_diff = JSONField(null=True)
     error = TextField(null=True)
-    due_at = TimeField(null=True, constraints=[SQL(f"DEFAULT now() + interval '{QUEUED_SECONDS} seconds'")])
+    sweep_after = TimeField(null=True, constraints=[SQL(f"DEFAULT now() + interval '{QUEUED_SECONDS} seconds'")])
     created_at = TimeField(constraints=_now())
     started_at = TimeField(null=True)
     finished_at = TimeField(null=True)
@@ -260,29 +260,29 @@ class Run(Table):
 # One message is fanned out once as itself; edits and replays come on top.
 Run.add_index(Run.message, unique=True, where=SQL("kind IN ('message', 'test')"), name="run_one_per_message")
 # The sweeper's question, and /metrics': what is unfinished, soonest first. Tiny: finished runs are not in it.
-Run.add_index(Run.due_at, where=SQL("state IN ('pending', 'queued', 'running')"), name="run_unfinished")
+Run.add_index(Run.sweep_after, where=SQL("state IN ('pending', 'queued', 'running')"), name="run_unfinished")
 # `runs list --state failed` and its like on a table of millions. Tiny as well.
 Run.add_index(Run.id, where=SQL("state = 'failed'"), name="run_failed")
 
 
 class Slice(Table):
-    """A part of a large run: the members with `after < user_id <= up_to`, without `told_first`.
+    """A slice of a large run: the members with `after_user_id < user_id <= to_user_id`, without `excluded_user_ids`.
 
-    There is a row as long as there is work: the transaction that tells of a slice removes it. `attempts`,
-    `tries_left` and `due_at` are as those of a run; `due_at` NULL is one that was given up.
+    The transaction that processes a slice deletes its row. `attempts`, `attempts_left` and `sweep_after` are as those
+    of a run; `sweep_after` is NULL for a slice that has no attempts left.
     """
 
     run = ForeignKeyField(Run, index=False)
-    after = BigIntegerField()
-    up_to = BigIntegerField()
-    told_first = ArrayField(BigIntegerField, index=False, constraints=[SQL("DEFAULT '{}'")])
+    after_user_id = BigIntegerField()
+    to_user_id = BigIntegerField()
+    excluded_user_ids = ArrayField(BigIntegerField, index=False, constraints=[SQL("DEFAULT '{}'")])
     attempts = IntegerField(constraints=[SQL("DEFAULT 0")])
-    tries_left = SmallIntegerField(constraints=[SQL(f"DEFAULT {MAX_ATTEMPTS}")])
+    attempts_left = SmallIntegerField(constraints=[SQL(f"DEFAULT {MAX_ATTEMPTS}")])
     error = TextField(null=True)
-    due_at = TimeField(null=True, constraints=[SQL(f"DEFAULT now() + interval '{QUEUED_SECONDS} seconds'")])
+    sweep_after = TimeField(null=True, constraints=[SQL(f"DEFAULT now() + interval '{QUEUED_SECONDS} seconds'")])
 
     class Meta:
-        primary_key = CompositeKey("run", "after")
+        primary_key = CompositeKey("run", "after_user_id")
 
 
 class Notification(Table):
@@ -305,23 +305,26 @@ class Notification(Table):
         primary_key = CompositeKey("user_id", "message_id")
 
 
-class Telling(Table):
-    """A transaction that told somebody: the log from which the live stream goes on. Kept for a day.
+class NotificationLog(Table):
+    """One row for each transaction that notified somebody, from which streams resume. Kept for a day.
 
-    Which of them a reader knows already is said by PostgreSQL's own snapshot, of which `xid` is part or not: exactly,
-    whatever order they are committed in. Their notifications are those with the same `created_at` as `told_at`.
-    `recount`: some had theirs withdrawn, or made unread again, as well. `snapshot`: the transactions that this one saw,
-    all of which are in each list that shows what this one wrote.
+    A client's cursor holds one of PostgreSQL's snapshots, which says exactly which `xid`s the client has seen, in
+    whatever order they committed. The transaction's notifications have its `notified_at` as their `created_at`.
+    `counts_changed`: it also retracted notifications or made some unread again. `snapshot`: the transactions that it
+    saw; a list that shows what this one wrote shows all of theirs.
     """
 
     xid = TransactionField(primary_key=True, constraints=[SQL("DEFAULT pg_current_xact_id()")])
     message_ids = ArrayField(BigIntegerField, index=False)
-    recount = BooleanField(constraints=[SQL("DEFAULT false")])
-    told_at = TimeField(constraints=_now(), index=True)
+    counts_changed = BooleanField(constraints=[SQL("DEFAULT false")])
+    notified_at = TimeField(constraints=_now(), index=True)
     snapshot = SnapshotField(constraints=[SQL("DEFAULT pg_current_snapshot()")])
 
+    class Meta:
+        table_name = "notification_log"
 
-Telling.add_index(Telling.xid, where=SQL("recount"), name="telling_recount")
+
+NotificationLog.add_index(NotificationLog.xid, where=SQL("counts_changed"), name="notification_log_counts_changed")
 
 
 class StreamEpoch(Table):
@@ -352,5 +355,5 @@ class IdempotencyKey(Table):
 
 TABLES = (
     User, ApiToken, Session, Subscription, Server, Role, Member, MemberRole, Channel, ChannelRole, Preference,
-    Message, Run, Slice, Notification, Telling, StreamEpoch, IdempotencyKey,
+    Message, Run, Slice, Notification, NotificationLog, StreamEpoch, IdempotencyKey,
 )  # fmt: skip

@@ -328,12 +328,12 @@ class ChannelRoles(BaseSchema):
     role_ids = fields.List(Id(), required=True, validate=Length(max=100))
 
 
-class MentionableQuery(BaseSchema):
-    prefix = Text(load_default="", validate=Length(max=32))
+class MentionSuggestionQuery(BaseSchema):
+    q = Text(load_default="", validate=Length(max=32))
     limit = QueryNumber(load_default=8, validate=Range(1, 50))
 
 
-class Mentionable(BaseSchema):
+class MentionSuggestion(BaseSchema):
     """`id` is the user's or the role's; null for `everyone`."""
 
     kind = fields.String(validate=OneOf(("user", "role", "everyone")))
@@ -342,10 +342,10 @@ class Mentionable(BaseSchema):
     name = fields.String()
 
 
-class MentionableList(BaseSchema):
+class MentionSuggestionList(BaseSchema):
     """The first of them: there is never a next page."""
 
-    items = fields.List(fields.Nested(Mentionable))
+    items = fields.List(fields.Nested(MentionSuggestion))
     next = fields.String(allow_none=True)
 
 
@@ -446,9 +446,9 @@ class Progress(BaseSchema):
 class Statistics(BaseSchema):
     audience = fields.Integer()
     notified = fields.Integer()
+    inserted = fields.Integer()
+    retracted = fields.Integer()
     decisions = fields.Dict(keys=fields.String(), values=fields.Integer())
-    added = fields.Integer()
-    withdrawn = fields.Integer()
 
 
 class Run(BaseSchema):
@@ -476,10 +476,10 @@ class ReplayIn(BaseSchema):
 
 class Replay(BaseSchema):
     dry_run = fields.Boolean()
-    added = fields.Integer()
-    stays = fields.Integer()
-    then = fields.Dict(keys=fields.String(), values=fields.Integer())
-    now = fields.Dict(keys=fields.String(), values=fields.Integer())
+    inserted = fields.Integer()
+    unchanged = fields.Integer()
+    decisions_before = fields.Dict(keys=fields.String(), values=fields.Integer())
+    decisions_after = fields.Dict(keys=fields.String(), values=fields.Integer())
     run = fields.Nested(RunRef, allow_none=True)
 
 

@@ -29,13 +29,13 @@ def cleanup(ground: Any, _: int, __: int) -> dict[str, Any]:
         )
     execute("VACUUM (ANALYZE) idempotency_key")
     queues.queue().empty()
-    execute("UPDATE run SET due_at = now() - interval '1 minute' WHERE id = %(id)s", {"id": run_id})
+    execute("UPDATE run SET sweep_after = now() - interval '1 minute' WHERE id = %(id)s", {"id": run_id})
     began = time.perf_counter()
     swept = sweep_once()
     first_sweep = time.perf_counter() - began
     sweeps = 1
     while time.perf_counter() - began < WATCHED_SECONDS:
-        time.sleep(jobs.settings.sweep_seconds)
+        time.sleep(jobs.settings.sweep_interval_seconds)
         sweep_once()
         sweeps += 1
     took = time.perf_counter() - began

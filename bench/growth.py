@@ -65,7 +65,8 @@ def _burst(stage: Stage, channel_ids: list[int]) -> float:
         time.sleep(0.01)
     took = time.perf_counter() - began
     found = fetch_one(
-        "SELECT count(*) AS done, sum(added) AS added FROM run WHERE state = 'succeeded' AND message_id = ANY(%(ids)s)",
+        "SELECT count(*) AS done, sum(notifications_inserted) AS added"
+        " FROM run WHERE state = 'succeeded' AND message_id = ANY(%(ids)s)",
         {"ids": ids},
     )
     assert found == {"done": len(ids), "added": stage.count()}, found

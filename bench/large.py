@@ -157,7 +157,8 @@ def end_to_end(stage: Stage, channel_id: int, workers: list[Child], expected: in
         took = time.perf_counter() - began
         by_server = machine.cpu_of(server) - before
     there = stage.count(message_id)
-    assert there == run["added"] == (there if expected is None else expected), (there, run["added"], expected)
+    inserted = run["notifications_inserted"]
+    assert there == inserted == (there if expected is None else expected), (there, inserted, expected)
     horses = [horse.pid for pid in pids for horse in psutil.Process(pid).children()]
     peak = max(map(machine.peak_of, horses))
     return {"rows": there, "s": took, "postgres_cpu_s": by_server, "horse_peak_mib": peak, **used}

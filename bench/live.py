@@ -25,7 +25,7 @@ from bench.web import CONNECTIONS, TEXT, Bench, Load, load, request_of
 from dev import say, stack
 from dev.client import Client
 
-STREAMS = 1_000
+MAX_STREAMS_PER_PROCESS = 1_000
 MEMBERS = 10_000
 PER_MINUTE = 100
 SECONDS = 20.0
@@ -101,9 +101,9 @@ def _people(channel_id: int) -> list[str]:
         " AND COALESCE(s.current_period_end > now(), true)"
         " WHERE c.id = %(id)s AND NOT EXISTS (SELECT FROM preference p WHERE p.user_id = m.user_id)"
         " ORDER BY m.user_id LIMIT %(streams)s",
-        {"id": channel_id, "streams": STREAMS},
+        {"id": channel_id, "streams": MAX_STREAMS_PER_PROCESS},
     )
-    assert len(found) == STREAMS, len(found)
+    assert len(found) == MAX_STREAMS_PER_PROCESS, len(found)
     tokens = [TOKEN_PREFIX + secrets.token_urlsafe(32) for _ in found]
     fetch_all(
         "INSERT INTO api_token (user_id, token_hash)"
@@ -129,7 +129,7 @@ def measure(stage: Stage, arguments: argparse.Namespace) -> dict[str, Any]:
     """{"streams", "quiet": {"reached_ms", "posts_ms", "memory_mib", "others_per_s", "others_ms"}, "busy": the like}."""
     bench, channel_id = Bench(stage), stage.communities[MEMBERS]
     tokens = _people(channel_id)
-    found: dict[str, Any] = {"streams": STREAMS, "members": MEMBERS, "per_minute": PER_MINUTE}
+    found: dict[str, Any] = {"streams": MAX_STREAMS_PER_PROCESS, "members": MEMBERS, "per_minute": PER_MINUTE}
     env = {**stage.env, "WEB_CONCURRENCY": "1"}
     with ExitStack() as running:
         listening_socket = running.enter_context(socket.create_server(("127.0.0.1", 0), backlog=1024))
@@ -163,7 +163,7 @@ def _rounds(
     for number in range(2 * ROUNDS):
         streams = number % 2 == 1
         busy = ", busy" if others else ""
-        say(f"{STREAMS if streams else 'no'} streams{busy}: {number // 2 + 1} of {ROUNDS}")
+        say(f"{MAX_STREAMS_PER_PROCESS if streams else 'no'} streams{busy}: {number // 2 + 1} of {ROUNDS}")
         with ExitStack() as round_:
             listeners = round_.enter_context(listening(address, tokens)) if streams else None
             asking = _Others(address, others) if others else None
@@ -214,10 +214,10 @@ class _Others:
 def _delays(listeners: Listeners, began: dict[int, float]) -> list[float]:
     """Milliseconds from each post to each listener, all of whom have had it."""
     give_up = time.monotonic() + PATIENCE
-    while any(len(listeners.arrived.get(id_, [])) < STREAMS for id_ in began):
+    while any(len(listeners.arrived.get(id_, [])) < MAX_STREAMS_PER_PROCESS for id_ in began):
         give_up_after(give_up)
         time.sleep(0.05)
-    assert all(len(listeners.arrived[id_]) == STREAMS for id_ in began), "somebody was sent one twice"
+    assert all(len(listeners.arrived[id_]) == MAX_STREAMS_PER_PROCESS for id_ in began), "somebody was sent one twice"
     return [(at - when) * 1000 for id_, when in began.items() for at in listeners.arrived[id_]]
 
 

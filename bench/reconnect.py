@@ -37,7 +37,7 @@ _TOLD = """
         INSERT INTO notification (user_id, message_id, reason)
         SELECT user_id, posted.id, 'message' FROM posted, unnest(%(user_ids)s::bigint[]) AS user_id
     )
-    INSERT INTO telling (message_ids) SELECT ARRAY[id] FROM posted
+    INSERT INTO notification_log (message_ids) SELECT ARRAY[id] FROM posted
 """
 
 
@@ -195,7 +195,7 @@ class _Drill:
             partitions.maintain()
             for name in partitions.partitions_missing_unread_index():
                 partitions.create_unread_index(name)
-        self.database.execute("VACUUM (ANALYZE) notification, message, telling")
+        self.database.execute("VACUUM (ANALYZE) notification, message, notification_log")
         self.database.execute("CHECKPOINT")
 
     async def opened(self, tokens: list[str]) -> list[Stream]:

@@ -119,7 +119,7 @@ class Stage:
     def wait(self, message_id: int) -> dict[str, Any]:
         """The message's run, once it is finished and committed as another connection sees it."""
         give_up = time.monotonic() + PATIENCE
-        question = "SELECT state, finished_at, started_at, added, error FROM run WHERE message_id = %s"
+        question = "SELECT state, finished_at, started_at, notifications_inserted, error FROM run WHERE message_id = %s"
         while (run := self.reader.execute(question, (message_id,)).fetchone()) is None or not run["finished_at"]:
             give_up_after(give_up)
             time.sleep(POLL_SECONDS)

@@ -102,7 +102,7 @@ def _told(stage: Stage, channel_id: int, *, emptied: bool = False) -> dict[str, 
     began = time.perf_counter()
     message_id = stage.post(channel_id)
     run = stage.wait(message_id)
-    return {"message_id": message_id, "rows_per_s": run["added"] / (time.perf_counter() - began)}
+    return {"message_id": message_id, "rows_per_s": run["notifications_inserted"] / (time.perf_counter() - began)}
 
 
 def _read_but_the_newest(reader: _Reader, told: list[dict[str, Any]]) -> None:
@@ -211,7 +211,7 @@ def _updates(connection: Any) -> tuple[int, int]:
     connection.execute("SELECT pg_stat_force_next_flush()")
     found = connection.execute(
         "SELECT sum(n_tup_upd)::bigint, sum(n_tup_hot_upd)::bigint FROM pg_stat_user_tables"
-        " WHERE relname ~ '^notification_to_'"
+        " WHERE relname ~ '^notification_before_'"
     ).fetchone()
     return found[0], found[1]
 

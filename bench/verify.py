@@ -52,11 +52,14 @@ def fill(members: int = MEMBERS, rows: int = ROWS) -> int:
     while parts:
         part = parts.pop()
         parts += fanout.process_work_item(part, claims.claim(part) or 0) or []
-    template = fetch_one("SELECT id, message_id, added FROM run WHERE id = %(id)s", {"id": posted.run_id})
+    template = fetch_one(
+        "SELECT id, message_id, notifications_inserted FROM run WHERE id = %(id)s", {"id": posted.run_id}
+    )
     assert template is not None
     first = partitions.list_partitions()[-1].below
-    number = max(1, round(rows / (template["added"] * PER_PARTITION)))
-    say(f"  making {number * PER_PARTITION * template['added']:,} notifications in {number} partitions …")
+    number = max(1, round(rows / (template["notifications_inserted"] * PER_PARTITION)))
+    notifications = number * PER_PARTITION * template["notifications_inserted"]
+    say(f"  making {notifications:,} notifications in {number} partitions …")
     with ThreadPoolExecutor(2) as pool:
         bounds = [first + one * partitions.PARTITION_SPAN for one in range(number)]
         list(pool.map(lambda lower: _fill_partition(template, lower), bounds))
@@ -85,9 +88,11 @@ def _fill_partition(template: dict[str, Any], lower: int) -> None:
             here,
         )
         connection.execute(
-            "INSERT INTO run (message_id, kind, state, attempts, tries_left, done, total, added, decisions, due_at,"
+            "INSERT INTO run (message_id, kind, state, attempts, attempts_left, members_processed, members_total,"
+            " notifications_inserted, decisions, sweep_after,"
             " started_at, finished_at)"
-            " SELECT n, kind, state, attempts, tries_left, done, total, added, decisions, due_at, now(), now()"
+            " SELECT n, kind, state, attempts, attempts_left, members_processed, members_total,"
+            " notifications_inserted, decisions, sweep_after, now(), now()"
             " FROM run, generate_series(%(lower)s::bigint, %(upper)s::bigint) AS n"
             " WHERE run.id = %(id)s",
             here,

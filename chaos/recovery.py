@@ -53,7 +53,7 @@ class Open(NamedTuple):
 def blow_of(death: Death) -> Blow:
     """A work-horse has one part in hand; a web process that dies, or a worker with its sweeper, may have left more."""
     what = f"{death.action} at {death.point}"
-    in_a_job = death.point.split(".")[0] in ("job", "run", "slice", "failure") and death.point != "run.enqueued"
+    in_a_job = death.point.split(".")[0] in ("job", "run", "slice", "attempt") and death.point != "run.enqueued"
     if in_a_job and death.action != KILL_WITH_PARENT:
         return Blow(death.when, what, death.run_id, death.after)
     return Blow(death.when, what)

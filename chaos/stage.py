@@ -197,7 +197,7 @@ def staged() -> Iterator[Stage]:
         env |= dict.fromkeys(
             ("RATE_LIMIT_MESSAGES", "RATE_LIMIT_DEFAULT", "RATE_LIMIT_ANONYMOUS"), "1000000 per minute"
         )
-        env |= {"LOG_LEVEL": "WARNING", "SLICE_MEMBERS": "200"}
+        env |= {"LOG_LEVEL": "WARNING", "FANOUT_SLICE_SIZE": "200"}
         os.environ.update(env)  # what the harness itself imports of Belfry reads it
         stack.migrate(env)
         stage = Stage(data_dir, env, listening)

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from belfry.core import failpoints
 
-FAILED = "failure.written"
-SIGNS_OF_LIFE = ("run.taken", "run.committed", "slice.taken", "slice.committed", FAILED)
+FAILED = "attempt.recorded"
+SIGNS_OF_LIFE = ("run.claimed", "run.committed", "slice.claimed", "slice.committed", FAILED)
 """Points that say of a run that somebody is taking care of it."""
 
 KILL, KILL_WITH_PARENT, STOP = "kill", "kill with parent", "stop"

@@ -58,7 +58,7 @@ def _open_setting(page: Page) -> None:
 
 
 def _open_run(page: Page) -> None:
-    _message(page, "Gold breaks out").get_by_role("button", name="Who was told").click()
+    _message(page, "Gold breaks out").get_by_role("button", name="Recipients").click()
     page.get_by_text("members were told").wait_for()
 
 

@@ -128,7 +128,7 @@ Why that member was told, by the message's id:
 
 A test of the whole path, to oneself; then the same as a command, as all others can be given:
     curl -X POST -H "$ADMIN" $BELFRY/api/test-notifications
-    .venv/bin/python -m dev flask send-test-notification --as admin --wait
+    .venv/bin/python -m dev flask send-test-notification --sender admin --wait
 """)
 
 

@@ -31,7 +31,7 @@ def environment(urls: Mapping[str, str], address: str | None = None) -> dict[str
     """
     defaults = {
         "SECRET_KEY": secret_key(),
-        "SECURE_COOKIES": "0",  # browsers get http:// here
+        "SESSION_COOKIE_SECURE": "0",  # browsers get http:// here
     }
     if address is not None:
         defaults["PUBLIC_URL"] = address

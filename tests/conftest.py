@@ -20,7 +20,7 @@ if "DATABASE_URL" not in os.environ or "REDIS_URL" not in os.environ:
 if "PYTEST_XDIST_WORKER" in os.environ:  # several processes run the suite: each has servers of its own
     testing.process_stack.enter_context(testing.databases_of_a_process())
 os.environ.setdefault("SECRET_KEY", "a key for the tests, of no use to anybody else")
-os.environ.setdefault("SECURE_COOKIES", "0")
+os.environ.setdefault("SESSION_COOKIE_SECURE", "0")
 
 from click.testing import Result
 from flask import Flask
@@ -129,7 +129,7 @@ def run_jobs() -> Callable[[], int]:
 
 @pytest.fixture
 def override() -> Iterator[Callable[..., None]]:
-    """`override(slice_members=7)`: another value of a setting, or of `tuning`, from here on, in this process."""
+    """`override(fanout_slice_size=7)`: another value of a setting, or of `tuning`, from here on, in this process."""
     with ExitStack() as overrides:
         yield lambda **values: overrides.enter_context(overridden(**values))
 
@@ -176,7 +176,7 @@ def at_failpoint(monkeypatch) -> Callable[[str, Callable[[], None]], None]:
 @pytest.fixture
 def slices_of(override) -> Callable[[int], None]:
     """`slices_of(7)`: slices of seven members from here on."""
-    return lambda members: override(slice_members=members)
+    return lambda members: override(fanout_slice_size=members)
 
 
 @pytest.fixture

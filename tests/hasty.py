@@ -14,9 +14,9 @@ def main() -> None:
     db.IDLE_IN_TRANSACTION_SECONDS *= TWENTIETH
     for name in ("_CLAIM_RUN_SQL", "_CLAIM_SLICE_SQL", "_CLAIM_BATCH_SQL"):
         statement = getattr(claims, name)
-        assert claims._LEASE_SECONDS_SQL in statement
-        faster = f"{TWENTIETH} * {claims._LEASE_SECONDS_SQL}"
-        setattr(claims, name, statement.replace(claims._LEASE_SECONDS_SQL, faster))
+        assert claims._SWEEP_BACKOFF_SQL in statement
+        faster = f"{TWENTIETH} * {claims._SWEEP_BACKOFF_SQL}"
+        setattr(claims, name, statement.replace(claims._SWEEP_BACKOFF_SQL, faster))
     go_on(sys.argv[1:])
 
 

@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 
 PROVIDER_SLACK = timedelta(days=1)
 NOTIFY_DECISIONS = ("message", "mention", "mention_role", "mention_everyone")
-SILENT = ("author", "no_channel_access", "no_subscription", "preference_none", "preference_mentions", "muted")
+SILENT = ("author", "no_channel_access", "no_subscription", "channel_off", "mentions_only", "muted")
 
 
 @dataclass
@@ -79,7 +79,7 @@ def decision(community: Community, number: int, now: datetime) -> str:
     if not member.admin and not entitled(member.subscription, now, community.grace):
         return "no_subscription"
     if wish.level == "none":
-        return "preference_none"
+        return "channel_off"
     if number in community.named:
         return "mention"
     if member.roles & community.named_roles and not muted:
@@ -89,7 +89,7 @@ def decision(community: Community, number: int, now: datetime) -> str:
     if muted:
         return "muted"
     if wish.level == "mentions":
-        return "preference_mentions"
+        return "mentions_only"
     return "message"
 
 

@@ -77,9 +77,8 @@ def running(arguments: list[str], **environment: str) -> Iterator[Process]:
 @contextmanager
 def a_worker(*, through: tuple[str, ...] = (), **environment: str) -> Iterator[Process]:
     """`flask --app app worker`, quick to retry and to sweep."""
-    with running(
-        [*through, "flask", "--app", "app", "worker"], **{"RETRY_SECONDS": "1", "SWEEP_SECONDS": "1", **environment}
-    ) as process:
+    quick = {"RETRY_BASE_DELAY_SECONDS": "1", "SWEEP_INTERVAL_SECONDS": "1"}
+    with running([*through, "flask", "--app", "app", "worker"], **quick | environment) as process:
         wait_until(lambda: "Listening on" in process.log(), "the worker to listen")
         yield process
 

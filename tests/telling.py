@@ -27,9 +27,11 @@ def parts_of(run_id: int) -> list[WorkItem]:
     run = fetch_one("SELECT state, slices_left FROM run WHERE id = %(run_id)s", {"run_id": run_id})
     if run is None or run["state"] == "succeeded":
         return []
-    slices = fetch_all("SELECT after FROM slice WHERE run_id = %(run_id)s ORDER BY after", {"run_id": run_id})
+    slices = fetch_all(
+        "SELECT after_user_id FROM slice WHERE run_id = %(run_id)s ORDER BY after_user_id", {"run_id": run_id}
+    )
     assert len(slices) == run["slices_left"]
-    return [WorkItem(run_id, one["after"]) for one in slices] or [WorkItem(run_id)]
+    return [WorkItem(run_id, one["after_user_id"]) for one in slices] or [WorkItem(run_id)]
 
 
 def do(part: WorkItem) -> None:
@@ -103,7 +105,7 @@ def edit(author: Person, message_id: int, content: str) -> dict[str, Any]:
 
 
 def stats(run_id: int) -> dict[str, Any]:
-    """{"audience", "notified", "added", "withdrawn"} and the decisions that somebody got."""
+    """{"audience", "notified", "inserted", "retracted"} and the decisions that somebody got."""
     counted = runs.statistics(run_of(run_id))
     decisions = counted.pop("decisions")
     assert set(decisions) == set(DECISIONS)
@@ -182,7 +184,9 @@ def fail_always(monkeypatch) -> None:
         monkeypatch.setattr(fanout, statement, "SELECT 1 / 0 AS decision")
 
 
-EVERYBODY = {"audience": 5, "notified": 3, "message": 3, "author": 1, "no_subscription": 1, "added": 3, "withdrawn": 0}
+EVERYBODY = {
+    "audience": 5, "notified": 3, "inserted": 3, "retracted": 0, "message": 3, "author": 1, "no_subscription": 1
+}  # fmt: skip
 """What a plain message of the subscriber's to general comes to in the cast."""
 
 

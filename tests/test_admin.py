@@ -311,7 +311,7 @@ def test_metrics(api, cast, client, override):
     assert_problem(api(cast.subscriber).get("/metrics"), 403, "forbidden")
     api(cast.subscriber).post("/api/messages", json={"channel_id": cast.general, "content": "x"})
     families = {family.name: family for family in text_string_to_metric_families(api(cast.admin).get("/metrics").text)}
-    assert {"belfry_up", "belfry_queue_jobs", "belfry_workers", "belfry_runs"} <= set(families)
+    assert {"belfry_dependency_up", "belfry_queue_jobs", "belfry_rq_workers", "belfry_runs"} <= set(families)
     queued = {tuple(sample.labels.values()): sample.value for sample in families["belfry_queue_jobs"].samples}
     assert (queued["notifications", "queued"], queued["bulk", "queued"]) == (1, 0)
     states = {sample.labels["state"]: sample.value for sample in families["belfry_runs"].samples}

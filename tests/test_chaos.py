@@ -78,9 +78,9 @@ def signs(*of: tuple[float, str, str]) -> list[Sign]:
 
 
 LARGE = signs(
-    (1, OWN, "run.taken"), (2, OWN, "run.committed"), (3, "0", "slice.taken"), (4, "50", "slice.taken"),
-    (5, "50", "slice.committed"), (6, "0", "failure.written"), (7, "99", "slice.taken"), (12, "0", "slice.taken"),
-    (13, "0", "slice.committed"), (40, "99", "slice.taken"), (41, "99", "slice.committed"),
+    (1, OWN, "run.claimed"), (2, OWN, "run.committed"), (3, "0", "slice.claimed"), (4, "50", "slice.claimed"),
+    (5, "50", "slice.committed"), (6, "0", "attempt.recorded"), (7, "99", "slice.claimed"), (12, "0", "slice.claimed"),
+    (13, "0", "slice.committed"), (40, "99", "slice.claimed"), (41, "99", "slice.committed"),
 )  # fmt: skip
 
 
@@ -97,7 +97,7 @@ def test_slices_are_open_from_when_the_runs_own_part_is_committed_until_they_are
 
 
 def test_what_died_before_it_could_say_so_is_over_with_the_run():
-    own, first = parts_of(1, 0.0, 9.0, signs((1, OWN, "run.taken"), (5, "0", "slice.taken")))
+    own, first = parts_of(1, 0.0, 9.0, signs((1, OWN, "run.claimed"), (5, "0", "slice.claimed")))
     assert (own.wait(2), own.wait(5), first.wait(6), first.wait(9)) == (3, None, 3, None)
 
 
@@ -125,9 +125,9 @@ def test_where_it_is_not_known_what_was_in_hand_the_slowest_counts_and_what_neve
 
 @pytest.mark.parametrize(
     ("point", "action", "known"),
-    [("slice.told", KILL, True), ("slice.told", STOP, True), ("slice.told", KILL_WITH_PARENT, False),
-     ("run.enqueued", KILL, False), ("sweep.committed", KILL, False), ("worker.taken", KILL, False),
-     ("failure.met", KILL, True)],
+    [("slice.notified", KILL, True), ("slice.notified", STOP, True), ("slice.notified", KILL_WITH_PARENT, False),
+     ("run.enqueued", KILL, False), ("sweep.committed", KILL, False), ("worker.dequeued", KILL, False),
+     ("attempt.failed", KILL, True)],
 )  # fmt: skip
 def test_only_a_work_horse_has_nothing_but_its_part_in_hand(point, action, known):
     blow = blow_of(Death(1.0, 4711, 1, "50", point, action))

@@ -14,7 +14,7 @@ from models import ApiToken, Member, Notification, Run, Subscription, User
 
 
 def test_create_user_prints_the_person_and_the_token_once(command, client):
-    made = json.loads(command("create-user", "Gil", "--admin", "--name", "Gil G", "--token", "--json").stdout)
+    made = json.loads(command("create-user", "Gil", "--admin", "--display-name", "Gil G", "--token", "--json").stdout)
     assert made["username"] == "gil"
     me = client.get("/api/me", headers={"Authorization": f"Bearer {made['token']}"}).get_json()
     assert (me["name"], me["is_admin"]) == ("Gil G", True)
@@ -45,7 +45,7 @@ def test_a_name_that_could_not_be_mentioned_is_refused(command, name):
 
 def test_what_no_person_can_have_is_refused_by_its_name(command):
     assert "Error: email: Must be an e-mail" in command("create-user", "bob", "--email", "here", code=2).output
-    assert "Error: name: " in command("create-user", "bob", "--name", "x" * 101, code=2).output
+    assert "Error: name: " in command("create-user", "bob", "--display-name", "x" * 101, code=2).output
     assert not User.select().exists()
 
 
@@ -85,11 +85,11 @@ def test_send_test_notification_works_on_a_fresh_installation(command, run_jobs)
     assert shown["stats"]["notified"] == shown["stats"]["audience"] == 1
     told = Notification.get()
     assert told.user_id == User.get(User.username == "gil").id
-    assert "told at" in command("explain", str(sent["message_id"]), "gil").stdout
+    assert "notified at" in command("explain", str(sent["message_id"]), "gil").stdout
 
 
 def test_waiting_for_a_run_that_failed_exits_1(command, cast, at_failpoint):
-    failure = "UPDATE run SET state = 'failed', finished_at = now(), due_at = NULL, error = 'the disk is full'"
+    failure = "UPDATE run SET state = 'failed', finished_at = now(), sweep_after = NULL, error = 'the disk is full'"
     at_failpoint("run.enqueued", lambda: execute(failure))
     output = command("send-test-notification", "--audience", "channel", "--wait", code=1).output
     assert "the disk is full" in output
@@ -104,28 +104,28 @@ def test_runs_are_listed_shown_replayed_and_retried(command, api, cast, run_jobs
     assert command("runs", "show", "99", code=1).output == "Error: There is no run 99.\n"
 
     dry = json.loads(command("runs", "replay", "1", "--dry-run", "--json").stdout)
-    assert (dry["added"], dry["stays"], dry["run_id"]) == (0, 3, None)
+    assert (dry["inserted"], dry["unchanged"], dry["run_id"]) == (0, 3, None)
     Subscription.update(status="active").where(Subscription.user == cast.lapsed.id).execute()
-    assert "would add 1, 3 stay" in command("runs", "replay", "1", "--dry-run").stdout
+    assert "1 notifications to insert, 3 unchanged" in command("runs", "replay", "1", "--dry-run").stdout
     assert Run.select().count() == 1
-    assert "adds 1, 3 stay" in command("runs", "replay", "1").stdout
+    assert "1 notifications being inserted, 3 unchanged" in command("runs", "replay", "1").stdout
     run_jobs()
     assert Notification.select().count() == 4
 
     execute("UPDATE run SET state = 'failed', error = 'the disk is full' WHERE id = 1")
     assert "the disk is full" in command("runs", "list", "--state", "failed").stdout
     command("runs", "retry", code=2)
-    assert command("runs", "retry", "--failed").stdout == "1 run(s) again: 1\n"
+    assert command("runs", "retry", "--failed").stdout == "1 run(s) retried: 1\n"
     run_jobs()
     assert Run.get_by_id(1).state == "succeeded"
-    assert command("runs", "retry", "--failed").stdout == "nothing to do\n"
+    assert command("runs", "retry", "--failed").stdout == "no failed runs\n"
     assert Notification.select().count() == 4
 
 
 def test_explain_says_why_not(command, api, cast, run_jobs):
     api(cast.subscriber).post("/api/messages", json={"channel_id": cast.general, "content": "gold"})
     run_jobs()
-    assert "lars: not told: no_subscription." in command("explain", "1", "lars").stdout
+    assert "lars: not notified: no_subscription." in command("explain", "1", "lars").stdout
     found = json.loads(command("explain", "1", "vera", "--json").stdout)
     assert found["decision"] == "message"
     assert "Nobody with id 6 is a member" in command("explain", "1", "stan", code=1).output

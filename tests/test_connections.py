@@ -76,4 +76,4 @@ def test_every_connection_is_prepared_and_a_transaction_states_its_isolation(dat
     execute("SET default_transaction_isolation = 'serializable'")  # as behind PgBouncer, on another server connection
     with db.atomic():
         assert fetch_one("SHOW transaction_isolation") == {"transaction_isolation": "read committed"}
-    assert partitions.create_unread_index("notification_to_1")
+    assert partitions.create_unread_index("notification_before_1")

@@ -53,7 +53,7 @@ def unfinished() -> list[WorkItem]:
     return [
         WorkItem(**found)
         for found in fetch_all(
-            "SELECT r.id AS run_id, s.after FROM run r LEFT JOIN slice s ON s.run_id = r.id"
+            "SELECT r.id AS run_id, s.after_user_id FROM run r LEFT JOIN slice s ON s.run_id = r.id"
             " WHERE r.state <> 'succeeded' ORDER BY 1, 2"
         )
     ]
@@ -63,7 +63,7 @@ def unfinished() -> list[WorkItem]:
 @given(st.data())
 def test_it_ends_as_the_last_revision_says_whatever_the_order_of_the_jobs(data):
     members = data.draw(st.integers(1, 14), label="members of a slice")
-    with a_community() as (cast, _), overridden(slice_members=members):
+    with a_community() as (cast, _), overridden(fanout_slice_size=members):
         author = cast.moderator
         text = data.draw(st.sampled_from(TEXTS), label="post")
         message_id, _ = post(author, cast.general, text)
@@ -85,7 +85,7 @@ def test_it_ends_as_the_last_revision_says_whatever_the_order_of_the_jobs(data):
                 if step == "do":
                     fanout.process_work_item(part, attempt)
                 else:  # and it has tries enough, however often
-                    execute("UPDATE run SET tries_left = 6; UPDATE slice SET tries_left = 6")
+                    execute("UPDATE run SET attempts_left = 6; UPDATE slice SET attempts_left = 6")
         while left := unfinished():
             do(data.draw(st.sampled_from(left), label="in the end"))
         for attempt in taken:

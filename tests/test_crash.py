@@ -122,8 +122,8 @@ def test_a_position_of_before_a_crash_reads_the_inbox(database, crash):
         assert now.next_transaction > here.next_transaction
         connected = updates.updates_since(here, now, [cast.vip.id])
         back = resuming.missed_updates([client], now)[client]
-    assert connected.too_much
-    assert back.too_much
+    assert connected.overflow
+    assert back.overflow
 
 
 def test_a_running_web_process_notices_a_crash_and_sends_its_clients_to_the_inbox(database):

@@ -242,7 +242,7 @@ def test_the_cookie_keeps_to_itself(app, client, cast, monkeypatch, secure):
 
 
 def test_a_secure_cookie_is_one_that_no_other_host_can_set(cast, override):
-    override(secure_cookies=True)
+    override(session_cookie_secure=True)
     answer = sign_in(create_app().test_client(), cast.admin.token, base_url="https://localhost")
     name, *attributes = answer.headers["Set-Cookie"].split("; ")
     assert name.startswith("__Host-belfry=")

@@ -118,7 +118,7 @@ def store(community: Community) -> None:
         ],
     )
     message = {"id": MESSAGE, "channel_id": CHANNEL, "author_id": community.author, "content": "content"}
-    insert("message", [{**message, **mentions_of(community), "only_for_id": community.only_for}])
+    insert("message", [{**message, **mentions_of(community), "visible_to_user_id": community.only_for}])
 
 
 def mentions_of(community: Community) -> dict[str, Any]:
@@ -133,9 +133,9 @@ def told() -> dict[int, str]:
     return {found["user_id"]: found["reason"] for found in fetch_all("SELECT user_id, reason::text FROM notification")}
 
 
-def run(kind: str, mention_changes: dict[str, Any] | None = None) -> dict[str, Any]:
+def run(kind: str, mention_diff: dict[str, Any] | None = None) -> dict[str, Any]:
     """Fan the message out; the run's statistics."""
-    run_id = runs.create_run(MESSAGE, kind, mention_changes)
+    run_id = runs.create_run(MESSAGE, kind, mention_diff)
     assert run_to_end(run_id) == "succeeded"
     return runs.statistics(runs.find_run(run_id))
 
@@ -198,8 +198,8 @@ ON_RANDOM_COMMUNITIES = settings(
 
 @settings(ON_RANDOM_COMMUNITIES, max_examples=175)
 @given(st.data(), st.integers(1, 20))
-def test_the_right_ones_are_told_and_all_are_counted_however_it_is_sliced(data, slice_members):
-    with one_moment() as now, overridden(slice_members=slice_members):
+def test_the_right_ones_are_told_and_all_are_counted_however_it_is_sliced(data, fanout_slice_size):
+    with one_moment() as now, overridden(fanout_slice_size=fanout_slice_size):
         community = data.draw(communities(now))
         store(community)
         expected = decisions(community, now)
@@ -214,7 +214,7 @@ def test_the_right_ones_are_told_and_all_are_counted_however_it_is_sliced(data, 
 
         counted = run("test" if community.only_for else "message")
         assert told() == telling
-        assert counted == {**statistics(expected), "added": len(telling), "withdrawn": 0}
+        assert counted == {**statistics(expected), "inserted": len(telling), "retracted": 0}
 
 
 @settings(ON_RANDOM_COMMUNITIES, max_examples=50)
@@ -245,8 +245,8 @@ def may_post(community: Community) -> bool:
 
 @settings(ON_RANDOM_COMMUNITIES, max_examples=100)
 @given(st.data(), st.integers(1, 20))
-def test_an_edit_leaves_told_whom_the_new_text_would_have_told_at_once(data, slice_members):
-    with one_moment() as now, overridden(slice_members=slice_members):
+def test_an_edit_leaves_told_whom_the_new_text_would_have_told_at_once(data, fanout_slice_size):
+    with one_moment() as now, overridden(fanout_slice_size=fanout_slice_size):
         first, other = data.draw(communities(now)), data.draw(communities(now))
         edited = replace(first, named=other.named, named_roles=other.named_roles, everyone=other.everyone)
         store(first)
@@ -264,7 +264,7 @@ def test_an_edit_leaves_told_whom_the_new_text_would_have_told_at_once(data, sli
         are_told = {number: reason for number, reason in expected.items() if reason in NOTIFY_DECISIONS}
         assert told() == are_told
         added, withdrawn = are_told.keys() - were_told.keys(), were_told.keys() - are_told.keys()
-        assert counted == {**statistics(expected), "added": len(added), "withdrawn": len(withdrawn)}
+        assert counted == {**statistics(expected), "inserted": len(added), "retracted": len(withdrawn)}
 
 
 def changes(before: Community, after: Community) -> dict[str, Any]:
@@ -358,17 +358,17 @@ CASES = {
         being(admin=True, subscription=Subscription("canceled")),
         {},
     ),
-    "no_subscription before preference_none": (
+    "no_subscription before channel_off": (
         "no_subscription",
         being(subscription=None, preference=SWITCHED_OFF),
         {},
     ),
     "a mention pays no subscription": ("no_subscription", being(subscription=None, roles=ROLE), ALL_MENTIONS),
     # who has switched the channel off
-    "switched off": ("preference_none", paying(level="none"), {}),
-    "an admin can switch off as well": ("preference_none", being(admin=True, preference=SWITCHED_OFF), {}),
-    "preference_none before mention": ("preference_none", being(roles=ROLE, preference=SWITCHED_OFF), ALL_MENTIONS),
-    "preference_none before muted": ("preference_none", muted("none"), {}),
+    "switched off": ("channel_off", paying(level="none"), {}),
+    "an admin can switch off as well": ("channel_off", being(admin=True, preference=SWITCHED_OFF), {}),
+    "channel_off before mention": ("channel_off", being(roles=ROLE, preference=SWITCHED_OFF), ALL_MENTIONS),
+    "channel_off before muted": ("channel_off", muted("none"), {}),
     # who is mentioned
     "named": ("mention", paying(), NAMED),
     "being named passes the wish for mentions only": ("mention", paying(level="mentions"), NAMED),
@@ -394,10 +394,10 @@ CASES = {
     "a mute that ends now has ended": ("message", muted(until=timedelta()), {}),
     "a mute that ended": ("message", muted(until=-INSTANT), {}),
     "a mute that ended lets a role through": ("mention_role", muted(until=-INSTANT, roles=ROLE), NAMED_ROLE),
-    "muted before preference_mentions": ("muted", muted("mentions"), {}),
+    "muted before mentions_only": ("muted", muted("mentions"), {}),
     # the rest
-    "mentions only, and not mentioned": ("preference_mentions", paying(level="mentions"), {}),
-    "a mute that ended leaves the level": ("preference_mentions", muted("mentions", until=-INSTANT), {}),
+    "mentions only, and not mentioned": ("mentions_only", paying(level="mentions"), {}),
+    "a mute that ended leaves the level": ("mentions_only", muted("mentions", until=-INSTANT), {}),
     "everything": ("message", paying(level="all"), {}),
     "no preference row means everything": ("message", paying(), {}),
     "somebody else wrote it, who is a member": ("message", paying(), {"author": STRANGERS[1]}),

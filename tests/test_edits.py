@@ -43,7 +43,7 @@ def test_an_edit_that_adds_a_mention_tells_the_newly_mentioned_only(cast):
     set_subscription(cast.lapsed.id, "active", None)  # would be told of it now, and is not concerned
     edited = edit(cast.subscriber, message_id, "gold, @lars and @vera")
     assert told(message_id) == {cast.admin.id: "message", cast.vip.id: "mention"}
-    assert (edited["added"], edited["withdrawn"]) == (1, 0)
+    assert (edited["inserted"], edited["retracted"]) == (1, 0)
 
 
 @pytest.mark.parametrize("mention", ["@vip", "@everyone"])
@@ -59,7 +59,7 @@ def test_a_mention_that_is_added_tells_nobody_whom_the_rules_keep_out(cast):
     set_preference(cast.vip.user, cast.general, "none", None)
     message_id = posted_and_told(cast.subscriber, cast.general, "gold")
     before = told(message_id)
-    assert edit(cast.subscriber, message_id, "@vera @lars @sam")["added"] == 0
+    assert edit(cast.subscriber, message_id, "@vera @lars @sam")["inserted"] == 0
     assert told(message_id) == before
 
 
@@ -68,7 +68,7 @@ def test_who_was_told_plainly_and_is_mentioned_now_has_a_mention_unread_again(ca
     read_everything(cast.moderator)
     read_everything(cast.vip)
     edited = edit(cast.subscriber, message_id, "gold, @moira")
-    assert (edited["added"], edited["withdrawn"]) == (0, 0)
+    assert (edited["inserted"], edited["retracted"]) == (0, 0)
     assert told(message_id)[cast.moderator.id] == "mention"
     assert unread_count(cast.moderator.user)["mentions"] == unread(cast.moderator) == 1
     assert unread(cast.vip) == 0, "nobody else is bothered again"
@@ -81,7 +81,7 @@ def test_an_edit_that_removes_a_mention_withdraws_what_is_unread_and_was_for_the
     message_id = posted_and_told(cast.subscriber, cast.general, "@vera @moira")
     edited = edit(cast.subscriber, message_id, "nobody")
     assert told(message_id) == {cast.admin.id: "message", cast.moderator.id: "message"}
-    assert (edited["added"], edited["withdrawn"]) == (0, 1)
+    assert (edited["inserted"], edited["retracted"]) == (0, 1)
     assert unread(cast.vip) == 0
     assert unread_count(cast.moderator.user)["mentions"] == 0
 
@@ -94,9 +94,9 @@ def test_who_is_still_mentioned_in_another_way_keeps_the_notification(cast):
         ("@everyone", "mention_everyone"),
         ("@vera", "mention"),
     ):
-        assert edit(cast.moderator, message_id, content)["withdrawn"] == 0
+        assert edit(cast.moderator, message_id, content)["retracted"] == 0
         assert told(message_id)[cast.vip.id] == reason
-    assert edit(cast.moderator, message_id, "nobody")["withdrawn"] == 1
+    assert edit(cast.moderator, message_id, "nobody")["retracted"] == 1
     assert cast.vip.id not in told(message_id)
 
 
@@ -106,7 +106,7 @@ def test_who_has_left_the_server_loses_an_unread_mention_too(cast, slices_of, me
     message_id = posted_and_told(cast.moderator, cast.general, mention)
     servers.remove_member(cast.server_id, cast.vip.id)
     edited = edit(cast.moderator, message_id, "nobody")
-    assert edited["withdrawn"] == 1
+    assert edited["retracted"] == 1
     servers.put_member(cast.server_id, cast.vip.id, [cast.vip_role])
     assert unread(cast.vip) == 0
     assert verify() == []
@@ -126,7 +126,7 @@ def test_what_was_read_is_not_withdrawn(cast):
     wants_mentions_only(cast.vip, cast.general)
     message_id = posted_and_told(cast.subscriber, cast.general, "@vera")
     read_everything(cast.vip)
-    assert edit(cast.subscriber, message_id, "nobody")["withdrawn"] == 0
+    assert edit(cast.subscriber, message_id, "nobody")["retracted"] == 0
     assert told(message_id)[cast.vip.id] == "mention"
     assert unread(cast.vip) == 0
 
@@ -145,11 +145,11 @@ def test_an_edit_that_is_run_twice_changes_nothing_more(cast):
     run_to_end(posted.run_id)
     read_everything(cast.moderator)
     before = contents()["notification"]
-    changes = fetch_one("SELECT mention_changes FROM run WHERE id = %(run_id)s", {"run_id": posted.run_id})
-    again = runs.create_run(message_id, "edit", changes["mention_changes"])
+    changes = fetch_one("SELECT mention_diff FROM run WHERE id = %(run_id)s", {"run_id": posted.run_id})
+    again = runs.create_run(message_id, "edit", changes["mention_diff"])
     assert run_to_end(again) == "succeeded"
     assert contents()["notification"] == before
-    assert (stats(again)["added"], stats(again)["withdrawn"]) == (0, 0)
+    assert (stats(again)["inserted"], stats(again)["retracted"]) == (0, 0)
 
 
 def test_an_edit_that_changes_no_mention_makes_no_run(cast):
@@ -195,7 +195,7 @@ def test_an_edit_leaves_alone_whom_it_does_not_concern(cast):
     set_preference(cast.moderator.user, cast.general, "none", None)
     before = told(message_id)
     edited = edit(cast.subscriber, message_id, "@ada, @moira and @lars")
-    assert (edited["added"], edited["withdrawn"], told(message_id)) == (0, 0, before)
+    assert (edited["inserted"], edited["retracted"], told(message_id)) == (0, 0, before)
     assert unread(cast.vip) == unread(cast.moderator) == 1
 
 
@@ -205,7 +205,7 @@ def test_an_edit_that_only_adds_a_mention_withdraws_nothing(cast):
     set_preference(cast.vip.user, cast.general, "mentions", None)
     set_preference(cast.subscriber.user, cast.general, "none", None)
     assert unread(cast.subscriber) == 1
-    assert edit(cast.moderator, message_id, "gold, @everyone")["withdrawn"] == 0
+    assert edit(cast.moderator, message_id, "gold, @everyone")["retracted"] == 0
     assert unread(cast.subscriber) == 1
 
 

@@ -126,7 +126,7 @@ def test_the_statements_of_posting_and_of_fanning_out_are_as_before(api, cast, e
     executed.clear()
     jobs.notify(large)
     section("jobs.notify: a large message, which is divided into slices")
-    [(after,)] = db.execute_sql("SELECT min(after) FROM slice")
+    [(after,)] = db.execute_sql("SELECT min(after_user_id) FROM slice")
     executed.clear()
     jobs.notify_slice(large, after)
     section("jobs.notify_slice")
@@ -139,7 +139,7 @@ REQUESTS = (
     ("ada", "GET", "/api/channels", None),
     ("ada", "GET", "/api/channels/{general}", None),
     ("ada", "PATCH", "/api/channels/{general}", {"name": "general-2"}),
-    ("sam", "GET", "/api/channels/{general}/members?prefix=m", None),
+    ("sam", "GET", "/api/channels/{general}/mention-suggestions?q=m", None),
     ("sam", "GET", "/api/channels/{general}/messages", None),
     ("sam", "GET", "/api/channels/{general}/preference", None),
     ("sam", "PUT", "/api/channels/{general}/preference", {"level": "all", "muted_until": None}),

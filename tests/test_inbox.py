@@ -197,7 +197,7 @@ def test_reading_up_to_one_leaves_what_was_committed_after_it_and_has_a_lower_id
     late_id, _ = post(cast.subscriber, cast.general, "late")
     with psycopg.connect(settings.database_url) as late:
         late.execute("INSERT INTO notification VALUES (%s, %s, now(), NULL, NULL, 'message')", [cast.vip.id, late_id])
-        late.execute("INSERT INTO telling (message_ids) VALUES (%s)", [[late_id]])
+        late.execute("INSERT INTO notification_log (message_ids) VALUES (%s)", [[late_id]])
         early_id = posted_and_told(cast.subscriber, cast.general, "early")
         [shown] = inbox(cast.vip)
         late.commit()

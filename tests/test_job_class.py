@@ -53,7 +53,7 @@ def test_the_entry_points_are_those_of_the_jobs():
         module, _, function = name.partition(".")
         assert module == "jobs"
         parameters = inspect.signature(getattr(jobs, function)).parameters.values()
-        assert [one.name for one in parameters if one.default is one.empty] == ["run_id", "after"][:ids]
+        assert [one.name for one in parameters if one.default is one.empty] == ["run_id", "after_user_id"][:ids]
 
 
 def bomb() -> bytes:

@@ -44,8 +44,8 @@ def begin_and_die(part: WorkItem) -> None:
 
 def let_time_pass() -> None:
     """All that somebody should have taken care of by now is overdue."""
-    execute("UPDATE run SET due_at = now() - interval '1 second' WHERE due_at IS NOT NULL")
-    execute("UPDATE slice SET due_at = now() - interval '1 second' WHERE due_at IS NOT NULL")
+    execute("UPDATE run SET sweep_after = now() - interval '1 second' WHERE sweep_after IS NOT NULL")
+    execute("UPDATE slice SET sweep_after = now() - interval '1 second' WHERE sweep_after IS NOT NULL")
 
 
 def overdue() -> list[WorkItem]:
@@ -87,7 +87,7 @@ def test_an_attempt_that_a_later_one_has_overtaken_can_write_nothing(run):
     in_time = claims.claim(WorkItem(run))
     assert fanout.process_work_item(WorkItem(run), late) is None
     claims.record_failure(WorkItem(run), late, "I come late", None)
-    assert (run_of(run)["state"], run_of(run)["done"], run_of(run)["error"]) == ("running", 0, None)
+    assert (run_of(run)["state"], run_of(run)["members_processed"], run_of(run)["error"]) == ("running", 0, None)
     fanout.process_work_item(WorkItem(run), in_time)
     assert fanout.process_work_item(WorkItem(run), late) is None
     assert (run_of(run)["state"], stats(run)) == ("succeeded", EVERYBODY)
@@ -98,11 +98,11 @@ def test_an_attempt_at_a_slice_that_a_later_one_has_overtaken_can_write_nothing(
     late, in_time = claims.claim(part), claims.claim(part)
     assert fanout.process_work_item(part, late) is None
     claims.record_failure(part, late, "I come late", None)
-    assert (run_of(large_run)["done"], run_of(large_run)["error"]) == (0, None)
+    assert (run_of(large_run)["members_processed"], run_of(large_run)["error"]) == (0, None)
     fanout.process_work_item(part, in_time)
-    assert run_of(large_run)["done"] == 5
+    assert run_of(large_run)["members_processed"] == 5
     assert fanout.process_work_item(part, late) is None
-    assert run_of(large_run)["done"] == 5
+    assert run_of(large_run)["members_processed"] == 5
 
 
 def test_a_run_that_was_swept_is_not_done_by_the_attempt_that_had_not_begun_yet(run):
@@ -155,7 +155,8 @@ def test_a_slice_that_keeps_failing_fails_the_run_and_holds_up_no_other(large_ru
     for part in others:
         do(part)
     run = run_of(large_run)
-    assert (run["state"], run["done"], run["total"], run["error"]) == ("failed", 20, 25, f"failure {MAX_ATTEMPTS}")
+    assert (run["state"], run["error"]) == ("failed", f"failure {MAX_ATTEMPTS}")
+    assert (run["members_processed"], run["members_total"]) == (20, 25)
     let_time_pass()
     assert overdue() == [], "nobody tries again unasked"
 
@@ -163,7 +164,7 @@ def test_a_slice_that_keeps_failing_fails_the_run_and_holds_up_no_other(large_ru
     assert (run_of(large_run)["state"], run_of(large_run)["error"]) == ("running", None)
     do(poison)
     run = run_of(large_run)
-    assert (run["state"], run["done"], run["error"]) == ("succeeded", 25, None)
+    assert (run["state"], run["members_processed"], run["error"]) == ("succeeded", 25, None)
     assert verify() == []
 
 
@@ -187,7 +188,7 @@ def test_failed_runs_are_retried_with_their_progress_and_all_their_tries(cast, l
         for _ in range(MAX_ATTEMPTS):
             claims.record_failure(part, claims.claim(part), "why", 0)
     assert recovery.retry_failed([large_run]) == [failing]
-    assert run_of(large_run)["done"] == 5
+    assert run_of(large_run)["members_processed"] == 5
     assert run_of(small_run)["state"] == "failed"
     for _ in range(MAX_ATTEMPTS - 1):
         begin_and_die(failing)
@@ -218,9 +219,9 @@ def test_a_run_that_never_gets_anywhere_is_failed_with_its_reason(run, run_jobs)
     assert maintenance.sweep() == 0
     failed = run_of(run)
     assert (failed["state"], failed["attempts"]) == ("failed", MAX_ATTEMPTS)
-    assert failed["error"].startswith(f"gave up after {MAX_ATTEMPTS} attempts")
+    assert failed["error"].startswith(f"failed after {MAX_ATTEMPTS} attempts")
     assert failed["finished_at"] is not None
-    assert stats(run)["added"] == 0
+    assert stats(run)["inserted"] == 0
 
 
 def test_a_slice_that_never_gets_anywhere_fails_its_run_with_its_reason(large_run):
@@ -230,7 +231,7 @@ def test_a_slice_that_never_gets_anywhere_fails_its_run_with_its_reason(large_ru
     let_time_pass()
     assert recovery.fail_exhausted() == 1
     assert run_of(large_run)["state"] == "failed"
-    assert run_of(large_run)["error"].startswith(f"gave up after {MAX_ATTEMPTS} attempts")
+    assert run_of(large_run)["error"].startswith(f"failed after {MAX_ATTEMPTS} attempts")
     assert part not in overdue()
 
 
@@ -260,7 +261,7 @@ def test_a_slice_that_is_overdue_is_found_once_and_only_where_nobody_is_at_it(la
     parts = parts_of(large_run)
     assert overdue() == []
     let_time_pass()
-    with in_another_session(f"SELECT FROM slice WHERE after = {parts[2].after} FOR NO KEY UPDATE"):
+    with in_another_session(f"SELECT FROM slice WHERE after_user_id = {parts[2].after_user_id} FOR NO KEY UPDATE"):
         assert overdue() == parts[:2] + parts[3:]
         assert overdue() == []
     assert overdue() == [parts[2]]
@@ -277,7 +278,7 @@ def test_a_run_that_still_waits_in_the_queue_is_not_overdue(cast):
 def test_a_slice_that_still_waits_in_the_queue_is_not_overdue(large_run):
     parts = parts_of(large_run)
     let_time_pass()
-    assert recovery.requeue_lost_slices(WorkItem(large_run - 1, parts[-1].after)) == []
+    assert recovery.requeue_lost_slices(WorkItem(large_run - 1, parts[-1].after_user_id)) == []
     assert recovery.requeue_lost_slices(parts[2]) == parts[:2]
     assert recovery.requeue_lost_slices(WorkItem(large_run + 1, 0)) == parts[2:]
 
@@ -317,7 +318,7 @@ def test_one_sweeps_at_a_time(run, in_another_session):
 def test_the_clock_that_counts_is_the_databases(run, monkeypatch):
     monkeypatch.setattr("time.time", lambda: 0.0)
     claims.claim(WorkItem(run))
-    found = fetch_one("SELECT due_at - now() AS lease FROM run")
+    found = fetch_one("SELECT sweep_after - now() AS lease FROM run")
     assert 0 < found["lease"].total_seconds() <= 2
 
 
@@ -325,7 +326,7 @@ def test_after_each_death_without_a_word_the_next_attempt_comes_a_little_later(r
     leases_given = []
     for _ in range(MAX_ATTEMPTS):
         claims.claim(WorkItem(run))
-        found = fetch_one("SELECT round(extract(epoch FROM due_at - now())) AS seconds FROM run")
+        found = fetch_one("SELECT round(extract(epoch FROM sweep_after - now())) AS seconds FROM run")
         leases_given.append(found["seconds"])
     assert leases_given == [2, 4, 8, 15, 15, 15]
     assert claims.claim(WorkItem(run)) is None
@@ -357,7 +358,7 @@ def test_a_part_that_waits_for_its_message_is_not_taken_for_abandoned(run, in_an
 def let_time_pass_for_others() -> None:
     """As `let_time_pass`, of what nobody has locked."""
     execute(
-        "UPDATE run SET due_at = now() - interval '1 second'"
+        "UPDATE run SET sweep_after = now() - interval '1 second'"
         " WHERE id IN (SELECT id FROM run FOR NO KEY UPDATE SKIP LOCKED)"
     )
 
@@ -419,8 +420,8 @@ def test_while_postgresql_answers_slowly_nothing_is_taken_for_lost(run, large_ru
             claims.claim(one)
     let_time_pass()
     assert recovery.fail_exhausted(grace=60) == 0
-    execute("UPDATE run SET tries_left = 1 WHERE tries_left = 0")
-    execute("UPDATE slice SET tries_left = 1 WHERE tries_left = 0")
+    execute("UPDATE run SET attempts_left = 1 WHERE attempts_left = 0")
+    execute("UPDATE slice SET attempts_left = 1 WHERE attempts_left = 0")
     assert (recovery.requeue_lost_runs(None, grace=60), recovery.requeue_lost_slices(None, grace=60)) == ([], [])
     lost = recovery.requeue_lost_runs(None) + recovery.requeue_lost_slices(None)
     assert lost == [WorkItem(run), *parts_of(large_run)]
@@ -435,7 +436,7 @@ def test_each_retry_is_waited_for_as_long_as_it_takes(cast, monkeypatch, run_job
         run_jobs()
         (job_id,) = queue.scheduled_job_registry.get_job_ids()
         intervals = queue.fetch_job(job_id).retry_intervals
-        found = fetch_one("SELECT extract(epoch FROM due_at - now())::float AS seconds FROM run")
+        found = fetch_one("SELECT extract(epoch FROM sweep_after - now())::float AS seconds FROM run")
         latest = intervals[retry] + jobs.RETRY_GRACE_SECONDS
         assert latest - 2 < found["seconds"] <= latest
         redis = redis_connection()
@@ -463,7 +464,7 @@ def test_retrying_is_a_transaction_that_a_process_that_hangs_loses(run):
 
 
 def test_a_statement_ends_before_rq_would_break_its_job_off(run, override):
-    override(job_timeout=2)
+    override(job_timeout_seconds=2)
     with notifications_that("PERFORM pg_sleep(3);"), pytest.raises(OperationalError, match="statement timeout"):
         do(WorkItem(run))
     assert parts_of(run) == [WorkItem(run)], "and nothing has changed"
@@ -505,7 +506,7 @@ def test_every_process_loses_its_locks_when_it_hangs(api, cast, slices_of, run_j
     api(cast.vip).post("/api/notifications/read", json={"all": True})
     person.delete(f"/api/messages/{message['id']}")
     maintenance.sweep()
-    locking = {"post.written", "run.held", "run.counted", "slice.held", "slice.counted", "edit.written",
+    locking = {"post.written", "run.locked", "run.counted", "slice.locked", "slice.counted", "edit.written",
                "read.written", "delete.written", "sweep.locked", "sweep.marked"}  # fmt: skip
     assert {point: idle_limits[point] for point in locking} == dict.fromkeys(locking, f"{IDLE_IN_TRANSACTION_SECONDS}s")
     assert idle_limits["run.committed"] == "0", "and it is for the transaction alone"

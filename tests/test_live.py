@@ -177,7 +177,7 @@ def test_what_is_committed_late_is_sent_late_and_holds_nothing_up(web, cast):
         late.execute(
             "INSERT INTO notification (user_id, message_id, reason) VALUES (%s, %s, 'message')", [cast.vip.id, early]
         )
-        late.execute("INSERT INTO telling (message_ids) VALUES (%s)", [[early]])
+        late.execute("INSERT INTO notification_log (message_ids) VALUES (%s)", [[early]])
         message_id = tell(cast.subscriber, cast.general)
         listener.wait_for_unread(1)
         late.commit()
@@ -293,7 +293,7 @@ def test_who_cannot_be_told_cannot_listen(web, cast, who, status, code):
 
 
 def test_a_position_that_was_never_given_out_is_refused(web, cast):
-    listener = Listener(web, cast.vip.token, since="7; DROP TABLE telling")
+    listener = Listener(web, cast.vip.token, since="7; DROP TABLE notification_log")
     assert (listener.answer.status, listener.problem["code"]) == (422, "invalid")
     assert "Last-Event-ID" in listener.problem["errors"]
 
@@ -528,7 +528,7 @@ def at_once(author, channel_id: int, reader, number: int) -> list[int]:
         told AS (
             INSERT INTO notification (user_id, message_id, reason) SELECT %(user_id)s, id, 'message' FROM posted
         ),
-        logged AS (INSERT INTO telling (message_ids) SELECT array_agg(id) FROM posted)
+        logged AS (INSERT INTO notification_log (message_ids) SELECT array_agg(id) FROM posted)
         SELECT array_agg(id ORDER BY id) FROM posted
         """,
         {"channel_id": channel_id, "author_id": author.id, "user_id": reader.id, "number": number},
@@ -562,7 +562,7 @@ def test_another_server_than_gunicorn_says_that_it_cannot(api, cast):
 
 
 def test_a_process_that_is_full_says_so(cast):
-    with a_web_process(STREAMS="1") as small, listening(small, cast.vip):
+    with a_web_process(MAX_STREAMS_PER_PROCESS="1") as small, listening(small, cast.vip):
         refused = Listener(small, cast.admin.token)
         assert (refused.answer.status, refused.problem["code"]) == (503, "unavailable")
         assert refused.answer.headers["Retry-After"]

@@ -80,12 +80,12 @@ def _look(since: StreamCursor | None, *user_ids: int) -> tuple[StreamCursor, upd
     with updates.take_snapshot() as here:
         since = since or here
         back = resuming.missed_updates([(user_id, given_back(since)) for user_id in user_ids], here)
-        found = updates.Updates(too_much=any(one.too_much for one in back.values()))
+        found = updates.Updates(overflow=any(one.overflow for one in back.values()))
         for one in back.values():
             found.notifications |= one.notifications
         if since.before is None:
             connected = updates_since(since, here, user_ids)
-            assert (connected.notifications, connected.too_much) == (found.notifications, found.too_much)
+            assert (connected.notifications, connected.overflow) == (found.notifications, found.overflow)
             found = connected
         return here, found
 
@@ -169,9 +169,9 @@ def test_an_edit_says_that_counts_have_changed(cast):
     here, _ = _look(None)
     edit(cast.subscriber, message_id, "gold, @vera")
     there, found = _look(here, cast.vip.id)
-    assert found.recount
+    assert found.counts_changed
     assert not found.notifications  # vera has hers already: it is a mention now
-    assert not _look(there, cast.vip.id)[1].recount
+    assert not _look(there, cast.vip.id)[1].counts_changed
 
 
 def test_a_message_to_thousands_is_one_row_of_the_log_and_one_query_for_all(cast):
@@ -181,7 +181,7 @@ def test_a_message_to_thousands_is_one_row_of_the_log_and_one_query_for_all(cast
         _connected(here, *people[:2])
     for _ in range(3):
         posted_and_told(cast.subscriber, cast.general, "gold")
-    assert db.execute_sql("SELECT count(*) FROM telling").fetchone() == (3,)
+    assert db.execute_sql("SELECT count(*) FROM notification_log").fetchone() == (3,)
     with statements() as many:
         found = _connected(here, *people)
     assert all(len(_messages(found, user_id)) == 3 for user_id in people)
@@ -195,7 +195,7 @@ def test_who_was_away_for_too_long_reads_the_inbox(cast):
     of_another_database = replace(here, snapshot="999999999:999999999:")
     for since in (long_ago, of_another_database):
         found = _look(since, cast.vip.id)[1]
-        assert found.too_much
+        assert found.overflow
         assert not found.notifications
 
 
@@ -205,7 +205,7 @@ def test_what_is_told_in_other_servers_costs_nothing(cast, override):
         posted_and_told(cast.subscriber, cast.general, "gold")
     override(stream_max_lookups=0, resume_max_lookups=0)
     found = _look(here, cast.stranger.id)[1]
-    assert not found.too_much
+    assert not found.overflow
     assert not found.notifications
 
 
@@ -216,24 +216,24 @@ def test_an_admin_who_left_the_server_is_sent_what_they_were_told(cast):
     assert _messages(_look(here, cast.admin.id)[1], cast.admin.id) == [message_id]
 
 
-def test_what_is_too_much_is_not_looked_up(cast, override):
+def test_what_is_overflow_is_not_looked_up(cast, override):
     here, _ = _look(None)
     for _ in range(3):
         posted_and_told(cast.subscriber, cast.general, "gold")
     override(stream_max_lookups=5)
-    assert not _connected(here, cast.vip.id).too_much
-    assert _connected(here, cast.vip.id, cast.admin.id).too_much
+    assert not _connected(here, cast.vip.id).overflow
+    assert _connected(here, cast.vip.id, cast.admin.id).overflow
 
 
 def test_what_came_with_a_copy_of_another_database_stands_in_nobodys_way(cast):
     db.execute_sql(
-        "INSERT INTO telling (xid, message_ids)"
+        "INSERT INTO notification_log (xid, message_ids)"
         " SELECT (pg_current_xact_id()::text::bigint + n)::text::xid8, '{1}' FROM generate_series(2, 3000) n"
     )
     assert updates.purge_log(5_000) == 2_999
     posted_and_told(cast.subscriber, cast.general, "gold")
     assert updates.purge_log(5_000) == 0
-    assert db.execute_sql("SELECT count(*) FROM telling").fetchone() == (1,)
+    assert db.execute_sql("SELECT count(*) FROM notification_log").fetchone() == (1,)
 
 
 def test_a_message_told_in_many_slices_is_looked_up_once(cast, slices_of, override):
@@ -241,7 +241,7 @@ def test_a_message_told_in_many_slices_is_looked_up_once(cast, slices_of, overri
     slices_of(3)
     here, _ = _look(None)
     message_id = posted_and_told(cast.subscriber, cast.general, "gold")
-    assert db.execute_sql("SELECT count(*) > 10 FROM telling").fetchone() == (True,)
+    assert db.execute_sql("SELECT count(*) > 10 FROM notification_log").fetchone() == (True,)
     override(stream_max_lookups=30)
     found = _look(here, *people)[1]
     assert all(_messages(found, user_id) == [message_id] for user_id in people)
@@ -252,10 +252,10 @@ def test_a_position_of_long_ago_is_not_read_to_the_end(cast, override):
     here, _ = _look(None)
     for _ in range(2):
         posted_and_told(cast.subscriber, cast.general, "gold")
-    assert not _connected(here, cast.vip.id).too_much
+    assert not _connected(here, cast.vip.id).overflow
     posted_and_told(cast.subscriber, cast.general, "gold")
-    assert _connected(here, cast.vip.id).too_much
-    assert not _connected(here).too_much  # nobody to look for
+    assert _connected(here, cast.vip.id).overflow
+    assert not _connected(here).overflow  # nobody to look for
 
 
 def test_of_those_who_come_back_the_log_is_read_once_and_no_further_than_its_bound(cast, monkeypatch, override):
@@ -277,7 +277,7 @@ def test_of_those_who_come_back_the_log_is_read_once_and_no_further_than_its_bou
     override(resume_max_log_rows=3)
     found = _back(*clients)
     assert [len(found) for found in read] == [3]
-    assert [found[client].too_much for client in clients[::2]] == [True] * 5 + [False] * 3
+    assert [found[client].overflow for client in clients[::2]] == [True] * 5 + [False] * 3
     assert [len(_messages(found[client], client[0])) for client in clients[10::2]] == [3, 2, 1]
 
 
@@ -290,7 +290,7 @@ def test_of_a_transaction_with_many_messages_no_more_are_read_than_the_bound(cas
     monkeypatch.setattr(resuming, "fetch_all", lambda *asked: read.append(real(*asked)) or read[-1])
     override(resume_max_log_rows=3)
     client = (cast.vip.id, given_back(here))
-    assert _back(client)[client].too_much
+    assert _back(client)[client].overflow
     assert [len(found) for found in read] == [4]
 
 
@@ -312,9 +312,9 @@ def test_a_client_that_missed_more_than_its_part_reads_the_inbox_and_is_not_look
     for _ in range(3):
         posted_and_told(cast.subscriber, cast.general, "gold")
     client = (cast.vip.id, given_back(here))
-    assert not _back(client, most=3)[client].too_much
+    assert not _back(client, most=3)[client].overflow
     monkeypatch.setattr(resuming.inbox, "notifications_for", None)
-    assert _back(client, most=2)[client].too_much
+    assert _back(client, most=2)[client].overflow
 
 
 def test_a_position_that_is_not_ours_is_not_looked_up(cast, monkeypatch):
@@ -323,10 +323,10 @@ def test_a_position_that_is_not_ours_is_not_looked_up(cast, monkeypatch):
     posted_and_told(cast.subscriber, cast.general, "gold")
     unsigned, genuine = StreamCursor.parse(str(here).rpartition(".")[0]), given_back(here)
     monkeypatch.setattr(resuming.inbox, "notifications_for", None)
-    assert _back((cast.vip.id, unsigned))[cast.vip.id, unsigned].too_much
+    assert _back((cast.vip.id, unsigned))[cast.vip.id, unsigned].overflow
     monkeypatch.setattr(cursor, "secret_key", lambda: "another key, which is set from now on")
     cursor._signature.cache_clear()
-    assert _back((cast.vip.id, genuine))[cast.vip.id, genuine].too_much
+    assert _back((cast.vip.id, genuine))[cast.vip.id, genuine].overflow
     cursor._signature.cache_clear()
 
 
@@ -334,28 +334,31 @@ def test_an_edit_recounts_the_members_of_its_server_alone(cast):
     message_id = posted_and_told(cast.subscriber, cast.general, "gold")
     here, _ = _look(None)
     edit(cast.subscriber, message_id, "gold, @vera")
-    assert _look(here, cast.vip.id, cast.moderator.id, cast.stranger.id)[1].recount == {cast.vip.id, cast.moderator.id}
+    assert _look(here, cast.vip.id, cast.moderator.id, cast.stranger.id)[1].counts_changed == {cast.vip.id, cast.moderator.id}
 
 
 def test_the_log_is_kept_for_as_long_as_somebody_may_go_on_from_it(cast):
     for _ in range(3):
         posted_and_told(cast.subscriber, cast.general, "gold")
-    db.execute_sql("UPDATE telling SET told_at = now() - interval '24 hours 1 second' WHERE message_ids = '{1}'")
-    db.execute_sql("UPDATE telling SET told_at = now() - interval '23 hours 59 minutes' WHERE message_ids = '{2}'")
+    for message_id, age in ((1, "24 hours 1 second"), (2, "23 hours 59 minutes")):
+        db.execute_sql(
+            "UPDATE notification_log SET notified_at = now() - %s::interval WHERE message_ids = ARRAY[%s::bigint]",
+            (age, message_id),
+        )
     assert updates.purge_log(5_000) == 1
-    assert db.execute_sql("SELECT array_agg(message_ids[1] ORDER BY xid) FROM telling").fetchone() == ([2, 3],)
+    assert db.execute_sql("SELECT array_agg(message_ids[1] ORDER BY xid) FROM notification_log").fetchone() == ([2, 3],)
 
 
 def test_an_old_position_within_the_day_costs_no_more_than_what_was_told_since(cast):
     posted_and_told(cast.subscriber, cast.general, "gold")
     db.execute_sql(
-        "INSERT INTO telling (xid, message_ids) SELECT n::text::xid8, '{1}' FROM generate_series(3, 600) n"
+        "INSERT INTO notification_log (xid, message_ids) SELECT n::text::xid8, '{1}' FROM generate_series(3, 600) n"
         " ON CONFLICT DO NOTHING"
     )
-    db.execute_sql("ANALYZE telling")
+    db.execute_sql("ANALYZE notification_log")
     here, _ = _look(None)
     plan = db.execute_sql(
-        "EXPLAIN SELECT FROM telling WHERE xid >= pg_snapshot_xmin(%(since)s::pg_snapshot)"
+        "EXPLAIN SELECT FROM notification_log WHERE xid >= pg_snapshot_xmin(%(since)s::pg_snapshot)"
         " AND NOT pg_visible_in_snapshot(xid, %(since)s::pg_snapshot)",
         {"since": here.snapshot},
     ).fetchall()
@@ -374,7 +377,7 @@ STEPS = strategies.lists(
 @settings(max_examples=60, deadline=None)
 def test_everything_is_sent_once_whatever_the_order_of_commits_and_wherever_a_stream_breaks(steps, data):
     """Four transactions tell of messages; a reader looks, is cut off in the midst of what it is sent, and goes on."""
-    db.execute_sql("TRUNCATE user_account, server, message, telling, notification RESTART IDENTITY CASCADE")
+    db.execute_sql("TRUNCATE user_account, server, message, notification_log, notification RESTART IDENTITY CASCADE")
     cast = make_cast()
     reader = cast.vip.id
     sessions = [psycopg.connect(belfry.database_url) for _ in range(4)]
@@ -411,7 +414,7 @@ def test_everything_is_sent_once_whatever_the_order_of_commits_and_wherever_a_st
                     " SELECT %s, unnest(%s::bigint[]), 'message'",
                     [reader, message_ids],
                 )
-                session.execute("INSERT INTO telling (message_ids) VALUES (%s)", [message_ids])
+                session.execute("INSERT INTO notification_log (message_ids) VALUES (%s)", [message_ids])
                 begun[number] = message_ids
         for number, session in enumerate(sessions):
             session.commit()
@@ -420,6 +423,6 @@ def test_everything_is_sent_once_whatever_the_order_of_commits_and_wherever_a_st
         for session in sessions:
             session.close()
     here, found = _look(position, reader)
-    assert not found.too_much
+    assert not found.overflow
     assert sorted(sent + _messages(found, reader)) == sorted(committed)
     assert not _look(here, reader)[1].notifications

@@ -78,7 +78,7 @@ def test_notifications_are_not_lost_when_the_queue_cannot_be_reached(api, cast, 
         message = post(api, cast.subscriber, cast.general)
     assert api(cast.subscriber).get(message["run"]["url"]).get_json()["state"] == message["run"]["state"] == "pending"
     assert "Redis is out of reach" in caplog.text, "and the log says so"
-    execute("UPDATE run SET due_at = now() - interval '1 minute'")
+    execute("UPDATE run SET sweep_after = now() - interval '1 minute'")
     assert maintenance.sweep() == 1
     assert run_jobs() == 0
     assert told(message).keys() == {cast.admin.id, cast.moderator.id, cast.vip.id}
@@ -89,7 +89,7 @@ def test_notifications_are_not_lost_with_the_queues_contents(api, cast, run_jobs
     redis.flushdb()
     assert run_jobs() == 0
     assert told(message) == {}
-    execute("UPDATE run SET due_at = now() - interval '1 minute'")
+    execute("UPDATE run SET sweep_after = now() - interval '1 minute'")
     assert maintenance.sweep() == 1
     assert run_jobs() == 0
     assert len(told(message)) == 3
@@ -101,10 +101,11 @@ def test_a_run_that_is_repeated_makes_no_duplicates(api, cast, run_jobs):
     before = inbox_of(api, cast.vip)
     # as if nobody had begun it
     execute(
-        "UPDATE run SET state = 'pending', done = 0, added = 0, decisions = '{}', finished_at = NULL, due_at = now()"
+        "UPDATE run SET state = 'pending', members_processed = 0, notifications_inserted = 0, decisions = '{}',"
+        " finished_at = NULL, sweep_after = now()"
     )
     jobs.notify(message["run"]["id"])
-    assert api(cast.subscriber).get(message["run"]["url"]).get_json()["stats"]["added"] == 0
+    assert api(cast.subscriber).get(message["run"]["url"]).get_json()["stats"]["inserted"] == 0
     assert len(told(message)) == Notification.select().count() == 3
     assert inbox_of(api, cast.vip) == before
 

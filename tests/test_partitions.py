@@ -243,7 +243,7 @@ def test_a_replay_that_comes_after_the_drop_tells_nobody_a_second_time(api, cast
     post(cast)
     run_id = fetch_one("SELECT id FROM run WHERE message_id = %(id)s", {"id": old})["id"]
     replayed = api(cast.admin).post(f"/api/runs/{run_id}/replay", json={"dry_run": False}).get_json()
-    assert replayed["added"] == 1
+    assert replayed["inserted"] == 1
     keeping(30)
     partitions.maintain()
     assert claims.claim_batch(replayed["run"]["id"], [], 20_000) == [], "it is done by itself"
@@ -261,7 +261,7 @@ def old_message_with_a_replay(api, cast, full_at):
     post(cast)
     run_id = fetch_one("SELECT id FROM run WHERE message_id = %(id)s", {"id": old})["id"]
     replayed = api(cast.admin).post(f"/api/runs/{run_id}/replay", json={"dry_run": False}).get_json()
-    assert replayed["added"] == 1
+    assert replayed["inserted"] == 1
     return old, replayed["run"]["id"]
 
 
@@ -315,7 +315,7 @@ def test_what_a_replay_would_add_is_counted_before_or_after_a_drop_but_not_in_be
     keeping(30)
     counted = []
     in_a_thread_that_waits_for_members(lambda: counted.append(runs.replay(run_id, dry_run=True)), drop_or_wait)
-    assert [(one["added"], one["stays"]) for one in counted] == [(1, len(told_of(old)))]
+    assert [(one["inserted"], one["unchanged"]) for one in counted] == [(1, len(told_of(old)))]
 
 
 def test_a_message_that_is_retried_after_its_replay_was_dropped_notifies_nobody_twice(api, cast, keeping, full_at):
@@ -402,7 +402,7 @@ def test_where_the_sequence_is_far_ahead_one_sweep_makes_the_partitions(api, cas
     "kind", ["TABLE {} (user_id bigint)", "VIEW {} AS SELECT 1", "SEQUENCE {}", "TYPE {} AS ENUM ()"]
 )
 def test_what_has_a_partitions_name_is_not_in_its_way(api, cast, client, looked_after, kind):
-    name = "notification_to_4000000"
+    name = "notification_before_4000000"
     execute(f"CREATE {kind.format(name)}")
     try:
         execute("ALTER SEQUENCE message_id_seq RESTART WITH 3000000")
@@ -421,12 +421,12 @@ def test_a_partition_that_was_detached_is_attached_again_with_what_is_in_it(
 ):
     first = post(cast)
     before = told_of(first)
-    execute("ALTER TABLE notification DETACH PARTITION notification_to_1000000")
+    execute("ALTER TABLE notification DETACH PARTITION notification_before_1000000")
     _, run_id = failing_post(cast)
     assert_missing(api, cast, client, 1)
     maintenance.sweep()
     assert_missing(api, cast, client, 0)
-    assert "notification_to_1000000 was no partition any more" in caplog.text
+    assert "notification_before_1000000 was no partition any more" in caplog.text
     assert told_of(first) == before
     assert run_to_end(run_id) == "succeeded"
     assert bounds() == [1, 1_000_000, 2_000_000, 3_000_000]
@@ -436,19 +436,19 @@ def test_a_partition_that_was_detached_is_attached_again_with_what_is_in_it(
 def test_one_that_was_detached_and_does_not_fit_any_more_is_left_and_said_to_be_in_the_way(
     api, cast, client, looked_after, caplog
 ):
-    execute("ALTER TABLE notification DETACH PARTITION notification_to_1000000")
-    execute("INSERT INTO notification_to_1000000 (user_id, message_id, reason) VALUES (1, 5000000, 'message')")
+    execute("ALTER TABLE notification DETACH PARTITION notification_before_1000000")
+    execute("INSERT INTO notification_before_1000000 (user_id, message_id, reason) VALUES (1, 5000000, 'message')")
     try:
         maintenance.sweep()
-        assert "notification_to_1000000 is in the way" in caplog.text
+        assert "notification_before_1000000 is in the way" in caplog.text
         assert_missing(api, cast, client, 0)
         assert len(told_of(post(cast))) == 3
     finally:
-        execute("DROP TABLE notification_to_1000000")
+        execute("DROP TABLE notification_before_1000000")
 
 
 def test_the_lowest_and_one_in_the_middle_are_missed_as_well(api, cast, client, looked_after):
-    execute("DROP TABLE notification_to_1, notification_to_2000000")
+    execute("DROP TABLE notification_before_1, notification_before_2000000")
     execute("ALTER SEQUENCE message_id_seq RESTART WITH 2500000")
     assert partitions.missing_ranges() == [Partition(None, 1), Partition(1_000_000, 2_000_000)]
     assert_missing(api, cast, client, 2)
@@ -458,7 +458,7 @@ def test_the_lowest_and_one_in_the_middle_are_missed_as_well(api, cast, client, 
 
 
 def test_one_that_is_missing_ahead_of_the_next_message_is_made_before_it_is_needed(api, cast, client, looked_after):
-    execute("DROP TABLE notification_to_2000000")
+    execute("DROP TABLE notification_before_2000000")
     assert_missing(api, cast, client, 0)
     maintenance.sweep()
     assert partitions.missing_ranges() == []
@@ -556,7 +556,7 @@ def nodes_of(monkeypatch, ask):
 def read_partitions(monkeypatch, ask):
     """The partitions that they look into."""
     found = {node.get("Relation Name", "") for node in nodes_of(monkeypatch, ask)}
-    return {name for name in found if name.startswith("notification_to_")}
+    return {name for name in found if name.startswith("notification_before_")}
 
 
 def indexes_read(monkeypatch, ask):
@@ -576,18 +576,18 @@ def test_a_page_reads_its_own_partitions_only(cast, full_at, monkeypatch):
             begin_partition(full_at)
     execute("ANALYZE notification, message")
     vip = User.get_by_id(cast.vip.id)
-    newest = "notification_to_4000000"
+    newest = "notification_before_4000000"
     first = read_partitions(monkeypatch, lambda: inbox.list_notifications(vip, before=None, limit=20))
-    assert first <= {newest, "notification_to_5000000", "notification_to_6000000"}, "those ahead are empty"
+    assert first <= {newest, "notification_before_5000000", "notification_before_6000000"}, "those ahead are empty"
     assert newest in first
     older = read_partitions(monkeypatch, lambda: inbox.list_notifications(vip, before=1_000_020, limit=30))
-    assert older == {"notification_to_2000000", "notification_to_1000000"}
+    assert older == {"notification_before_2000000", "notification_before_1000000"}
     execute("SELECT pg_stat_force_next_flush()")  # what was read before is not to be counted
     with db.atomic():
         execute("SET LOCAL plan_cache_mode = force_generic_plan")  # as a connection has it that was asked often
         inbox.list_notifications(vip, before=1_000_020, limit=30)
         read = fetch_all(
-            "SELECT relname AS name FROM pg_stat_xact_user_tables WHERE relname ~ '^notification_to_'"
+            "SELECT relname AS name FROM pg_stat_xact_user_tables WHERE relname ~ '^notification_before_'"
             " AND seq_tup_read + idx_tup_fetch > 0"
         )
     assert {one["name"] for one in read} == older
@@ -653,11 +653,11 @@ def care_and_index() -> bool:
 def test_only_what_was_left_has_an_index_of_the_unread(cast, full_at):
     post(cast)
     care_and_index()
-    assert indexes() == {"notification_to_1": True}
+    assert indexes() == {"notification_before_1": True}
     begin_partition(full_at)
     post(cast)
     care_and_index()
-    assert indexes() == {"notification_to_1": True, "notification_to_1000000": True}
+    assert indexes() == {"notification_before_1": True, "notification_before_1000000": True}
     care_and_index()
     assert len(indexes()) == 2
     assert verify() == []
@@ -681,7 +681,7 @@ def test_it_is_what_the_unread_are_counted_shown_and_marked_by(cast, full_at, mo
         lambda: inbox.list_notifications(vip, before=None, limit=10, unread=True),
         lambda: inbox.mark_read(vip, up_to=(vip.id, 2)),
     ):
-        assert "notification_to_1000000_unread" in indexes_read(monkeypatch, ask)
+        assert "notification_before_1000000_unread" in indexes_read(monkeypatch, ask)
     assert [one["message_id"] for one in inbox.list_notifications(vip, before=None, limit=10, unread=True)] == [
         1_000_000,
         3,
@@ -693,13 +693,13 @@ def test_one_that_was_begun_and_not_finished_is_made_anew(cast, full_at, in_anot
     begin_partition(full_at)
     post(cast)
     care_and_index()
-    execute("UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'notification_to_1000000_unread'::regclass")
+    execute("UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'notification_before_1000000_unread'::regclass")
     override(partition_index_lock_timeout="200ms")
-    with in_another_session("LOCK TABLE notification_to_1000000 IN SHARE UPDATE EXCLUSIVE MODE"):
+    with in_another_session("LOCK TABLE notification_before_1000000 IN SHARE UPDATE EXCLUSIVE MODE"):
         assert not care_and_index()  # somebody is just making it
-    assert indexes()["notification_to_1000000"] is False
+    assert indexes()["notification_before_1000000"] is False
     care_and_index()
-    assert indexes() == {"notification_to_1": True, "notification_to_1000000": True}
+    assert indexes() == {"notification_before_1": True, "notification_before_1000000": True}
 
 
 def test_nobody_waits_for_it_longer_than_it_may_take(cast, full_at, in_another_session, override):
@@ -712,7 +712,7 @@ def test_nobody_waits_for_it_longer_than_it_may_take(cast, full_at, in_another_s
         inbox.mark_read(User.get_by_id(cast.moderator.id), up_to=(cast.moderator.id, 0))
     full_at(1_000_000)
     care_and_index()
-    assert indexes()["notification_to_1000000"] is True
+    assert indexes()["notification_before_1000000"] is True
 
 
 def test_a_partition_that_is_dropped_takes_it_along(cast, keeping, full_at):
@@ -722,5 +722,5 @@ def test_a_partition_that_is_dropped_takes_it_along(cast, keeping, full_at):
     care_and_index()
     keeping(30)
     care_and_index()
-    assert indexes() == {"notification_to_1000000": True}
+    assert indexes() == {"notification_before_1000000": True}
     assert partitions.oldest_retained_message_id() == 1_000_000

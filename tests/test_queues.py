@@ -27,7 +27,7 @@ def test_a_job_is_written_as_rq_itself_would_write_it(redis, override, name, par
             Queue.prepare_data(
                 function,
                 args=arguments,
-                timeout=settings.job_timeout,
+                timeout=settings.job_timeout_seconds,
                 result_ttl=86_400,
                 failure_ttl=7 * 86_400,
                 description=str(part),

@@ -64,7 +64,9 @@ def two_workers(doomed: Path, **environment: str) -> Iterator[tuple[Any, Any]]:
 # Deaths ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("point", ["worker.taken", "run.taken", "run.held", "run.counted", "run.committed", "job.done"])
+@pytest.mark.parametrize(
+    "point", ["worker.dequeued", "run.claimed", "run.locked", "run.counted", "run.committed", "job.done"]
+)
 def test_a_worker_that_dies_with_a_job_in_hand_costs_nobody_their_notification(cast, doomed, point):
     with a_doomed_worker(doomed) as first:
         struck = strike(doomed, point, KILL_WITH_PARENT)
@@ -78,16 +80,16 @@ def test_a_worker_that_dies_with_a_job_in_hand_costs_nobody_their_notification(c
 
 def test_a_slice_goes_on_elsewhere_and_the_others_are_not_done_again(cast, doomed):
     many = crowd(cast.server_id, 400)
-    with a_doomed_worker(doomed, SLICE_MEMBERS="50") as first:
+    with a_doomed_worker(doomed, FANOUT_SLICE_SIZE="50") as first:
         struck = strike(doomed, "slice.counted", KILL_WITH_PARENT)
         message_id, run_id = enqueue(cast.subscriber, cast.general, "@vera")
         wait_until(struck, "somebody to come to the point")
         wait_until(lambda: not first.running(), "the worker to die")
-        assert run_of(run_id)["done"] < 405
-        with a_worker(SLICE_MEMBERS="50"):
+        assert run_of(run_id)["members_processed"] < 405
+        with a_worker(FANOUT_SLICE_SIZE="50"):
             finished(run_id)
     assert told(message_id).keys() == {cast.admin.id, cast.moderator.id, cast.vip.id, *many}
-    assert (run_of(run_id)["done"], run_of(run_id)["attempts"]) == (405, 2)
+    assert (run_of(run_id)["members_processed"], run_of(run_id)["attempts"]) == (405, 2)
 
 
 def test_a_message_that_kills_whoever_touches_it_fails_with_its_reason_and_holds_nobody_up(api, cast):
@@ -108,7 +110,7 @@ def test_a_message_that_kills_whoever_touches_it_fails_with_its_reason_and_holds
             wait_until(lambda: state_of(poison) == "failed", "the poison to be given up", 120)
             failed = api(cast.admin).get("/api/runs?state=failed").get_json()["items"]
             assert [run["id"] for run in failed] == [poison]
-            assert failed[0]["error"].startswith("gave up after 6 attempts")
+            assert failed[0]["error"].startswith("failed after 6 attempts")
     finally:
         execute("DROP FUNCTION test_poison CASCADE")
     queues.enqueue(recovery.retry_failed([poison]))
@@ -120,7 +122,7 @@ def test_a_message_that_kills_whoever_touches_it_fails_with_its_reason_and_holds
 # Hanging --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("point", ["run.taken", "run.held", "run.counted"])
+@pytest.mark.parametrize("point", ["run.claimed", "run.locked", "run.counted"])
 def test_a_worker_that_hangs_is_left_behind_and_what_it_does_later_counts_for_nothing(cast, doomed, point):
     with two_workers(doomed) as (hanging, _):
         strike(doomed, point, STOP)
@@ -155,7 +157,7 @@ def contents_of(run_id: int) -> tuple[Any, int]:
 
 def test_an_edit_whose_process_hangs_holds_up_the_fan_out_for_a_moment_only(cast, in_another_session):
     message_id, run_id = write(cast.subscriber, cast.general)
-    # As `sql.transaction` and `leases.lock_message` have it.
+    # As `sql.transaction` and `leases.lock_message_exclusive` have it.
     statement = (
         f"SELECT set_config('idle_in_transaction_session_timeout', '{IDLE_IN_TRANSACTION_SECONDS}s', true);"
         f"SELECT pg_advisory_xact_lock({claims.MESSAGE_LOCK}, {message_id});"
@@ -234,17 +236,17 @@ def test_workers_whose_clocks_are_a_minute_apart_agree_by_the_databases(cast, do
     crowd(cast.server_id, 100)
     ahead, behind = ("tests.clock", "60"), ("tests.clock", "-60")
     with (
-        a_worker(through=ahead, SLICE_MEMBERS="10") as first,
-        a_worker(through=(*behind, "chaos.victim", str(doomed)), SLICE_MEMBERS="10") as second,
+        a_worker(through=ahead, FANOUT_SLICE_SIZE="10") as first,
+        a_worker(through=(*behind, "chaos.victim", str(doomed)), FANOUT_SLICE_SIZE="10") as second,
     ):
-        struck = strike(doomed, "slice.told", KILL_WITH_PARENT)
+        struck = strike(doomed, "slice.notified", KILL_WITH_PARENT)
         runs = [enqueue(cast.subscriber, cast.general, "@vera")[1] for _ in range(4)]
         wait_until(struck, "somebody to come to the point")
         for run_id in runs:
             finished(run_id)
         assert first.running()
         assert not second.running()
-    assert all(run_of(run_id)["done"] == 105 for run_id in runs)
+    assert all(run_of(run_id)["members_processed"] == 105 for run_id in runs)
     off = "finished_at NOT BETWEEN created_at AND clock_timestamp() OR created_at < now() - interval '1 hour'"
     assert fetch_one(f"SELECT count(*) AS off FROM run WHERE {off}") == {"off": 0}
 
@@ -258,12 +260,12 @@ def test_several_workers_share_one_fan_out_and_a_small_message_does_not_wait_for
     elsewhere = servers.create_channel(server.id, "general", private=False, posting="members").id
     for person in (cast.subscriber, cast.vip):
         servers.put_member(server.id, person.id, [])
-    with a_worker(SLICE_MEMBERS="50") as first, a_worker(SLICE_MEMBERS="50") as second:
+    with a_worker(FANOUT_SLICE_SIZE="50") as first, a_worker(FANOUT_SLICE_SIZE="50") as second:
         large_message, large = enqueue(cast.subscriber, cast.general)
-        wait_until(lambda: run_of(large)["done"] > 200, "the fan-out to be under way")
+        wait_until(lambda: run_of(large)["members_processed"] > 200, "the fan-out to be under way")
         small_message, small = enqueue(cast.subscriber, elsewhere, "@vera")
         wait_until(lambda: state_of(small) == "succeeded", "the small one to succeed")
-        assert run_of(large)["done"] < 3_005, "it was told in the midst of the other"
+        assert run_of(large)["members_processed"] < 3_005, "it was told in the midst of the other"
         finished(large)
         for worker in (first, second):
             assert len({line["job_id"] for line in worker.lines() if line.get("run_id") == large}) > 5
@@ -274,19 +276,19 @@ def test_several_workers_share_one_fan_out_and_a_small_message_does_not_wait_for
 
 def test_sigterm_in_the_midst_of_a_fan_out_ends_soon_and_another_worker_goes_on_where_it_stopped(cast):
     crowd(cast.server_id, 3_000)
-    with a_worker(SLICE_MEMBERS="50") as first:
+    with a_worker(FANOUT_SLICE_SIZE="50") as first:
         message_id, run_id = enqueue(cast.subscriber, cast.general)
-        wait_until(lambda: run_of(run_id)["done"] > 200, "the fan-out to be under way")
+        wait_until(lambda: run_of(run_id)["members_processed"] > 200, "the fan-out to be under way")
         for one in [*psutil.Process(first.pid).children(recursive=True), psutil.Process(first.pid)]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 one.send_signal(signal.SIGTERM)
         assert first.wait(10) == 0
     stopped = run_of(run_id)
-    assert (stopped["state"], stopped["done"] % 50, stopped["error"]) == ("running", 0, None)
-    assert stopped["done"] < 3_005
-    with a_worker(SLICE_MEMBERS="50"):
+    assert (stopped["state"], stopped["members_processed"] % 50, stopped["error"]) == ("running", 0, None)
+    assert stopped["members_processed"] < 3_005
+    with a_worker(FANOUT_SLICE_SIZE="50"):
         finished(run_id)
-    assert (run_of(run_id)["done"], run_of(run_id)["attempts"]) == (3_005, 1), "nothing was done again"
+    assert (run_of(run_id)["members_processed"], run_of(run_id)["attempts"]) == (3_005, 1), "nothing was done again"
     assert len(told(message_id)) == 3_003
 
 
@@ -304,7 +306,7 @@ def test_redis_holds_so_many_jobs_and_no_more_and_everything_is_done_in_the_orde
     assert [state_of(run_id) for run_id in runs] == ["queued"] * 5 + ["pending"] * 7
     assert not queues.enqueue_run(runs[-1])
     assert queues.queue().count == 5
-    execute("UPDATE run SET due_at = now() - interval '1 minute'")
+    execute("UPDATE run SET sweep_after = now() - interval '1 minute'")
     assert maintenance.sweep() == 0, "there is no room, and what is in the queue is not lost"
 
     for done in (1, 2):
@@ -340,7 +342,7 @@ def test_a_job_that_was_lost_from_a_long_queue_is_found_and_done_before_those_th
         queues.queue().remove(taken)
     for run_id in runs[:3]:
         jobs.notify(run_id)
-    execute("UPDATE run SET due_at = now() - interval '1 minute' WHERE due_at IS NOT NULL")
+    execute("UPDATE run SET sweep_after = now() - interval '1 minute' WHERE sweep_after IS NOT NULL")
     assert maintenance.sweep() == 1
     waiting = [job.args[0] for job in queues.queue().jobs]
     assert waiting == runs[3:], "it is back, before those that came after it, and nothing is in the queue twice"
@@ -355,7 +357,7 @@ def test_a_slice_that_was_lost_from_a_long_queue_is_found(cast, slices_of, run_j
     advance(run_id)
     parts = parts_of(run_id)
     queues.enqueue(parts[4:])
-    execute("UPDATE slice SET due_at = now() - interval '1 minute'")
+    execute("UPDATE slice SET sweep_after = now() - interval '1 minute'")
     assert maintenance.sweep() == 4
     assert [WorkItem(*job.args) for job in queues.queue(queues.BULK).jobs] == parts
     assert run_jobs() == 0
@@ -367,7 +369,7 @@ def test_what_stands_first_in_the_queue_and_is_no_job_of_ours_is_no_reason_to_ta
     for hostile in (b"no-such-job", b"another"):
         redis.lpush(queues.queue().key, hostile)
     redis.hset("rq:job:another", mapping={"data": b"garbage", "created_at": "yesterday", "origin": "notifications"})
-    execute("UPDATE run SET due_at = now() - interval '1 minute'")
+    execute("UPDATE run SET sweep_after = now() - interval '1 minute'")
     assert maintenance.sweep() == 0
 
 
@@ -375,5 +377,5 @@ def test_what_stands_first_in_the_queue_and_is_no_job_of_ours_is_no_reason_to_ta
 def test_a_hostile_job_first_in_the_queue_is_no_reason_to_take_anything_for_lost(cast, argument):
     queues.queue().enqueue("jobs.notify", argument)
     enqueue(cast.subscriber, cast.general)
-    execute("UPDATE run SET due_at = now() - interval '1 minute'")
+    execute("UPDATE run SET sweep_after = now() - interval '1 minute'")
     assert maintenance.sweep() == 0

@@ -69,7 +69,7 @@ def test_the_web_process_the_workers_and_the_dashboard_do_with_it(cast, redis, r
             with urlopen(Request(address + path, data, headers, method=method), timeout=20) as answer:
                 return bytes(answer.read())
 
-        with a_worker(SLICE_MEMBERS="9", **behind):
+        with a_worker(FANOUT_SLICE_SIZE="9", **behind):
             for _ in range(3):
                 ask("/api/messages", "POST", f'{{"channel_id": {cast.general}, "content": "gold"}}'.encode())
             wait_until(lambda: {run.state for run in Run.select()} == {"succeeded"}, "the runs to succeed")
@@ -106,7 +106,7 @@ def test_the_web_process_the_workers_and_the_dashboard_do_with_it(cast, redis, r
         ask("/rq/queue/bulk/compact", "POST")
         ask("/rq/queue/bulk/queued/empty", "POST")
         ask("/rq/queue/bulk/finished/empty", "POST")
-        assert b'belfry_up{part="redis"} 1.0' in ask("/metrics")
+        assert b'belfry_dependency_up{dependency="redis"} 1.0' in ask("/metrics")
         ask("/readyz")
     assert bulk.count == 0
     assert os.environ["REDIS_URL"] != restricted

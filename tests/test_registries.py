@@ -133,7 +133,7 @@ def test_requeueing_a_failed_job_retries_its_run(api, cast, redis, monkeypatch):
     _, run_id = write(cast.subscriber, cast.general)
     job_id = queues.run_job_id(run_id)
     queues.enqueue_run(run_id)
-    execute("UPDATE run SET tries_left = 1")
+    execute("UPDATE run SET attempts_left = 1")
     redis.hset(f"rq:job:{job_id}", "retries_left", 0)
     with monkeypatch.context() as patched:
         fail_always(patched)

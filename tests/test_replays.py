@@ -15,7 +15,7 @@ def replayed(run_id: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """What a replay announces, and the statistics of the run that it makes."""
     announced = runs.replay(run_id, dry_run=False)
     assert run_to_end(announced["run_id"]) == "succeeded"
-    assert announced["added"] == stats(announced["run_id"])["added"]
+    assert announced["inserted"] == stats(announced["run_id"])["inserted"]
     return announced, stats(announced["run_id"])
 
 
@@ -26,8 +26,8 @@ def test_a_replay_of_an_unchanged_community_writes_nothing_and_says_so(cast, sli
     run_to_end(run_id)
     before = contents()
     announced = runs.replay(run_id, dry_run=False)
-    assert (announced["added"], announced["stays"], announced["run_id"]) == (0, 23, None)
-    assert announced["now"] == announced["then"]
+    assert (announced["inserted"], announced["unchanged"], announced["run_id"]) == (0, 23, None)
+    assert announced["decisions_after"] == announced["decisions_before"]
     assert contents() == before
 
 
@@ -37,9 +37,9 @@ def test_a_replay_after_somebody_subscribed_adds_exactly_them(cast):
     before = told(message_id)
     set_subscription(cast.lapsed.id, "active", None)
     announced, counted = replayed(run_id)
-    assert (announced["added"], announced["stays"], counted["added"]) == (1, 3, 1)
-    assert announced["then"]["no_subscription"] == 1
-    assert announced["now"]["no_subscription"] == 0
+    assert (announced["inserted"], announced["unchanged"], counted["inserted"]) == (1, 3, 1)
+    assert announced["decisions_before"]["no_subscription"] == 1
+    assert announced["decisions_after"]["no_subscription"] == 0
     assert told(message_id) == before | {cast.lapsed.id: "message"}
 
 
@@ -49,7 +49,7 @@ def test_a_replay_takes_nothing_back(cast):
     set_preference(cast.vip.user, cast.general, "none", None)
     set_subscription(cast.lapsed.id, "active", None)  # somebody to be added, so that there is a run
     announced, counted = replayed(run_id)
-    assert (announced["added"], announced["stays"], counted["notified"]) == (1, 3, 3)
+    assert (announced["inserted"], announced["unchanged"], counted["notified"]) == (1, 3, 3)
     assert told(message_id).keys() == {cast.admin.id, cast.moderator.id, cast.vip.id, cast.lapsed.id}
 
 
@@ -72,7 +72,7 @@ def test_a_dry_run_says_what_would_be_added_and_writes_nothing_at_all(cast, slic
     before = contents()
     announced = runs.replay(run_id, dry_run=True)
     assert contents() == before
-    assert (announced["dry_run"], announced["added"], announced["stays"]) == (True, 1, 3)
+    assert (announced["dry_run"], announced["inserted"], announced["unchanged"]) == (True, 1, 3)
     assert announced["run_id"] is None
 
 
@@ -80,7 +80,7 @@ def test_a_replay_of_a_test_message_tells_nobody_else(cast):
     run_id = send_test(cast.admin.user, cast.general, None, "me")
     run_to_end(run_id)
     announced = runs.replay(run_id, dry_run=False)
-    assert (announced["added"], announced["stays"], announced["run_id"]) == (0, 1, None)
+    assert (announced["inserted"], announced["unchanged"], announced["run_id"]) == (0, 1, None)
     assert told(run_of(run_id)["message_id"]) == {cast.admin.id: "mention"}
 
 
@@ -90,4 +90,4 @@ def test_a_replay_of_a_run_that_has_not_begun_is_of_no_harm(cast, slices_of):
     again = runs.replay(run_id, dry_run=False)["run_id"]
     for one in (again, run_id):
         assert run_to_end(one) == "succeeded"
-    assert (stats(again)["added"], stats(run_id)["added"], len(told(message_id))) == (3, 0, 3)
+    assert (stats(again)["inserted"], stats(run_id)["inserted"], len(told(message_id))) == (3, 0, 3)

@@ -32,7 +32,7 @@ def test_no_column_forgets_its_offset():
 def test_what_is_told_pays_for_a_key_and_for_no_other_index():
     there = partitions.list_partitions()
     used = partitions._in_use(there)
-    indexes = fetch_all("SELECT tablename, indexdef FROM pg_indexes WHERE tablename ~ '^notification'")
+    indexes = fetch_all("SELECT tablename, indexdef FROM pg_indexes WHERE tablename ~ '^notification(_before|$)'")
     keys = [index for index in indexes if index["indexdef"].endswith("btree (user_id, message_id)")]
     assert len({index["tablename"] for index in keys}) == len(keys) == 1 + len(there)
     left = {one.name for one in there if one.below < used.below}
@@ -78,7 +78,7 @@ def test_runs_that_were_half_done_before_there_were_slices_go_on_where_they_stop
         )
     finally:
         runner.up()
-    assert [(run.state, run.slices_left, run.due_at is None) for run in Run.select().order_by(Run.id)] == [
+    assert [(run.state, run.slices_left, run.sweep_after is None) for run in Run.select().order_by(Run.id)] == [
         ("pending", 0, False),
         ("running", 1, True),
         ("failed", 1, True),

@@ -278,7 +278,7 @@ def test_browsers_are_told_to_come_by_https_only_where_the_address_is_one():
         ("1", "http://chat.example.com", None),
         ("0", "https://chat.example.com", None),
     ):
-        with a_web_process(SECURE_COOKIES=secure, PUBLIC_URL=address) as web:
+        with a_web_process(SESSION_COOKIE_SECURE=secure, PUBLIC_URL=address) as web:
             for path in ("/healthz", "/login", "/nowhere"):
                 connection = HTTPConnection(urlsplit(web).netloc, timeout=30)
                 with closing(connection):

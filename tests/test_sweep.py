@@ -31,7 +31,7 @@ def keys_left() -> int:
 def lost_run(cast) -> int:
     """A run that a dead worker left, which only recovery brings back into the queue."""
     _, run_id = post(cast.subscriber, cast.general)
-    execute("UPDATE run SET due_at = now() - interval '1 minute'")
+    execute("UPDATE run SET sweep_after = now() - interval '1 minute'")
     return run_id
 
 
@@ -65,14 +65,14 @@ def metric(api, cast, name: str) -> dict[str, float]:
     return {sample.labels["part"]: sample.value for sample in samples}
 
 
-@pytest.mark.parametrize("table", ["idempotency_key", "telling"])
+@pytest.mark.parametrize("table", ["idempotency_key", "notification_log"])
 def test_a_clean_up_that_fails_stops_no_recovery_and_is_reported(api, cast, client, table, caplog):
     run_id = lost_run(cast)
     old_keys(3)
     refuse(table)
     assert maintenance.sweep() == 1
     assert [job.args for job in queues.queue().jobs] == [[run_id]]
-    part = {"idempotency_key": "idempotency_keys", "telling": "stream_log"}[table]
+    part = {"idempotency_key": "idempotency_keys", "notification_log": "stream_log"}[table]
     assert f"{part} has to wait for the next sweep" in caplog.text
     status, ready = readiness(client)
     (warning,) = ready["warnings"]

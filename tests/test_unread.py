@@ -57,11 +57,11 @@ class Unread(RuleBasedStateMachine):
 
     app: Any
 
-    @initialize(data=st.data(), slice_members=st.sampled_from([2, 4, 100]))
-    def begin(self, data: Any, slice_members: int) -> None:
+    @initialize(data=st.data(), fanout_slice_size=st.sampled_from([2, 4, 100]))
+    def begin(self, data: Any, fanout_slice_size: int) -> None:
         empty()
         self.overrides = ExitStack()
-        self.overrides.enter_context(overridden(slice_members=slice_members))
+        self.overrides.enter_context(overridden(fanout_slice_size=fanout_slice_size))
         cast = make_cast()
         root = make_person("root", admin=True)  # who governs, and is in no server
         persons = [*cast.everybody.values(), make_person("quentin"), make_person("xenia", admin=True)]
@@ -88,7 +88,7 @@ class Unread(RuleBasedStateMachine):
                 cast.vault: Channel(private=True, roles={cast.vip_role}),
             },
             moderators=cast.moderators_role,
-            slice_members=slice_members,
+            fanout_slice_size=fanout_slice_size,
         )
         self.world.people[cast.moderator.id].roles = {cast.moderators_role}
         for person in (cast.vip, *persons[-2:]):
@@ -205,7 +205,7 @@ class Unread(RuleBasedStateMachine):
             assert answer.status_code == 403
             return
         adds = self.world.replay_adds(message_id, self.now)
-        assert (answer.status_code, answer.get_json()["added"]) == (202 if adds else 200, adds)
+        assert (answer.status_code, answer.get_json()["inserted"]) == (202 if adds else 200, adds)
         if adds:
             self.world.runs[answer.get_json()["run"]["id"]] = Run(message_id, "replay")
 
@@ -227,9 +227,9 @@ class Unread(RuleBasedStateMachine):
 
     def _do_part(self, part: WorkItem) -> None:
         do(part)
-        self.world.do_part(part.run_id, part.after, self.now)
+        self.world.do_part(part.run_id, part.after_user_id, self.now)
         left = self.world.runs.get(part.run_id)
-        assert [one.after for one in parts_of(part.run_id)] == (sorted(left.slices or ()) if left else [])
+        assert [one.after_user_id for one in parts_of(part.run_id)] == (sorted(left.slices or ()) if left else [])
 
     @precondition(lambda self: self.world.runs)
     @rule()

@@ -48,7 +48,7 @@ def stored_world(cast: Cast) -> World:
             for one in fetch_all("SELECT id, private, posting FROM channel")
         },
         moderators=cast.moderators_role,
-        slice_members=0,
+        fanout_slice_size=0,
         messages={
             one["id"]: Message(one["channel_id"], one["author_id"], Mentions(), one["deleted_at"] is not None)
             for one in fetch_all("SELECT id, channel_id, author_id, deleted_at FROM message")
@@ -118,7 +118,7 @@ class _Crowd:
         author, channel_id = rng.choice(self.persons), rng.choice([self.cast.general, self.cast.vault])
         self.send(author, "POST", "/api/messages", {"channel_id": channel_id, "content": rng.choice(TEXTS)})
         left = fetch_all(
-            "SELECT r.id AS run_id, s.after FROM run r LEFT JOIN slice s ON s.run_id = r.id"
+            "SELECT r.id AS run_id, s.after_user_id FROM run r LEFT JOIN slice s ON s.run_id = r.id"
             " WHERE r.state NOT IN ('succeeded', 'failed')"
         )
         for part in [WorkItem(**one) for one in rng.sample(left, min(4, len(left)))]:

@@ -39,12 +39,12 @@ DAMAGE = {
     ),
     "a failed run": (WHOLE.format("state = 'failed', error = 'the disk is full'"), "no run has failed"),
     "a slice that was begun and left": (
-        "UPDATE slice SET due_at = '2026-01-01T00:00:00Z', attempts = 1 WHERE after = 0",
+        "UPDATE slice SET sweep_after = '2026-01-01T00:00:00Z', attempts = 1 WHERE after_user_id = 0",
         "somebody works on what was begun",
     ),
     "a run that was begun and left": (
-        "UPDATE run SET state = 'running', attempts = 1, tries_left = 5, started_at = now(), due_at = '2026-01-01Z'"
-        " WHERE id = 4",
+        "UPDATE run SET state = 'running', attempts = 1, attempts_left = 5, started_at = now(),"
+        " sweep_after = '2026-01-01Z' WHERE id = 4",
         "somebody works on what was begun",
     ),
     "a decision too many": (
@@ -63,11 +63,11 @@ DAMAGE = {
         WHOLE.format("decisions = decisions - 'author' || '{\"writer\": 1}'"),
         "a run counts each member under one decision",
     ),
-    "a total too large": (WHOLE.format("total = 6"), "a run that succeeded is complete"),
+    "a total too large": (WHOLE.format("members_total = 6"), "a run that succeeded is complete"),
     "an error on a run that succeeded": (WHOLE.format("error = 'no'"), "a run that succeeded is complete"),
-    "a run that is due though it succeeded": (WHOLE.format("due_at = now()"), "a run that succeeded is complete"),
+    "a run that is due though it succeeded": (WHOLE.format("sweep_after = now()"), "a run that succeeded is complete"),
     "more processed than there are": (
-        "UPDATE run SET total = 1, done = 2 WHERE id = 3",
+        "UPDATE run SET members_total = 1, members_processed = 2 WHERE id = 3",
         "a run processes no more members than there are",
     ),
     "a slice counted too many": (
@@ -76,49 +76,64 @@ DAMAGE = {
     ),
     "a running run without its slices": ("DELETE FROM slice", "a run has the slices that it counts"),
     "a slice of a run that has none": (
-        "INSERT INTO slice (run_id, after, up_to) VALUES (1, 0, 9)",
+        "INSERT INTO slice (run_id, after_user_id, to_user_id) VALUES (1, 0, 9)",
         "a run has the slices that it counts",
     ),
-    "slices that overlap": ("UPDATE slice SET up_to = up_to + 1 WHERE after = 0", "no two slices share a member"),
+    "slices that overlap": (
+        "UPDATE slice SET to_user_id = to_user_id + 1 WHERE after_user_id = 0",
+        "no two slices share a member",
+    ),
     "a slice lost with its count": (
-        "DELETE FROM slice WHERE after = 0; UPDATE run SET slices_left = slices_left - 1 WHERE id = 3",
+        "DELETE FROM slice WHERE after_user_id = 0; UPDATE run SET slices_left = slices_left - 1 WHERE id = 3",
         "the slices cover the members who are not processed",
     ),
     "a slice shrunk by a member": (
-        "UPDATE slice SET up_to = up_to - 1 WHERE after = 7",
+        "UPDATE slice SET to_user_id = to_user_id - 1 WHERE after_user_id = 7",
         "the slices cover the members who are not processed",
     ),
     "a member passed over by a slice": (
-        "UPDATE slice SET told_first = ARRAY[up_to] WHERE after = 7",
+        "UPDATE slice SET excluded_user_ids = ARRAY[to_user_id] WHERE after_user_id = 7",
         "the slices cover the members who are not processed",
     ),
     "a run that ended a member short": (
-        WHOLE.format("done = 4, total = 4, decisions = decisions || '{\"no_subscription\": 0}'"),
+        WHOLE.format("members_processed = 4, members_total = 4, decisions = decisions || '{\"no_subscription\": 0}'"),
         "a run that succeeded processed every member",
     ),
     "a slice that is due in a year": (
-        "UPDATE slice SET due_at = now() + interval '1 year' WHERE after = 0",
+        "UPDATE slice SET sweep_after = now() + interval '1 year' WHERE after_user_id = 0",
         "the sweeper can find a slice",
     ),
     "a slice given up of a run that goes on": (
-        "UPDATE slice SET due_at = NULL, tries_left = 0 WHERE after = 0",
+        "UPDATE slice SET sweep_after = NULL, attempts_left = 0 WHERE after_user_id = 0",
         "the sweeper can find a slice",
     ),
-    "a queued run that is due in a year": ("UPDATE run SET due_at = now() + interval '1 year' WHERE id = 4", SWEEPER),
+    "a queued run that is due in a year": (
+        "UPDATE run SET sweep_after = now() + interval '1 year' WHERE id = 4",
+        SWEEPER,
+    ),
     "a run begun without an attempt": (
-        WHOLE.format("attempts = 0, tries_left = 6"),
+        WHOLE.format("attempts = 0, attempts_left = 6"),
         "a run that was begun has an attempt",
     ),
     "a run begun at no time": (WHOLE.format("started_at = NULL"), "a run that was begun has an attempt"),
-    "an attempt that was not counted": (WHOLE.format("tries_left = 2"), "attempts are counted"),
-    "more attempts than there may be": (WHOLE.format("tries_left = 7"), "attempts are counted"),
-    "a message that retracts": (WHOLE.format("withdrawn = 1, added = 4"), "only an edit changes mentions"),
+    "an attempt that was not counted": (WHOLE.format("attempts_left = 2"), "attempts are counted"),
+    "more attempts than there may be": (WHOLE.format("attempts_left = 7"), "attempts are counted"),
+    "a message that retracts": (
+        WHOLE.format("notifications_retracted = 1, notifications_inserted = 4"),
+        "only an edit changes mentions",
+    ),
     "an edit without changes": (
         "INSERT INTO run (message_id, kind) VALUES (1, 'edit')",
         "only an edit changes mentions",
     ),
-    "more added than decided": (WHOLE.format("added = 4"), "a run adds only the notifications that it decided"),
-    "less added than decided": (WHOLE.format("added = 2"), "a run adds all notifications that it decided"),
+    "more inserted than decided": (
+        WHOLE.format("notifications_inserted = 4"),
+        "a run inserts only the notifications that it decided",
+    ),
+    "less inserted than decided": (
+        WHOLE.format("notifications_inserted = 2"),
+        "a run inserts all notifications that it decided",
+    ),
     "a run from the future": (
         WHOLE.format("finished_at = now() + interval '1 year'"),
         "the times of a run are in order",
@@ -140,7 +155,7 @@ DAMAGE = {
         "a message mentions users who exist",
     ),
     "a stream that is sent no message": (
-        "UPDATE telling SET message_ids = ARRAY[99]",
+        "UPDATE notification_log SET message_ids = ARRAY[99]",
         "the stream is sent messages that exist",
     ),
     "the message ids behind": ("ALTER SEQUENCE message_id_seq RESTART WITH 2", "the next id is free"),
@@ -149,14 +164,14 @@ DAMAGE = {
         "ALTER SEQUENCE message_id_seq RESTART WITH 3000000",
         "there are partitions ahead",
     ),
-    "the last partition missing": ("DROP TABLE notification_to_3000000", "there are partitions ahead"),
+    "the last partition missing": ("DROP TABLE notification_before_3000000", "there are partitions ahead"),
     "the partition in use detached": (
-        "ALTER TABLE notification DETACH PARTITION notification_to_1000000",
+        "ALTER TABLE notification DETACH PARTITION notification_before_1000000",
         "no partition is detached",
     ),
-    "a partition in the middle missing": ("DROP TABLE notification_to_2000000", "the partitions have no gap"),
+    "a partition in the middle missing": ("DROP TABLE notification_before_2000000", "the partitions have no gap"),
     "a partition of another name": (
-        "ALTER TABLE notification_to_3000000 RENAME TO notification_of_others",
+        "ALTER TABLE notification_before_3000000 RENAME TO notification_of_others",
         "every partition was made by Belfry",
     ),
     "a default partition": (
@@ -165,15 +180,15 @@ DAMAGE = {
     ),
     "a notification deleted": (
         "DELETE FROM notification WHERE message_id = 1 AND user_id = 1",
-        "there are the notifications that the runs added",
+        "there are the notifications that the runs inserted",
     ),
     "a notification invented": (
         "INSERT INTO notification (user_id, message_id, reason) VALUES (5, 1, 'message')",
-        "there are the notifications that the runs added",
+        "there are the notifications that the runs inserted",
     ),
     "a run that says it notified nobody": (
-        WHOLE.format("added = 0, decisions = '{\"no_subscription\": 5}'"),
-        "there are the notifications that the runs added",
+        WHOLE.format("notifications_inserted = 0, decisions = '{\"no_subscription\": 5}'"),
+        "there are the notifications that the runs inserted",
     ),
     "a run that says it notified others than it did": (
         WHOLE.format("decisions = decisions || '{\"mention\": 2, \"message\": 1}'"),
@@ -239,15 +254,15 @@ DAMAGE = {
 """{what was done to the data: (the statement, the check that finds it)}."""
 
 REFUSED = {
-    "a queued run without a due time": "UPDATE run SET due_at = NULL WHERE id = 4",
-    "a queued run without attempts left": "UPDATE run SET tries_left = 0 WHERE id = 4",
+    "a queued run without a due time": "UPDATE run SET sweep_after = NULL WHERE id = 4",
+    "a queued run without attempts left": "UPDATE run SET attempts_left = 0 WHERE id = 4",
     "a running run without slices or a due time": (
-        "UPDATE run SET state = 'running', attempts = 1, started_at = now(), due_at = NULL WHERE id = 4"
+        "UPDATE run SET state = 'running', attempts = 1, started_at = now(), sweep_after = NULL WHERE id = 4"
     ),
     "a run that succeeded with slices": WHOLE.format("slices_left = 1"),
     "decisions that are a list": WHOLE.format("decisions = '[]'"),
-    "a slice without a due time": "UPDATE slice SET due_at = NULL WHERE after = 0",
-    "a slice without members": "UPDATE slice SET up_to = after WHERE after = 0",
+    "a slice without a due time": "UPDATE slice SET sweep_after = NULL WHERE after_user_id = 0",
+    "a slice without members": "UPDATE slice SET to_user_id = after_user_id WHERE after_user_id = 0",
     "a second notification": "INSERT INTO notification (user_id, message_id, reason) VALUES (1, 1, 'message')",
 }
 """{what cannot be done to the data, as the database refuses it: the statement}."""
@@ -262,7 +277,7 @@ def a_day_passes() -> None:
         "subscription": ["updated_at"],
         "preference": ["updated_at"],
         "message": ["created_at", "edited_at", "deleted_at"],
-        "run": ["created_at", "started_at", "finished_at", "due_at"],
+        "run": ["created_at", "started_at", "finished_at", "sweep_after"],
         "notification": ["created_at", "read_at", "dismissed_at"],
     }
     for table, names in columns.items():
@@ -290,7 +305,8 @@ def world(cast, slices_of):
 
 def stored_partitions() -> list[dict]:
     return fetch_all(
-        "SELECT relname, relispartition FROM pg_class WHERE relkind = 'r' AND relname ~ '^notification_' ORDER BY 1"
+        "SELECT relname, relispartition FROM pg_class"
+        " WHERE relkind = 'r' AND relname ~ '^notification_' AND relname <> 'notification_log' ORDER BY 1"
     )
 
 
@@ -308,6 +324,8 @@ def _partitions():
         migration = import_module("migrations.0003_partitions")
         migration.down(None, db)
         migration.up(None, db)
+        names = import_module("migrations.0010_names")
+        names._rename_partitions(db, *names.PARTITIONS)
 
 
 @pytest.mark.usefixtures("_partitions")
@@ -342,19 +360,27 @@ def test_a_state_that_cannot_be_right_is_refused(world, damage):
 )
 def test_a_refused_state_that_was_there_before_the_constraints_is_found(world, statement, name, caplog):
     """The migration keeps the constraints, which hold for what is written from then on, and says so."""
-    migration = import_module("migrations.0007_stored_states")
+    migration, names = import_module("migrations.0007_stored_states"), import_module("migrations.0010_names")
+
+    def constrain() -> None:
+        """Run the migration with the names that it knows."""
+        reverse = {table: names._reverse(columns) for table, columns in names.COLUMNS.items()}
+        names._rename_columns(db, reverse, {})
+        migration.up(None, db)
+        names._rename_columns(db, names.COLUMNS, {})
+
     for constraint, (table, _) in migration.CONSTRAINTS.items():
         execute(f"ALTER TABLE {table} DROP CONSTRAINT {constraint}")
     try:
         execute(statement)
-        migration.up(None, db)
+        constrain()
         assert "holds for new rows only" in caplog.text
         assert name in {finding.check for finding in check().findings}
         with pytest.raises(IntegrityError):
-            execute("INSERT INTO run (message_id, kind, due_at) VALUES (1, 'replay', NULL)")
+            execute("INSERT INTO run (message_id, kind, sweep_after) VALUES (1, 'replay', NULL)")
     finally:
         execute("DELETE FROM slice; DELETE FROM run")
-        migration.up(None, db)
+        constrain()
     assert fetch_one("SELECT count(*) AS n FROM pg_constraint WHERE NOT convalidated") == {"n": 0}
 
 
@@ -388,10 +414,13 @@ def test_what_is_being_done_has_no_finding(world, in_another_session):
 
 
 def test_what_waits_in_a_long_queue_or_takes_long_has_no_finding(world):
-    execute("UPDATE run SET due_at = '2026-01-01T00:00:00Z' WHERE state = 'queued'")
-    execute("UPDATE slice SET due_at = '2026-01-01T00:00:00Z'")
+    execute("UPDATE run SET sweep_after = '2026-01-01T00:00:00Z' WHERE state = 'queued'")
+    execute("UPDATE slice SET sweep_after = '2026-01-01T00:00:00Z'")
     assert verify() == []
-    begun = "UPDATE run SET state = 'running', attempts = 1, tries_left = 5, started_at = now(), due_at = now() - {}"
+    begun = (
+        "UPDATE run SET state = 'running', attempts = 1, attempts_left = 5, started_at = now(),"
+        " sweep_after = now() - {}"
+    )
     execute(begun.format("interval '5 minutes'") + " WHERE id = 4")
     assert verify() == [], "as long as a job may run"
     execute(begun.format("interval '7 minutes'") + " WHERE id = 4")
@@ -466,7 +495,7 @@ def test_decisions_that_were_not_followed_are_found_by_making_them_again(decided
     cast, message_id = decided
     execute(statement.format(**{name: person.id for name, person in cast.everybody.items()}))
     found = findings_of_decisions()
-    decision = {"mentions_only": "preference_mentions"}.get(decision, decision)
+    decision = {"mentions_only": "mentions_only"}.get(decision, decision)
     assert any(f"message {message_id}: 1 members have {stored}" in one and decision in one for one in found), found
 
 
@@ -532,8 +561,8 @@ def test_a_period_or_a_mute_that_ended_since_is_no_finding(cast):
 def test_replays_retries_and_failures_leave_nothing_to_find(cast):
     _, run_id = post(cast.subscriber, cast.general)
     execute(
-        "UPDATE run SET state = 'failed', error = 'the disk is full', finished_at = now(), tries_left = 0,"
-        " attempts = 6, started_at = now(), due_at = NULL"
+        "UPDATE run SET state = 'failed', error = 'the disk is full', finished_at = now(), attempts_left = 0,"
+        " attempts = 6, started_at = now(), sweep_after = NULL"
     )
     assert [finding.check for finding in check().findings] == ["no run has failed"]
     recovery.retry_failed([run_id])

@@ -106,7 +106,7 @@ def test_with_redis_out_posting_answers_201_and_the_sweeper_finds_the_run(cast, 
 def test_a_worker_that_starts_before_redis_waits_for_it(cast):
     with a_gate(os.environ["REDIS_URL"]) as gate:
         gate.shut()
-        with running(["flask", "--app", "app", "worker"], REDIS_URL=gate.url, SWEEP_SECONDS="1") as process:
+        with running(["flask", "--app", "app", "worker"], REDIS_URL=gate.url, SWEEP_INTERVAL_SECONDS="1") as process:
             wait_until(lambda: "Redis is out of reach" in process.log(), "the worker to say so")
             gate.open()
             wait_until(lambda: "Listening on" in process.log(), "the worker to listen")
@@ -250,7 +250,7 @@ def test_a_work_horse_that_dies_is_followed_by_another(cast):
 
 def test_a_job_that_cannot_be_broken_off_ends_with_its_process(cast, override):
     """RQ breaks off what hears signals; this one does not."""
-    override(job_timeout=1)
+    override(job_timeout_seconds=1)
     with a_worker(through=("tests.deaf",)) as process:
         (horse,) = horses_of(process.pid)
         _, run_id = write(cast.subscriber, cast.general, "deaf")
@@ -293,7 +293,7 @@ def test_small_messages_that_wait_are_told_together(cast, run_jobs):
     runs = [write(cast.subscriber, cast.general, f"gold {number}, @vera")[1] for number in range(30)]
     message_id, first = write(cast.moderator, cast.general, "silver")
     runs += [first, messages.edit_message(cast.moderator.user, message_id, "@vera").run_id]
-    execute("UPDATE run SET attempts = 1, tries_left = 5 WHERE id = 7")
+    execute("UPDATE run SET attempts = 1, attempts_left = 5 WHERE id = 7")
     queues.enqueue([WorkItem(run_id) for run_id in runs])
     with statements() as said:
         work_on_jobs(1)
@@ -315,7 +315,7 @@ def test_of_messages_that_are_told_together_one_that_fails_costs_the_others_noth
     assert states == ["succeeded", "succeeded", "queued", "succeeded", "succeeded"]
     assert "poison" in Run.get_by_id(3).error
     assert [Run.get_by_id(run_id).attempts for run_id in runs] == [1] * 5
-    execute("UPDATE run SET due_at = now() - interval '1 second' WHERE due_at IS NOT NULL")
+    execute("UPDATE run SET sweep_after = now() - interval '1 second' WHERE sweep_after IS NOT NULL")
     assert maintenance.sweep() == 1
     assert run_jobs() == 0
     assert state_of(3) == "succeeded"
@@ -351,14 +351,14 @@ def test_a_large_run_tells_the_mentioned_and_goes_on_in_bulk_a_job_a_slice(api, 
     message = api(cast.subscriber).post("/api/messages", json={"channel_id": cast.general, "content": "gold, @vera"})
     run_id = message.get_json()["run"]["id"]
     jobs.notify(run_id)
-    assert (state_of(run_id), Run.get_by_id(run_id).done) == ("running", 1)
+    assert (state_of(run_id), Run.get_by_id(run_id).members_processed) == ("running", 1)
     assert told_of(message.get_json()["id"]) == {cast.vip.id}
     waiting = [(job.func_name, *job.args) for job in queues.queue(queues.BULK).jobs]
-    assert waiting == [("jobs.notify_slice", run_id, part.after) for part in parts_of(run_id)]
+    assert waiting == [("jobs.notify_slice", run_id, part.after_user_id) for part in parts_of(run_id)]
     assert len(waiting) == 3
     assert run_jobs() == 0
     finished = Run.get_by_id(run_id)
-    assert (finished.state, finished.done, finished.total) == ("succeeded", 5, 5)
+    assert (finished.state, finished.members_processed, finished.members_total) == ("succeeded", 5, 5)
     assert told_of(message.get_json()["id"]) == {cast.admin.id, cast.moderator.id, cast.vip.id}
 
 

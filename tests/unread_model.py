@@ -75,7 +75,7 @@ class World:
     people: dict[int, Person]
     channels: dict[int, Channel]
     moderators: int  # the role that moderates
-    slice_members: int
+    fanout_slice_size: int
     messages: dict[int, Message] = field(default_factory=dict)
     runs: dict[int, Run] = field(default_factory=dict)  # unfinished
     told: dict[tuple[int, int], Notification] = field(default_factory=dict)  # by person and message
@@ -108,7 +108,7 @@ class World:
         pings = person.admin or self.moderators in person.roles
         return Mentions(frozenset(reached), wanted.roles if pings else frozenset(), pings and wanted.everyone)
 
-    # Telling -----------------------------------------------------------------------------------------------
+    # NotificationLog -----------------------------------------------------------------------------------------------
 
     def decision(self, number: int, message: Message, now: object) -> str:
         channel = self.channels[message.channel]
@@ -142,15 +142,15 @@ class World:
             up_to, first = run.slices.pop(after)
             self._take_back_from_who_left(run, after, up_to)
             self._tell(run, [one for one in members if after < one <= up_to and one not in first], now)
-        elif message.deleted or len(members) <= self.slice_members:
+        elif message.deleted or len(members) <= self.fanout_slice_size:
             run.slices = {}
             self._take_back_from_who_left(run, 0, FOREVER)
             self._tell(run, members, now)
         else:
             named = [one for one in members if one in message.mentions.people]
             by_role = [one for one in members if self.people[one].roles & message.mentions.roles]
-            first = (named + [one for one in by_role if one not in named])[: self.slice_members]
-            begin = [0, *(one - 1 for one in members[self.slice_members :: self.slice_members])]
+            first = (named + [one for one in by_role if one not in named])[: self.fanout_slice_size]
+            begin = [0, *(one - 1 for one in members[self.fanout_slice_size :: self.fanout_slice_size])]
             run.slices = {
                 begins: (ends, {one for one in first if begins < one <= ends})
                 for begins, ends in zip(begin, [*begin[1:], FOREVER], strict=True)

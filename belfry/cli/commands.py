@@ -87,39 +87,39 @@ def migrate(as_json: bool) -> None:
 
 
 @command(COMMANDS, "create-user")
-@click.argument("name", metavar="NAME")
-@click.option("--admin", is_flag=True, help="May administer everything.")
-@click.option("--name", "full_name", help="The name that people see; NAME unless given.")
+@click.argument("username", metavar="USERNAME")
+@click.option("--admin", is_flag=True, help="Make the user an admin.")
+@click.option("--display-name", metavar="N", help="The name that others see; USERNAME by default.")
 @click.option("--email")
-@click.option("--subscription", type=click.Choice(SUBSCRIPTION_STATUSES), help="A subscription without an end.")
-@click.option("--token", "with_token", is_flag=True, help="Make a token as well, and print it once.")
+@click.option("--subscription", type=click.Choice(SUBSCRIPTION_STATUSES), help="Add a subscription that does not end.")
+@click.option("--token", "with_token", is_flag=True, help="Create a token as well, and print it once.")
 @json_option
 def create_user(
-    name: str,
+    username: str,
     admin: bool,
-    full_name: str | None,
+    display_name: str | None,
     email: str | None,
     subscription: str | None,
     with_token: bool,
     as_json: bool,
 ) -> None:
-    """Make a person with the username NAME."""
-    given = {"username": name, "name": full_name, "email": email}
+    """Create a user."""
+    given = {"username": username, "name": display_name, "email": email}
     try:
-        person = schemas.UserIn().load({field: value for field, value in given.items() if value is not None})
+        loaded = schemas.UserIn().load({field: value for field, value in given.items() if value is not None})
     except ValidationError as error:
         wrong = "; ".join(f"{field}: {' '.join(why)}" for field, why in error.messages_dict.items())
         raise click.UsageError(wrong) from None
     with db.atomic():
-        user = users.create_user(person["username"], person["name"], person["email"], is_admin=admin)
+        user = users.create_user(loaded["username"], loaded["name"], loaded["email"], is_admin=admin)
         if subscription:
             subscriptions.set_subscription(user.id, subscription, None)
         token = tokens.create_token(user)[1] if with_token else None
-    made = {"id": user.id, "username": user.username, "name": user.name, "is_admin": user.is_admin}
+    created = {"id": user.id, "username": user.username, "name": user.name, "is_admin": user.is_admin}
     if token:
-        made["token"] = token
+        created["token"] = token
     if as_json:
-        _print_json(made)
+        _print_json(created)
         return
     click.echo(f"user {user.id}: {user.username}{' (admin)' if admin else ''}")
     if token:
@@ -127,12 +127,12 @@ def create_user(
 
 
 @command(COMMANDS, "create-token")
-@click.argument("name", metavar="NAME")
-@click.option("--days", type=click.IntRange(1, 36_500), help="Days until it expires. Without it, the token does not.")
+@click.argument("username", metavar="USERNAME")
+@click.option("--days", type=click.IntRange(1, 36_500), help="Days until the token expires; by default it does not.")
 @json_option
-def create_token(name: str, days: int | None, as_json: bool) -> None:
-    """Make a token for the person with the username NAME, and print it once."""
-    user = users.find_user_by_username(name)
+def create_token(username: str, days: int | None, as_json: bool) -> None:
+    """Create a token for a user, and print it once."""
+    user = users.find_user_by_username(username)
     expires_at = datetime.now(UTC) + timedelta(days=days) if days else None
     stored, token = tokens.create_token(user, expires_at)
     if as_json:
@@ -149,31 +149,31 @@ def create_token(name: str, days: int | None, as_json: bool) -> None:
 @click.option("--channels", type=click.IntRange(1, 1000), default=3, show_default=True)
 @json_option
 def seed(members: int, channels: int, as_json: bool) -> None:
-    """Make a community to try things on: a server with members, roles, channels, subscriptions and preferences."""
+    """Create sample data: a server with members, roles, channels, subscriptions and preferences."""
     with click.progressbar(length=members, label="members", file=sys.stderr) as bar:
-        made = seeding.seed(members, channels, bar.update)
+        created = seeding.seed(members, channels, bar.update)
     if as_json:
-        _print_json(made)
+        _print_json(created)
     else:
         click.echo(
-            f"server {made['server_id']}, channels {', '.join(map(str, made['channel_ids']))}, "
-            f"{members} members ({', '.join(made['usernames'])}, …)"
+            f"server {created['server_id']}, channels {', '.join(map(str, created['channel_ids']))}, "
+            f"{members} members ({', '.join(created['usernames'])}, …)"
         )
 
 
 @command(COMMANDS, "send-test-notification")
-@click.option("--channel", "channel_id", type=click.IntRange(1, LARGEST_ID), help="The first one unless given.")
+@click.option("--channel", "channel_id", type=click.IntRange(1, LARGEST_ID), help="By default the first channel.")
 @click.option("--audience", type=click.Choice(test_notifications.AUDIENCES), default="me", show_default=True)
-@click.option("--as", "username", metavar="NAME", help="Who sends it; the first admin unless given.")
-@click.option("--wait", is_flag=True, help="Show its progress and statistics; exit 1 if it failed.")
+@click.option("--sender", metavar="USERNAME", help="Who sends it; by default the first admin.")
+@click.option("--wait", is_flag=True, help="Show progress and statistics; exit with 1 if the run failed.")
 @json_option
 def send_test_notification(
-    channel_id: int | None, audience: str, username: str | None, wait: bool, as_json: bool
+    channel_id: int | None, audience: str, sender: str | None, wait: bool, as_json: bool
 ) -> None:
     """Send a test notification through the real queue."""
-    run_id = test_notifications.send_test(_sender(username), channel_id, None, audience)
+    run_id = test_notifications.send_test(_sender(sender), channel_id, None, audience)
     if not queues.enqueue_run(run_id):
-        click.echo("Redis is out of reach: a worker will find the run when it is back.", err=True)
+        click.echo("Redis is unavailable. A worker will find the run when Redis is available again.", err=True)
     run = _wait(run_id) if wait else runs.find_run(run_id)
     _print_run(run, as_json)
     if run["state"] == "failed":
@@ -185,18 +185,18 @@ def _sender(username: str | None) -> User:
         return users.find_user_by_username(username)
     admin: User | None = User.select().where(User.is_admin).order_by(User.id).first()
     if admin is None:
-        raise click.ClickException("There is no admin yet: flask --app app create-user NAME --admin --token")
+        raise click.ClickException("There is no admin yet: flask --app app create-user USERNAME --admin --token")
     return admin
 
 
 def _wait(run_id: int) -> dict[str, Any]:
-    """Until the run is finished, with its progress; raises ClickException when that takes too long."""
-    give_up = time.monotonic() + WAIT_SECONDS
+    """Wait until the run is finished, and show its progress. Raises ClickException after WAIT_SECONDS."""
+    deadline = time.monotonic() + WAIT_SECONDS
     with click.progressbar(length=1, label=f"run {run_id}", file=sys.stderr) as bar:
-        while time.monotonic() < give_up:
+        while time.monotonic() < deadline:
             run = runs.find_run(run_id)
-            bar.length = run["total"] or 1
-            bar.update(run["done"] - bar.pos)
+            bar.length = run["members_total"] or 1
+            bar.update(run["members_processed"] - bar.pos)
             if run["finished_at"]:
                 return run
             time.sleep(0.1)
@@ -215,7 +215,10 @@ def _print_run(run: dict[str, Any], as_json: bool) -> None:
     )
     if sent["error"]:
         click.echo(f"  error: {sent['error']}")
-    click.echo(f"  {statistics['notified']} of {statistics['audience']} to be told; {statistics['added']} rows added")
+    click.echo(
+        f"  {statistics['notified']} of {statistics['audience']} members notified;"
+        f" {statistics['inserted']} notifications inserted"
+    )
     for decision, members in statistics["decisions"].items():
         if members:
             click.echo(f"  {decision:20} {members:>10}")
@@ -224,7 +227,7 @@ def _print_run(run: dict[str, Any], as_json: bool) -> None:
 @command(COMMANDS, "worker")
 @click.option("--burst", is_flag=True, help="Stop when the queues are empty.")
 def worker(burst: bool) -> None:
-    """Run jobs: fan-out, retries, recovery. SIGTERM finishes the work in hand."""
+    """Run jobs: fan-out, retries, recovery. SIGTERM lets the current job finish."""
     supervisor.work(burst)
 
 
@@ -233,19 +236,19 @@ def worker(burst: bool) -> None:
 @click.argument("username")
 @json_option
 def explain(message_id: int, username: str, as_json: bool) -> None:
-    """Say why somebody was, or was not, told of a message."""
+    """Explain why a user was or was not notified of a message."""
     user = users.find_user_by_username(username)
     found = schemas.Explanation().dump(explanation.explain(None, message_id, user.id))
     if as_json:
         _print_json(found)
         return
-    when = f"told at {found['notified_at']}" if found["notified_at"] else "not told"
+    when = f"notified at {found['notified_at']}" if found["notified_at"] else "not notified"
     read = f", read at {found['read_at']}" if found["read_at"] else ""
     click.echo(f"{user.username}: {when}{read}: {found['decision']}. {found['detail']}")
 
 
 @command(COMMANDS, "verify")
-@click.option("--decisions", is_flag=True, help="Also make recent decisions again, and compare them member by member.")
+@click.option("--decisions", is_flag=True, help="Also repeat recent decisions, and compare them member by member.")
 @click.option(
     "--limit",
     type=click.IntRange(1, 1_000_000),
@@ -254,13 +257,13 @@ def explain(message_id: int, username: str, as_json: bool) -> None:
     help="Runs for --decisions, newest first.",
 )
 @click.option(
-    "--since", type=click.IntRange(1, LARGEST_ID), default=1, help="Read no notification of a message with a lower id."
+    "--since", type=click.IntRange(1, LARGEST_ID), default=1, help="Skip notifications of messages with a lower id."
 )
 @json_option
 def verify(decisions: bool, limit: int, since: int, as_json: bool) -> None:
-    """Check the stored data for contradictions, and against the rules; exits 1 if anything is wrong.
+    """Check the stored data for contradictions and against the rules; exit with 1 if anything is wrong.
 
-    Nothing is locked or changed: it can run beside everything else.
+    Nothing is locked or changed, so it can run at any time.
     """
     with click.progressbar(length=1, label="notifications", file=sys.stderr) as bar:
 
@@ -293,7 +296,7 @@ COMMANDS.append(runs_group)
 @click.option("--limit", type=click.IntRange(1, 1000), default=20, show_default=True)
 @json_option
 def list_runs(state: str | None, limit: int, as_json: bool) -> None:
-    """The newest runs."""
+    """List the newest runs."""
     found = runs.list_runs(before=None, limit=limit, state=state)
     if as_json:
         _print_json([schemas.Run().dump(describe_run(run)) for run in found])
@@ -301,7 +304,7 @@ def list_runs(state: str | None, limit: int, as_json: bool) -> None:
     for run in found:
         click.echo(
             f"{run['id']:>8}  {run['kind']:8} {run['state']:10} message {run['message_id']:<8} "
-            f"{run['done']} of {run['total'] if run['total'] is not None else '?'}"
+            f"{run['members_processed']} of {run['members_total'] if run['members_total'] is not None else '?'} members"
             + (f"  {run['error'].splitlines()[0][:100]}" if run["error"] else "")
         )
 
@@ -310,43 +313,45 @@ def list_runs(state: str | None, limit: int, as_json: bool) -> None:
 @click.argument("run_id", type=click.IntRange(1, LARGEST_ID))
 @json_option
 def show_run(run_id: int, as_json: bool) -> None:
-    """One run and its statistics."""
+    """Show one run and its statistics."""
     _print_run(runs.find_run(run_id), as_json)
 
 
 @command(runs_group, "replay")
 @click.argument("run_id", type=click.IntRange(1, LARGEST_ID))
-@click.option("--dry-run", is_flag=True, help="Only say what would be added.")
+@click.option("--dry-run", is_flag=True, help="Only show what would change.")
 @json_option
 def replay_run(run_id: int, dry_run: bool, as_json: bool) -> None:
-    """Decide again about everybody by the rules of now; nobody is told twice."""
+    """Repeat a run by the rules of now. Nobody is notified twice."""
     replayed = runs.replay(run_id, dry_run=dry_run)
     if replayed["run_id"]:
         queues.enqueue_run(replayed["run_id"])
     if as_json:
         _print_json(replayed)
         return
-    click.echo(f"{'would add' if dry_run else 'adds'} {replayed['added']}, {replayed['stays']} stay")
-    for decision, now in replayed["now"].items():
-        then = replayed["then"][decision]
-        if now or then:
-            click.echo(f"  {decision:20} {then:>10} then {now:>10} now")
+    action = "to insert" if dry_run or not replayed["run_id"] else "being inserted"
+    click.echo(f"{replayed['inserted']} notifications {action}, {replayed['unchanged']} unchanged")
+    click.echo(f"  {'decision':20} {'before':>10} {'after':>10}")
+    for decision, after in replayed["decisions_after"].items():
+        before = replayed["decisions_before"][decision]
+        if before or after:
+            click.echo(f"  {decision:20} {before:>10} {after:>10}")
     if replayed["run_id"]:
         click.echo(f"run {replayed['run_id']}")
 
 
 @command(runs_group, "retry")
 @click.argument("run_ids", metavar="[ID]...", nargs=-1, type=click.IntRange(1, LARGEST_ID))
-@click.option("--failed", is_flag=True, help="All that failed.")
+@click.option("--failed", is_flag=True, help="All failed runs.")
 @json_option
 def retry_runs(run_ids: tuple[int, ...], failed: bool, as_json: bool) -> None:
-    """Try failed runs again: all (--failed), or those named. They go on where they stopped."""
+    """Retry failed runs, all (--failed) or the given ones. They continue where they stopped."""
     if bool(run_ids) == failed:
         raise click.UsageError("Give either run ids or --failed.")
-    parts = recovery.retry_failed(None if failed else run_ids)
-    queues.enqueue(parts)
-    retried = sorted({part.run_id for part in parts})
+    items = recovery.retry_failed(None if failed else run_ids)
+    queues.enqueue(items)
+    retried = sorted({item.run_id for item in items})
     if as_json:
         _print_json({"retried": retried})
     else:
-        click.echo(f"{len(retried)} run(s) again: {', '.join(map(str, retried))}" if retried else "nothing to do")
+        click.echo(f"{len(retried)} run(s) retried: {', '.join(map(str, retried))}" if retried else "no failed runs")

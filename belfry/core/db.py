@@ -36,7 +36,7 @@ def idle_timeout(round_trip: float) -> dict[str, str]:
     `round_trip` is how many seconds PostgreSQL took for an answer just now: the silence between two statements is at
     least as long. No longer than a job may run, however long that was.
     """
-    seconds = max(IDLE_IN_TRANSACTION_SECONDS, min(ROUND_TRIPS * round_trip, settings.job_timeout))
+    seconds = max(IDLE_IN_TRANSACTION_SECONDS, min(ROUND_TRIPS * round_trip, settings.job_timeout_seconds))
     return {"idle_in_transaction_session_timeout": f"{seconds * 1000:.0f}ms"}
 
 

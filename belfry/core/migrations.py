@@ -7,11 +7,11 @@ from pathlib import Path
 from playhouse.migrations import Runner
 
 from belfry.core.db import db, execute, fetch_all, fetch_one
+from belfry.core.locks import MIGRATION_LOCK
 
 log = logging.getLogger(__name__)
 
 MIGRATIONS = Path(__file__).parents[2] / "migrations"
-MIGRATION_LOCK = 0x62656C6D  # the advisory lock's key: "belm"
 
 
 def _runner() -> Runner:

@@ -14,8 +14,8 @@ def connections_limit() -> int:
 
 
 def streams_limit() -> int:
-    """How many streams this process may have: STREAMS, or as many as the other connections leave room for."""
-    return min(settings.streams, _limit() - OTHER_FILES - connections_limit())
+    """How many streams this process may have: MAX_STREAMS_PER_PROCESS, or fewer where the file limit is lower."""
+    return min(settings.max_streams_per_process, _limit() - OTHER_FILES - connections_limit())
 
 
 def _limit() -> int:
@@ -23,7 +23,7 @@ def _limit() -> int:
 
     Most systems begin with a soft limit of 1,024.
     """
-    wanted = settings.streams + CONNECTIONS + OTHER_FILES
+    wanted = settings.max_streams_per_process + CONNECTIONS + OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     possible = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     if soft < possible:

@@ -3,8 +3,8 @@
 Each insert finds its place in the key of its partition, and that is the slower the more messages are in there: it
 touches a page for each recipient, in the end. So a partition is left when it is full, and the next one is empty.
 
-- A partition holds a million message ids at most, and always ends at a whole million: `notification_to_3000000` those
-  below it. PARTITIONS_AHEAD of them are always there beyond the one in use.
+- A partition holds a million message ids at most, and always ends at a whole million: `notification_before_3000000`
+  has those below it. PARTITIONS_AHEAD of them are always there beyond the one in use.
 - The one in use is left early, when it is full or old: the next message's id is the next whole million. So ids grow
   with time, and have gaps.
 - One that was left gets an index of what is unread in it: who has read nearly all of 100,000 is not counted row by row.
@@ -32,6 +32,7 @@ from belfry.core.db import (
     transaction,
     try_xact_lock,
 )
+from belfry.core.locks import PARTITION_LOCK
 from config import settings, tuning
 
 log = logging.getLogger(__name__)
@@ -41,7 +42,6 @@ PARTITIONS_AHEAD = 2
 ROW_BYTES = 60  # of a notification in its table, as measured; without its key
 INDEX_TIMEOUT_SECONDS = 600  # a million rows take a quarter of a second, but old snapshots are waited for
 ROLLOVERS_PER_RETENTION = 10  # a partition is left after this part of RETENTION_DAYS, so that not much is kept longer
-PARTITION_LOCK = 0x62656C70  # the advisory lock's key: "belp"
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ def _create(new: Partition) -> None:
     """
     lower = "MINVALUE" if new.after_or_at is None else new.after_or_at
     bounds = f"FOR VALUES FROM ({lower}) TO ({new.below})"
-    wanted = name = f"notification_to_{new.below}"
+    wanted = name = f"notification_before_{new.below}"
     number = 1
     while _name_exists(name):
         if number == 1 and _attach(name, bounds):

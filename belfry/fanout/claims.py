@@ -1,78 +1,83 @@
-"""Who takes care of a run, or of a slice of it: so that every part is done once, whoever dies or hangs.
+"""Claim work items, so that each is processed once, whatever dies or hangs.
 
-- **The lease is the lock on the part's row**, held by the transaction that does it. PostgreSQL takes it back when
-  the worker's connection ends (in the midst of a statement, when that ends: well under a second for a slice), and
-  after IDLE_IN_TRANSACTION_SECONDS from a worker that hangs. No clock is compared, no
-  heartbeat is sent: one would go on saying "alive" for a process whose work hangs.
-- **The attempt's number is its token.** It is counted, and committed, before the work: so that an attempt that
-  ends without a word has been one, and whoever comes back late finds that another attempt has begun, and can
-  write nothing.
-- **`due_at` says from when the sweeper may look**: while a job should be on its way, it leaves the part alone.
-  Only the database's clock is asked.
+- **The lease is the lock on the row** of the run or slice, held by the transaction that processes it. PostgreSQL
+  releases it when the worker's connection ends (during a statement: when the statement ends, well under a second for
+  a slice), and after IDLE_IN_TRANSACTION_SECONDS from a worker that hangs. No clocks are compared and no heartbeats
+  are sent: a heartbeat would still say "alive" for a process whose work hangs.
+- **The attempt's number is its token.** It is incremented and committed before the work begins. So an attempt that
+  ends without recording a failure still counts, and a worker that comes back late finds a newer attempt and writes
+  nothing.
+- **`sweep_after` says from when the sweeper may enqueue the item again.** Until then a job is expected to process it.
+  Only the database's clock is read.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from belfry.core.db import Row, execute, fetch_all, fetch_one, set_config_sql
+from belfry.core.locks import MESSAGE_LOCK
 from models import MAX_ATTEMPTS
 
-_LEASE_SECONDS_SQL = f"make_interval(secs => LEAST(15, 2 * power(2, {MAX_ATTEMPTS} - tries_left)))"
-"""From the counted attempt to the lock lie milliseconds. After that `due_at` means something only where the lock is
-gone without a word: then the next attempt comes 2 s after the first began, and 4, 8, 15, 15 s after those that follow,
-so that a spell of bad luck does not use up all tries at once, and the work still goes on within half a minute.
+_SWEEP_BACKOFF_SQL = f"make_interval(secs => LEAST(15, 2 * power(2, {MAX_ATTEMPTS} - attempts_left)))"
+"""How long after the begin of an attempt the sweeper leaves the item alone: 2, 4, 8, 15, 15, 15 s.
 
-Where PostgreSQL answers slowly the sweeper waits longer (`grace`), and an attempt that was overtaken all the same gives
-its try back: a run is not failed for slowness alone."""
+The row is locked within milliseconds after that, and a locked row is skipped. So the interval matters only where the
+lock was released without a result. It grows so that a series of crashes does not use up all attempts at once, and is
+bounded so that work resumes within 30 s. Where PostgreSQL answers slowly the sweeper waits longer (`grace`), and an
+attempt that was overtaken is given back (`release`): slowness alone does not fail a run.
+"""
 
 
 _IS_OLD_SQL = "(created_at < now() - interval '1 day')"
-"""Whether a run is older than the shortest RETENTION_DAYS: the notifications of its message may have been dropped."""
+"""Whether a run is older than the shortest RETENTION_DAYS, so that its notifications may have been dropped."""
 
 
-@dataclass(frozen=True, order=True)
-class WorkItem:
-    """What one job does: a run's own part (`after` None: all of a small run; the planning, and the mentioned,
-    of a large one), or the slice of it that begins after a user id."""
+class WorkItem(NamedTuple):
+    """What one job processes: a run's first work item, or the slice of it that begins after a user id."""
 
     run_id: int
-    after: int | None = None
+    after_user_id: int | None = None
+
+    @property
+    def is_run(self) -> bool:
+        return self.after_user_id is None
 
     def __str__(self) -> str:
-        return f"run {self.run_id}" + ("" if self.after is None else f", slice after {self.after}")
+        return f"run {self.run_id}" + ("" if self.is_run else f", slice after {self.after_user_id}")
 
 
 _CLAIM_RUN_SQL = f"""
     UPDATE run
     SET state = 'running',
         attempts = attempts + 1,
-        tries_left = tries_left - 1,
+        attempts_left = attempts_left - 1,
         started_at = COALESCE(started_at, now()),
-        due_at = clock_timestamp() + {_LEASE_SECONDS_SQL}
+        sweep_after = clock_timestamp() + {_SWEEP_BACKOFF_SQL}
     WHERE id = (SELECT id FROM run WHERE id = %(run_id)s FOR NO KEY UPDATE SKIP LOCKED)
     AND slices_left = 0
     AND state IN ('pending', 'queued', 'running')
-    AND tries_left > 0
+    AND attempts_left > 0
     RETURNING attempts
 """
 
 _CLAIM_SLICE_SQL = f"""
     UPDATE slice
     SET attempts = attempts + 1,
-        tries_left = tries_left - 1,
-        due_at = clock_timestamp() + {_LEASE_SECONDS_SQL}
-    WHERE (run_id, after) = (
-        SELECT run_id, after
+        attempts_left = attempts_left - 1,
+        sweep_after = clock_timestamp() + {_SWEEP_BACKOFF_SQL}
+    WHERE (run_id, after_user_id) = (
+        SELECT run_id, after_user_id
         FROM slice
-        WHERE run_id = %(run_id)s AND after = %(after)s
+        WHERE run_id = %(run_id)s
+        AND after_user_id = %(after_user_id)s
         FOR NO KEY UPDATE SKIP LOCKED)
-    AND tries_left > 0
+    AND attempts_left > 0
     RETURNING attempts
 """
 
 
 _CLAIM_BATCH_SQL = f"""
-    WITH asked AS (
+    WITH candidate AS (
         SELECT id, message_id
         FROM run
         WHERE id = ANY(%(run_ids)s::bigint[])
@@ -82,39 +87,39 @@ _CLAIM_BATCH_SQL = f"""
         AND NOT {_IS_OLD_SQL}
         FOR NO KEY UPDATE SKIP LOCKED
     ),
-    placed AS (
-        SELECT DISTINCT ON (a.message_id) a.id, c.server_id
-        FROM asked a
-        JOIN message g ON g.id = a.message_id
-        JOIN channel c ON c.id = g.channel_id
-        ORDER BY a.message_id, a.id
+    located AS (
+        SELECT DISTINCT ON (candidate.message_id) candidate.id, chan.server_id
+        FROM candidate
+        JOIN message msg ON msg.id = candidate.message_id
+        JOIN channel chan ON chan.id = msg.channel_id
+        ORDER BY candidate.message_id, candidate.id
     ),
     sized AS MATERIALIZED (
         SELECT server_id, (
             SELECT count(*)
             FROM (
                 SELECT
-                FROM member m
-                WHERE m.server_id = s.server_id
-                ORDER BY m.user_id  -- by the key: a small server beside large ones is not looked for in all of them
+                FROM member
+                WHERE member.server_id = srv.server_id
+                ORDER BY member.user_id  -- by the key: a small server's members are not searched for among all
                 LIMIT %(members)s + 1
-            ) first_few
+            ) first_members
         ) AS members
-        FROM (SELECT DISTINCT server_id FROM placed) s
+        FROM (SELECT DISTINCT server_id FROM located) srv
     ),
     chosen AS (
         SELECT id, sum(members) OVER (ORDER BY id <> %(first)s, id) AS members
-        FROM placed
+        FROM located
         JOIN sized USING (server_id)
         WHERE members <= %(members)s
     )
     UPDATE run
     SET state = 'running',
         attempts = 1,
-        tries_left = tries_left - 1,
+        attempts_left = attempts_left - 1,
         started_at = now(),
-        due_at = clock_timestamp() + {_LEASE_SECONDS_SQL}
-    FROM chosen, (SELECT set_config('synchronous_commit', 'off', true)) AS lazily
+        sweep_after = clock_timestamp() + {_SWEEP_BACKOFF_SQL}
+    FROM chosen, (SELECT set_config('synchronous_commit', 'off', true)) AS async_commit
     WHERE run.id = chosen.id
     AND chosen.members <= %(members)s
     RETURNING run.id AS run_id
@@ -122,117 +127,108 @@ _CLAIM_BATCH_SQL = f"""
 
 
 def claim_batch(first: int, others: Sequence[int], members: int) -> list[int]:
-    """Count the first attempt at a run, and at others that nobody has begun, with no more than so many members in all;
-    those taken, [] when there is none to take.
+    """Claim the first attempt of a run, and of others that nobody has claimed, with at most `members` members in all.
 
-    Of edits and replays, of what was tried before or is older than a day, and of large audiences there are none: those
-    are parts of their own,
-    so that what kills or delays whoever touches it costs no other its tries. Nobody waits for the disk: were it lost,
-    the attempt was none.
+    Returns the ids of the claimed runs, [] where none can be claimed. Edits and replays, runs that were tried before
+    or are older than a day, and runs with larger audiences are never claimed here. They are processed one by one, so
+    that a run that kills or delays its worker costs no other run an attempt. The commit does not wait for the disk: if
+    it is lost, so is the attempt.
     """
-    asked = {"first": first, "run_ids": [first, *others], "members": members}
-    return sorted(taken["run_id"] for taken in fetch_all(_CLAIM_BATCH_SQL, asked))
+    parameters = {"first": first, "run_ids": [first, *others], "members": members}
+    return sorted(run["run_id"] for run in fetch_all(_CLAIM_BATCH_SQL, parameters))
 
 
-def claim(part: WorkItem) -> int | None:
-    """Count one more attempt at a part; its number, the token for `lock_claimed` and `record_failure`.
+def claim(item: WorkItem) -> int | None:
+    """Claim one more attempt of a work item; its number, which is the token for `lock_claimed` and `record_failure`.
 
-    None where there is nothing to take: it is done, it has failed, its tries are used up, or somebody else is at it
-    (who locks a row sees to it that the part goes on).
+    None where there is nothing to claim: the item is done, has failed, has no attempts left, or is locked by another
+    worker, which is then responsible for it.
     """
-    taken = fetch_one(_CLAIM_RUN_SQL if part.after is None else _CLAIM_SLICE_SQL, vars(part))
-    return int(taken["attempts"]) if taken else None
+    claimed = fetch_one(_CLAIM_RUN_SQL if item.is_run else _CLAIM_SLICE_SQL, item._asdict())
+    return int(claimed["attempts"]) if claimed else None
 
 
-MESSAGE_LOCK = 0x62656C67
-"""The advisory lock's class: "belg". What tells of a message shares it, what changes the message has it alone.
-
-The message's row would do as well, but for one thing: who wants a row alone waits for all who share it, and those
-who come later do not wait for him, so that the slices of a large fan-out would keep an edit waiting to its end.
-Before an advisory lock everybody waits in line.
+def _lock_sql(select_item: str) -> str:
+    """Lock the item, then its message: while this waits for the message, the sweeper skips the locked item."""
+    return f"""
+    WITH locked AS MATERIALIZED ({select_item})
+    SELECT locked.*, pg_advisory_xact_lock_shared({MESSAGE_LOCK}, (message_id %% 2147483647)::int) AS shared
+    FROM locked
 """
 
-_LOCK_SQL = f"""
-    WITH held AS MATERIALIZED ({{part}})
-    SELECT held.*, pg_advisory_xact_lock_shared({MESSAGE_LOCK}, (message_id %% 2147483647)::int) AS shared
-    FROM held
-"""
-"""The part's row is locked first: while the message is waited for, nobody may take the part for abandoned."""
 
-_LOCK_RUN_SQL = _LOCK_SQL.format(
-    part=f"""
-        SELECT message_id, kind, mention_changes, {_IS_OLD_SQL} AS is_old
+_LOCK_RUN_SQL = _lock_sql(f"""
+        SELECT message_id, kind, mention_diff, {_IS_OLD_SQL} AS is_old
         FROM run
         WHERE id = %(run_id)s
         AND slices_left = 0
         AND state = 'running'
         AND attempts = %(attempt)s
         FOR NO KEY UPDATE
+    """)
+
+_LOCK_SLICE_SQL = _lock_sql(f"""
+        SELECT run.message_id, run.kind, run.mention_diff, {_IS_OLD_SQL} AS is_old,
+            slice.to_user_id, slice.excluded_user_ids::text
+        FROM slice
+        JOIN run ON run.id = slice.run_id
+        WHERE slice.run_id = %(run_id)s
+        AND slice.after_user_id = %(after_user_id)s
+        AND slice.attempts = %(attempt)s
+        FOR NO KEY UPDATE OF slice
+    """)
+
+
+def lock_claimed(item: WorkItem, attempt: int) -> Row | None:
+    """Lock a work item, and its message against changes, until the transaction ends.
+
+    Returns {"message_id", "kind", "mention_diff", "is_old"}, and for a slice also {"to_user_id", "excluded_user_ids"}.
+    None where a newer attempt has begun. Read the message after this call: a change that was in progress has committed
+    then.
     """
-)
-
-_LOCK_SLICE_SQL = _LOCK_SQL.format(
-    part=f"""
-        SELECT r.message_id, r.kind, r.mention_changes, {_IS_OLD_SQL} AS is_old, s.up_to, s.told_first::text
-        FROM slice s
-        JOIN run r ON r.id = s.run_id
-        WHERE s.run_id = %(run_id)s
-        AND s.after = %(after)s
-        AND s.attempts = %(attempt)s
-        FOR NO KEY UPDATE OF s
-    """
-)
-
-
-def lock_claimed(part: WorkItem, attempt: int) -> Row | None:
-    """Lock a part, and keep its message as it is, until the transaction ends: {"message_id", "kind",
-    "mention_changes"}, and of a slice also {"up_to", "told_first"}.
-
-    None where the attempt is not the last one any more: it is another's by now. Read the message after this: who
-    was changing it has committed then.
-    """
-    return fetch_one(_LOCK_RUN_SQL if part.after is None else _LOCK_SLICE_SQL, {**vars(part), "attempt": attempt})
+    return fetch_one(_LOCK_RUN_SQL if item.is_run else _LOCK_SLICE_SQL, {**item._asdict(), "attempt": attempt})
 
 
 _RELEASE_RUN_SQL = f"""
     UPDATE run
-    SET tries_left = tries_left + 1
+    SET attempts_left = attempts_left + 1
     WHERE id = (SELECT id FROM run WHERE id = %(run_id)s FOR NO KEY UPDATE SKIP LOCKED)
     AND slices_left = 0
     AND state IN ('queued', 'running')
-    AND tries_left < {MAX_ATTEMPTS}
+    AND attempts_left < {MAX_ATTEMPTS}
 """
 
 _RELEASE_SLICE_SQL = f"""
     UPDATE slice
-    SET tries_left = tries_left + 1
-    WHERE (run_id, after) = (
-        SELECT run_id, after
+    SET attempts_left = attempts_left + 1
+    WHERE (run_id, after_user_id) = (
+        SELECT run_id, after_user_id
         FROM slice
-        WHERE run_id = %(run_id)s AND after = %(after)s
+        WHERE run_id = %(run_id)s
+        AND after_user_id = %(after_user_id)s
         FOR NO KEY UPDATE SKIP LOCKED)
-    AND due_at IS NOT NULL
-    AND tries_left < {MAX_ATTEMPTS}
+    AND sweep_after IS NOT NULL
+    AND attempts_left < {MAX_ATTEMPTS}
 """
 
 
-def release(part: WorkItem) -> None:
-    """Return the try of an attempt that another one has overtaken (`lock_claimed` gave None): nobody died, it was slow.
+def release(item: WorkItem) -> None:
+    """Give back an attempt that a newer one has overtaken (`lock_claimed` returned None): it was slow and did not fail.
 
-    Nothing changes where the part is done, has failed, or is being done: whoever locks it sees to it.
+    Nothing changes where the item is done, has failed, or is locked.
     """
-    execute(_RELEASE_RUN_SQL if part.after is None else _RELEASE_SLICE_SQL, vars(part))
+    execute(_RELEASE_RUN_SQL if item.is_run else _RELEASE_SLICE_SQL, item._asdict())
 
 
 def lock_batch(run_ids: Sequence[int], parameters: dict[str, str]) -> list[Row]:
-    """Lock what `claim_batch` gave: {"run_id", "message_id"} of the runs whose message nobody is changing.
+    """Lock the runs that `claim_batch` returned: {"run_id", "message_id"} of those whose message is not being changed.
 
-    The others are not waited for, for their sake nobody else should wait. It begins a transaction, for the rest of
-    which it sets PostgreSQL's `parameters`: one statement less for each small message.
+    The others are left out, so that the rest of the batch does not wait. Must be the first statement of a transaction;
+    it also sets PostgreSQL's `parameters` for the rest of it, which saves a statement for each batch.
     """
-    held = fetch_all(
+    locked = fetch_all(
         f"""
-        WITH held AS MATERIALIZED (
+        WITH locked AS MATERIALIZED (
             SELECT id AS run_id, message_id
             FROM run
             WHERE id = ANY(%(run_ids)s::bigint[])
@@ -241,83 +237,92 @@ def lock_batch(run_ids: Sequence[int], parameters: dict[str, str]) -> list[Row]:
             ORDER BY id
             FOR NO KEY UPDATE SKIP LOCKED
         ),
-        put AS MATERIALIZED (SELECT {set_config_sql(parameters)})
+        configured AS MATERIALIZED (SELECT {set_config_sql(parameters)})
         SELECT run_id, message_id,
             pg_try_advisory_xact_lock_shared({MESSAGE_LOCK}, (message_id %% 2147483647)::int) AS shared
-        FROM put
-        LEFT JOIN held ON true
+        FROM configured
+        LEFT JOIN locked ON true
         """,
         {"run_ids": list(run_ids)},
     )
-    return [one for one in held if one["shared"]]
+    return [run for run in locked if run["shared"]]
 
 
-def lock_message(message_id: int) -> None:
-    """Wait for the parts that tell of a message, and let no other begin, until the transaction ends: to change it."""
+def lock_message_exclusive(message_id: int) -> None:
+    """Wait until no work item of a message is being processed, and let none begin until the transaction ends."""
     execute(
         f"SELECT pg_advisory_xact_lock({MESSAGE_LOCK}, (%(message_id)s::bigint %% 2147483647)::int)",
         {"message_id": message_id},
     )
 
 
-_ERROR_SQL = """COALESCE(%(reason)s, error,
-    'gave up after ' || attempts || ' attempts: each ended without a word, as when its process is killed')"""
+_ERROR_SQL = """COALESCE(%(error)s, error,
+    'failed after ' || attempts || ' attempts that ended without an error, as when their process is killed')"""
 
-_RECORD_RUN_FAILURES_SQL = """
+
+def fail_runs_sql(condition: str, skip_locked: str = "") -> str:
+    """End the attempt of the runs that meet a condition: `queued` for a retry, or `failed` without attempts left.
+
+    Locks the rows. Parameters: {"error", "retry_in"} and those of the condition.
+    """
+    return f"""
     WITH ended AS (
         SELECT id AS run_id
         FROM run
-        WHERE {which}
+        WHERE {condition}
         AND state = 'running'
         AND slices_left = 0
-        FOR NO KEY UPDATE {of_others}
+        FOR NO KEY UPDATE {skip_locked}
     )
     UPDATE run
-    SET state = CASE WHEN tries_left > 0 THEN 'queued' ELSE 'failed' END,
-        finished_at = CASE WHEN tries_left > 0 THEN NULL ELSE now() END,
-        due_at = CASE WHEN tries_left > 0 THEN now() + make_interval(secs => %(retry_in)s) END,
-        error = {reason}
+    SET state = CASE WHEN attempts_left > 0 THEN 'queued' ELSE 'failed' END,
+        finished_at = CASE WHEN attempts_left > 0 THEN NULL ELSE now() END,
+        sweep_after = CASE WHEN attempts_left > 0 THEN now() + make_interval(secs => %(retry_in)s) END,
+        error = {_ERROR_SQL}
     FROM ended
     WHERE run.id = ended.run_id
 """
 
-_RECORD_SLICE_FAILURES_SQL = """
+
+def fail_slices_sql(condition: str, skip_locked: str = "") -> str:
+    """As `fail_runs_sql` for slices; the run of a slice without attempts left is `failed`."""
+    return f"""
     WITH ended AS (
-        SELECT run_id, after
+        SELECT run_id, after_user_id
         FROM slice
-        WHERE {which}
-        FOR NO KEY UPDATE {of_others}
+        WHERE {condition}
+        FOR NO KEY UPDATE {skip_locked}
     ),
-    noted AS (
+    recorded AS (
         UPDATE slice
-        SET due_at = CASE WHEN tries_left > 0 THEN now() + make_interval(secs => %(retry_in)s) END,
-            error = {reason}
+        SET sweep_after = CASE WHEN attempts_left > 0 THEN now() + make_interval(secs => %(retry_in)s) END,
+            error = {_ERROR_SQL}
         FROM ended
-        WHERE (slice.run_id, slice.after) = (ended.run_id, ended.after)
-        RETURNING slice.run_id, error, due_at
+        WHERE (slice.run_id, slice.after_user_id) = (ended.run_id, ended.after_user_id)
+        RETURNING slice.run_id, error, sweep_after
     ),
     failed AS (
         UPDATE run
-        SET state = 'failed', finished_at = now(), error = noted.error
-        FROM noted
-        WHERE run.id = noted.run_id
-        AND noted.due_at IS NULL
+        SET state = 'failed', finished_at = now(), error = recorded.error
+        FROM recorded
+        WHERE run.id = recorded.run_id
+        AND recorded.sweep_after IS NULL
     )
-    SELECT FROM noted
+    SELECT FROM recorded
 """
 
 
-def record_failure(part: WorkItem, attempt: int, reason: str, retry_in: float | None) -> None:
-    """Write down why an attempt failed; nothing where it is not the last one any more.
+_FAIL_RUN_SQL = fail_runs_sql("id = %(run_id)s AND attempts = %(attempt)s")
+_FAIL_SLICE_SQL = fail_slices_sql(
+    "run_id = %(run_id)s AND after_user_id = %(after_user_id)s AND attempts = %(attempt)s"
+)
 
-    With tries left the part is the sweeper's, should the retry not come within `retry_in` seconds; otherwise the
-    run is `failed`, and nobody tries again unasked. The other slices of a large run go on.
+
+def record_failure(item: WorkItem, attempt: int, error: str, retry_in: float | None) -> None:
+    """Record why an attempt failed; nothing changes where a newer attempt has begun.
+
+    With attempts left, the sweeper enqueues the item again if no retry has begun within `retry_in` seconds. Without,
+    the run is `failed` and is not tried again unless an operator asks for it. The other slices of the run continue.
     """
-    noted = {"attempt": attempt, "reason": reason[:1000] or "no reason was given", "retry_in": retry_in or 0}
-    if part.after is None:
-        which = "id = %(run_id)s AND attempts = %(attempt)s"
-        statement = _RECORD_RUN_FAILURES_SQL.format(which=which, reason=_ERROR_SQL, of_others="")
-    else:
-        which = "run_id = %(run_id)s AND after = %(after)s AND attempts = %(attempt)s"
-        statement = _RECORD_SLICE_FAILURES_SQL.format(which=which, reason=_ERROR_SQL, of_others="")
-    execute(statement, {**vars(part), **noted})
+    parameters = {"attempt": attempt, "error": error[:1000] or "no error message", "retry_in": retry_in or 0}
+    execute(_FAIL_RUN_SQL if item.is_run else _FAIL_SLICE_SQL, {**item._asdict(), **parameters})

@@ -1,10 +1,10 @@
-"""The fan-out of a run, part by part, each one transaction.
+"""Process the work items of a run, each in one transaction.
 
-- A run whose audience fits into one slice is one part.
-- Of a larger one the first part shares the members out in slices, and tells those who are mentioned. Each slice
-  is a part of its own, for any worker; it leaves out whom the first part has dealt with.
-- A part commits its notifications, its statistics and the run's progress together. One that dies half-way has
-  changed nothing, and one that is done is gone: nobody can do it twice.
+- A run whose audience fits into one slice is one work item.
+- The first work item of a larger run plans the slices and notifies the mentioned members. Each slice is a work item
+  that any worker may claim; it excludes the members that the first work item has notified.
+- A work item commits its notifications, its statistics and the run's progress together. If it is interrupted, nothing
+  has changed. Once it has succeeded it no longer exists, so it cannot be processed twice.
 """
 
 import logging
@@ -42,11 +42,11 @@ log = logging.getLogger(__name__)
 
 
 def _transaction_settings() -> dict[str, str]:
-    """PostgreSQL's, for a transaction that tells."""
+    """PostgreSQL's settings for a transaction that processes a work item."""
     return {
-        "jit": "off",  # compiling the statements would take longer than running them
-        "plan_cache_mode": "force_custom_plan",  # a plan for all ranges is one for none
-        "statement_timeout": f"{settings.job_timeout - 1}s",  # before RQ would break off in its midst
+        "jit": "off",  # compiling the statements takes longer than executing them
+        "plan_cache_mode": "force_custom_plan",  # one plan does not fit all ranges
+        "statement_timeout": f"{settings.job_timeout_seconds - 1}s",  # before RQ would interrupt the job
     }
 
 
@@ -56,148 +56,166 @@ _GENERIC_PLAN_SETTINGS = {
     "enable_mergejoin": "off",
     "enable_seqscan": "off",
 }
-"""For small audiences: each row is looked up by its key, by one plan, made once a connection. To plan it anew took as
-long as to tell 50 people; and beside a large server, by which it is estimated, all members of that were read."""
+"""For small audiences: each row is looked up by its key, with one plan for each connection. Planning takes as long as
+notifying 50 members, and beside a large server the planner would choose to read all members of that."""
 
 
-def process_work_item(part: WorkItem, attempt: int) -> list[WorkItem] | None:
-    """Do one part, which was taken as this attempt; the slices that came of it, to be enqueued.
+def process_work_item(item: WorkItem, attempt: int) -> list[WorkItem] | None:
+    """Process a claimed work item; the slices that were planned, to be enqueued ([] for a small run or a slice).
 
-    None, and nothing is done, where another attempt has begun since. A message that was deleted meanwhile has nobody
-    left to tell: its run ends with what it has. Whatever goes wrong goes up to the caller, and nothing has changed.
+    None, and nothing changes, where another attempt has begun since. A message that was deleted since notifies nobody
+    else: its run finishes with what it has. Errors are raised, and then nothing has changed.
     """
     with transaction(**_transaction_settings()):
-        held = claims.lock_claimed(part, attempt)
-        if held is None:
+        locked = claims.lock_claimed(item, attempt)
+        if locked is None:
             return None
-        failpoint("run.held" if part.after is None else "slice.held", part.run_id, part.after)
-        subject = load_fanout_message(held["message_id"])
-        assert subject is not None  # run.message_id is a foreign key
-        if _may_exceed_retention(held):
+        failpoint("run.locked" if item.is_run else "slice.locked", *item)
+        message = load_fanout_message(locked["message_id"])
+        assert message is not None  # run.message_id is a foreign key
+        if _may_exceed_retention(locked):
             block_drops(writing=True)
-            if subject.message_id < oldest_retained_message_id():
-                log.info("%s: who was notified of its message is no longer kept, so nobody is notified twice", part)
-                subject = replace(subject, deleted=True)
-        if part.after is not None:
-            _process_slice(part, attempt, held, subject)
-            return []
-        return _process_run(part, held, subject)
+            if message.message_id < oldest_retained_message_id():
+                log.info("%s: notifications of its message are past retention, so it notifies nobody", item)
+                message = replace(message, deleted=True)
+        if item.is_run:
+            return _process_run(item, locked, message)
+        _process_slice(item, attempt, locked, message)
+        return []
 
 
-def _may_exceed_retention(held: Row) -> bool:
-    """Whether the notifications of a run's message may have been dropped, by which others are told from the notified.
+def _may_exceed_retention(locked: Row) -> bool:
+    """Whether the notifications of the run's message may have been dropped, so that a repeat would notify twice.
 
-    RETENTION_DAYS is a day at least, so no younger run of a message itself needs to ask. An edit notifies those whom it
-    newly mentions, whether they were notified before or not.
+    RETENTION_DAYS is at least one day, so a younger run of a message need not be checked. An edit notifies the newly
+    mentioned, whether they were notified before or not.
     """
-    return held["kind"] == "replay" or (held["kind"] != "edit" and bool(held["is_old"]))
+    return locked["kind"] == "replay" or (locked["kind"] != "edit" and bool(locked["is_old"]))
 
 
 def process_batch(run_ids: Sequence[int]) -> list[Row]:
-    """Process runs that `claims.claim_batch` gave: {"run_id", "total", "added"} of each that was processed, by id.
+    """Process the runs that `claims.claim_batch` returned, in one transaction.
 
-    The others are claimed by another worker, or their message is being changed: process them one by one. Raises
-    whatever goes wrong, and then nothing has changed.
+    Returns {"run_id", "members_total", "notifications_inserted"} of each that was processed, by id. The others are
+    claimed by another worker, or their message is being changed: process them one by one. Errors are raised, and
+    then nothing has changed.
     """
     processed: list[Row] = []
     with timed_transaction() as round_trip:
-        held = claims.lock_batch(run_ids, idle_timeout(round_trip) | _transaction_settings() | _GENERIC_PLAN_SETTINGS)
-        failpoint("run.held", *run_ids[:1])
-        if held:
+        locked = claims.lock_batch(run_ids, idle_timeout(round_trip) | _transaction_settings() | _GENERIC_PLAN_SETTINGS)
+        failpoint("run.locked", *run_ids[:1])
+        if locked:
             processed = fetch_all(
                 INSERT_BATCH_SQL,
                 {
-                    "run_ids": [run["run_id"] for run in held],
-                    "message_ids": [run["message_id"] for run in held],
+                    "run_ids": [run["run_id"] for run in locked],
+                    "message_ids": [run["message_id"] for run in locked],
                     "grace_days": settings.past_due_grace_days,
-                    "nobody": Jsonb(dict.fromkeys(DECISIONS, 0)),
+                    "no_decisions": Jsonb(dict.fromkeys(DECISIONS, 0)),
                 },
             )
         failpoint("run.counted", *run_ids[:1])
     return sorted(processed, key=itemgetter("run_id"))
 
 
-def _process_run(part: WorkItem, held: Row, subject: FanoutMessage) -> list[WorkItem]:
-    if subject.deleted:
-        _record_progress(part, [])
+def _process_run(item: WorkItem, locked: Row, message: FanoutMessage) -> list[WorkItem]:
+    if message.deleted:
+        _record_progress(item, [])
         return []
-    all_ = next_slice_bounds(subject, 0, settings.slice_members + 1)
-    if all_["members"] <= settings.slice_members:
-        taken_back = _retract_from_former_members(held, subject, 0, LARGEST_ID)
-        counted = _notify_members(held, subject, all_["after"], all_["up_to"]) if all_["members"] else []
-        _record_progress(part, counted, withdrawn=taken_back)
+    audience = next_slice_bounds(message, 0, settings.fanout_slice_size + 1)
+    if audience["members"] <= settings.fanout_slice_size:
+        retracted = _retract_from_former_members(locked, message, 0, LARGEST_ID)
+        groups = []
+        if audience["members"]:
+            groups = _notify_members(locked, message, audience["after_user_id"], audience["to_user_id"])
+        _record_progress(item, groups, retracted=retracted)
         return []
-    first = mentioned_members(subject, settings.slice_members)
-    shared = fetch_one(
+    mentioned = mentioned_members(message, settings.fanout_slice_size)
+    planned = fetch_one(
         PLAN_SLICES_SQL,
         {
-            "run_id": part.run_id,
-            "server_id": subject.server_id,
-            "members": settings.slice_members,
-            "told_first": first["user_ids"] or "{}",
+            "run_id": item.run_id,
+            "server_id": message.server_id,
+            "members": settings.fanout_slice_size,
+            "excluded_user_ids": mentioned["user_ids"] or "{}",
         },
     )
-    assert shared is not None
-    failpoint("run.planned", part.run_id, part.after)
-    user_ids = first["user_ids"]
-    counted = _notify_members(held, subject, first["after"], first["up_to"], among=user_ids) if user_ids else []
-    _record_progress(part, counted, slices=len(shared["slices"]), total=shared["total"])
-    return [WorkItem(part.run_id, after) for after in shared["slices"]]
+    assert planned is not None
+    failpoint("run.planned", *item)
+    groups = []
+    if mentioned["user_ids"]:
+        only, bounds = mentioned["user_ids"], (mentioned["after_user_id"], mentioned["to_user_id"])
+        groups = _notify_members(locked, message, *bounds, only_user_ids=only)
+    _record_progress(item, groups, slices=len(planned["slices"]), members_total=planned["members_total"])
+    return [WorkItem(item.run_id, after_user_id) for after_user_id in planned["slices"]]
 
 
-def _process_slice(part: WorkItem, attempt: int, held: Row, subject: FanoutMessage) -> None:
-    assert part.after is not None
-    counted: list[Row] = []
-    taken_back = 0
-    if not subject.deleted:
-        taken_back = _retract_from_former_members(held, subject, part.after, held["up_to"])
-        after, up_to = member_range(subject, part.after, held["up_to"])
-        counted = _notify_members(held, subject, after, up_to, but=held["told_first"])
-    execute("DELETE FROM slice WHERE run_id = %(run_id)s AND after = %(after)s", vars(part))
-    _record_progress(part, counted, slices=-1, retries=attempt - 1, withdrawn=taken_back)
+def _process_slice(item: WorkItem, attempt: int, locked: Row, message: FanoutMessage) -> None:
+    assert item.after_user_id is not None
+    groups: list[Row] = []
+    retracted = 0
+    if not message.deleted:
+        bounds = item.after_user_id, locked["to_user_id"]
+        retracted = _retract_from_former_members(locked, message, *bounds)
+        groups = _notify_members(
+            locked, message, *member_range(message, *bounds), except_user_ids=locked["excluded_user_ids"]
+        )
+    execute("DELETE FROM slice WHERE run_id = %(run_id)s AND after_user_id = %(after_user_id)s", item._asdict())
+    _record_progress(item, groups, slices=-1, retries=attempt - 1, retracted=retracted)
 
 
 def _notify_members(
-    held: Row, subject: FanoutMessage, after: int, up_to: int, *, among: str | None = None, but: str = "{}"
+    locked: Row,
+    message: FanoutMessage,
+    after_user_id: int,
+    to_user_id: int,
+    *,
+    only_user_ids: str | None = None,
+    except_user_ids: str = "{}",
 ) -> list[Row]:
-    parameters = subject.parameters(after, up_to, among=among, but=but)
-    if held["kind"] == "edit":
-        return fetch_all(APPLY_EDIT_SQL, {**parameters, **held["mention_changes"]})
+    """Notify a range of members; {"decision", "members", "inserted", "retracted"} by decision, [] without members."""
+    parameters = message.parameters(
+        after_user_id, to_user_id, only_user_ids=only_user_ids, except_user_ids=except_user_ids
+    )
+    if locked["kind"] == "edit":
+        return fetch_all(APPLY_EDIT_SQL, {**parameters, **locked["mention_diff"]})
     return fetch_all(INSERT_NOTIFICATIONS_SQL, parameters)
 
 
-def _retract_from_former_members(held: Row, subject: FanoutMessage, after: int, up_to: int) -> int:
-    """How many notifications that took. None of what is no edit, or takes no mention out."""
-    changes = held["mention_changes"] or {}
-    of_groups = bool(changes.get("removed_roles") or changes.get("removed_everyone"))
-    if not of_groups and not changes.get("removed_users"):
+def _retract_from_former_members(locked: Row, message: FanoutMessage, after_user_id: int, to_user_id: int) -> int:
+    """Retract from users who left the server; how many notifications. 0 unless an edit removes mentions."""
+    diff = locked["mention_diff"] or {}
+    of_groups = bool(diff.get("removed_roles") or diff.get("removed_everyone"))
+    if not of_groups and not diff.get("removed_users"):
         return 0
-    parameters = {**vars(subject), "removed_users": changes["removed_users"], "of_groups": of_groups}
-    return execute(RETRACT_FROM_FORMER_MEMBERS_SQL, {**parameters, "after": after, "up_to": up_to})
+    bounds = {"after_user_id": after_user_id, "to_user_id": to_user_id}
+    parameters = {**vars(message), **bounds, "removed_users": diff["removed_users"], "of_groups": of_groups}
+    return execute(RETRACT_FROM_FORMER_MEMBERS_SQL, parameters)
 
 
 def _record_progress(
-    part: WorkItem,
-    counted: list[Row],
+    item: WorkItem,
+    groups: list[Row],
     *,
     slices: int = 0,
-    total: int | None = None,
+    members_total: int | None = None,
     retries: int = 0,
-    withdrawn: int = 0,
+    retracted: int = 0,
 ) -> None:
-    failpoint("run.told" if part.after is None else "slice.told", part.run_id, part.after)
-    members = {group["decision"]: group["members"] for group in counted}
+    """Add the result of a work item to its run. `slices` is the change of the number of slices that are left."""
+    failpoint("run.notified" if item.is_run else "slice.notified", *item)
+    members = {group["decision"]: group["members"] for group in groups}
     execute(
         UPDATE_PROGRESS_SQL,
         {
-            "run_id": part.run_id,
+            "run_id": item.run_id,
             "members": sum(members.values()),
-            "added": counted[0]["added"] if counted else 0,
-            "withdrawn": withdrawn + (counted[0]["withdrawn"] if counted else 0),
+            "inserted": groups[0]["inserted"] if groups else 0,
+            "retracted": retracted + (groups[0]["retracted"] if groups else 0),
             "decisions": Jsonb({decision: members.get(decision, 0) for decision in DECISIONS}),
             "slices": slices,
-            "total": total,
+            "members_total": members_total,
             "retries": retries,
         },
     )
-    failpoint("run.counted" if part.after is None else "slice.counted", part.run_id, part.after)
+    failpoint("run.counted" if item.is_run else "slice.counted", *item)

@@ -1,99 +1,104 @@
-"""Find work items that nobody finished, for the sweeper: enqueue them again, or fail them when no attempt is left."""
+"""Find the work items that nobody finished, for the sweeper: enqueue them again, or fail them without attempts left."""
 
 from collections.abc import Sequence
 
 from belfry.core.db import execute, fetch_all, transaction
-from belfry.fanout.claims import _ERROR_SQL, _RECORD_RUN_FAILURES_SQL, _RECORD_SLICE_FAILURES_SQL, WorkItem
+from belfry.fanout.claims import WorkItem, fail_runs_sql, fail_slices_sql
 from models import MAX_ATTEMPTS, QUEUED_SECONDS
 
-_IS_DUE_SQL = "due_at <= now() - make_interval(secs => %(grace)s)"
-"""`grace`: seconds more that a work item is left alone, since whoever claimed it may wait for PostgreSQL's answer."""
+_IS_DUE_SQL = "sweep_after <= now() - make_interval(secs => %(grace)s)"
+"""`grace`: seconds that a work item is left alone longer, because its worker may wait for PostgreSQL's answer."""
+
+_IS_EXHAUSTED_SQL = f"attempts_left = 0 AND {_IS_DUE_SQL}"
+
+_FAIL_EXHAUSTED_SQL = (
+    fail_runs_sql(_IS_EXHAUSTED_SQL, "SKIP LOCKED"),
+    fail_slices_sql(_IS_EXHAUSTED_SQL, "SKIP LOCKED"),
+)
 
 
 def fail_exhausted(grace: float = 0) -> int:
-    """Fail what has used up its tries, and whose last attempt ended without a word; how many parts that were."""
-    which = f"tries_left = 0 AND {_IS_DUE_SQL}"
-    parameters = {"reason": None, "retry_in": 0, "grace": grace}
-    return sum(
-        execute(statement.format(which=which, reason=_ERROR_SQL, of_others="SKIP LOCKED"), parameters)
-        for statement in (_RECORD_RUN_FAILURES_SQL, _RECORD_SLICE_FAILURES_SQL)
-    )
+    """Fail the work items without attempts left whose last attempt ended without an error; how many."""
+    parameters = {"error": None, "retry_in": 0, "grace": grace}
+    return sum(execute(statement, parameters) for statement in _FAIL_EXHAUSTED_SQL)
 
 
-_REQUEUE_RUNS_SQL = f"""
+def _requeue_runs_sql(condition: str) -> str:
+    """Mark as queued, oldest first, at most %(limit)s due runs that meet a condition; locked rows are skipped."""
+    return f"""
     WITH found AS (
         SELECT id AS run_id
         FROM run
-        WHERE {{which}}
+        WHERE {condition}
         AND {_IS_DUE_SQL}
-        AND tries_left > 0
-        ORDER BY due_at
+        AND attempts_left > 0
+        ORDER BY sweep_after
         LIMIT %(limit)s
         FOR NO KEY UPDATE SKIP LOCKED
     )
     UPDATE run
-    SET state = 'queued', due_at = now() + make_interval(secs => {QUEUED_SECONDS})
+    SET state = 'queued', sweep_after = now() + make_interval(secs => {QUEUED_SECONDS})
     FROM found
     WHERE run.id = found.run_id
     RETURNING run_id
 """
 
-_REQUEUE_SLICES_SQL = f"""
+
+_QUEUE_PENDING_RUNS_SQL = _requeue_runs_sql("state = 'pending'")
+_REQUEUE_LOST_RUNS_SQL = _requeue_runs_sql(
+    "(state = 'running' OR (state = 'queued' AND (%(oldest)s::bigint IS NULL OR id < %(oldest)s)))"
+)
+
+_REQUEUE_LOST_SLICES_SQL = f"""
     WITH found AS (
-        SELECT run_id, after
+        SELECT run_id, after_user_id
         FROM slice
         WHERE {_IS_DUE_SQL}
-        AND tries_left > 0
-        AND (%(run_id)s::bigint IS NULL OR (run_id, after) < (%(run_id)s, %(after)s))
-        ORDER BY due_at
+        AND attempts_left > 0
+        AND (%(run_id)s::bigint IS NULL OR (run_id, after_user_id) < (%(run_id)s, %(after_user_id)s))
+        ORDER BY sweep_after
         LIMIT %(limit)s
         FOR NO KEY UPDATE SKIP LOCKED
     )
     UPDATE slice
-    SET due_at = now() + make_interval(secs => {QUEUED_SECONDS})
+    SET sweep_after = now() + make_interval(secs => {QUEUED_SECONDS})
     FROM found
-    WHERE (slice.run_id, slice.after) = (found.run_id, found.after)
-    RETURNING slice.run_id, slice.after
+    WHERE (slice.run_id, slice.after_user_id) = (found.run_id, found.after_user_id)
+    RETURNING slice.run_id, slice.after_user_id
 """
 
-SWEEP_BATCH_SIZE = 10_000  # of runs, and of slices, that are found in one sweep: as many as a queue holds
+SWEEP_BATCH_SIZE = 10_000  # runs, and slices, that one sweep enqueues again: as many as a queue holds
 
 
 def queue_pending_runs(room: int) -> list[WorkItem]:
-    """Mark as queued the runs that never reached the queue, and answer them, to be enqueued: the oldest `room`."""
-    statement = _REQUEUE_RUNS_SQL.format(which="state = 'pending'")
-    return sorted(WorkItem(**run) for run in fetch_all(statement, {"limit": room, "grace": 0})) if room > 0 else []
+    """Mark the oldest `room` runs that never reached the queue as queued, and return them, to be enqueued."""
+    if room <= 0:
+        return []
+    return sorted(WorkItem(**run) for run in fetch_all(_QUEUE_PENDING_RUNS_SQL, {"limit": room, "grace": 0}))
 
 
 def requeue_lost_runs(oldest: WorkItem | None, grace: float = 0) -> list[WorkItem]:
-    """Mark as queued the runs that nobody takes care of any more, and answer them, to be enqueued.
+    """Mark lost runs as queued, and return them, to be enqueued. Concurrent calls return different runs.
 
-    - What was left by a worker that died.
-    - What was queued, and is in the queue no longer: `oldest`, the part whose job has waited there longest, is a
-      later one; or nothing waits there (None).
-
-    Two at once take different ones.
-    """
-    which = """
-        (state = 'running' OR (state = 'queued' AND (%(oldest)s::bigint IS NULL OR id < %(oldest)s)))
+    A run is lost if its worker died, or if it was queued and is not in the queue any more: `oldest`, the work item at
+    the head of the queue, is a later one, or the queue is empty (None).
     """
     parameters = {"limit": SWEEP_BATCH_SIZE, "oldest": oldest.run_id if oldest else None, "grace": grace}
-    found = fetch_all(_REQUEUE_RUNS_SQL.format(which=which), parameters)
-    return sorted(WorkItem(**run) for run in found)
+    return sorted(WorkItem(**run) for run in fetch_all(_REQUEUE_LOST_RUNS_SQL, parameters))
 
 
 def requeue_lost_slices(oldest: WorkItem | None, grace: float = 0) -> list[WorkItem]:
-    """As `requeue_lost_runs`, of slices; those that found no room in the queue as well."""
-    key = vars(oldest) if oldest else {"run_id": None, "after": None}
-    found = fetch_all(_REQUEUE_SLICES_SQL, {"limit": SWEEP_BATCH_SIZE, "grace": grace, **key})
-    return sorted(WorkItem(**one) for one in found)
+    """As `requeue_lost_runs`, for slices; those that did not fit into the queue are included."""
+    key = oldest._asdict() if oldest else {"run_id": None, "after_user_id": None}
+    found = fetch_all(_REQUEUE_LOST_SLICES_SQL, {"limit": SWEEP_BATCH_SIZE, "grace": grace, **key})
+    return sorted(WorkItem(**item) for item in found)
 
 
 def mark_pending(run_ids: Sequence[int]) -> None:
-    """These are not in the queue: they are `pending`, and the sweeper's. Nobody waits for the disk."""
+    """Mark queued runs that could not be enqueued as `pending`, for the sweeper. Does not wait for the disk."""
     execute(
-        "UPDATE run SET state = 'pending', due_at = now()"
-        " FROM (SELECT set_config('synchronous_commit', 'off', true)) AS lazily"
+        "UPDATE run SET state = 'pending', sweep_after = now()"
+        " FROM (SELECT set_config('synchronous_commit', 'off', true)) AS async_commit"
         " WHERE id = ANY(%(run_ids)s::bigint[])"
         " AND state = 'queued'",
         {"run_ids": list(run_ids)},
@@ -101,15 +106,18 @@ def mark_pending(run_ids: Sequence[int]) -> None:
 
 
 def retry_failed(run_ids: Sequence[int] | None = None) -> list[WorkItem]:
-    """Begin failed runs again, all or those named: with all their tries, and their progress. The parts to enqueue."""
-    parameters = {"run_ids": list(run_ids) if run_ids is not None else None, "tries": MAX_ATTEMPTS}
+    """Begin failed runs again, those with the given ids or all (None), with all attempts and their progress so far.
+
+    Returns the work items to enqueue, [] where no run has failed.
+    """
+    parameters = {"run_ids": list(run_ids) if run_ids is not None else None, "attempts": MAX_ATTEMPTS}
     with transaction():
         runs = fetch_all(
             f"""
             UPDATE run
             SET state = CASE WHEN slices_left > 0 THEN 'running' ELSE 'queued' END,
-                due_at = CASE WHEN slices_left = 0 THEN now() + make_interval(secs => {QUEUED_SECONDS}) END,
-                tries_left = %(tries)s,
+                sweep_after = CASE WHEN slices_left = 0 THEN now() + make_interval(secs => {QUEUED_SECONDS}) END,
+                attempts_left = %(attempts)s,
                 error = NULL,
                 finished_at = NULL
             WHERE state = 'failed'
@@ -121,12 +129,14 @@ def retry_failed(run_ids: Sequence[int] | None = None) -> list[WorkItem]:
         slices = fetch_all(
             f"""
             UPDATE slice
-            SET due_at = now() + make_interval(secs => {QUEUED_SECONDS}), tries_left = %(tries)s, error = NULL
-            WHERE run_id = ANY(%(begun)s::bigint[])
-            AND due_at IS NULL
-            RETURNING run_id, after
+            SET sweep_after = now() + make_interval(secs => {QUEUED_SECONDS}),
+                attempts_left = %(attempts)s,
+                error = NULL
+            WHERE run_id = ANY(%(retried)s::bigint[])
+            AND sweep_after IS NULL
+            RETURNING run_id, after_user_id
             """,
-            {**parameters, "begun": [run["run_id"] for run in runs]},
+            {**parameters, "retried": [run["run_id"] for run in runs]},
         )
-    own = [WorkItem(run["run_id"]) for run in runs if not run["slices_left"]]
-    return sorted(own) + sorted(WorkItem(**one) for one in slices)
+    small_runs = [WorkItem(run["run_id"]) for run in runs if not run["slices_left"]]
+    return sorted(small_runs) + sorted(WorkItem(**item) for item in slices)

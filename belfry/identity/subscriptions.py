@@ -7,13 +7,13 @@ from belfry.core.errors import NotFound
 from belfry.identity.users import find_user
 
 ACTIVE_SUBSCRIPTION_SQL = """(
-    (s.status IN ('active', 'trialing')
-        AND (s.current_period_end IS NULL OR s.current_period_end >= now() - interval '24 hours'))
-    OR (s.status = 'past_due'
-        AND (s.current_period_end IS NULL
-             OR s.current_period_end >= now() - make_interval(hours => 24 * %(grace_days)s)))
+    (sub.status IN ('active', 'trialing')
+        AND (sub.current_period_end IS NULL OR sub.current_period_end >= now() - interval '24 hours'))
+    OR (sub.status = 'past_due'
+        AND (sub.current_period_end IS NULL
+             OR sub.current_period_end >= now() - make_interval(hours => 24 * %(grace_days)s)))
 )"""
-"""Of `subscription s`, true, false, or NULL where there is none. Contract, section 4, rule 3:
+"""Whether `subscription sub` is active: true, false, or NULL without a subscription. Contract, section 4, rule 3:
 
 - `active` and `trialing` count until a day after the period's end: the payment provider's news may be late;
 - `past_due` counts for PAST_DUE_GRACE_DAYS after it;

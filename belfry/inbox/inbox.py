@@ -105,23 +105,23 @@ def list_notifications(
     return [_serialize(user.id, notification, channels[notification["channel_id"]]) for notification in found]
 
 
-def notifications_for(tellings: Collection[Row], members: Collection[Row]) -> list[Row]:
+def notifications_for(log_rows: Collection[Row], members: Collection[Row]) -> list[Row]:
     """What people were told by transactions, as far as their inbox shows it; by message id.
 
-    Each telling is {"message_id", "told_at", "xid"}, each member {"user_id", "server_id"}; what comes back is as of
+    Each telling is {"message_id", "notified_at", "xid"}, each member {"user_id", "server_id"}; what comes back is as of
     `list_notifications`, with the "user_id". A member with a "from_xid" is not looked up for what only transactions
     before it wrote.
     """
     found = fetch_all(
         f"""
         WITH c AS MATERIALIZED (
-            SELECT t.told_at, t.last_xid, g.id AS message_id, left(g.content, {BODY_CHARACTERS + 1}) AS beginning,
+            SELECT t.notified_at, t.last_xid, g.id AS message_id, left(g.content, {BODY_CHARACTERS + 1}) AS beginning,
                 a.name AS author_name, c.id, c.name, c.private, c.server_id, v.name AS server_name
             FROM (
                 SELECT message_id, max(xid) AS last_xid,
-                    array_agg(told_at) AS told_at  -- each slice told at its own time
-                FROM unnest(%(message_ids)s::bigint[], %(told_at)s::timestamptz[], %(xids)s::bigint[])
-                    AS telling (message_id, told_at, xid)
+                    array_agg(notified_at) AS notified_at  -- each slice told at its own time
+                FROM unnest(%(message_ids)s::bigint[], %(notified_at)s::timestamptz[], %(xids)s::bigint[])
+                    AS log (message_id, notified_at, xid)
                 GROUP BY message_id
             ) t
             JOIN message g ON g.id = t.message_id
@@ -146,7 +146,7 @@ def notifications_for(tellings: Collection[Row], members: Collection[Row]) -> li
             FROM notification n
             WHERE n.user_id = reader.id
             AND n.message_id = c.message_id
-            AND n.created_at = ANY(c.told_at)  -- not by another transaction: they know of that
+            AND n.created_at = ANY(c.notified_at)  -- not by another transaction: they know of that
             AND n.dismissed_at IS NULL
             OFFSET 0  -- each is looked up by its key
         ) n
@@ -154,9 +154,9 @@ def notifications_for(tellings: Collection[Row], members: Collection[Row]) -> li
         ORDER BY c.message_id
         """,
         {
-            "message_ids": [telling["message_id"] for telling in tellings],
-            "told_at": [telling["told_at"] for telling in tellings],
-            "xids": [telling["xid"] for telling in tellings],
+            "message_ids": [logged["message_id"] for logged in log_rows],
+            "notified_at": [logged["notified_at"] for logged in log_rows],
+            "xids": [logged["xid"] for logged in log_rows],
             "from_xids": [member.get("from_xid", 0) for member in members],
             "user_ids": [member["user_id"] for member in members],
             "server_ids": [member["server_id"] for member in members],
@@ -206,14 +206,14 @@ def unread_count(user: User) -> dict[str, Any]:
         WITH {VIEWER_CTE_SQL}
         SELECT g.channel_id, sum(g.unread)::bigint AS unread, sum(g.mentions)::bigint AS mentions
         FROM (
-            SELECT g.channel_id, g.author_id, g.only_for_id,
+            SELECT g.channel_id, g.author_id, g.visible_to_user_id,
                 count(*) AS unread, count(*) FILTER (WHERE n.reason <> 'message') AS mentions
             FROM notification n
             JOIN message g ON g.id = n.message_id
             WHERE {_OWN_SQL}
             AND {_UNREAD_SQL}
             AND g.deleted_at IS NULL
-            GROUP BY g.channel_id, g.author_id, g.only_for_id
+            GROUP BY g.channel_id, g.author_id, g.visible_to_user_id
         ) g  -- who sees the channel, and whether its author may post, is asked once for all of theirs in it
         WHERE EXISTS (
             SELECT FROM asker, channel c
@@ -246,13 +246,13 @@ _LATER_CTE_SQL = """
             ORDER BY n.message_id DESC
             LIMIT 1
         ) last
-        LEFT JOIN telling log ON log.told_at = last.created_at AND last.message_id = ANY(log.message_ids)
+        LEFT JOIN notification_log log ON log.notified_at = last.created_at AND last.message_id = ANY(log.message_ids)
         LIMIT 1
     ),
     edited_later AS MATERIALIZED (
         SELECT log.xid::xid AS xid
         FROM up_to
-        JOIN telling log ON log.recount AND log.xid >= pg_snapshot_xmin(up_to.snapshot)
+        JOIN notification_log log ON log.counts_changed AND log.xid >= pg_snapshot_xmin(up_to.snapshot)
         WHERE NOT pg_visible_in_snapshot(log.xid, up_to.snapshot)
         AND log.xid IS DISTINCT FROM up_to.xid
     ),
@@ -262,7 +262,7 @@ _LATER_CTE_SQL = """
 _IS_LATER_SQL = """(
     EXISTS (
         SELECT FROM up_to
-        JOIN telling log ON log.told_at = n.created_at
+        JOIN notification_log log ON log.notified_at = n.created_at
         WHERE n.message_id = ANY(log.message_ids)
         AND NOT pg_visible_in_snapshot(log.xid, up_to.snapshot)
         AND log.xid IS DISTINCT FROM up_to.xid

@@ -15,7 +15,7 @@ OLD_SECONDS = 600
 """A partition that has been in use for so long has PARTITIONS_AHEAD others after it, if a worker runs."""
 _TOLERANCE = "make_interval(secs => %(tolerance)s)"
 KEPT_FROM = """(
-        SELECT min(substring(part.relname FROM '^notification_to_([0-9]+)(?:_[0-9]+)?$')::bigint)
+        SELECT min(substring(part.relname FROM '^notification_before_([0-9]+)(?:_[0-9]+)?$')::bigint)
         FROM pg_inherits link
         JOIN pg_class part ON part.oid = link.inhrelid
         WHERE link.inhparent = 'notification'::regclass
@@ -38,7 +38,7 @@ FAULTS = {
     ),
     "nobody is notified of their own message": ("note.user_id = msg.author_id", "for its author"),
     "a test message notifies one user only": (
-        "note.user_id <> msg.only_for_id",
+        "note.user_id <> msg.visible_to_user_id",
         "for somebody else than its only recipient",
     ),
     "the times of a notification are in order": (
@@ -63,8 +63,9 @@ Of a message with one run the mentions are as they were when it ran. An edit tha
 gives unread notifications their reason, and leaves alone what was read."""
 
 _RUNS = """
-        SELECT message_id, count(*) AS runs, sum(added - withdrawn) AS made,
-            bool_and(state = 'succeeded') AS is_finished, min(total) AS total, min(created_at) AS created_at,
+        SELECT message_id, count(*) AS runs, sum(notifications_inserted - notifications_retracted) AS made,
+            bool_and(state = 'succeeded') AS is_finished, min(members_total) AS members_total,
+            min(created_at) AS created_at,
             (array_agg(decisions))[1] AS decisions
         FROM run
         WHERE message_id >= %(lower)s
@@ -82,9 +83,10 @@ PARTITION_SQL = """
             min(CASE {faults} END) AS fault
         FROM {partition} note
         LEFT JOIN (
-            SELECT msg.id, msg.author_id, msg.only_for_id, msg.deleted_at, msg.mentioned_users, msg.mentioned_roles,
-                msg.mentions_everyone, msg.created_at - {tolerance} AS earliest, chan.server_id, decided.runs,
-                decided.is_finished, msg.mentioned_users <> '{{}}' OR msg.mentions_everyone AS has_mentions
+            SELECT msg.id, msg.author_id, msg.visible_to_user_id, msg.deleted_at, msg.mentioned_users,
+                msg.mentioned_roles, msg.mentions_everyone, msg.created_at - {tolerance} AS earliest, chan.server_id,
+                decided.runs, decided.is_finished,
+                msg.mentioned_users <> '{{}}' OR msg.mentions_everyone AS has_mentions
             FROM message msg
             JOIN channel chan ON chan.id = msg.channel_id
             LEFT JOIN ({runs}) decided ON decided.message_id = msg.id
@@ -98,7 +100,8 @@ PARTITION_SQL = """
     counted AS MATERIALIZED (
         SELECT message_id, COALESCE(stored.notifications, 0) AS notifications,
             COALESCE(stored.strangers, 0) AS strangers, to_jsonb(stored) AS reasons,
-            decided.runs, decided.made, decided.is_finished, decided.total, decided.created_at, decided.decisions
+            decided.runs, decided.made, decided.is_finished, decided.members_total, decided.created_at,
+            decided.decisions
         FROM stored
         FULL JOIN ({runs}) decided USING (message_id)
     ),
@@ -113,7 +116,7 @@ PARTITION_SQL = """
             WHERE counted.strangers > 0)
         GROUP BY server_id
     )
-    SELECT 'there are the notifications that the runs added',
+    SELECT 'there are the notifications that the runs inserted',
         'message ' || message_id || ' has ' || notifications || ' notifications, and its runs added '
         || COALESCE(made, 0)
     FROM counted
@@ -138,7 +141,7 @@ PARTITION_SQL = """
     SELECT 'a notification is for a member of the server',
         'message ' || counted.message_id || ' has ' || counted.strangers
         || ' notifications for users who are not members, and at most '
-        || GREATEST(counted.total - present.members, 0) || ' members have left since'
+        || GREATEST(counted.members_total - present.members, 0) || ' members have left since'
     FROM counted
     JOIN message msg ON msg.id = counted.message_id
     JOIN channel chan ON chan.id = msg.channel_id
@@ -150,8 +153,8 @@ PARTITION_SQL = """
     AND counted.runs = 1
     AND counted.is_finished
     AND msg.deleted_at IS NULL
-    AND msg.only_for_id IS NULL
-    AND counted.strangers > GREATEST(counted.total - present.members, 0)
+    AND msg.visible_to_user_id IS NULL
+    AND counted.strangers > GREATEST(counted.members_total - present.members, 0)
 """
 """One partition: its notifications are read once, each beside its message and its recipient's membership, and counted
 by message, reason and fault; the counts are compared with those of the runs.
@@ -205,7 +208,7 @@ def check_partitions(report: Report) -> None:
         FROM pg_class part
         LEFT JOIN pg_inherits link ON link.inhrelid = part.oid AND link.inhparent = 'notification'::regclass
         WHERE link.inhrelid IS NOT NULL
-        OR (part.relname ~ '^notification_to_[0-9]+(_[0-9]+)?$'
+        OR (part.relname ~ '^notification_before_[0-9]+(_[0-9]+)?$'
             AND part.relkind = 'r'
             AND EXISTS (SELECT FROM pg_attribute WHERE attrelid = part.oid AND attname = 'message_id')
             AND part.relnamespace = (SELECT relnamespace FROM pg_class WHERE oid = 'notification'::regclass))
@@ -217,7 +220,7 @@ def check_partitions(report: Report) -> None:
         matched = _BOUNDS.fullmatch(one["bounds"] or "")
         if not one["is_attached"]:
             report.add([Finding("no partition is detached", f"{one['name']} is not attached to notification")])
-        elif matched and re.fullmatch(rf"notification_to_{matched[2]}(_\d+)?", one["name"]):
+        elif matched and re.fullmatch(rf"notification_before_{matched[2]}(_\d+)?", one["name"]):
             bounds.append((int(matched[1]) if matched[1] else None, int(matched[2])))
         else:
             text = f"{one['name']} is attached to notification {one['bounds']}, which Belfry did not make"

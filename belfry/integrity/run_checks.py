@@ -6,7 +6,7 @@ from models import MAX_ATTEMPTS, TABLES
 
 OVERDUE_SECONDS = 60
 """Twice what recovery may take, after the longest that a job may run."""
-_LATEST_RETRY_SECONDS = 86_400 + settings.retry_seconds * 3**MAX_ATTEMPTS
+_LATEST_RETRY_SECONDS = 86_400 + settings.retry_base_delay_seconds * 3**MAX_ATTEMPTS
 """No work item is due later than its longest retry interval; a day more, for a setting that was longer before."""
 _UNFINISHED = "run.state IN ('pending', 'queued', 'running')"
 _TOLERANCE = "make_interval(secs => %(tolerance)s)"
@@ -22,36 +22,41 @@ RUN_CHECKS = {
         "'run ' || run.id || ' failed: ' || run.error",
     ),
     "a run counts each member under one decision": (
-        "counted.members <> run.done OR counted.is_malformed",
-        "'run ' || run.id || ' processed ' || run.done || ' members, and its decisions count '"
+        "counted.members <> run.members_processed OR counted.is_malformed",
+        "'run ' || run.id || ' processed ' || run.members_processed || ' members, and its decisions count '"
         " || counted.members || CASE WHEN counted.is_malformed THEN ', with a count that cannot be' ELSE '' END",
     ),
-    "a run adds only the notifications that it decided": (
-        "run.added > counted.notified",
-        "'run ' || run.id || ' added ' || run.added || ' notifications, and decided to notify ' || counted.notified",
+    "a run inserts only the notifications that it decided": (
+        "run.notifications_inserted > counted.notified",
+        "'run ' || run.id || ' inserted ' || run.notifications_inserted || ' notifications, and decided to notify '"
+        " || counted.notified",
     ),
-    "a run adds all notifications that it decided": (
+    "a run inserts all notifications that it decided": (
         """run.state = 'succeeded'
         AND run.kind IN ('message', 'test')
-        AND run.added < counted.notified
+        AND run.notifications_inserted < counted.notified
         AND NOT EXISTS (SELECT FROM run other WHERE other.message_id = run.message_id AND other.id <> run.id)""",
-        "'run ' || run.id || ' added ' || run.added || ' notifications, and decided to notify ' || counted.notified",
+        "'run ' || run.id || ' inserted ' || run.notifications_inserted || ' notifications, and decided to notify '"
+        " || counted.notified",
     ),
     "a run that succeeded is complete": (
         """run.state = 'succeeded'
-        AND (run.total IS DISTINCT FROM run.done OR run.due_at IS NOT NULL OR run.error IS NOT NULL)""",
-        "'run ' || run.id || ' succeeded with ' || run.done || ' of ' || COALESCE(run.total::text, '?')"
-        " || ' members processed, due ' || COALESCE(run.due_at::text, 'never')"
+        AND (run.members_total IS DISTINCT FROM run.members_processed
+            OR run.sweep_after IS NOT NULL
+            OR run.error IS NOT NULL)""",
+        "'run ' || run.id || ' succeeded with ' || run.members_processed || ' of '"
+        " || COALESCE(run.members_total::text, '?') || ' members processed, due '"
+        " || COALESCE(run.sweep_after::text, 'never')"
         " || ', error ' || COALESCE(run.error, 'none')",
     ),
     "the sweeper can find an unfinished run": (
         f"""{_UNFINISHED}
         AND run.slices_left = 0
-        AND (run.due_at IS NULL
-            OR run.due_at > now() + interval '{_LATEST_RETRY_SECONDS} seconds'
-            OR (run.state <> 'running' AND run.tries_left = 0))""",
-        "'run ' || run.id || ' is ' || run.state || ', due ' || COALESCE(run.due_at::text, 'never') || ', with '"
-        " || run.tries_left || ' attempts left: the sweeper never finds it'",
+        AND (run.sweep_after IS NULL
+            OR run.sweep_after > now() + interval '{_LATEST_RETRY_SECONDS} seconds'
+            OR (run.state <> 'running' AND run.attempts_left = 0))""",
+        "'run ' || run.id || ' is ' || run.state || ', due ' || COALESCE(run.sweep_after::text, 'never') || ', with '"
+        " || run.attempts_left || ' attempts left: the sweeper never finds it'",
     ),
     "only a run that is not finished has slices": (
         "run.slices_left > 0 AND run.state NOT IN ('running', 'failed')",
@@ -63,19 +68,19 @@ RUN_CHECKS = {
         " || COALESCE(run.started_at::text, 'no time')",
     ),
     "attempts are counted": (
-        f"run.tries_left > {MAX_ATTEMPTS} OR run.attempts < {MAX_ATTEMPTS} - run.tries_left",
-        "'run ' || run.id || ' has ' || run.tries_left || ' attempts left after ' || run.attempts",
+        f"run.attempts_left > {MAX_ATTEMPTS} OR run.attempts < {MAX_ATTEMPTS} - run.attempts_left",
+        "'run ' || run.id || ' has ' || run.attempts_left || ' attempts left after ' || run.attempts",
     ),
     "only an edit changes mentions": (
-        """(run.kind = 'edit') <> (run.mention_changes IS NOT NULL)
-        OR (run.kind <> 'edit' AND run.withdrawn > 0)""",
-        "'run ' || run.id || ' is of kind ' || run.kind || ', ' || CASE WHEN run.mention_changes IS NULL"
-        " THEN 'has no mention changes' ELSE 'has mention changes' END || ', and retracted ' || run.withdrawn"
-        " || ' notifications'",
+        """(run.kind = 'edit') <> (run.mention_diff IS NOT NULL)
+        OR (run.kind <> 'edit' AND run.notifications_retracted > 0)""",
+        "'run ' || run.id || ' is of kind ' || run.kind || ', ' || CASE WHEN run.mention_diff IS NULL"
+        " THEN 'has no mention changes' ELSE 'has mention changes' END || ', and retracted '"
+        " || run.notifications_retracted || ' notifications'",
     ),
     "a run processes no more members than there are": (
-        "run.done > run.total",
-        "'run ' || run.id || ' processed ' || run.done || ' of ' || run.total || ' members'",
+        "run.members_processed > run.members_total",
+        "'run ' || run.id || ' processed ' || run.members_processed || ' of ' || run.members_total || ' members'",
     ),
     "the times of a run are in order": (
         f"""GREATEST(run.created_at, run.started_at, run.finished_at) > now() + {_TOLERANCE}
@@ -117,13 +122,13 @@ RUNS_SQL = f"""
 
 WORK_ITEMS_SQL = f"""
     SELECT 'somebody works on what was begun',
-        'run ' || item.run_id || ' was begun, and nobody has worked on it since ' || item.due_at
+        'run ' || item.run_id || ' was begun, and nobody has worked on it since ' || item.sweep_after
     FROM (
-        SELECT id AS run_id, due_at FROM run WHERE state = 'running'
+        SELECT id AS run_id, sweep_after FROM run WHERE state = 'running'
         UNION ALL
-        SELECT run_id, due_at FROM slice WHERE attempts > 0
+        SELECT run_id, sweep_after FROM slice WHERE attempts > 0
     ) item
-    WHERE item.due_at < now() - interval '{OVERDUE_SECONDS + settings.job_timeout} seconds'
+    WHERE item.sweep_after < now() - interval '{OVERDUE_SECONDS + settings.job_timeout_seconds} seconds'
     UNION ALL
     SELECT 'a run has the slices that it counts',
         'run ' || COALESCE(run.id, counted.run_id) || ' counts ' || COALESCE(run.slices_left, 0)
@@ -133,31 +138,34 @@ WORK_ITEMS_SQL = f"""
     WHERE COALESCE(run.slices_left, 0) <> COALESCE(counted.slices, 0)
     UNION ALL
     SELECT 'no two slices share a member',
-        'run ' || run_id || ': the slices after ' || after || ' and ' || next || ' overlap'
+        'run ' || run_id || ': the slices after ' || after_user_id || ' and ' || next || ' overlap'
     FROM (
-        SELECT run_id, after, up_to, lead(after) OVER (PARTITION BY run_id ORDER BY after) AS next FROM slice
+        SELECT run_id, after_user_id, to_user_id,
+            lead(after_user_id) OVER (PARTITION BY run_id ORDER BY after_user_id) AS next
+        FROM slice
     ) slice
-    WHERE next < up_to
+    WHERE next < to_user_id
     UNION ALL
     SELECT 'the sweeper can find a slice',
-        'run ' || run.id || ', slice after ' || slice.after || ': due ' || COALESCE(slice.due_at::text, 'never')
+        'run ' || run.id || ', slice after ' || slice.after_user_id || ': due '
+        || COALESCE(slice.sweep_after::text, 'never')
         || ', and the run is ' || run.state || ': the sweeper never finds it'
     FROM slice
     JOIN run ON run.id = slice.run_id
-    WHERE (slice.due_at IS NULL AND run.state <> 'failed')
-    OR slice.due_at > now() + interval '{_LATEST_RETRY_SECONDS} seconds'
+    WHERE (slice.sweep_after IS NULL AND run.state <> 'failed')
+    OR slice.sweep_after > now() + interval '{_LATEST_RETRY_SECONDS} seconds'
 """
 """Checks of what is in progress: of few runs, and of all slices."""
 
 _SERVER_OF_RUN = """
     run
-    JOIN message msg ON msg.id = run.message_id AND msg.deleted_at IS NULL AND msg.only_for_id IS NULL
+    JOIN message msg ON msg.id = run.message_id AND msg.deleted_at IS NULL AND msg.visible_to_user_id IS NULL
     JOIN channel chan ON chan.id = msg.channel_id
 """
 
 MEMBERS_SQL = f"""
     SELECT 'the slices cover the members who are not processed',
-        'run ' || run.id || ' processed ' || run.done || ' members, its slices have ' || to_do.members
+        'run ' || run.id || ' processed ' || run.members_processed || ' members, its slices have ' || remaining.members
         || ' more, and ' || present.members || ' were members before it'
     FROM {_SERVER_OF_RUN}
     CROSS JOIN LATERAL (
@@ -173,22 +181,22 @@ MEMBERS_SQL = f"""
             SELECT count(*) AS members
             FROM member
             WHERE member.server_id = chan.server_id
-            AND member.user_id > slice.after
-            AND member.user_id <= slice.up_to
+            AND member.user_id > slice.after_user_id
+            AND member.user_id <= slice.to_user_id
         ) in_range
         CROSS JOIN LATERAL (
             SELECT count(*) AS members
-            FROM unnest(slice.told_first) AS first (user_id)
+            FROM unnest(slice.excluded_user_ids) AS first (user_id)
             JOIN member ON member.server_id = chan.server_id AND member.user_id = first.user_id
         ) first
         WHERE slice.run_id = run.id
-    ) to_do
+    ) remaining
     WHERE run.slices_left > 0
     AND (run.kind = 'edit' OR run.message_id >= %(kept_from)s)
-    AND run.done + to_do.members < present.members
+    AND run.members_processed + remaining.members < present.members
     UNION ALL
     SELECT 'a run that succeeded processed every member',
-        'run ' || run.id || ' processed ' || run.total || ' members, and '
+        'run ' || run.id || ' processed ' || run.members_total || ' members, and '
         || width_bucket(run.created_at - {_TOLERANCE}, srv.joined) || ' were members before it'
     FROM {_SERVER_OF_RUN}
     JOIN (
@@ -196,7 +204,7 @@ MEMBERS_SQL = f"""
     ) srv ON srv.server_id = chan.server_id
     WHERE run.state = 'succeeded'
     AND (run.kind = 'edit' OR run.message_id >= %(kept_from)s)
-    AND run.total < width_bucket(run.created_at - {_TOLERANCE}, srv.joined)
+    AND run.members_total < width_bucket(run.created_at - {_TOLERANCE}, srv.joined)
 """
 """Who is a member now, and joined before the run, was one then: so at least so many were processed, or are still to be.
 More is possible, since people leave. A message that was deleted meanwhile ends its runs early."""
@@ -208,7 +216,7 @@ MESSAGES_SQL = f"""
         SELECT FROM run
         WHERE run.message_id = msg.id
         AND run.kind IN ('message', 'test')
-        AND (msg.only_for_id IS NULL OR run.kind = 'test'))
+        AND (msg.visible_to_user_id IS NULL OR run.kind = 'test'))
     UNION ALL
     SELECT 'the times of a message are in order',
         'message ' || msg.id || ' was created at ' || msg.created_at || ', edited at '
@@ -225,10 +233,10 @@ MESSAGES_SQL = f"""
     AND NOT EXISTS (SELECT FROM user_account usr WHERE usr.id = mentioned.user_id)
     UNION ALL
     SELECT 'the stream is sent messages that exist',
-        'transaction ' || telling.xid || ' notified of message ' || COALESCE(sent.message_id::text, 'NULL')
+        'transaction ' || notification_log.xid || ' notified of message ' || COALESCE(sent.message_id::text, 'NULL')
         || ', which does not exist'
-    FROM telling
-    CROSS JOIN LATERAL unnest(telling.message_ids) AS sent (message_id)
+    FROM notification_log
+    CROSS JOIN LATERAL unnest(notification_log.message_ids) AS sent (message_id)
     WHERE NOT EXISTS (SELECT FROM message msg WHERE msg.id = sent.message_id)
 """
 

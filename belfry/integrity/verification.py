@@ -30,7 +30,7 @@ CHECKS = (
     "the partitions have no gap",
     "every partition was made by Belfry",
     "no partition is detached",
-    "there are the notifications that the runs added",
+    "there are the notifications that the runs inserted",
     "there are the notifications that the run decided, by reason",
     "a notification is for a member of the server",
     *FAULTS,

@@ -10,11 +10,11 @@ from belfry.servers.visibility import VisibleChannel, get_visible_channel
 from models import User
 
 _COLUMNS = """
-    g.id, g.channel_id, g.content, g.created_at, g.edited_at, g.author_id, g.only_for_id,
+    g.id, g.channel_id, g.content, g.created_at, g.edited_at, g.author_id, g.visible_to_user_id,
     g.mentioned_users, g.mentioned_roles, g.mentions_everyone, g.allowed_mentions,
     u.username, u.name
 """
-_VISIBLE = "g.deleted_at IS NULL AND (g.only_for_id IS NULL OR g.only_for_id = %(user_id)s)"
+_VISIBLE = "g.deleted_at IS NULL AND (g.visible_to_user_id IS NULL OR g.visible_to_user_id = %(user_id)s)"
 
 
 def find_message(user: User, message_id: int) -> tuple[Row, VisibleChannel]:

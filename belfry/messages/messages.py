@@ -12,7 +12,7 @@ from belfry.core.db import Row, execute, fetch_all, fetch_one, timed_transaction
 from belfry.core.errors import Conflict, Forbidden
 from belfry.core.failpoints import failpoint
 from belfry.core.idempotency import IdempotentRequest
-from belfry.fanout.claims import lock_message
+from belfry.fanout.claims import lock_message_exclusive
 from belfry.fanout.runs import create_run
 from belfry.identity import tokens
 from belfry.messages import mentions
@@ -205,7 +205,7 @@ def _lock_to_change(
     The right is asked for twice: before, so that who has none holds nobody up, and of the message as it is then.
     """
     require_right(*find_message(user, message_id))
-    lock_message(message_id)
+    lock_message_exclusive(message_id)
     failpoint("message.locked")
     found = find_message(user, message_id)
     require_right(*found)

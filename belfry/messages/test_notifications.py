@@ -32,9 +32,9 @@ def send_test(caller: User, channel_id: int | None, content: str | None, audienc
         written = fetch_one(
             """
             INSERT INTO message (channel_id, author_id, content, mentioned_users, mentioned_roles,
-                mentions_everyone, only_for_id)
+                mentions_everyone, visible_to_user_id)
             VALUES (%(channel_id)s, %(author_id)s, %(content)s, %(users)s::bigint[], %(roles)s::bigint[],
-                %(everyone)s, %(only_for)s)
+                %(everyone)s, %(visible_to_user_id)s)
             RETURNING id
             """,
             {
@@ -44,7 +44,7 @@ def send_test(caller: User, channel_id: int | None, content: str | None, audienc
                 "users": [person.id for person in found.users],
                 "roles": [role.id for role in found.roles],
                 "everyone": found.everyone,
-                "only_for": caller.id if audience == "me" else None,
+                "visible_to_user_id": caller.id if audience == "me" else None,
             },
         )
         assert written is not None

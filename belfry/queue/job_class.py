@@ -44,7 +44,7 @@ _FIELDS = {
         "origin": rb"notifications|bulk|deliveries",
         "description": rb"[ -~]{0,200}",  # RQ's own worker logs it as it is
         "worker_name": rb".{0,200}",
-        "timeout": rb"[1-9][0-9]{0,4}",  # a longer one could not be set: JOB_TIMEOUT is a day at most
+        "timeout": rb"[1-9][0-9]{0,4}",  # a longer one could not be set: JOB_TIMEOUT_SECONDS is a day at most
         "ttl": _SECONDS,
         "result_ttl": _SECONDS,
         "failure_ttl": _SECONDS,

@@ -51,7 +51,7 @@ def retry_intervals() -> list[int]:
     The chance keeps the runs that failed together (a database that restarted) from coming back together.
     """
     return [
-        round(settings.retry_seconds * 3**attempt * random.uniform(1.0, 1.0 + tuning.retry_jitter))  # noqa: S311
+        round(settings.retry_base_delay_seconds * 3**attempt * random.uniform(1.0, 1.0 + tuning.retry_jitter))  # noqa: S311
         for attempt in range(RETRIES)
     ]
 
@@ -80,8 +80,8 @@ def enqueue(parts: Sequence[WorkItem], *, lost: bool = False) -> bool:
     left as soon as there is room. `lost` parts go before all that wait, for their turn has been: and the oldest
     first, so that a queue stays in the order of its parts.
     """
-    own = [part for part in parts if part.after is None]
-    slices = [part for part in parts if part.after is not None]
+    own = [part for part in parts if part.is_run]
+    slices = [part for part in parts if not part.is_run]
     all_in = _enqueue(BULK, slices, lost)
     if not _enqueue(NOTIFICATIONS, own, lost):
         all_in = False
@@ -103,7 +103,7 @@ def _enqueue(name: str, parts: list[WorkItem], lost: bool) -> bool:
             arguments = ["LPUSH" if lost else "RPUSH", utcformat(now())]
             for part in some:
                 arguments += _job_id(part), _data(part), str(part), json.dumps(retry_intervals())
-            waiting = _enqueue_script(name, settings.job_timeout)(keys, arguments, client=redis_connection())
+            waiting = _enqueue_script(name, settings.job_timeout_seconds)(keys, arguments, client=redis_connection())
             if waiting >= tuning.max_queue_length:
                 _full_until[name] = time.monotonic() + tuning.queue_full_recheck_seconds
     except RedisError as error:
@@ -141,7 +141,7 @@ def _is_full(name: str) -> bool:
 
 
 def _job_id(part: WorkItem) -> str:
-    return f"run-{part.run_id}" if part.after is None else f"slice-{part.run_id}-{part.after}"
+    return f"run-{part.run_id}" if part.is_run else f"slice-{part.run_id}-{part.after_user_id}"
 
 
 def run_job_id(run_id: int) -> str:
@@ -180,8 +180,8 @@ def _is_job_id(entry: bytes) -> bool:
 
 def _data(part: WorkItem) -> bytes:
     """A job's function and its arguments, as RQ stores them."""
-    called = ("jobs.notify", (part.run_id,)) if part.after is None else ("jobs.notify_slice", (part.run_id, part.after))
-    return zlib.compress(json.dumps([called[0], None, called[1], {}]).encode())
+    name, arguments = ("jobs.notify", part[:1]) if part.is_run else ("jobs.notify_slice", part)
+    return zlib.compress(json.dumps([name, None, arguments, {}]).encode())
 
 
 _ENQUEUE_LUA = """

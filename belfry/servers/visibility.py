@@ -36,7 +36,7 @@ def can_see_channel_sql(user_id: str, is_admin: str) -> str:
 _VISIBLE_SQL = can_see_channel_sql("%(user_id)s", "%(is_admin)s")
 
 AUTHOR_CAN_POST_SQL = f"""(
-    g.only_for_id IS NOT NULL
+    g.visible_to_user_id IS NOT NULL
     OR a.is_admin
     OR (c.posting = 'members' AND {can_see_channel_sql("g.author_id", "a.is_admin")})
 )"""
@@ -78,8 +78,8 @@ VISIBLE_CHANNEL_SQL = f"""
             AND mr.user_id = asker.id
         ) AS moderates,
         asker.is_admin OR EXISTS (
-            SELECT FROM subscription s
-            WHERE s.user_id = asker.id
+            SELECT FROM subscription sub
+            WHERE sub.user_id = asker.id
             AND {ACTIVE_SUBSCRIPTION_SQL}
         ) AS subscribed
     FROM asker

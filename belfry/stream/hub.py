@@ -224,7 +224,7 @@ class Hub:
             missed = self._missed(new, here)
             for message_id in self._deleted:
                 self._stale |= dict.fromkeys(updates.notified_among(message_id, self._readers))
-            self._stale |= dict.fromkeys(self._readers if found.too_much else found.recount)
+            self._stale |= dict.fromkeys(self._readers if found.overflow else found.counts_changed)
             counted = self._count(new)
         # All is known; what is wrong from here on is one reader's own affair.
         self._position = here

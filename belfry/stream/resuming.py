@@ -37,7 +37,7 @@ def missed_updates(
         beyond = _overflow()
         known = {client for client in known if client[1].first_unseen > beyond}
     if not known:
-        return {client: Updates(too_much=True) for client in clients}
+        return {client: Updates(overflow=True) for client in clients}
     log, oldest = _log(min(position.first_unseen for _, position in known))
     servers: dict[int, list[int]] = {}
     for member in possible_recipients({user_id for user_id, _ in known}, list(log)):
@@ -55,7 +55,7 @@ def missed_updates(
                 unseen[alike] = _unseen((log[server_id] for server_id in alike[1]), position, most)
             found = unseen[alike]
         if found is None:
-            answered[client] = Updates(too_much=True)
+            answered[client] = Updates(overflow=True)
             continue
         number = max(len(found), lookups.get(user_id, 0))  # several streams of one user are looked up together
         if answered and sum(lookups.values()) - lookups.get(user_id, 0) + number > tuning.resume_max_lookups:
@@ -69,7 +69,7 @@ def missed_updates(
 def _overflow() -> int:
     """The number of a transaction before the last `resume_max_log_rows`; 0 where there are fewer. Some 1 ms."""
     found = fetch_one(
-        "SELECT xid::text::bigint AS xid FROM telling ORDER BY telling.xid DESC OFFSET %(number)s LIMIT 1",
+        "SELECT log.xid::text::bigint AS xid FROM notification_log log ORDER BY log.xid DESC OFFSET %(number)s LIMIT 1",
         {"number": tuning.resume_max_log_rows},
     )
     return int(found["xid"]) if found else 0
@@ -80,10 +80,10 @@ def _log(first: int) -> tuple[dict[int, list[Row]], int]:
     transaction that may not be in it whole: 0 where everything was read."""
     found = fetch_all(
         """
-        SELECT t.xid::text::bigint AS xid, t.message_id, t.told_at, chan.server_id
+        SELECT t.xid::text::bigint AS xid, t.message_id, t.notified_at, chan.server_id
         FROM (
-            SELECT xid, unnest(message_ids) AS message_id, told_at
-            FROM telling
+            SELECT xid, unnest(message_ids) AS message_id, notified_at
+            FROM notification_log
             WHERE xid >= (%(first)s::bigint)::text::xid8
             ORDER BY xid DESC
             LIMIT %(limit)s
@@ -111,7 +111,7 @@ def _unseen(logs: Iterable[list[Row]], position: StreamCursor, most: int) -> Ann
             if one["xid"] < first:
                 break
             if not position.shows(one["xid"], one["message_id"]):
-                found[one["message_id"], one["told_at"]] = one["xid"]
+                found[one["message_id"], one["notified_at"]] = one["xid"]
                 messages.add(one["message_id"])
                 if len(messages) > most:
                     return None
@@ -131,7 +131,7 @@ def _look_up(
         from_xid[user_id] = min(position.first_unseen, from_xid.get(user_id, position.first_unseen))
     own: dict[int, list[Row]] = {}
     for notification in inbox.notifications_for(
-        [{"message_id": id_, "told_at": told_at, "xid": xid} for (id_, told_at), xid in announced.items()],
+        [{"message_id": id_, "notified_at": notified_at, "xid": xid} for (id_, notified_at), xid in announced.items()],
         [
             {"user_id": user_id, "server_id": server_id, "from_xid": xid}
             for user_id, xid in from_xid.items()
@@ -144,9 +144,9 @@ def _look_up(
         rest: list[Row] = []  # of what it was being sent when it broke off
         new: list[Row] = []
         for notification in own.get(user_id, ()):
-            message_id, told_at = notification["message_id"], notification["created_at"]
-            if (message_id, told_at) in found:
-                of_the_rest = whole.shows(found[message_id, told_at], message_id)
+            message_id, notified_at = notification["message_id"], notification["created_at"]
+            if (message_id, notified_at) in found:
+                of_the_rest = whole.shows(found[message_id, notified_at], message_id)
                 (rest if of_the_rest else new).append(notification)
         steps = with_cursors(rest, since.before or "", whole) + with_cursors(new, since.snapshot, here)
         if steps:

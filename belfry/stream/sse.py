@@ -22,7 +22,7 @@ def event(kind: str, text: str, position: StreamCursor) -> bytes:
 def events_of(found: Updates, here: StreamCursor, user_ids: Iterable[int], dumped: Dumped) -> dict[int, list[bytes]]:
     """What to send to whom. A notification that many users have alike is serialized once, but for its id, and kept in
     `dumped` for further calls."""
-    if found.too_much:
+    if found.overflow:
         return {user_id: [event("reset", "{}", here)] for user_id in user_ids}
     events: dict[int, list[bytes]] = {}
     for user_id, sent in found.notifications.items():

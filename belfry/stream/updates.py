@@ -34,13 +34,13 @@ _LOOKUP_SETTINGS = {
 class Updates:
     """What somebody has not been sent: by user id, each notification with the position that it brings them to.
 
-    `recount`: of whom some may have been withdrawn or made unread again, too. `too_much`: it is more than can
+    `counts_changed`: of whom some may have been withdrawn or made unread again, too. `overflow`: it is more than can
     be sent one by one, or not known any longer; the inbox has it.
     """
 
     notifications: dict[int, list[tuple[StreamCursor, Row]]] = field(default_factory=dict)
-    recount: set[int] = field(default_factory=set)
-    too_much: bool = False
+    counts_changed: set[int] = field(default_factory=set)
+    overflow: bool = False
 
 
 @contextmanager
@@ -83,15 +83,15 @@ def updates_since(since: StreamCursor, here: StreamCursor, user_ids: Collection[
     """
     found = Updates()
     if since.epoch != here.epoch or not is_resumable(since, here):
-        return Updates(too_much=True)
+        return Updates(overflow=True)
     if not user_ids:
         return found
-    tellings = fetch_all(
+    log_rows = fetch_all(
         """
-        SELECT t.xid::text::bigint AS xid, t.message_id, t.told_at, t.recount, c.server_id
+        SELECT t.xid::text::bigint AS xid, t.message_id, t.notified_at, t.counts_changed, c.server_id
         FROM (
-            SELECT xid, unnest(message_ids) AS message_id, told_at, recount
-            FROM telling
+            SELECT xid, unnest(message_ids) AS message_id, notified_at, counts_changed
+            FROM notification_log
             WHERE xid >= pg_snapshot_xmin(%(since)s::pg_snapshot)  -- any before that it shows
             AND NOT pg_visible_in_snapshot(xid, %(since)s::pg_snapshot)
             AND pg_visible_in_snapshot(xid, %(here)s::pg_snapshot)
@@ -102,18 +102,18 @@ def updates_since(since: StreamCursor, here: StreamCursor, user_ids: Collection[
         """,
         {"since": since.snapshot, "here": here.snapshot, "limit": tuning.stream_max_log_rows + 1},
     )
-    if not tellings:
+    if not log_rows:
         return found
-    messages = Counter(server_id for _, server_id in {(one["message_id"], one["server_id"]) for one in tellings})
+    messages = Counter(server_id for _, server_id in {(one["message_id"], one["server_id"]) for one in log_rows})
     members = possible_recipients(user_ids, list(messages))
-    recounted = {telling["server_id"] for telling in tellings if telling["recount"]}
-    found.recount |= {member["user_id"] for member in members if member["server_id"] in recounted}
+    recounted = {logged["server_id"] for logged in log_rows if logged["counts_changed"]}
+    found.counts_changed |= {member["user_id"] for member in members if member["server_id"] in recounted}
     lookups = sum(messages[member["server_id"]] for member in members)
-    if lookups > tuning.stream_max_lookups or len(tellings) > tuning.stream_max_log_rows:
-        found.too_much = True
+    if lookups > tuning.stream_max_lookups or len(log_rows) > tuning.stream_max_log_rows:
+        found.overflow = True
         return found
     new: dict[int, list[Row]] = {}
-    for notification in inbox.notifications_for(tellings, members) if members else []:
+    for notification in inbox.notifications_for(log_rows, members) if members else []:
         new.setdefault(notification.pop("user_id"), []).append(notification)
     for user_id, notifications in new.items():
         found.notifications[user_id] = with_cursors(notifications, since.snapshot, here)
@@ -192,7 +192,7 @@ def authorized_clients(token_hashes: Collection[bytes]) -> dict[bytes, tuple[Use
         ) valid
         JOIN user_account u ON u.id = valid.user_id
         WHERE (u.is_admin OR (
-            EXISTS (SELECT FROM subscription s WHERE s.user_id = u.id AND {ACTIVE_SUBSCRIPTION_SQL})
+            EXISTS (SELECT FROM subscription sub WHERE sub.user_id = u.id AND {ACTIVE_SUBSCRIPTION_SQL})
             AND EXISTS (SELECT FROM member m WHERE m.user_id = u.id)))
         """,
         {"which": which, "grace_days": settings.past_due_grace_days},
@@ -222,18 +222,24 @@ def purge_log(limit: int) -> int:
     """
     copied = execute(
         """
-        DELETE FROM telling WHERE xid IN (
-            SELECT xid FROM telling WHERE xid >= pg_snapshot_xmax(pg_current_snapshot()) ORDER BY xid LIMIT %(limit)s
+        DELETE FROM notification_log WHERE xid IN (
+            SELECT xid
+            FROM notification_log
+            WHERE xid >= pg_snapshot_xmax(pg_current_snapshot())
+            ORDER BY xid
+            LIMIT %(limit)s
         )
         """,
         {"limit": limit},
     )
     return copied + execute(
         """
-        DELETE FROM telling WHERE xid IN (
+        DELETE FROM notification_log WHERE xid IN (
             SELECT xid
-            FROM (SELECT xid, told_at FROM telling ORDER BY xid LIMIT %(limit)s) oldest  -- not all the others
-            WHERE told_at < now() - make_interval(hours => %(hours)s)
+            FROM (  -- the oldest only: the others are not read
+                SELECT xid, notified_at FROM notification_log ORDER BY xid LIMIT %(limit)s
+            ) oldest
+            WHERE notified_at < now() - make_interval(hours => %(hours)s)
         )
         """,
         {"hours": LOG_RETENTION_HOURS, "limit": limit},

@@ -93,7 +93,7 @@ Reading = tuple[str, str, list[str], list[tuple[list[str], float]]]
 def _readings() -> list[Reading]:
     """What /metrics shows: (name, what it is, names of labels, [(labels, value), ...]) each.
 
-    What is out of reach has no values, and `belfry_up` says so.
+    What is out of reach has no values, and `belfry_dependency_up` says so.
     """
     waiting: list[tuple[list[str], float]] = []
     workers: list[tuple[list[str], float]] = []
@@ -116,13 +116,13 @@ def _readings() -> list[Reading]:
         missing = len(partitions.missing_ranges(ahead=False))
     return [
         (
-            "belfry_up",
-            "Whether a part answers",
-            ["part"],
+            "belfry_dependency_up",
+            "1 if a dependency answers, otherwise 0",
+            ["dependency"],
             [(["redis"], float(redis_up)), (["database"], float(unfinished is not None))],
         ),
         ("belfry_queue_jobs", "Jobs of a queue by state", ["queue", "state"], waiting),
-        ("belfry_workers", "Workers that are registered", [], workers),
+        ("belfry_rq_workers", "Workers that are registered", [], workers),
         (
             "belfry_runs",
             "Runs that are not finished, and failed ones, by state",
@@ -130,7 +130,7 @@ def _readings() -> list[Reading]:
             [([state], count) for state, count in unfinished["states"].items()] if unfinished else [],
         ),
         (
-            "belfry_oldest_unfinished_run_seconds",
+            "belfry_oldest_unfinished_run_age_seconds",
             "Age of the oldest unfinished run; 0 when all is done",
             [],
             [([], unfinished["oldest_seconds"])] if unfinished else [],

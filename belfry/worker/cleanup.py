@@ -5,11 +5,10 @@ from collections.abc import Callable
 
 from belfry.core.db import execute, transaction, try_xact_lock
 from belfry.core.idempotency import RETENTION
+from belfry.core.locks import CLEANUP_LOCK
 from belfry.identity import sessions
 from belfry.stream import updates
 from config import tuning
-
-CLEANUP_LOCK = 0x62656C63  # the advisory lock's key: "belc"
 
 
 def delete_older(table: str, column: str, age: str) -> Callable[[int], int]:

@@ -4,7 +4,7 @@ import mmap
 import struct
 import time
 
-KILL_GRACE_SECONDS = 10  # after JOB_TIMEOUT, before a process that cannot be broken off is killed
+KILL_GRACE_SECONDS = 10  # after JOB_TIMEOUT_SECONDS, before a process that cannot be broken off is killed
 
 
 class Deadline:

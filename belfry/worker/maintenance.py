@@ -14,6 +14,7 @@ from rq.scheduler import RQScheduler
 from belfry.core import partitions, redis
 from belfry.core.db import ROUND_TRIPS, database_connection, transaction, try_xact_lock
 from belfry.core.failpoints import failpoint
+from belfry.core.locks import SWEEP_LOCK
 from belfry.fanout import recovery
 from belfry.queue import queues, sweep_status
 from belfry.worker.cleanup import CLEANUPS, clean_up
@@ -22,7 +23,6 @@ from config import settings, tuning
 log = logging.getLogger(__name__)
 _partitions_looked_at = 0.0  # `time.monotonic()`
 _indexing: threading.Thread | None = None  # at the index of a partition that was left
-SWEEP_LOCK = 0x62656C66  # the advisory lock's key: "belf"
 
 
 def sweep() -> int:
@@ -66,7 +66,7 @@ def _recover() -> int | None:
             return None
         failpoint("sweep.locked")
         # Where PostgreSQL answers slowly, whoever claimed a part is as slow to lock it, and lives.
-        grace = min(ROUND_TRIPS * round_trip, settings.job_timeout)
+        grace = min(ROUND_TRIPS * round_trip, settings.job_timeout_seconds)
         if given_up := recovery.fail_exhausted(grace):
             log.error("%s run(s) or slice(s) gave up: each attempt ended without a word", given_up)
         lost = recovery.requeue_lost_runs(oldest[queues.NOTIFICATIONS], grace)

@@ -24,7 +24,7 @@ PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 
 
 class Supervisor:
-    """The parent: it keeps a work-horse running, and sweeps every SWEEP_SECONDS. It does no job itself."""
+    """The parent: it keeps a work-horse running, and sweeps every SWEEP_INTERVAL_SECONDS. It does no job itself."""
 
     def __init__(self) -> None:
         self._stopping = False
@@ -39,7 +39,7 @@ class Supervisor:
         while not self._stopping:
             if not self._horse:
                 self._start_horse()
-            if time.monotonic() - swept >= settings.sweep_seconds:
+            if time.monotonic() - swept >= settings.sweep_interval_seconds:
                 sweep_once()
                 swept = time.monotonic()
             self._look_after_horse()

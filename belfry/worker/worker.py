@@ -96,7 +96,7 @@ class BelfryWorker(SimpleWorker):  # type: ignore[misc]
         """Process a run and the small ones behind it in one batch, and whatever cannot be in one by RQ's life cycle."""
         self._busy = True
         try:
-            failpoint("worker.taken")
+            failpoint("worker.dequeued")
             self._limit_time(job)
             claimed = self._claim_batch(job)
             left = self._execute_batch(job, claimed, queue) if claimed else []
@@ -113,7 +113,7 @@ class BelfryWorker(SimpleWorker):  # type: ignore[misc]
 
     def _limit_time(self, job: Job) -> None:
         if self.deadline:
-            self.deadline.set(job.timeout or settings.job_timeout)
+            self.deadline.set(job.timeout or settings.job_timeout_seconds)
 
     def _claim_batch(self, job: Job) -> list[int]:
         """The runs that were claimed; [] for a slice, and where claiming fails: the job meets that error too, and RQ
@@ -132,7 +132,7 @@ class BelfryWorker(SimpleWorker):  # type: ignore[misc]
         RQ's records are written once before and once after it. While Redis is away the work goes on without them.
         """
         job_ids = {queues.run_job_id(run_id): run_id for run_id in run_ids}
-        record, timeout = BatchRecord(self, queue), job.timeout or settings.job_timeout
+        record, timeout = BatchRecord(self, queue), job.timeout or settings.job_timeout_seconds
         results: dict[int, jobs.Result] = {}
         error: BaseException | None = None
         with _without_redis():

@@ -7,7 +7,7 @@ const PAUSE = 120;
 
 // Whom one may mention in the channel, by the beginning of a username.
 export async function findMentionable(prefix) {
-  return (await call('GET', `/api/channels/${channelId}/members?limit=8&prefix=${encodeURIComponent(prefix)}`)).items;
+  return (await call('GET', `/api/channels/${channelId}/mention-suggestions?limit=8&q=${encodeURIComponent(prefix)}`)).items;
 }
 
 // `wanted()`: what is to be completed, or null. `find(prefix)`: the options, each {username, name}.

@@ -1,26 +1,26 @@
-// How the telling of a message goes, and of how many for which reason: for its author and for admins.
+// The progress of a run and its statistics, for the message's author and for admins.
 
 import { call } from './api.js';
-import { count, excerpt, NOT_TOLD, TOLD } from './words.js';
+import { count, excerpt, NOT_NOTIFIED, NOTIFIED } from './words.js';
 
 const PAUSE = 500;
-const LONGEST = 10_000; // of what does not get on
-const WATCHED = 5; // runs at once: who has written many must not use up all the requests that one person has
+const LONGEST = 10_000; // between two requests while nothing changes
+const WATCHED = 5; // runs at once, so that an author of many messages does not use up the rate limit
 const SVG = 'http://www.w3.org/2000/svg';
 const STATES = {
-  pending: 'Waiting for its turn …', queued: 'Waiting for its turn …', running: 'Telling …',
+  pending: 'Waiting …', queued: 'Waiting …', running: 'Sending …',
   succeeded: 'Done.', failed: 'Failed.',
 };
 const dialog = document.getElementById('run');
 const state = document.getElementById('run-state');
 const bar = document.getElementById('run-progress');
 const table = document.getElementById('run-decisions');
-let shown = 0; // counts the openings, so that an old one's answers show nothing
+let shown = 0; // counts how often the dialog was opened: answers for an earlier opening are ignored
 
 export const isOver = ({ state: now }) => now === 'succeeded' || now === 'failed';
 const pause = (milliseconds) => new Promise((resolve) => { setTimeout(resolve, milliseconds); });
 
-// Ask until the run is over, or `wanted` is no more; less and less often while nothing happens.
+// Request the run until it is finished or `wanted` returns false; less often while nothing changes.
 async function follow(id, show, wanted) {
   let before;
   let wait = PAUSE;
@@ -61,7 +61,7 @@ function row(words, members, most, kind) {
     make('th', { scope: 'row' }, words), make('td', {}, chart), make('td', {}, count(members)));
 }
 
-// One group of decisions, those under which there is anybody; null where there is nobody.
+// One group of decisions, those with members; null where no decision has any.
 function group(title, kind, decisions, counted, most) {
   const found = Object.entries(decisions).filter(([name]) => counted[name]);
   return found.length ? make('tbody', {},
@@ -71,16 +71,16 @@ function group(title, kind, decisions, counted, most) {
 
 function show(run) {
   const { audience, notified, decisions } = run.stats;
-  const told = `${count(notified)} of ${count(audience)} members were told.`;
-  const words = isOver(run) ? `${run.state === 'failed' ? `Failed: ${run.error} ` : ''}${told}` : STATES[run.state];
-  if (state.textContent !== words) state.textContent = words; // said once, however often it is asked
+  const summary = `${count(notified)} of ${count(audience)} members were notified.`;
+  const words = isOver(run) ? `${run.state === 'failed' ? `Failed: ${run.error} ` : ''}${summary}` : STATES[run.state];
+  if (state.textContent !== words) state.textContent = words; // screen readers announce each change
   progress(bar, run);
   bar.hidden = run.state === 'succeeded';
   const most = Math.max(1, ...Object.values(decisions));
   clear();
   table.append(...[
-    group('Told, because they', 'told', TOLD, decisions, most),
-    group('Not told, because they', 'untold', NOT_TOLD, decisions, most),
+    group('Notified, because they', 'notified', NOTIFIED, decisions, most),
+    group('Not notified, because they', 'not-notified', NOT_NOTIFIED, decisions, most),
   ].filter(Boolean));
 }
 
@@ -102,21 +102,21 @@ export async function openRun(item, button) {
   }
 }
 
-// Beside a message that has just been posted: how it goes, and in the end how many were told.
+// Show the progress beside a message that was just posted, and then how many members were notified.
 const watched = [];
 
 export async function watch(button) {
-  const small = make('progress', { ariaLabel: 'Members decided on so far' });
+  const small = make('progress', { ariaLabel: 'Members processed' });
   button.parentElement.prepend(small);
   watched.push(button);
   if (watched.length > WATCHED) watched.shift();
-  await null; // of many that come at once, only the last ones are asked for
+  await null; // of many messages that arrive at once, only the last ones are requested
   try {
     await follow(button.dataset.run, (run) => {
       progress(small, run);
-      if (isOver(run)) small.replaceWith(make('span', {}, `${count(run.stats.notified)} told`));
+      if (isOver(run)) small.replaceWith(make('span', {}, `${count(run.stats.notified)} notified`));
     }, () => button.isConnected && watched.includes(button));
-  } catch { /* the button still shows all of it */ }
+  } catch { /* the button still opens the dialog */ }
   small.remove();
   if (watched.includes(button)) watched.splice(watched.indexOf(button), 1);
 }

@@ -29,7 +29,7 @@ function mutedUntil() {
 }
 
 // Whether a message may come of which no notification tells.
-export const isQuiet = () => 'untold' in dialog.dataset || dialog.dataset.level !== 'all' || Boolean(mutedUntil());
+export const isQuiet = () => 'notNotified' in dialog.dataset || dialog.dataset.level !== 'all' || Boolean(mutedUntil());
 
 function show() {
   const { level } = dialog.dataset;

@@ -25,31 +25,31 @@ export function localise(root) {
   }
 }
 
-// What each decision says of the members whom it counts: those who were told, and those who were not.
-export const TOLD = {
+// What each decision says of its members: those who were notified, and those who were not.
+export const NOTIFIED = {
   message: 'want every message',
   mention: 'were mentioned by name',
   mention_role: 'have a role that was mentioned',
   mention_everyone: 'were mentioned as everyone',
 };
-export const NOT_TOLD = {
+export const NOT_NOTIFIED = {
   author: 'wrote it',
   no_channel_access: 'cannot see the channel',
   no_subscription: 'have no active subscription',
-  preference_none: 'have switched the channel off',
-  preference_mentions: 'want mentions only',
+  channel_off: 'have switched the channel off',
+  mentions_only: 'want mentions only',
   muted: 'have muted the channel',
 };
 
 const YOURS = { they: 'you', theirs: 'yours', their: 'your', them: 'you' };
 
 // One sentence of an explanation; `name` null is the reader.
-export function because({ detail, notified_at: told, read_at: read }, name = null) {
-  const told_or_not = `${name ?? 'You'} ${name ? 'was' : 'were'} ${told ? '' : 'not '}told`;
-  const at = told ? ` at ${when(new Date(told))}${read ? ` and read it at ${when(new Date(read))}` : ''}` : '';
+export function because({ detail, notified_at: notified, read_at: read }, name = null) {
+  const outcome = `${name ?? 'You'} ${name ? 'was' : 'were'} ${notified ? '' : 'not '}notified`;
+  const at = notified ? ` at ${when(new Date(notified))}${read ? ` and read it at ${when(new Date(read))}` : ''}` : '';
   const why = name ? detail : detail.replace(/\b(they|theirs|their|them)\b/gi, (word) => {
     const mine = YOURS[word.toLowerCase()];
     return word[0] === 'T' ? mine[0].toUpperCase() + mine.slice(1) : mine;
   });
-  return `${told_or_not}${at}: ${why[0].toLowerCase()}${why.slice(1)}`;
+  return `${outcome}${at}: ${why[0].toLowerCase()}${why.slice(1)}`;
 }

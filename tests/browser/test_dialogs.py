@@ -137,17 +137,17 @@ def test_the_telling_is_seen_under_way_and_then_counted(visit, cast, post) -> No
     number = post("gold breaks out, @vera")
     page = visit(address(cast, cast.general), cast.subscriber)
     expect(message(page, number).get_by_role("progressbar")).to_be_visible()
-    message(page, number).get_by_role("button", name="Who was told").click()
-    dialog = opened(page, "Who was told")
+    message(page, number).get_by_role("button", name="Recipients").click()
+    dialog = opened(page, "Recipients")
     expect(dialog.locator(".excerpt")).to_have_text("gold breaks out, @vera")
-    expect(dialog.get_by_role("status")).to_have_text("Waiting for its turn …")
-    Run.update(state="running", done=2, total=5).execute()
-    expect(dialog.get_by_role("status")).to_have_text("Telling …")
+    expect(dialog.get_by_role("status")).to_have_text("Waiting …")
+    Run.update(state="running", members_processed=2, members_total=5).execute()
+    expect(dialog.get_by_role("status")).to_have_text("NotificationLog …")
     expect(dialog.get_by_role("progressbar")).to_have_js_property("value", 2)
     expect(message(page, number).get_by_role("progressbar")).to_have_js_property("max", 5)
-    Run.update(state="queued", done=0, total=None).execute()
+    Run.update(state="queued", members_processed=0, members_total=None).execute()
     with a_worker():
-        expect(dialog.get_by_role("status")).to_have_text("3 of 5 members were told.")
+        expect(dialog.get_by_role("status")).to_have_text("3 of 5 members were notified.")
     expect(dialog.get_by_role("progressbar")).to_be_hidden()
     rows = dialog.locator("tr:has([scope=row])")
     expect(rows).to_have_text(
@@ -160,7 +160,7 @@ def test_the_telling_is_seen_under_way_and_then_counted(visit, cast, post) -> No
     )
     page.keyboard.press("Escape")
     expect(dialog).to_be_hidden()
-    expect(message(page, number)).to_contain_text("3 told")
+    expect(message(page, number)).to_contain_text("3 notified")
 
 
 def test_only_the_author_and_admins_are_offered_it(visit, cast, post, run_jobs) -> None:
@@ -168,15 +168,15 @@ def test_only_the_author_and_admins_are_offered_it(visit, cast, post, run_jobs) 
     run_jobs()
     for name, offered in (("subscriber", 1), ("admin", 1), ("vip", 0), ("moderator", 0)):
         page = visit(address(cast, cast.general), cast.everybody[name])
-        expect(message(page, number).get_by_role("button", name="Who was told")).to_have_count(offered)
+        expect(message(page, number).get_by_role("button", name="Recipients")).to_have_count(offered)
 
 
 def test_a_dialog_closes_by_a_click_beside_it(visit, cast, post, run_jobs) -> None:
     number = post("hello")
     run_jobs()
     page = visit(address(cast, cast.general), cast.subscriber)
-    message(page, number).get_by_role("button", name="Who was told").click()
-    dialog = opened(page, "Who was told")
+    message(page, number).get_by_role("button", name="Recipients").click()
+    dialog = opened(page, "Recipients")
     dialog.get_by_role("status").click()
     expect(dialog).to_be_visible()
     page.mouse.click(5, 5)
@@ -190,9 +190,9 @@ def test_why_in_a_sentence_of_the_reader(visit, cast, post, run_jobs) -> None:
     number = post("gold breaks out, @vera")
     run_jobs()
     for name, says in (
-        ("vip", r"^You were told at .*: you were mentioned by name"),
-        ("subscriber", r"^You were not told: you wrote"),
-        ("lapsed", r"^You were not told: you are not an admin, and have no subscription"),
+        ("vip", r"^You were notified at .*: you were mentioned by name"),
+        ("subscriber", r"^You were not notified: you wrote"),
+        ("lapsed", r"^You were not notified: you are not an admin and have no active subscription"),
     ):
         page = visit(address(cast, cast.general), cast.everybody[name])
         message(page, number).get_by_role("button", name="Why?").click()
@@ -209,17 +209,17 @@ def test_an_admin_asks_about_anybody(visit, cast, post, run_jobs) -> None:
     message(page, number).get_by_role("button", name="Why?").click()
     dialog = opened(page, "Why?")
     answer, field = dialog.locator("#why-answer"), dialog.get_by_role("combobox", name="And somebody else?")
-    expect(answer).to_have_text(re.compile("^You were told at "))
+    expect(answer).to_have_text(re.compile("^You were notified at "))
     field.press_sequentially("ve")
     options = dialog.get_by_role("option")
     expect(options).to_have_text(["@vera Vera"])
     expect(field).to_have_attribute("aria-expanded", "true")
     field.press("Enter")
-    expect(answer).to_have_text(re.compile("^@vera was told at .*: they were mentioned by name"))
+    expect(answer).to_have_text(re.compile("^@vera was notified at .*: they were mentioned by name"))
     field.fill("lars")
     expect(options).to_have_count(1)
     options.click()
-    expect(answer).to_have_text(re.compile("^@lars was not told: "))
+    expect(answer).to_have_text(re.compile("^@lars was not notified: "))
     field.fill("nobody")
     dialog.get_by_role("button", name="Ask").click()
     expect(answer).to_have_text("There is nobody called @nobody.")

@@ -104,7 +104,7 @@ def test_one_of_each_kind_as_it_comes_in(visit, worker, cast) -> None:
         for page in (writer, there, elsewhere, inbox):
             look(page)
     last = Message.select().order_by(Message.id.desc()).first()
-    for page, button in ((there, "Why?"), (writer, "Who was told")):
+    for page, button in ((there, "Why?"), (writer, "Recipients")):
         message(page, last.id).get_by_role("button", name=button).click()
         expect(page.locator("dialog[open] .excerpt")).to_be_visible()
         look(page)

@@ -139,5 +139,5 @@ def test_what_is_withdrawn_goes(visit, worker, cast, post, api) -> None:
 
 def test_an_empty_inbox_says_so(visit, cast) -> None:
     page = visit("/inbox", cast.vip)
-    expect(page.get_by_text("Nothing yet. What you are told of comes here.")).to_be_visible()
+    expect(page.get_by_text("No notifications yet.")).to_be_visible()
     expect(page.get_by_role("button", name="Mark all read")).to_be_disabled()

@@ -64,8 +64,8 @@ def test_nothing_is_wider_than_the_screen(visit, worker, cast, post, screen) -> 
     expect(page.locator("#why-answer")).to_contain_text("You were")
     assert too_wide(page) == []
     page.keyboard.press("Escape")
-    message(page, long).get_by_role("button", name="Who was told").tap()
-    expect(page.locator("#run-state")).to_contain_text("were told")
+    message(page, long).get_by_role("button", name="Recipients").tap()
+    expect(page.locator("#run-state")).to_contain_text("were notified")
     assert too_wide(page) == []
     page.goto("/inbox")
     expect(page.locator("#notifications li")).to_have_count(1)

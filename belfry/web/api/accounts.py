@@ -61,12 +61,12 @@ def list_own_channels(query: dict[str, Any]) -> Any:
     )
 
 
-@api.get("/channels/<id:channel_id>/members")
-@endpoint(query=schemas.MentionableQuery, gives=schemas.MentionableList)
+@api.get("/channels/<id:channel_id>/mention-suggestions")
+@endpoint(query=schemas.MentionSuggestionQuery, gives=schemas.MentionSuggestionList)
 def list_mention_suggestions(channel_id: int, query: dict[str, Any]) -> Any:
     """Whom one may mention in a channel, by the beginning of a username; for moderators, groups as well."""
     channel = get_visible_channel(current_user(), channel_id)
-    return {"items": suggest_mentions(channel, query["prefix"], query["limit"]), "next": None}
+    return {"items": suggest_mentions(channel, query["q"], query["limit"]), "next": None}
 
 
 @api.get("/users")

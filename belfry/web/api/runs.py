@@ -22,7 +22,7 @@ def describe_run(run: Row, reader: User | None = None) -> Row:
     return {
         **run,
         **shown,
-        "progress": {"done": run["done"], "total": run["total"]},
+        "progress": {"done": run["members_processed"], "total": run["members_total"]},
         "stats": runs.statistics(run),
     }
 

@@ -87,7 +87,7 @@ def channel(server_id: int, channel_id: int) -> str:
         may_not_post=_posting_denied_reason(g.user, seen),
         preference=preference,
         effects=effects,
-        told=effects is PREFERENCE_HELP,
+        notified=effects is PREFERENCE_HELP,
         effect=_effect(preference, effects),
     )
 

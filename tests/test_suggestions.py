@@ -23,8 +23,8 @@ def names(api, cast):
     """`names(person, "prefix", channel_id)`: the usernames that they are offered."""
 
     def ask(person, prefix="", channel_id=None, **query):
-        path = f"/api/channels/{channel_id or cast.general}/members"
-        answer = api(person).get(path, query_string={"prefix": prefix, **query})
+        path = f"/api/channels/{channel_id or cast.general}/mention-suggestions"
+        answer = api(person).get(path, query_string={"q": prefix, **query})
         assert answer.status_code == 200
         assert answer.json["next"] is None
         return [item["username"] for item in answer.json["items"]]
@@ -48,7 +48,7 @@ def test_punctuation_is_part_of_a_beginning(cast, names):
 
 
 def test_an_item_says_who_it_is(api, cast):
-    answer = api(cast.subscriber).get(f"/api/channels/{cast.general}/members?prefix=vera")
+    answer = api(cast.subscriber).get(f"/api/channels/{cast.general}/mention-suggestions?q=vera")
     assert answer.json["items"] == [{"kind": "user", "id": cast.vip.id, "username": "vera", "name": "Vera"}]
 
 
@@ -64,21 +64,21 @@ def test_groups_are_offered_to_those_who_may_ping_them(api, cast, names):
         assert names(person, "e") == ["everyone"]
         assert names(person, "V") == ["vip", "vera"]
         assert names(person) == ["everyone", "moderators", "vip", "ada", "lars", "moira", "sam", "vera"]
-    items = api(cast.admin).get(f"/api/channels/{cast.general}/members?prefix=v").json["items"]
+    items = api(cast.admin).get(f"/api/channels/{cast.general}/mention-suggestions?q=v").json["items"]
     assert [(item["kind"], item["id"]) for item in items] == [("role", cast.vip_role), ("user", cast.vip.id)]
 
 
 def test_so_many_and_no_more(api, cast, names):
     assert names(cast.admin, limit=2) == ["everyone", "moderators"]
     assert len(names(cast.admin)) == 8
-    for query in ("limit=0", "limit=51", "limit=x", "prefix=" + "a" * 33, "prefix=%00", "name=a"):
-        assert_problem(api(cast.admin).get(f"/api/channels/{cast.general}/members?{query}"), 422, "invalid")
+    for query in ("limit=0", "limit=51", "limit=x", "q=" + "a" * 33, "q=%00", "name=a"):
+        assert_problem(api(cast.admin).get(f"/api/channels/{cast.general}/mention-suggestions?{query}"), 422, "invalid")
 
 
 def test_it_takes_as_many_statements_however_many_there_are(api, cast):
     for person, most in ((cast.subscriber, 3), (cast.admin, 4)):
         with statements() as said:
-            api(person).get(f"/api/channels/{cast.general}/members?prefix=s")
+            api(person).get(f"/api/channels/{cast.general}/mention-suggestions?q=s")
         assert len(said) == most
 
 
