@@ -34,22 +34,22 @@ help:
 setup: $(STAMP)
 
 demo run web worker screenshots: $(STAMP)
-	@$(PY) -m dev $@
+	@$(PY) -m tools.dev $@
 
 test: $(STAMP)
-	@$(PY) -m dev test $(or $(ARGS),-n 3 --dist loadfile)
+	@$(PY) -m tools.dev test $(or $(ARGS),-n 3 --dist loadfile)
 
 check: lint
-	@$(PY) -m dev test -q -n 3 --dist loadfile -m 'not slow'
+	@$(PY) -m tools.dev test -q -n 3 --dist loadfile -m 'not slow'
 
 bench: $(STAMP)
-	@$(PY) -m bench $(ARGS)
+	@$(PY) -m tools.bench $(ARGS)
 
 chaos: $(STAMP)
-	@$(PY) -m chaos $(ARGS)
+	@$(PY) -m tools.chaos $(ARGS)
 
 drill: $(STAMP)
-	@$(PY) -m bench.drills $(ARGS)
+	@$(PY) -m tools.bench.drills $(ARGS)
 
 lint: $(STAMP)
 	$(PY) -m ruff check .
@@ -81,6 +81,6 @@ $(STAMP): requirements-dev.lock $(PY)
 	@touch $(STAMP)
 
 clean:
-	@if [ -e $(STAMP) ] && [ -d .belfry ]; then $(PY) -m dev clean; fi
+	@if [ -e $(STAMP) ] && [ -d .belfry ]; then $(PY) -m tools.dev clean; fi
 	rm -rf $(VENV) .belfry .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import psycopg
 import pytest
 
-from dev import testing
+from tools.dev import testing
 
 if "DATABASE_URL" not in os.environ or "REDIS_URL" not in os.environ:
     pytest.exit("Run the tests by `make test`: it sets up the database and the Redis that they empty.", returncode=2)
@@ -34,9 +34,9 @@ from belfry.core.db import db
 from belfry.core.redis import redis_connection
 from belfry.queue import queues
 from config import settings
+from tests.fanout_helpers import empty
 from tests.overrides import overridden
 from tests.people import Api, Cast, make_cast
-from tests.telling import empty
 
 NO_REDIS_URL = "unix:///nowhere/redis.sock"
 

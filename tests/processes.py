@@ -17,10 +17,10 @@ from urllib.parse import quote, urlsplit
 from psycopg.conninfo import conninfo_to_dict
 from redis.connection import parse_url
 
-from chaos.victim import KILL
-from dev import processes
-from dev.client import not_ready
-from dev.processes import Child
+from tools.chaos.process_under_test import KILL
+from tools.dev import processes
+from tools.dev.client import not_ready
+from tools.dev.processes import Child
 
 RQ_WORKER = ("rq.cli", "worker", "-S", "json", "--job-class", "belfry.queue.job_class.BelfryJob")
 PATIENCE = 30.0  # seconds; only for what must come, never asserted as a speed
@@ -87,7 +87,7 @@ def a_worker(*, through: tuple[str, ...] = (), **environment: str) -> Iterator[P
 def a_doomed_worker(directory: Path, **environment: str) -> Iterator[Process]:
     """A worker as above, which does what `strike` has it do to itself."""
     (directory / "armed").mkdir(exist_ok=True)
-    with a_worker(through=("chaos.victim", str(directory)), **environment) as process:
+    with a_worker(through=("tools.chaos.process_under_test", str(directory)), **environment) as process:
         yield process
 
 

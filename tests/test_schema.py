@@ -12,7 +12,7 @@ from belfry.core.db import db, execute, fetch_all, fetch_one
 from belfry.fanout import recovery
 from belfry.fanout.claims import WorkItem
 from models import TABLES, Notification, Role, Run, Server, Subscription, User
-from tests.telling import run_to_end, stats
+from tests.fanout_helpers import run_to_end, stats
 
 
 def test_the_migrations_make_what_the_models_say():

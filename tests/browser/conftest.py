@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from dev import CommandError, chromium
 from tests.browser.browsing import Faults, sign_in
 from tests.people import Api, Cast, Person
 from tests.processes import PATIENCE, Process, a_web_process, a_worker
+from tools.dev import CommandError, chromium
 
 HERE = Path(__file__).parent
 PICTURES = HERE.parent.parent / ".belfry" / "failed-in-browser"

@@ -9,7 +9,7 @@ from playwright.sync_api import Page, expect
 
 from models import Message
 from tests.browser.browsing import address, composer, message, shown, wait_until_live
-from tests.test_rendering import ALLOWED, VECTORS
+from tests.messages.test_rendering import ALLOWED, VECTORS
 
 PAGES = {
     *("html", "head", "meta", "title", "link", "script", "body", "noscript", "main", "nav", "header", "div", "h1"),

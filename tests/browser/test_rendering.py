@@ -1,6 +1,6 @@
 """The vectors as rendered, in a real page: the browser finds no more in them than the parser of the other tests."""
 from belfry.messages.rendering import render
-from tests.test_rendering import ALLOWED, MENTIONED, VECTORS
+from tests.messages.test_rendering import ALLOWED, MENTIONED, VECTORS
 
 
 def test_no_vector_becomes_more_than_text(visit) -> None:

@@ -1,0 +1,167 @@
+"""Posts, edits and deletions: whatever the order, repetition and overlap of their jobs, it ends as the last revision
+says."""
+
+import random
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from belfry.core.db import db, execute, fetch_all
+from belfry.fanout import claims, fanout
+from belfry.fanout.claims import WorkItem
+from belfry.inbox import inbox
+from belfry.integrity.verification import verify
+from belfry.messages import messages
+from belfry.servers import servers
+from belfry.servers.preferences import set_preference
+from models import User
+from tests.fanout_helpers import crowd, do, parts_of, post, posted_and_told, run_to_end, told, wants_mentions_only
+from tests.overrides import overridden
+from tests.people import Cast, make_cast
+
+pytestmark = pytest.mark.slow
+
+TEXTS = (
+    "gold", "@vera", "@vera @lars", "@vip", "@everyone", "@crowd-1 @crowd-2 @crowd-3", "@moira @sam @ada", "@vip @vera",
+)  # fmt: skip
+
+
+@contextmanager
+def a_community() -> Iterator[tuple[Cast, list[int]]]:
+    """The cast and a crowd with wishes of every kind, in a transaction that is taken back."""
+    with db.atomic() as transaction:
+        yield make_community()
+        transaction.rollback()
+
+
+def make_community() -> tuple[Cast, list[int]]:
+    cast = make_cast()
+    many = crowd(cast.server_id, 8)
+    wants_mentions_only(cast.vip, cast.general)
+    for user_id, level in ((many[0], "mentions"), (many[1], "none"), (many[4], "mentions")):
+        set_preference(User.get_by_id(user_id), cast.general, level, None)
+    servers.put_member(cast.server_id, many[4], [cast.vip_role])
+    return cast, many
+
+
+def unfinished() -> list[WorkItem]:
+    return [
+        WorkItem(**found)
+        for found in fetch_all(
+            "SELECT r.id AS run_id, s.after_user_id FROM run r LEFT JOIN slice s ON s.run_id = r.id"
+            " WHERE r.state <> 'succeeded' ORDER BY 1, 2"
+        )
+    ]
+
+
+@settings(max_examples=120, deadline=None, database=None, derandomize=True)
+@given(st.data())
+def test_it_ends_as_the_last_revision_says_whatever_the_order_of_the_jobs(data):
+    members = data.draw(st.integers(1, 14), label="members of a slice")
+    with a_community() as (cast, _), overridden(fanout_slice_size=members):
+        author = cast.moderator
+        text = data.draw(st.sampled_from(TEXTS), label="post")
+        message_id, _ = post(author, cast.general, text)
+        taken: list[tuple[WorkItem, int]] = []
+        steps = data.draw(st.lists(st.sampled_from(["edit", "do", "do", "die", "late"]), max_size=14), label="steps")
+        for step in steps:
+            left = unfinished()
+            if step == "edit":
+                text = data.draw(st.sampled_from(TEXTS), label="edit")
+                messages.edit_message(author.user, message_id, text)
+            elif step == "late" and taken:  # an attempt that was believed dead goes on
+                fanout.process_work_item(*data.draw(st.sampled_from(taken), label="late"))
+            elif left:
+                part = data.draw(st.sampled_from(left), label=step)
+                attempt = claims.claim(part)
+                if attempt is None:
+                    continue
+                taken.append((part, attempt))
+                if step == "do":
+                    fanout.process_work_item(part, attempt)
+                else:  # and it has tries enough, however often
+                    execute("UPDATE run SET attempts_left = 6; UPDATE slice SET attempts_left = 6")
+        while left := unfinished():
+            do(data.draw(st.sampled_from(left), label="in the end"))
+        for attempt in taken:
+            fanout.process_work_item(*attempt)
+
+        written_so = posted_and_told(author, cast.general, text)
+        assert told(message_id) == told(written_so)
+        assert verify() == []
+        messages.delete_message(author.user, message_id)
+        for person in cast.everybody.values():
+            shown = inbox.list_notifications(person.user, before=None, limit=100)
+            assert [item["message_id"] for item in shown if item["message_id"] == message_id] == []
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_it_ends_as_the_last_revision_says_with_everything_at_once(cast, slices_of, seed):
+    """Three workers, and an author who edits meanwhile, each with a connection and a thread of their own."""
+    crowd(cast.server_id, 40)
+    rng = random.Random(seed)
+    wants_mentions_only(cast.vip, cast.general)
+    slices_of(7)
+    texts = [rng.choice(TEXTS) for _ in range(6)]
+    message_id, _ = post(cast.moderator, cast.general, texts[0])
+    edited = threading.Event()
+    broken: list[BaseException] = []
+
+    def edit() -> None:
+        try:
+            for text in texts[1:]:
+                messages.edit_message(cast.moderator.user, message_id, text)
+        finally:
+            edited.set()
+
+    def work() -> None:
+        give_up = time.monotonic() + 60
+        while time.monotonic() < give_up:
+            last = edited.is_set()
+            parts = unfinished()
+            rng.shuffle(parts)
+            for part in parts:
+                if (attempt := claims.claim(part)) is not None:
+                    fanout.process_work_item(part, attempt)
+            if last and not unfinished():
+                return
+        raise AssertionError(f"a minute, and still to do: {unfinished()}")
+
+    def alone(what) -> None:
+        try:
+            with db.connection_context():
+                what()
+        except BaseException as error:
+            broken.append(error)
+
+    threads = [threading.Thread(target=alone, args=(what,)) for what in (edit, work, work, work)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert broken == []
+    assert told(message_id) == told(posted_and_told(cast.moderator, cast.general, texts[-1]))
+    assert verify() == []
+
+
+def test_a_deletion_in_the_midst_ends_every_run_of_the_message(cast, slices_of):
+    crowd(cast.server_id, 20)
+    slices_of(6)
+    message_id, first = post(cast.moderator, cast.general, "@vera")
+    second = messages.edit_message(cast.moderator.user, message_id, "@everyone").run_id
+    for run_id in (first, second, first, second):
+        part = parts_of(run_id)[0]
+        fanout.process_work_item(part, claims.claim(part))
+    messages.delete_message(cast.moderator.user, message_id)
+    before = told(message_id)
+    for run_id in (second, first):
+        assert run_to_end(run_id) == "succeeded"
+    assert told(message_id) == before, "nobody more is told"
+    assert verify() == []
+    for person in cast.everybody.values():
+        assert inbox.list_notifications(person.user, before=None, limit=100) == []

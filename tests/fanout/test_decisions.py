@@ -1,0 +1,473 @@
+"""Who is told, and why: the SQL against the oracle, on random communities and at every boundary.
+
+Each example is one transaction that is rolled back: inside it the database's `now()` stands still, so that a
+boundary can be met to the microsecond.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from itertools import combinations
+from typing import Any
+
+import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from psycopg.types.json import Jsonb
+
+from belfry.core.db import db, execute, fetch_all, fetch_one
+from belfry.fanout import runs
+from belfry.fanout.decision import DECISIONS, DECISIONS_SQL, decision_for, load_fanout_message
+from belfry.messages.explanation import explain
+from models import SUBSCRIPTION_STATUSES
+from tests.fanout_helpers import run_to_end
+from tests.oracle import NOTIFY_DECISIONS, Community, Member, Preference, Subscription, decision, decisions, statistics
+from tests.overrides import overridden
+
+HERE, ELSEWHERE = 1, 2
+CHANNEL, OTHER_CHANNEL = 11, 12
+MESSAGE = 21
+ROLES, ROLE_ELSEWHERE = (31, 32, 33), 39
+STRANGERS = (1, 2)  # people who are not in the server
+MEMBERS = range(100, 200, 7)  # who may be in it; ids have gaps, as they do in life
+LAST_ID = 2**63 - 1
+
+DAY, MINUTE, INSTANT = timedelta(days=1), timedelta(minutes=1), timedelta(microseconds=1)
+NEARLY = (-MINUTE, -INSTANT, timedelta(), INSTANT, MINUTE)
+
+
+# A community in the database ------------------------------------------------------------------------------
+
+
+@contextmanager
+def one_moment() -> Iterator[datetime]:
+    """A moment of the database, which lasts: `now()` stands still, and nothing that is written stays."""
+    with db.atomic() as transaction:
+        found = fetch_one("SELECT now() AS now")
+        assert found is not None
+        yield found["now"]
+        transaction.rollback()
+
+
+def insert(table: str, records: list[dict[str, Any]]) -> None:
+    """Any number of rows in one statement; a column that no record names has its default."""
+    if records:
+        columns = ", ".join(records[0])
+        execute(
+            f"INSERT INTO {table} ({columns})"
+            f" SELECT {columns} FROM jsonb_populate_recordset(NULL::{table}, %(records)s)",
+            {"records": Jsonb(records, dumps=_json)},
+        )
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, default=datetime.isoformat)
+
+
+def store(community: Community) -> None:
+    """Write a community down, with its own numbers as ids.
+
+    And around it what must not matter: the members are all in another server as well, with a role there, and
+    want to hear nothing of another channel.
+    """
+    members = community.members
+    admins = {number: member.admin for number, member in members.items()}
+    people = dict.fromkeys((*STRANGERS, *MEMBERS), False) | admins
+    insert("user_account", [{"id": n, "username": f"user-{n}", "name": "U", "is_admin": people[n]} for n in people])
+    insert(
+        "subscription",
+        [
+            {"user_id": n, "status": member.subscription.status, "current_period_end": member.subscription.period_end}
+            for n, member in members.items()
+            if member.subscription
+        ],
+    )
+    insert("server", [{"id": place, "name": f"server {place}"} for place in (HERE, ELSEWHERE)])
+    roles = {**dict.fromkeys(ROLES, HERE), ROLE_ELSEWHERE: ELSEWHERE}
+    insert("role", [{"id": id_, "server_id": place, "name": f"role-{id_}"} for id_, place in roles.items()])
+    insert("member", [{"server_id": place, "user_id": n} for n in members for place in (HERE, ELSEWHERE)])
+    insert(
+        "member_role",
+        [
+            {"role_id": id_, "user_id": n, "server_id": roles[id_]}
+            for n, member in members.items()
+            for id_ in (*member.roles, ROLE_ELSEWHERE)
+        ],
+    )
+    insert(
+        "channel",
+        [
+            {"id": CHANNEL, "server_id": HERE, "name": "this", "private": community.private, "posting": "members"},
+            {"id": OTHER_CHANNEL, "server_id": HERE, "name": "other", "private": False, "posting": "members"},
+        ],
+    )
+    insert(
+        "channel_role",
+        [{"channel_id": CHANNEL, "role_id": id_, "server_id": HERE} for id_ in community.opening_roles],
+    )
+    nothing = Preference("none")
+    insert(
+        "preference",
+        [
+            {"channel_id": channel, "user_id": n, "level": wish.level, "muted_until": wish.muted_until}
+            for n, member in members.items()
+            for channel, wish in ((CHANNEL, member.preference), (OTHER_CHANNEL, nothing))
+            if wish
+        ],
+    )
+    message = {"id": MESSAGE, "channel_id": CHANNEL, "author_id": community.author, "content": "content"}
+    insert("message", [{**message, **mentions_of(community), "visible_to_user_id": community.only_for}])
+
+
+def mentions_of(community: Community) -> dict[str, Any]:
+    return {
+        "mentioned_users": sorted(community.named),
+        "mentioned_roles": sorted(community.named_roles),
+        "mentions_everyone": community.everyone,
+    }
+
+
+def told() -> dict[int, str]:
+    return {found["user_id"]: found["reason"] for found in fetch_all("SELECT user_id, reason::text FROM notification")}
+
+
+def run(kind: str, mention_diff: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Fan the message out; the run's statistics."""
+    run_id = runs.create_run(MESSAGE, kind, mention_diff)
+    assert run_to_end(run_id) == "succeeded"
+    return runs.statistics(runs.find_run(run_id))
+
+
+# Random communities ---------------------------------------------------------------------------------------
+
+
+# Few choices for each member, each of many values: so that a few hundred examples differ from one another.
+
+
+def subscriptions(now: datetime) -> st.SearchStrategy[Subscription | None]:
+    """Half of them entitle, some by a hair; and of the rest some fail by a hair."""
+    ends = [None, now + 20 * DAY, now - DAY / 2, now - 3 * DAY, now - 400 * DAY]
+    ends += [now - slack * DAY + off for slack in (0, 1, 7) for off in NEARLY]
+    counting = [Subscription(status, end) for status in ("active", "trialing", "past_due") for end in ends]
+    others = [Subscription(status, end) for status in SUBSCRIPTION_STATUSES for end in (None, now + DAY)]
+    return st.sampled_from([*counting, *others, *[None] * 5])
+
+
+def preferences(now: datetime) -> st.SearchStrategy[Preference | None]:
+    mutes = [None, None, *(now + off for off in (*NEARLY, -DAY, DAY))]
+    levels = ("all", "all", "mentions", "mentions", "none")
+    wishes = [Preference(level, until) for level in levels for until in mutes]
+    return st.sampled_from([*wishes, *[None] * 15])
+
+
+SOME_ROLES = [frozenset(roles) for count in range(4) for roles in combinations(ROLES, count)]
+
+
+def communities(now: datetime) -> st.SearchStrategy[Community]:
+    anybody = st.sampled_from([*MEMBERS, *STRANGERS])
+    some_roles = st.sampled_from(SOME_ROLES)
+    member = st.builds(
+        Member,
+        admin=st.sampled_from([False] * 5 + [True]),
+        subscription=subscriptions(now),
+        roles=some_roles,
+        preference=preferences(now),
+    )
+    return st.builds(
+        Community,
+        members=st.dictionaries(st.sampled_from(MEMBERS), member, min_size=6),
+        author=anybody,
+        private=st.sampled_from([False, False, True]),
+        opening_roles=some_roles,
+        named=st.frozensets(anybody, max_size=6),
+        named_roles=st.sampled_from([frozenset(), *SOME_ROLES[:4]]),
+        everyone=st.sampled_from([False, False, False, True]),
+        only_for=st.sampled_from([None] * 20 + [*MEMBERS[:4], STRANGERS[0]]),
+    )
+
+
+ON_RANDOM_COMMUNITIES = settings(
+    deadline=None,
+    database=None,
+    derandomize=True,  # the same communities each time: a failure here is everybody's
+    phases=[Phase.generate, Phase.shrink],
+)
+
+
+@settings(ON_RANDOM_COMMUNITIES, max_examples=175)
+@given(st.data(), st.integers(1, 20))
+def test_the_right_ones_are_told_and_all_are_counted_however_it_is_sliced(data, fanout_slice_size):
+    with one_moment() as now, overridden(fanout_slice_size=fanout_slice_size):
+        community = data.draw(communities(now))
+        store(community)
+        expected = decisions(community, now)
+        telling = {number: reason for number, reason in expected.items() if reason in NOTIFY_DECISIONS}
+
+        subject = load_fanout_message(MESSAGE)
+        found = fetch_all(DECISIONS_SQL, subject.parameters(0, LAST_ID))
+        decided = [(one["user_id"], one["decision"]) for one in found]
+        assert sorted(decided) == sorted(expected.items())
+        for number in (*community.members, *STRANGERS):
+            assert decision_for(subject, number) == expected.get(number)
+
+        counted = run("test" if community.only_for else "message")
+        assert told() == telling
+        assert counted == {**statistics(expected), "inserted": len(telling), "retracted": 0}
+
+
+@settings(ON_RANDOM_COMMUNITIES, max_examples=50)
+@given(st.data())
+def test_the_explanation_is_the_same_before_and_after_telling(data):
+    with one_moment() as now:
+        community = data.draw(communities(now))
+        store(community)
+        expected = decisions(community, now)
+        before = {number: explain(None, MESSAGE, number) for number in expected}
+        run("test" if community.only_for else "message")
+        after = {number: explain(None, MESSAGE, number) for number in expected}
+        for number, reason in expected.items():
+            assert before[number]["decision"] == after[number]["decision"] == reason
+            assert before[number]["notified_at"] is None
+            assert after[number]["notified_at"] == (now if reason in NOTIFY_DECISIONS else None)
+            assert after[number]["detail"].startswith(DECISIONS[reason])
+            assert ("may no longer post" in after[number]["detail"]) == (not may_post(community))
+
+
+def may_post(community: Community) -> bool:
+    """Whether the author is an admin, or in the server with a role that opens the channel."""
+    author = community.members.get(community.author)
+    if community.only_for or (author and author.admin):
+        return True
+    return author is not None and (not community.private or bool(author.roles & community.opening_roles))
+
+
+@settings(ON_RANDOM_COMMUNITIES, max_examples=100)
+@given(st.data(), st.integers(1, 20))
+def test_an_edit_leaves_told_whom_the_new_text_would_have_told_at_once(data, fanout_slice_size):
+    with one_moment() as now, overridden(fanout_slice_size=fanout_slice_size):
+        first, other = data.draw(communities(now)), data.draw(communities(now))
+        edited = replace(first, named=other.named, named_roles=other.named_roles, everyone=other.everyone)
+        store(first)
+        run("message")
+        were_told = told()
+
+        execute(
+            "UPDATE message SET mentioned_users = %(mentioned_users)s::bigint[],"
+            " mentioned_roles = %(mentioned_roles)s::bigint[], mentions_everyone = %(mentions_everyone)s",
+            mentions_of(edited),
+        )
+        counted = run("edit", changes(first, edited))
+
+        expected = decisions(edited, now)
+        are_told = {number: reason for number, reason in expected.items() if reason in NOTIFY_DECISIONS}
+        assert told() == are_told
+        added, withdrawn = are_told.keys() - were_told.keys(), were_told.keys() - are_told.keys()
+        assert counted == {**statistics(expected), "inserted": len(added), "retracted": len(withdrawn)}
+
+
+def changes(before: Community, after: Community) -> dict[str, Any]:
+    return {
+        "added_users": sorted(after.named - before.named),
+        "added_roles": sorted(after.named_roles - before.named_roles),
+        "added_everyone": after.everyone and not before.everyone,
+        "removed_users": sorted(before.named - after.named),
+        "removed_roles": sorted(before.named_roles - after.named_roles),
+        "removed_everyone": before.everyone and not after.everyone,
+    }
+
+
+# Each rule, and each pair of neighbours in the order ------------------------------------------------------
+
+WHO = MEMBERS[0]
+AUTHOR = STRANGERS[0]
+PAID = Subscription("active")
+
+
+@dataclass
+class Case:
+    """One member of a community, and what must be decided. `at` makes both of the present moment."""
+
+    decision: str
+    member: Callable[[datetime], Member]
+    community: dict[str, Any]
+
+    def check(self, **changed: Any) -> None:
+        with one_moment() as now:
+            about = {"author": AUTHOR, **self.community, **changed}
+            community = Community({WHO: self.member(now)}, **about)
+            assert decision(community, WHO, now) == self.decision, "the oracle itself is wrong"
+            store(community)
+            assert decision_for(load_fanout_message(MESSAGE), WHO) == self.decision
+
+
+def paying(**wish: Any) -> Callable[[datetime], Member]:
+    return lambda now: Member(subscription=PAID, preference=Preference(**wish) if wish else None)
+
+
+def subscribed(status: str, end: timedelta | None) -> Callable[[datetime], Member]:
+    return lambda now: Member(subscription=Subscription(status, None if end is None else now + end))
+
+
+def muted(level: str = "all", until: timedelta = DAY, **member: Any) -> Callable[[datetime], Member]:
+    return lambda now: Member(**{"subscription": PAID, "preference": Preference(level, now + until), **member})
+
+
+def being(**member: Any) -> Callable[[datetime], Member]:
+    return lambda now: Member(**{"subscription": PAID, **member})
+
+
+NAMED = {"named": frozenset({WHO})}
+ROLE = frozenset({ROLES[0]})
+NAMED_ROLE = {"named_roles": ROLE}
+EVERYONE = {"everyone": True}
+ALL_MENTIONS = NAMED | NAMED_ROLE | EVERYONE
+CLOSED = {"private": True}
+MINE = {"author": WHO}
+ONLY_MENTIONS, SWITCHED_OFF = Preference("mentions"), Preference("none")
+
+CASES = {
+    # who wrote it
+    "the author is not told": ("author", paying(), MINE),
+    "the author who mentions themselves is not told": ("author", being(roles=ROLE), MINE | ALL_MENTIONS),
+    "the author who is an admin is not told": ("author", being(admin=True), MINE),
+    "author before no_channel_access": ("author", paying(), MINE | CLOSED),
+    # who may see the channel
+    "a private channel without a role is for nobody": ("no_channel_access", being(roles=ROLE), CLOSED),
+    "a private channel is for the role that opens it": ("message", being(roles=ROLE), CLOSED | {"opening_roles": ROLE}),
+    "one of several opening roles is enough": (
+        "message",
+        being(roles=frozenset(ROLES[1:2])),
+        CLOSED | {"opening_roles": frozenset(ROLES)},
+    ),
+    "another role does not open": (
+        "no_channel_access",
+        being(roles=frozenset(ROLES[1:])),
+        CLOSED | {"opening_roles": ROLE},
+    ),
+    "an admin is told only of what their roles open": ("no_channel_access", being(admin=True), CLOSED),
+    "opening roles of an open channel shut nobody out": ("message", paying(), {"opening_roles": ROLE}),
+    "a mention opens no private channel": ("no_channel_access", being(roles=ROLE), CLOSED | ALL_MENTIONS),
+    "no_channel_access before no_subscription": ("no_channel_access", being(subscription=None), CLOSED),
+    # who pays
+    "no subscription at all": ("no_subscription", being(subscription=None), {}),
+    "an admin needs none": ("message", being(admin=True, subscription=None), {}),
+    "an admin's may have ended": (
+        "message",
+        being(admin=True, subscription=Subscription("canceled")),
+        {},
+    ),
+    "no_subscription before channel_off": (
+        "no_subscription",
+        being(subscription=None, preference=SWITCHED_OFF),
+        {},
+    ),
+    "a mention pays no subscription": ("no_subscription", being(subscription=None, roles=ROLE), ALL_MENTIONS),
+    # who has switched the channel off
+    "switched off": ("channel_off", paying(level="none"), {}),
+    "an admin can switch off as well": ("channel_off", being(admin=True, preference=SWITCHED_OFF), {}),
+    "channel_off before mention": ("channel_off", being(roles=ROLE, preference=SWITCHED_OFF), ALL_MENTIONS),
+    "channel_off before muted": ("channel_off", muted("none"), {}),
+    # who is mentioned
+    "named": ("mention", paying(), NAMED),
+    "being named passes the wish for mentions only": ("mention", paying(level="mentions"), NAMED),
+    "being named passes a mute": ("mention", muted(), NAMED),
+    "being named passes both": ("mention", muted("mentions"), NAMED),
+    "another being named": ("message", paying(), {"named": frozenset({MEMBERS[1], *STRANGERS})}),
+    "mention before mention_role": ("mention", being(roles=ROLE), ALL_MENTIONS),
+    "a role named": ("mention_role", being(roles=ROLE), NAMED_ROLE),
+    "another role named": ("message", being(roles=frozenset(ROLES[1:])), NAMED_ROLE),
+    "a role passes the wish for mentions only": (
+        "mention_role",
+        being(roles=ROLE, preference=ONLY_MENTIONS),
+        NAMED_ROLE,
+    ),
+    "a role passes no mute": ("muted", muted(roles=ROLE), NAMED_ROLE),
+    "mention_role before mention_everyone": ("mention_role", being(roles=ROLE), NAMED_ROLE | EVERYONE),
+    "everyone": ("mention_everyone", paying(), EVERYONE),
+    "everyone passes the wish for mentions only": ("mention_everyone", paying(level="mentions"), EVERYONE),
+    "everyone passes no mute": ("muted", muted(), EVERYONE),
+    # who has muted the channel
+    "muted": ("muted", muted(), {}),
+    "muted for an instant more": ("muted", muted(until=INSTANT), {}),
+    "a mute that ends now has ended": ("message", muted(until=timedelta()), {}),
+    "a mute that ended": ("message", muted(until=-INSTANT), {}),
+    "a mute that ended lets a role through": ("mention_role", muted(until=-INSTANT, roles=ROLE), NAMED_ROLE),
+    "muted before mentions_only": ("muted", muted("mentions"), {}),
+    # the rest
+    "mentions only, and not mentioned": ("mentions_only", paying(level="mentions"), {}),
+    "a mute that ended leaves the level": ("mentions_only", muted("mentions", until=-INSTANT), {}),
+    "everything": ("message", paying(level="all"), {}),
+    "no preference row means everything": ("message", paying(), {}),
+    "somebody else wrote it, who is a member": ("message", paying(), {"author": STRANGERS[1]}),
+}
+
+
+@pytest.mark.parametrize("case", [Case(*case) for case in CASES.values()], ids=list(CASES))
+def test_decision(case):
+    case.check()
+
+
+ENTITLED, NOT = "message", "no_subscription"
+SUBSCRIPTIONS = [
+    *(
+        (status, end, expected)
+        for status in ("active", "trialing")
+        for end, expected in (
+            (None, ENTITLED),
+            (20 * DAY, ENTITLED),
+            (timedelta(), ENTITLED),
+            (-DAY + MINUTE, ENTITLED),
+            (-DAY, ENTITLED),
+            (-DAY - INSTANT, NOT),
+            (-DAY - MINUTE, NOT),
+            (-400 * DAY, NOT),
+        )
+    ),
+    ("past_due", None, ENTITLED),
+    ("past_due", 20 * DAY, ENTITLED),
+    ("past_due", -DAY - MINUTE, ENTITLED),
+    ("past_due", -7 * DAY + MINUTE, ENTITLED),
+    ("past_due", -7 * DAY, ENTITLED),
+    ("past_due", -7 * DAY - INSTANT, NOT),
+    ("past_due", -7 * DAY - MINUTE, NOT),
+    *(
+        (status, end, NOT)
+        for status in ("canceled", "unpaid", "incomplete", "incomplete_expired", "paused")
+        for end in (None, 20 * DAY)
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("status", "end", "expected"), SUBSCRIPTIONS, ids=[f"{status}-{end}-{told}" for status, end, told in SUBSCRIPTIONS]
+)
+def test_subscription(status, end, expected):
+    Case(expected, subscribed(status, end), {}).check()
+
+
+def test_the_cases_have_every_status_and_every_decision():
+    assert {status for status, _, _ in SUBSCRIPTIONS} == set(SUBSCRIPTION_STATUSES)
+    assert {expected for expected, _, _ in CASES.values()} == set(DECISIONS)
+
+
+@pytest.mark.parametrize("days", [0, 1, 30])
+def test_the_grace_is_as_long_as_configured(override, days):
+    override(past_due_grace_days=days)
+    grace = timedelta(days=days)
+    Case(ENTITLED, subscribed("past_due", -grace), {}).check(grace=grace)
+    Case(NOT, subscribed("past_due", -grace - INSTANT), {}).check(grace=grace)
+    Case(ENTITLED, subscribed("active", -DAY), {}).check(grace=grace)
+    Case(NOT, subscribed("active", -DAY - INSTANT), {}).check(grace=grace)
+
+
+def test_a_test_message_for_one_person_has_an_audience_of_one():
+    with one_moment() as now:
+        community = Community(
+            {number: Member(subscription=PAID) for number in MEMBERS}, author=AUTHOR, only_for=WHO, everyone=True
+        )
+        store(community)
+        assert run("test")["audience"] == 1
+        assert told() == {WHO: "mention_everyone"} == decisions(community, now)
+        assert decision_for(load_fanout_message(MESSAGE), MEMBERS[1]) is None

@@ -1,0 +1,349 @@
+"""The fan-out: slices, many workers at once, test messages; and what must not grow with the audience."""
+
+import threading
+import tracemalloc
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from belfry.cli.seeding import seed
+from belfry.core.db import db
+from belfry.fanout import claims, fanout
+from belfry.integrity.verification import verify
+from belfry.messages import messages
+from belfry.servers import servers
+from belfry.servers.preferences import set_preference
+from config import settings
+from models import Notification
+from tests.fanout_helpers import (
+    EVERYBODY,
+    Killed,
+    advance,
+    crowd,
+    do,
+    fail_at_slice,
+    is_slice,
+    parts_of,
+    post,
+    run_of,
+    run_to_end,
+    statements,
+    stats,
+    told,
+    unread,
+    wants_mentions_only,
+)
+from tests.people import Person, make_person
+
+# Slices ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("members", [1, 2, 5, 7, 24, 25, 26, 1000])
+def test_everybody_is_counted_once_over_many_slices(cast, slices_of, members):
+    many = crowd(cast.server_id, 20)
+    slices_of(members)
+    message_id, run_id = post(cast.subscriber, cast.general)
+    with statements() as seen:
+        assert run_to_end(run_id) == "succeeded"
+    assert sum(map(is_slice, seen)) == -(-25 // members)
+    assert stats(run_id) == EVERYBODY | {"audience": 25, "notified": 23, "message": 23, "inserted": 23}
+    assert told(message_id).keys() == {cast.admin.id, cast.moderator.id, cast.vip.id, *many}
+    run = run_of(run_id)
+    assert (run["state"], run["attempts"], run["members_processed"], run["members_total"]) == ("succeeded", 1, 25, 25)
+    assert run["started_at"] <= run["finished_at"]
+    assert verify() == []
+
+
+def test_a_large_audience_is_shared_out_and_the_progress_is_seen(cast, slices_of):
+    crowd(cast.server_id, 20)
+    slices_of(10)
+    _, run_id = post(cast.subscriber, cast.general)
+    assert run_of(run_id)["members_total"] is None
+    advance(run_id)
+    assert len(parts_of(run_id)) == 3
+    for done in (0, 10, 20):
+        run = run_of(run_id)
+        assert (run["state"], run["finished_at"]) == ("running", None)
+        assert (run["members_processed"], run["members_total"]) == (done, 25)
+        assert verify() == []
+        advance(run_id)
+    assert (run_of(run_id)["state"], run_of(run_id)["members_processed"]) == ("succeeded", 25)
+
+
+@pytest.mark.parametrize("mention", ["@crowd-17", "@crowd-17 @crowd-3 @vera @lars @sam", "@vip", "@vip @crowd-4"])
+def test_the_mentioned_are_told_first_and_counted_once(cast, slices_of, mention):
+    many = crowd(cast.server_id, 20)
+    servers.put_member(cast.server_id, many[9], [cast.vip_role])
+    wants_mentions_only(cast.vip, cast.general)
+    set_preference(cast.admin.user, cast.general, "none", None)
+    slices_of(6)
+    message_id, run_id = post(cast.moderator, cast.general, mention)
+    advance(run_id)
+    first = told(message_id)
+    assert first
+    assert set(first.values()) <= {"mention", "mention_role"}
+    run_to_end(run_id)
+    in_the_end = told(message_id)
+    assert first == {user: reason for user, reason in in_the_end.items() if reason != "message"}
+    assert len(in_the_end) == stats(run_id)["notified"] == stats(run_id)["inserted"]
+    assert (stats(run_id)["audience"], run_of(run_id)["members_total"]) == (25, 25)
+    assert verify() == []
+
+
+def test_of_many_who_are_mentioned_by_a_role_as_many_are_first_as_fit_in_a_slice(cast, slices_of):
+    many = crowd(cast.server_id, 20)
+    for user_id in many[:9]:
+        servers.put_member(cast.server_id, user_id, [cast.vip_role])
+    slices_of(4)
+    message_id, run_id = post(cast.moderator, cast.general, "@vip and @crowd-20")
+    advance(run_id)
+    first = told(message_id)
+    assert len(first) == 4
+    assert first[many[19]] == "mention", "who is named comes before who has a role"
+    assert run_to_end(run_id) == "succeeded"
+    assert stats(run_id)["mention_role"] == 10
+    assert (stats(run_id)["audience"], stats(run_id)["inserted"]) == (25, len(told(message_id)))
+
+
+def test_who_was_told_first_is_not_told_again_by_a_wish_that_changed_since(cast, slices_of):
+    crowd(cast.server_id, 20)
+    slices_of(4)
+    message_id, run_id = post(cast.subscriber, cast.general, "@vera")
+    advance(run_id)
+    set_preference(cast.vip.user, cast.general, "none", None)
+    assert run_to_end(run_id) == "succeeded"
+    assert (stats(run_id)["mention"], stats(run_id).get("channel_off"), told(message_id)[cast.vip.id]) == (
+        1, None, "mention",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("error", [RuntimeError("the disk is full"), Killed()], ids=["an error", "a kill"])
+@pytest.mark.parametrize("part", [1, 2, 3])
+def test_a_part_that_ends_half_way_has_changed_nothing_and_the_next_try_goes_on(
+    cast, slices_of, monkeypatch, error, part
+):
+    many = crowd(cast.server_id, 20)
+    slices_of(10)
+    message_id, run_id = post(cast.subscriber, cast.general, "@vera")  # told by the first part; then three slices
+    with monkeypatch.context() as patch:
+        fail_at_slice(patch, part, error)
+        with pytest.raises(type(error)):
+            run_to_end(run_id)
+
+    run = run_of(run_id)
+    assert (run["state"], run["members_processed"]) == ("running", {1: 0, 2: 1, 3: 10}[part])
+    assert len(told(message_id)) == stats(run_id)["notified"] == stats(run_id)["inserted"]
+    assert verify() == []
+
+    with statements() as seen:
+        assert run_to_end(run_id) == "succeeded"
+    assert sum(map(is_slice, seen)) == 5 - part, "it goes on where it stopped"
+    assert stats(run_id) == EVERYBODY | {"audience": 25, "notified": 23, "message": 22, "mention": 1, "inserted": 23}
+    assert told(message_id).keys() == {cast.admin.id, cast.moderator.id, cast.vip.id, *many}
+    assert run_of(run_id)["attempts"] == 2
+    assert verify() == []
+
+
+def test_executed_once_more_a_finished_run_stays_as_it_is(cast):
+    _, run_id = post(cast.subscriber, cast.general)
+    run_to_end(run_id)
+    assert claims.claim(claims.WorkItem(run_id)) is None
+    assert claims.claim(claims.WorkItem(run_id, 0)) is None
+
+
+def test_a_run_that_does_not_exist_cannot_be_taken(cast):
+    assert claims.claim(claims.WorkItem(4711)) is None
+    assert claims.claim(claims.WorkItem(4711, 0)) is None
+
+
+def test_many_workers_on_one_run_tell_everybody_once_and_count_everybody_once(cast, slices_of):
+    crowd(cast.server_id, 95)
+    slices_of(7)
+    message_id, run_id = post(cast.subscriber, cast.general, "@vera")
+    advance(run_id)
+    slices = parts_of(run_id)
+    assert len(slices) == 15
+
+    def all_of_them() -> int:
+        done = 0
+        for part in slices:  # everybody wants to do everything
+            attempt = claims.claim(part)
+            if attempt is not None:
+                fanout.process_work_item(part, attempt)
+                done += 1
+        return done
+
+    assert sum(in_threads(all_of_them, 4)) >= 15
+    assert stats(run_id) == EVERYBODY | {"audience": 100, "notified": 98, "message": 97, "mention": 1, "inserted": 98}
+    assert len(told(message_id)) == Notification.select().count() == 98
+    run = run_of(run_id)
+    assert (run["state"], run["members_processed"], run["members_total"]) == ("succeeded", 100, 100)
+    assert verify() == []
+
+
+def test_two_slices_that_end_at_once_are_both_counted_and_finish_the_run(cast, slices_of, at_failpoint):
+    crowd(cast.server_id, 5)
+    slices_of(5)
+    _, run_id = post(cast.subscriber, cast.general)
+    advance(run_id)
+    both_have_told = threading.Barrier(2, timeout=30)
+    at_failpoint("slice.notified", lambda: both_have_told.wait() and None)
+    first, second = parts_of(run_id)
+    tokens = [(part, claims.claim(part)) for part in (first, second)]
+    in_threads(lambda: fanout.process_work_item(*tokens.pop()), 2)
+    assert (run_of(run_id)["state"], run_of(run_id)["members_processed"]) == ("succeeded", 10)
+    assert verify() == []
+
+
+def in_threads(work: Callable[[], Any], number: int) -> list[Any]:
+    """What `work` gives in so many threads at once, each with its own connection; what it raises is raised here."""
+    results: list[Any] = []
+
+    def one() -> None:
+        try:
+            with db.connection_context():
+                results.append(work())
+        except BaseException as error:
+            results.append(error)
+
+    threads = [threading.Thread(target=one) for _ in range(number)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results
+
+
+def test_a_deleted_message_ends_its_run_half_way_and_nobody_more_is_told(cast, slices_of):
+    crowd(cast.server_id, 20)
+    slices_of(10)
+    message_id, run_id = post(cast.subscriber, cast.general)
+    advance(run_id)
+    advance(run_id)
+    so_far = stats(run_id)
+    messages.delete_message(cast.subscriber.user, message_id)
+    assert run_to_end(run_id) == "succeeded"
+    assert stats(run_id) == so_far
+    assert (run_of(run_id)["members_processed"], run_of(run_id)["members_total"]) == (10, 10)
+    assert len(told(message_id)) == so_far["inserted"]
+    assert unread(cast.admin) == 0
+
+
+def test_a_message_deleted_before_its_run_tells_nobody(cast):
+    message_id, run_id = post(cast.subscriber, cast.general)
+    messages.delete_message(cast.subscriber.user, message_id)
+    assert run_to_end(run_id) == "succeeded"
+    assert stats(run_id) == {"audience": 0, "notified": 0, "inserted": 0, "retracted": 0}
+    assert told(message_id) == {}
+
+
+# Test messages --------------------------------------------------------------------------------------------
+
+
+def test_a_test_message_is_told_to_and_seen_by_the_one_who_asked_alone(api, cast, run_jobs):
+    caller = make_person("alma", status=None, admin=True)  # the last in the order in which members are walked
+    servers.put_member(cast.server_id, caller.id, [])
+    answer = api(caller).post("/api/test-notifications", json={"channel_id": cast.general})
+    assert answer.status_code == 202
+    assert run_jobs() == 0
+    run = api(caller).get(answer.headers["Location"]).get_json()
+    assert (run["state"], run["kind"], run["progress"]) == ("succeeded", "test", {"done": 1, "total": 1})
+    message_id = run["message_id"]
+    assert told(message_id) == {caller.id: "mention"}
+
+    for person in (caller, cast.admin, cast.moderator, cast.subscriber):
+        listed = api(person).get(f"/api/channels/{cast.general}/messages").get_json()["items"]
+        found = api(person).get(f"/api/messages/{message_id}").status_code
+        in_inbox = api(person).get("/api/notifications").get_json()["items"]
+        if person is caller:
+            assert [message["id"] for message in listed] == [message_id]
+            assert [notification["message_id"] for notification in in_inbox] == [message_id]
+            assert found == 200
+        else:
+            assert (listed, in_inbox, found) == ([], [], 404)
+
+
+
+
+# What must not grow with the audience ---------------------------------------------------------------------
+
+
+@dataclass
+class Measured:
+    """What a message to so many members took."""
+
+    members: int
+    of_post: int  # SQL statements of the request that posted it
+    of_run: int  # SQL statements of the run's own part
+    of_slices: list[int]  # SQL statements of each slice
+    peak: int  # bytes that Python held for the run, at most
+    stats: dict[str, Any]
+    notifications: int
+
+
+SMALL, MEDIUM, LARGE = 10, 1_000, 100_000
+
+
+@pytest.fixture(scope="module")
+def measured(app, _schema) -> dict[int, Measured]:
+    db.connect(reuse_if_open=True)
+    author = make_person("author-of-all", status=None, admin=True)
+    client = app.test_client()
+    measure(client, author, SMALL)  # first of all what is loaded once, and stays
+    return {members: measure(client, author, members) for members in (SMALL, MEDIUM, LARGE)}
+
+
+def measure(client, author: Person, members: int) -> Measured:
+    community = seed(members, 3)
+    with statements() as seen:
+        answer = client.post(
+            "/api/messages",
+            json={"channel_id": community["channel_ids"][0], "content": f"@{community['usernames'][0]} and @vip"},
+            headers={"Authorization": f"Bearer {author.token}"},
+        )
+    assert answer.status_code == 201
+    of_post, run_id = len(seen), answer.get_json()["run"]["id"]
+
+    of_parts = []
+    tracemalloc.start()
+    try:
+        with statements() as seen:
+            advance(run_id)
+        of_parts.append(len(seen))
+        for part in parts_of(run_id):
+            with statements() as seen:
+                do(part)
+            of_parts.append(len(seen))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert run_of(run_id)["state"] == "succeeded"
+    told_of_it = Notification.select().where(Notification.message_id == answer.get_json()["id"]).count()
+    return Measured(members, of_post, of_parts[0], of_parts[1:], peak, stats(run_id), told_of_it)
+
+
+def test_every_slice_takes_the_same_statements_however_many_members(measured):
+    assert [len(one.of_slices) for one in measured.values()] == [0, 0, LARGE // settings.fanout_slice_size + 1]
+    assert measured[SMALL].of_run == measured[MEDIUM].of_run <= 9
+    assert measured[LARGE].of_run - measured[SMALL].of_run == 2, "who is mentioned, and the slices"
+    assert len(set(measured[LARGE].of_slices)) == 1
+    assert measured[LARGE].of_slices[0] <= measured[SMALL].of_run
+
+
+def test_posting_takes_the_same_statements_however_many_members(measured):
+    assert measured[SMALL].of_post == measured[MEDIUM].of_post == measured[LARGE].of_post == 5
+
+
+def test_a_run_takes_the_same_memory_however_many_members(measured):
+    assert abs(measured[LARGE].peak - measured[MEDIUM].peak) < 1_000_000
+
+
+def test_a_hundred_thousand_members_are_counted_exactly(measured):
+    large = measured[LARGE]
+    assert large.stats["audience"] >= LARGE
+    assert large.stats["inserted"] == large.stats["notified"] == large.notifications

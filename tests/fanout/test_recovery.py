@@ -1,0 +1,381 @@
+"""What dies, hangs or is away, with real processes: nobody is missed, nobody is told twice, and the work goes on."""
+
+import contextlib
+import os
+import re
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+import psycopg
+import pytest
+
+import jobs
+from belfry.core.db import IDLE_IN_TRANSACTION_SECONDS, execute, fetch_one
+from belfry.fanout import claims, recovery
+from belfry.fanout.claims import WorkItem
+from belfry.integrity.verification import verify
+from belfry.queue import queues
+from belfry.servers import servers
+from belfry.worker import maintenance
+from models import Notification, Run, Server
+from tests.fanout_helpers import advance, crowd, parts_of, run_of, told
+from tests.fanout_helpers import post as write
+from tests.people import Person
+from tests.processes import a_doomed_worker, a_gate, a_slow_database, a_web_process, a_worker, strike, wait_until
+from tests.worker.test_worker import post, state_of
+from tools.chaos.process_under_test import KILL_WITH_PARENT, STOP
+
+pytestmark = pytest.mark.slow
+
+RECOVERY = 30.0  # seconds: the promise
+
+
+@pytest.fixture
+def doomed(tmp_path: Path) -> Path:
+    """Where `strike` leaves its orders."""
+    (tmp_path / "armed").mkdir()
+    return tmp_path
+
+
+def finished(run_id: int) -> None:
+    wait_until(lambda: state_of(run_id) == "succeeded", f"run {run_id} to succeed", RECOVERY)
+    assert verify() == []
+
+
+def enqueue(author: Person, channel_id: int, content: str = "gold breaks out") -> tuple[int, int]:
+    """A message whose job is in the queue; ids of message and run."""
+    message_id, run_id = write(author, channel_id, content)
+    assert queues.enqueue_run(run_id)
+    return message_id, run_id
+
+
+@contextlib.contextmanager
+def two_workers(doomed: Path, **environment: str) -> Iterator[tuple[Any, Any]]:
+    """One that is to come to its end, and one that is there to go on. The second starts when it is waited for."""
+    with a_doomed_worker(doomed, **environment) as first, a_worker(**environment) as second:
+        yield first, second
+
+
+# Deaths ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "point", ["worker.dequeued", "run.claimed", "run.locked", "run.counted", "run.committed", "job.done"]
+)
+def test_a_worker_that_dies_with_a_job_in_hand_costs_nobody_their_notification(cast, doomed, point):
+    with a_doomed_worker(doomed) as first:
+        struck = strike(doomed, point, KILL_WITH_PARENT)
+        message_id, run_id = enqueue(cast.subscriber, cast.general)
+        wait_until(struck, "somebody to come to the point")
+        wait_until(lambda: not first.running(), "the worker to die")
+        with a_worker():
+            finished(run_id)
+    assert told(message_id).keys() == {cast.admin.id, cast.moderator.id, cast.vip.id}
+
+
+def test_a_slice_goes_on_elsewhere_and_the_others_are_not_done_again(cast, doomed):
+    many = crowd(cast.server_id, 400)
+    with a_doomed_worker(doomed, FANOUT_SLICE_SIZE="50") as first:
+        struck = strike(doomed, "slice.counted", KILL_WITH_PARENT)
+        message_id, run_id = enqueue(cast.subscriber, cast.general, "@vera")
+        wait_until(struck, "somebody to come to the point")
+        wait_until(lambda: not first.running(), "the worker to die")
+        assert run_of(run_id)["members_processed"] < 405
+        with a_worker(FANOUT_SLICE_SIZE="50"):
+            finished(run_id)
+    assert told(message_id).keys() == {cast.admin.id, cast.moderator.id, cast.vip.id, *many}
+    assert (run_of(run_id)["members_processed"], run_of(run_id)["attempts"]) == (405, 2)
+
+
+def test_a_message_that_kills_whoever_touches_it_fails_with_its_reason_and_holds_nobody_up(api, cast):
+    """Its statement ends the session each time: nothing can be written down, as when a process is killed."""
+    message_id, poison = write(cast.subscriber, cast.general, "poison")
+    execute(
+        "CREATE FUNCTION test_poison() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+        f" IF NEW.message_id = {message_id} THEN PERFORM pg_terminate_backend(pg_backend_pid()); END IF;"
+        " RETURN NEW; END $$;"
+        "CREATE TRIGGER test_poison BEFORE INSERT ON notification FOR EACH ROW EXECUTE FUNCTION test_poison()"
+    )
+    try:
+        with a_worker():
+            queues.enqueue_run(poison)
+            other, healthy = enqueue(cast.subscriber, cast.general)
+            finished(healthy)
+            assert len(told(other)) == 3
+            wait_until(lambda: state_of(poison) == "failed", "the poison to be given up", 120)
+            failed = api(cast.admin).get("/api/runs?state=failed").get_json()["items"]
+            assert [run["id"] for run in failed] == [poison]
+            assert failed[0]["error"].startswith("failed after 6 attempts")
+    finally:
+        execute("DROP FUNCTION test_poison CASCADE")
+    queues.enqueue(recovery.retry_failed([poison]))
+    with a_worker():
+        finished(poison)
+    assert len(told(message_id)) == 3
+
+
+# Hanging --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("point", ["run.claimed", "run.locked", "run.counted"])
+def test_a_worker_that_hangs_is_left_behind_and_what_it_does_later_counts_for_nothing(cast, doomed, point):
+    with two_workers(doomed) as (hanging, _):
+        strike(doomed, point, STOP)
+        # Whichever worker gets the first job, the doomed one gets one soon.
+        message_id = run_id = 0
+
+        def another_was_fatal() -> bool:
+            nonlocal message_id, run_id
+            message_id, run_id = enqueue(cast.subscriber, cast.general)
+            time.sleep(0.3)
+            return (doomed / "deaths").exists()
+
+        wait_until(another_was_fatal, "the doomed one to come to the point")
+        horse, stuck = map(int, (doomed / "deaths").read_text().split()[1:3])
+        try:
+            finished(stuck)
+            assert Run.get_by_id(stuck).attempts == 2
+        finally:
+            os.kill(horse, signal.SIGCONT)
+        before = contents_of(stuck)
+        through = re.compile(rf"run {stuck}: attempt 1 was overtaken|Job run-{stuck}: scheduled for retry")
+        wait_until(lambda: through.search(hanging.log()), "the one that hung to be through")
+        assert contents_of(stuck) == before
+        assert hanging.running()
+        finished(run_id)
+    assert len(told(message_id)) == 3
+
+
+def contents_of(run_id: int) -> tuple[Any, int]:
+    return run_of(run_id), Notification.select().count()
+
+
+def test_an_edit_whose_process_hangs_holds_up_the_fan_out_for_a_moment_only(cast, in_another_session):
+    message_id, run_id = write(cast.subscriber, cast.general)
+    # As `sql.transaction` and `leases.lock_message_exclusive` have it.
+    statement = (
+        f"SELECT set_config('idle_in_transaction_session_timeout', '{IDLE_IN_TRANSACTION_SECONDS}s', true);"
+        f"SELECT pg_advisory_xact_lock({claims.MESSAGE_LOCK}, {message_id});"
+        f"UPDATE message SET content = 'edited' WHERE id = {message_id}"
+    )
+    with a_worker(), contextlib.suppress(psycopg.errors.IdleInTransactionSessionTimeout), in_another_session(statement):
+        queues.enqueue_run(run_id)
+        wait_until(lambda: state_of(run_id) == "running", "somebody to begin")
+        time.sleep(1)
+        assert state_of(run_id) == "running", "it waits for the edit"
+        finished(run_id)
+    assert state_of(run_id) == "succeeded"
+    assert fetch_one("SELECT content FROM message") == {"content": "gold breaks out"}
+
+
+# Slow -----------------------------------------------------------------------------------------------------
+
+
+def test_living_workers_do_not_fail_a_run_for_which_every_statement_is_slow(cast):
+    """From the claim to the lock it takes longer than the longest lease; between two statements, than a transaction may
+    be silent."""
+    with (
+        a_slow_database(0.3) as url,
+        a_worker(through=("tests.faults.hasty",), DATABASE_URL=url) as first,
+        a_worker(through=("tests.faults.hasty",), DATABASE_URL=url) as second,
+    ):
+        message_id, run_id = enqueue(cast.subscriber, cast.general)
+        wait_until(lambda: state_of(run_id) in ("succeeded", "failed"), "the run to end", 120)
+        assert first.running()
+        assert second.running()
+    assert (run_of(run_id)["state"], len(told(message_id))) == ("succeeded", 3)
+    assert run_of(run_id)["attempts"] == 1
+    assert verify() == []
+
+
+# What is away ---------------------------------------------------------------------------------------------
+
+
+def test_a_hundred_posts_with_redis_down_are_all_answered_and_all_fan_out_after_it_is_back_empty(cast, redis):
+    with a_gate(os.environ["REDIS_URL"]) as gate:
+        behind = {"REDIS_URL": gate.url}
+        with a_web_process(**behind) as address, a_worker(**behind), a_worker(**behind):
+            gate.shut()
+            with ThreadPoolExecutor(4) as authors:
+                posted = list(
+                    authors.map(
+                        lambda number: post(address, cast.subscriber.token, cast.general, f"gold {number}"), range(100)
+                    )
+                )
+            assert {status for status, _ in posted} == {201}
+            assert {message["run"]["state"] for _, message in posted} == {"pending"}
+            redis.flushdb()
+            gate.open()
+            for _, message in posted:
+                wait_until(lambda run=message["run"]: state_of(run["id"]) == "succeeded", "the runs to succeed", 60)
+    everybody = {cast.admin.id, cast.moderator.id, cast.vip.id}
+    assert all(told(message["id"]).keys() == everybody for _, message in posted)
+    assert Notification.select().count() == 300
+    assert verify() == []
+
+
+def test_what_was_queued_is_found_again_after_flushall(cast, redis):
+    runs = [enqueue(cast.subscriber, cast.general) for _ in range(5)]
+    with a_worker() as process:
+        wait_until(lambda: Run.select().where(Run.state == "succeeded").count() > 0, "the first")
+        redis.flushdb()
+        runs += [enqueue(cast.subscriber, cast.general) for _ in range(5)]
+        redis.flushdb()
+        for _, run_id in runs:
+            finished(run_id)
+        assert process.running()
+    assert Notification.select().count() == 30
+
+
+def test_workers_whose_clocks_are_a_minute_apart_agree_by_the_databases(cast, doomed):
+    crowd(cast.server_id, 100)
+    ahead, behind = ("tests.faults.clock", "60"), ("tests.faults.clock", "-60")
+    with (
+        a_worker(through=ahead, FANOUT_SLICE_SIZE="10") as first,
+        a_worker(through=(*behind, "tools.chaos.process_under_test", str(doomed)), FANOUT_SLICE_SIZE="10") as second,
+    ):
+        struck = strike(doomed, "slice.notified", KILL_WITH_PARENT)
+        runs = [enqueue(cast.subscriber, cast.general, "@vera")[1] for _ in range(4)]
+        wait_until(struck, "somebody to come to the point")
+        for run_id in runs:
+            finished(run_id)
+        assert first.running()
+        assert not second.running()
+    assert all(run_of(run_id)["members_processed"] == 105 for run_id in runs)
+    off = "finished_at NOT BETWEEN created_at AND clock_timestamp() OR created_at < now() - interval '1 hour'"
+    assert fetch_one(f"SELECT count(*) AS off FROM run WHERE {off}") == {"off": 0}
+
+
+# Lanes ----------------------------------------------------------------------------------------------------
+
+
+def test_several_workers_share_one_fan_out_and_a_small_message_does_not_wait_for_it(cast):
+    many = crowd(cast.server_id, 3_000)
+    server = Server.create(name="Elsewhere")
+    elsewhere = servers.create_channel(server.id, "general", private=False, posting="members").id
+    for person in (cast.subscriber, cast.vip):
+        servers.put_member(server.id, person.id, [])
+    with a_worker(FANOUT_SLICE_SIZE="50") as first, a_worker(FANOUT_SLICE_SIZE="50") as second:
+        large_message, large = enqueue(cast.subscriber, cast.general)
+        wait_until(lambda: run_of(large)["members_processed"] > 200, "the fan-out to be under way")
+        small_message, small = enqueue(cast.subscriber, elsewhere, "@vera")
+        wait_until(lambda: state_of(small) == "succeeded", "the small one to succeed")
+        assert run_of(large)["members_processed"] < 3_005, "it was told in the midst of the other"
+        finished(large)
+        for worker in (first, second):
+            assert len({line["job_id"] for line in worker.lines() if line.get("run_id") == large}) > 5
+    assert told(small_message) == {cast.vip.id: "mention"}
+    assert len(told(large_message)) == len(many) + 3
+    assert verify() == []
+
+
+def test_sigterm_in_the_midst_of_a_fan_out_ends_soon_and_another_worker_goes_on_where_it_stopped(cast):
+    crowd(cast.server_id, 3_000)
+    with a_worker(FANOUT_SLICE_SIZE="50") as first:
+        message_id, run_id = enqueue(cast.subscriber, cast.general)
+        wait_until(lambda: run_of(run_id)["members_processed"] > 200, "the fan-out to be under way")
+        for one in [*psutil.Process(first.pid).children(recursive=True), psutil.Process(first.pid)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.send_signal(signal.SIGTERM)
+        assert first.wait(10) == 0
+    stopped = run_of(run_id)
+    assert (stopped["state"], stopped["members_processed"] % 50, stopped["error"]) == ("running", 0, None)
+    assert stopped["members_processed"] < 3_005
+    with a_worker(FANOUT_SLICE_SIZE="50"):
+        finished(run_id)
+    assert (run_of(run_id)["members_processed"], run_of(run_id)["attempts"]) == (3_005, 1), "nothing was done again"
+    assert len(told(message_id)) == 3_003
+
+
+# A full queue ---------------------------------------------------------------------------------------------
+
+
+def test_redis_holds_so_many_jobs_and_no_more_and_everything_is_done_in_the_order_it_was_posted(
+    cast, run_jobs, override
+):
+    override(max_batch_runs=0)
+    override(max_queue_length=5)
+    runs = [write(cast.subscriber, cast.general)[1] for _ in range(12)]
+    enqueued = [queues.enqueue_run(run_id) for run_id in runs]
+    assert enqueued == [True] * 5 + [False] * 7
+    assert [state_of(run_id) for run_id in runs] == ["queued"] * 5 + ["pending"] * 7
+    assert not queues.enqueue_run(runs[-1])
+    assert queues.queue().count == 5
+    execute("UPDATE run SET sweep_after = now() - interval '1 minute'")
+    assert maintenance.sweep() == 0, "there is no room, and what is in the queue is not lost"
+
+    for done in (1, 2):
+        jobs.notify(runs[done - 1])
+        queues.queue().remove(queues.queue().get_job_ids(0, 1)[0])
+    assert maintenance.sweep() == 2
+    assert [job.args[0] for job in queues.queue().jobs] == runs[2:7], "what was pending comes last"
+    while queues.queue().count:
+        run_jobs()
+        maintenance.sweep()
+    assert {state_of(run_id) for run_id in runs} == {"succeeded"}
+    assert verify() == []
+
+
+def test_what_is_posted_while_the_queue_is_full_is_pending_from_the_start(api, cast, override):
+    override(max_queue_length=1)
+    body = {"channel_id": cast.general, "content": "gold"}
+    states = []
+    for key in "aba":
+        message = api(cast.subscriber).post("/api/messages", json=body, headers={"Idempotency-Key": key}).get_json()
+        states.append((message["run"]["state"], state_of(message["run"]["id"])))
+    assert states == [("queued", "queued"), ("pending", "pending"), ("queued", "queued")]
+    assert queues.queue().count == 1
+
+
+def test_a_job_that_was_lost_from_a_long_queue_is_found_and_done_before_those_that_wait(
+    cast, run_jobs, override
+):
+    override(max_batch_runs=0)
+    runs = [enqueue(cast.subscriber, cast.general)[1] for _ in range(30)]
+    lost = queues.queue().get_job_ids(3, 1)[0]
+    for taken in (*queues.queue().get_job_ids(0, 3), lost):
+        queues.queue().remove(taken)
+    for run_id in runs[:3]:
+        jobs.notify(run_id)
+    execute("UPDATE run SET sweep_after = now() - interval '1 minute' WHERE sweep_after IS NOT NULL")
+    assert maintenance.sweep() == 1
+    waiting = [job.args[0] for job in queues.queue().jobs]
+    assert waiting == runs[3:], "it is back, before those that came after it, and nothing is in the queue twice"
+    assert run_jobs() == 0
+    assert {state_of(run_id) for run_id in runs} == {"succeeded"}
+
+
+def test_a_slice_that_was_lost_from_a_long_queue_is_found(cast, slices_of, run_jobs):
+    crowd(cast.server_id, 40)
+    slices_of(5)
+    _, run_id = write(cast.subscriber, cast.general)
+    advance(run_id)
+    parts = parts_of(run_id)
+    queues.enqueue(parts[4:])
+    execute("UPDATE slice SET sweep_after = now() - interval '1 minute'")
+    assert maintenance.sweep() == 4
+    assert [WorkItem(*job.args) for job in queues.queue(queues.BULK).jobs] == parts
+    assert run_jobs() == 0
+    finished(run_id)
+
+
+def test_what_stands_first_in_the_queue_and_is_no_job_of_ours_is_no_reason_to_take_anything_for_lost(cast, redis):
+    enqueue(cast.subscriber, cast.general)
+    for hostile in (b"no-such-job", b"another"):
+        redis.lpush(queues.queue().key, hostile)
+    redis.hset("rq:job:another", mapping={"data": b"garbage", "created_at": "yesterday", "origin": "notifications"})
+    execute("UPDATE run SET sweep_after = now() - interval '1 minute'")
+    assert maintenance.sweep() == 0
+
+
+@pytest.mark.parametrize("argument", [-1, 2**63, "seven", None, float("inf")])
+def test_a_hostile_job_first_in_the_queue_is_no_reason_to_take_anything_for_lost(cast, argument):
+    queues.queue().enqueue("jobs.notify", argument)
+    enqueue(cast.subscriber, cast.general)
+    execute("UPDATE run SET sweep_after = now() - interval '1 minute'")
+    assert maintenance.sweep() == 0

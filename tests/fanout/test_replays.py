@@ -1,0 +1,93 @@
+"""Replays: what would be added, what is, and that nothing is taken back."""
+
+from typing import Any
+
+from belfry.fanout import runs
+from belfry.identity.subscriptions import set_subscription
+from belfry.inbox import inbox
+from belfry.inbox.inbox import dismiss
+from belfry.messages.test_notifications import send_test
+from belfry.servers.preferences import set_preference
+from tests.fanout_helpers import contents, crowd, post, read_everything, run_of, run_to_end, stats, told, unread
+
+
+def replayed(run_id: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a replay announces, and the statistics of the run that it makes."""
+    announced = runs.replay(run_id, dry_run=False)
+    assert run_to_end(announced["run_id"]) == "succeeded"
+    assert announced["inserted"] == stats(announced["run_id"])["inserted"]
+    return announced, stats(announced["run_id"])
+
+
+def test_a_replay_of_an_unchanged_community_writes_nothing_and_says_so(cast, slices_of):
+    crowd(cast.server_id, 20)
+    slices_of(4)
+    _, run_id = post(cast.subscriber, cast.general)
+    run_to_end(run_id)
+    before = contents()
+    announced = runs.replay(run_id, dry_run=False)
+    assert (announced["inserted"], announced["unchanged"], announced["run_id"]) == (0, 23, None)
+    assert announced["decisions_after"] == announced["decisions_before"]
+    assert contents() == before
+
+
+def test_a_replay_after_somebody_subscribed_adds_exactly_them(cast):
+    message_id, run_id = post(cast.subscriber, cast.general)
+    run_to_end(run_id)
+    before = told(message_id)
+    set_subscription(cast.lapsed.id, "active", None)
+    announced, counted = replayed(run_id)
+    assert (announced["inserted"], announced["unchanged"], counted["inserted"]) == (1, 3, 1)
+    assert announced["decisions_before"]["no_subscription"] == 1
+    assert announced["decisions_after"]["no_subscription"] == 0
+    assert told(message_id) == before | {cast.lapsed.id: "message"}
+
+
+def test_a_replay_takes_nothing_back(cast):
+    message_id, run_id = post(cast.subscriber, cast.general)
+    run_to_end(run_id)
+    set_preference(cast.vip.user, cast.general, "none", None)
+    set_subscription(cast.lapsed.id, "active", None)  # somebody to be added, so that there is a run
+    announced, counted = replayed(run_id)
+    assert (announced["inserted"], announced["unchanged"], counted["notified"]) == (1, 3, 3)
+    assert told(message_id).keys() == {cast.admin.id, cast.moderator.id, cast.vip.id, cast.lapsed.id}
+
+
+def test_a_replay_brings_nothing_back_that_was_read_or_dismissed(cast):
+    _, run_id = post(cast.subscriber, cast.general, "@moira")
+    run_to_end(run_id)
+    read_everything(cast.moderator)
+    dismiss(cast.vip.user, cast.vip.id, run_of(run_id)["message_id"])
+    set_subscription(cast.lapsed.id, "active", None)
+    replayed(run_id)
+    assert unread(cast.moderator) == unread(cast.vip) == 0
+    assert inbox.list_notifications(cast.vip.user, before=None, limit=10) == []
+
+
+def test_a_dry_run_says_what_would_be_added_and_writes_nothing_at_all(cast, slices_of):
+    slices_of(2)
+    _, run_id = post(cast.subscriber, cast.general)
+    run_to_end(run_id)
+    set_subscription(cast.lapsed.id, "active", None)
+    before = contents()
+    announced = runs.replay(run_id, dry_run=True)
+    assert contents() == before
+    assert (announced["dry_run"], announced["inserted"], announced["unchanged"]) == (True, 1, 3)
+    assert announced["run_id"] is None
+
+
+def test_a_replay_of_a_test_message_tells_nobody_else(cast):
+    run_id = send_test(cast.admin.user, cast.general, None, "me")
+    run_to_end(run_id)
+    announced = runs.replay(run_id, dry_run=False)
+    assert (announced["inserted"], announced["unchanged"], announced["run_id"]) == (0, 1, None)
+    assert told(run_of(run_id)["message_id"]) == {cast.admin.id: "mention"}
+
+
+def test_a_replay_of_a_run_that_has_not_begun_is_of_no_harm(cast, slices_of):
+    slices_of(2)
+    message_id, run_id = post(cast.subscriber, cast.general)
+    again = runs.replay(run_id, dry_run=False)["run_id"]
+    for one in (again, run_id):
+        assert run_to_end(one) == "succeeded"
+    assert (stats(again)["inserted"], stats(run_id)["inserted"], len(told(message_id))) == (3, 0, 3)

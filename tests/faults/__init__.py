@@ -1,0 +1,1 @@
+"""Product code with a planted fault, started as a process of its own."""

@@ -1,0 +1,27 @@
+"""Run a module with short leases: `python -m tests.faults.hasty MODULE ARGUMENT...`.
+
+Sweep intervals and the idle time-out of transactions are a twentieth of the real ones, so that a database that takes
+0.3 s to answer is a slow one.
+"""
+
+import sys
+
+from belfry.core import db
+from belfry.fanout import claims
+from tools.chaos.process_under_test import go_on
+
+TWENTIETH = 0.05
+
+
+def main() -> None:
+    db.IDLE_IN_TRANSACTION_SECONDS *= TWENTIETH
+    for name in ("_CLAIM_RUN_SQL", "_CLAIM_SLICE_SQL", "_CLAIM_BATCH_SQL"):
+        statement = getattr(claims, name)
+        assert claims._SWEEP_BACKOFF_SQL in statement
+        faster = f"{TWENTIETH} * {claims._SWEEP_BACKOFF_SQL}"
+        setattr(claims, name, statement.replace(claims._SWEEP_BACKOFF_SQL, faster))
+    go_on(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,423 @@
+"""The inbox: what somebody was told, as it is now, and what they want to hear of a channel."""
+
+import json
+import re
+from datetime import UTC, datetime, timedelta, timezone
+
+import psycopg
+import pytest
+
+from belfry.fanout import claims, fanout
+from belfry.identity.subscriptions import set_subscription
+from belfry.inbox.inbox import mark_read
+from belfry.servers import servers
+from config import settings
+from models import Message, Notification, Preference
+from tests.fanout_helpers import edit, post, posted_and_told, run_to_end, statements
+from tests.people import make_person
+from tests.web.test_errors import assert_problem
+
+TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z")
+NOTHING = {"unread": 0, "mentions": 0, "channels": []}
+
+
+@pytest.fixture
+def tell(api, cast, run_jobs):
+    """`tell("text", channel_id, author)` posts, by default sam in #general, and runs the job; the message's id."""
+
+    def post(content, channel_id=None, author=None):
+        message = {"channel_id": channel_id or cast.general, "content": content}
+        answer = api(author or cast.subscriber).post("/api/messages", json=message)
+        assert answer.status_code == 201
+        assert run_jobs() == 0
+        return answer.get_json()["id"]
+
+    return post
+
+
+@pytest.fixture
+def inbox(api):
+    """`inbox(person, "unread=1")`: the items of their inbox."""
+    return lambda person, query="": api(person).get(f"/api/notifications?{query}").get_json()["items"]
+
+
+@pytest.fixture
+def unread(api):
+    return lambda person: api(person).get("/api/notifications/unread-count").get_json()
+
+
+def bodies(items):
+    return [item["body"].removeprefix("Sam: ") for item in items]
+
+
+# What it shows --------------------------------------------------------------------------------------------
+
+
+def test_a_notification_is_that_of_the_contract(cast, tell, inbox):
+    message = tell("gold breaks out")
+    (item,) = inbox(cast.vip)
+    expected = {
+        "id": f"{cast.vip.id}-{message}", "type": "message", "reason": "message",
+        "title": "New message in Golden Signals #general", "body": "Sam: gold breaks out",
+        "url": f"/servers/{cast.server_id}/channels/{cast.general}#message-{message}", "message_id": message,
+        "channel": {"id": cast.general, "name": "general"}, "server": {"id": cast.server_id, "name": "Golden Signals"},
+        "created_at": item["created_at"], "read_at": None,
+    }  # fmt: skip
+    assert json.dumps(item) == json.dumps(expected)
+    assert TIME.fullmatch(item["created_at"])
+
+
+def test_a_mention_says_so_and_why(cast, tell, inbox):
+    tell("@vera @vip @everyone", author=cast.admin)
+    reasons = {"vip": "mention", "moderator": "mention_everyone"}
+    for name, reason in reasons.items():
+        (item,) = inbox(cast.everybody[name])
+        assert (item["type"], item["reason"]) == ("mention", reason)
+        assert item["title"] == "You were mentioned in Golden Signals #general"
+    tell("@vip", author=cast.admin)
+    assert [item["reason"] for item in inbox(cast.vip)] == ["mention_role", "mention"]
+
+
+def test_what_is_long_is_cut_at_a_hundred_characters(cast, tell, inbox):
+    for letter in ("x", "語", "😀"):
+        tell(letter * 100)
+        tell(letter * 101)
+        assert bodies(inbox(cast.vip, "limit=2")) == [letter * 100 + "…", letter * 100]
+
+
+def test_names_are_shown_as_they_are_now(api, cast, tell, inbox):
+    tell("hello")
+    api(cast.admin).patch(f"/api/channels/{cast.general}", json={"name": "<b>lobby</b>"})
+    api(cast.admin).patch(f"/api/users/{cast.subscriber.id}", json={"name": "{{ Sammy }}"})
+    (item,) = inbox(cast.vip)
+    assert item["title"] == "New message in Golden Signals #<b>lobby</b>"
+    assert item["body"] == "{{ Sammy }}: hello"
+
+
+def test_edited_and_deleted_messages_are_shown_as_they_are_now(api, cast, tell, inbox, unread):
+    first, second = tell("first"), tell("second @vera")
+    api(cast.subscriber).patch(f"/api/messages/{first}", json={"content": "first, corrected"})
+    assert bodies(inbox(cast.vip)) == ["second @vera", "first, corrected"]
+    api(cast.subscriber).delete(f"/api/messages/{second}")  # before any job has run
+    assert bodies(inbox(cast.vip)) == ["first, corrected"]
+    assert unread(cast.vip)["mentions"] == 0
+    assert unread(cast.vip)["unread"] == 1
+
+
+def test_newest_first_and_pages_stay_put(api, cast, tell):
+    for number in range(5):
+        tell(f"{number}")
+    seen, query = [], "limit=2"
+    while query:
+        page = api(cast.vip).get(f"/api/notifications?{query}").get_json()
+        seen += bodies(page["items"])
+        query = page["next"] and f"limit=2&cursor={page['next']}"
+        tell("a new one, meanwhile")
+    assert seen == ["4", "3", "2", "1", "0"]
+
+
+def test_filters(api, cast, tell, inbox):
+    tell("one")
+    tell("two", cast.announcements, cast.admin)
+    tell("three", cast.vault, cast.vip)
+    api(cast.admin).put(f"/api/channels/{cast.vault}/roles", json={"role_ids": [cast.moderators_role]})
+    tell("four")
+    api(cast.moderator).post("/api/notifications/read", json={"ids": [f"{cast.moderator.id}-1"]})
+    everything = ["four", "Ada: two", "one"]
+    assert bodies(inbox(cast.moderator)) == everything  # of the vault nobody was told who could not see it then
+    assert bodies(inbox(cast.moderator, "unread=0")) == everything
+    assert bodies(inbox(cast.moderator, "unread=1")) == ["four", "Ada: two"]
+    assert bodies(inbox(cast.moderator, f"channel_id={cast.general}")) == ["four", "one"]
+    assert bodies(inbox(cast.moderator, f"channel_id={cast.general}&unread=1")) == ["four"]
+    assert_problem(api(cast.moderator).get("/api/notifications?channel_id=999"), 404, "not_found")
+
+
+# How many -------------------------------------------------------------------------------------------------
+
+
+def test_the_unread_are_counted_by_channel(api, cast, tell, unread):
+    assert unread(cast.vip) == NOTHING
+    tell("one")
+    tell("two @vera")
+    tell("three", cast.announcements, cast.admin)
+    assert unread(cast.vip) == {
+        "unread": 3,
+        "mentions": 1,
+        "channels": [
+            {"channel_id": cast.general, "unread": 2, "mentions": 1},
+            {"channel_id": cast.announcements, "unread": 1, "mentions": 0},
+        ],
+    }
+    api(cast.vip).post("/api/notifications/read", json={"channel_id": cast.general})
+    assert unread(cast.vip)["channels"] == [{"channel_id": cast.announcements, "unread": 1, "mentions": 0}]
+
+
+def test_however_many_are_unread_the_count_is_exact(api, cast, unread):
+    numbers = range(1, 1_235)
+    Message.insert_many(
+        {"id": n, "channel": cast.general, "author": cast.subscriber.id, "content": f"{n}"} for n in numbers
+    ).execute()
+    Notification.insert_many(
+        {"user_id": cast.vip.id, "message_id": n, "reason": "mention" if n % 2 else "message"} for n in numbers
+    ).execute()
+    assert (unread(cast.vip)["unread"], unread(cast.vip)["mentions"]) == (1_234, 617)
+    ids = [f"{cast.vip.id}-{n}" for n in range(1, 1_001)]
+    assert_problem(api(cast.vip).post("/api/notifications/read", json={"ids": [*ids, "1-1"]}), 422, "invalid")
+    answer = api(cast.vip).post("/api/notifications/read", json={"ids": ids}).get_json()
+    assert answer == {"marked": 1_000, "unread": 234}
+
+
+# Reading and dismissing -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def read(api):
+    """`read(person, all=True)`: the answer to marking as read."""
+    return lambda person, **which: api(person).post("/api/notifications/read", json=which)
+
+
+def test_reading_by_ids(cast, tell, inbox, read):
+    one, two = tell("one"), tell("two")
+    assert read(cast.vip, ids=[f"{cast.vip.id}-{one}"] * 3).get_json() == {"marked": 1, "unread": 1}
+    read_at = inbox(cast.vip)[1]["read_at"]
+    assert TIME.fullmatch(read_at)
+    assert read(cast.vip, ids=[f"{cast.vip.id}-{one}", f"{cast.vip.id}-999"]).get_json() == {"marked": 0, "unread": 1}
+    assert inbox(cast.vip)[1]["read_at"] == read_at
+    assert read(cast.vip, ids=[f"{cast.vip.id}-{two}"]).get_json() == {"marked": 1, "unread": 0}
+
+
+def test_reading_up_to_one(cast, tell, inbox, read):
+    ids = [tell(f"{number}") for number in range(3)]
+    assert read(cast.vip, up_to=f"{cast.vip.id}-{ids[1]}").get_json() == {"marked": 2, "unread": 1}
+    assert bodies(inbox(cast.vip, "unread=1")) == ["2"]
+
+
+def test_reading_up_to_one_leaves_what_was_committed_after_it_and_has_a_lower_id(cast, read, inbox):
+    """Somebody whose list shows `up_to` cannot have seen what was still in progress when that was written."""
+    late_id, _ = post(cast.subscriber, cast.general, "late")
+    with psycopg.connect(settings.database_url) as late:
+        late.execute("INSERT INTO notification VALUES (%s, %s, now(), NULL, NULL, 'message')", [cast.vip.id, late_id])
+        late.execute("INSERT INTO notification_log (message_ids) VALUES (%s)", [[late_id]])
+        early_id = posted_and_told(cast.subscriber, cast.general, "early")
+        [shown] = inbox(cast.vip)
+        late.commit()
+    assert read(cast.vip, up_to=shown["id"]).get_json() == {"marked": 1, "unread": 1}
+    assert bodies(inbox(cast.vip, "unread=1")) == ["late"]
+    last_id = posted_and_told(cast.subscriber, cast.general, "last")
+    assert early_id < last_id
+    assert read(cast.vip, up_to=f"{cast.vip.id}-{last_id}").get_json() == {"marked": 2, "unread": 0}
+
+
+@pytest.mark.parametrize("members", [2, 100])
+def test_reading_up_to_one_goes_by_the_transaction_that_wrote_the_readers_own(cast, read, slices_of, members):
+    """In slices as well as in one part."""
+    slices_of(members)
+    (_, first_run), (second, second_run) = [post(cast.subscriber, cast.general, "gold") for _ in range(2)]
+    run_to_end(second_run)
+    run_to_end(first_run)
+    assert read(cast.vip, up_to=f"{cast.vip.id}-{second}").get_json() == {"marked": 1, "unread": 1}
+    (_, third_run), (fourth, fourth_run) = [post(cast.subscriber, cast.general, "gold") for _ in range(2)]
+    run_to_end(third_run)
+    run_to_end(fourth_run)
+    assert read(cast.vip, up_to=f"{cast.vip.id}-{fourth}").get_json() == {"marked": 3, "unread": 0}
+
+
+def test_reading_up_to_one_of_several_that_were_written_together_reads_all_before_it(cast, read):
+    posted = [post(cast.subscriber, cast.general, "gold") for _ in range(3)]
+    first, *others = [run_id for _, run_id in posted]
+    fanout.process_batch(claims.claim_batch(first, others, 1_000))
+    assert read(cast.vip, up_to=f"{cast.vip.id}-{posted[1][0]}").get_json() == {"marked": 2, "unread": 1}
+
+
+def test_reading_up_to_one_leaves_an_older_one_that_an_edit_made_a_mention_after_it(cast, read):
+    """It was read, and is unread again; the list that showed `up_to` had it as no mention."""
+    first, second = [posted_and_told(cast.subscriber, cast.general, "gold") for _ in range(2)]
+    assert read(cast.vip, ids=[f"{cast.vip.id}-{first}"]).get_json() == {"marked": 1, "unread": 1}
+    edit(cast.subscriber, first, "gold for @vera")
+    assert read(cast.vip, up_to=f"{cast.vip.id}-{second}").get_json() == {"marked": 1, "unread": 1}
+    third = posted_and_told(cast.subscriber, cast.general, "gold")
+    assert read(cast.vip, up_to=f"{cast.vip.id}-{third}").get_json() == {"marked": 2, "unread": 0}
+
+
+def test_reading_up_to_one_takes_as_many_statements_whatever_there_is(cast, read):
+    asked = []
+    for number in (1, 5):
+        last = [posted_and_told(cast.subscriber, cast.general, "gold") for _ in range(number)][-1]
+        with statements() as seen:
+            assert read(cast.vip, up_to=f"{cast.vip.id}-{last}").get_json()["marked"] == number
+        asked.append(len(seen))
+    assert asked[0] == asked[1]
+
+
+def test_reading_a_channel_and_everything(cast, tell, read):
+    tell("one")
+    tell("two", cast.announcements, cast.admin)
+    tell("three", cast.announcements, cast.admin)
+    assert read(cast.vip, channel_id=cast.announcements).get_json() == {"marked": 2, "unread": 1}
+    assert read(cast.vip, all=True).get_json() == {"marked": 1, "unread": 0}
+    assert read(cast.vip, all=True).get_json() == {"marked": 0, "unread": 0}
+
+
+def test_reading_takes_exactly_one_of_the_four(cast, tell, read, unread, subtests):
+    tell("one")
+    own = f"{cast.vip.id}-1"
+    for which in (
+        {}, {"ids": [own], "all": True}, {"up_to": own, "channel_id": cast.general}, {"all": True, "up_to": own},
+        {"ids": [own], "up_to": own, "channel_id": cast.general, "all": True}, {"ids": None}, {"ids": []},
+        {"ids": ["x"]}, {"ids": [own, "x"]}, {"ids": [1]}, {"ids": own}, {"ids": [f"{own}'--"]}, {"ids": [f"-{own}"]},
+        {"ids": [f"{10**400}-1"]}, {"up_to": 1}, {"up_to": "1"}, {"up_to": None}, {"channel_id": None}, {"all": False},
+        {"all": None}, {"all": True, "why": "x"},
+    ):  # fmt: skip
+        with subtests.test(str(which)[:60]):
+            assert_problem(read(cast.vip, **which), 422, "invalid")
+    assert unread(cast.vip)["unread"] == 1
+
+
+def test_another_persons_notifications_are_not_there(api, cast, tell, inbox, read, unread):
+    tell("one")
+    theirs = inbox(cast.vip)[0]["id"]
+    mo = cast.moderator
+    assert read(mo, ids=[theirs]).get_json() == {"marked": 0, "unread": 1}
+    assert read(mo, ids=[theirs, f"{mo.id}-1"]).get_json() == {"marked": 1, "unread": 0}
+    answers = [api(mo).delete(f"/api/notifications/{own}-1") for own in (cast.vip.id, 987_654)]
+    details = {assert_problem(answer, 404, "not_found")["detail"].replace("987654", "4") for answer in answers}
+    assert len({re.sub(r"\d+-", "", detail) for detail in details}) == 1
+    refusals = [read(mo, up_to=f"{own}-1").get_json() for own in (cast.vip.id, 987_654)]
+    assert refusals[0] == refusals[1]
+    assert unread(cast.vip)["unread"] == 1
+
+
+def test_what_is_dismissed_is_gone_for_good(api, cast, tell, inbox, read, unread, run_jobs):
+    tell("one")
+    tell("two @vera")
+    address = f"/api/notifications/{cast.vip.id}-2"
+    answer = api(cast.vip).delete(address)
+    assert (answer.status_code, answer.data) == (204, b"")
+    assert_problem(api(cast.vip).delete(address), 404, "not_found")
+    assert bodies(inbox(cast.vip)) == ["one"]
+    assert unread(cast.vip) == {
+        "unread": 1,
+        "mentions": 0,
+        "channels": [{"channel_id": cast.general, "unread": 1, "mentions": 0}],
+    }
+    assert read(cast.vip, ids=[f"{cast.vip.id}-2"]).get_json()["marked"] == 0
+    set_subscription(cast.lapsed.id, "active", None)  # somebody to be added, so that there is a run
+    assert api(cast.admin).post("/api/runs/2/replay").status_code == 202
+    assert run_jobs() == 0
+    assert bodies(inbox(cast.vip)) == ["one"]
+    assert len(inbox(cast.moderator)) == 2
+
+
+# Access that was lost -------------------------------------------------------------------------------------
+
+
+def test_losing_a_channel_hides_what_one_was_told_of_it(api, cast, tell, inbox, read, unread):
+    vic = make_person("vic")
+    servers.put_member(cast.server_id, vic.id, [cast.vip_role])
+    tell("in the open")
+    tell("in the vault @vic", cast.vault, cast.vip)
+    assert unread(vic)["unread"] == 2
+    servers.put_member(cast.server_id, vic.id, [])
+    assert bodies(inbox(vic)) == ["in the open"]
+    assert unread(vic)["channels"] == [{"channel_id": cast.general, "unread": 1, "mentions": 0}]
+    assert_problem(read(vic, channel_id=cast.vault), 404, "not_found")
+    assert_problem(api(vic).get(f"/api/notifications?channel_id={cast.vault}"), 404, "not_found")
+    assert read(vic, all=True).get_json() == {"marked": 1, "unread": 0}
+    servers.put_member(cast.server_id, vic.id, [cast.vip_role])
+    assert bodies(inbox(vic, "unread=1")) == ["Vera: in the vault @vic"]
+
+
+def test_leaving_the_server_empties_the_inbox_of_it(api, cast, tell, inbox, unread):
+    tell("hello @vera")
+    api(cast.admin).delete(f"/api/servers/{cast.server_id}/members/{cast.vip.id}")
+    assert inbox(cast.vip) == []
+    assert unread(cast.vip) == NOTHING
+
+
+def test_a_channel_made_private_hides_what_was_told_of_it(api, cast, tell, inbox, unread):
+    tell("hello")
+    api(cast.admin).patch(f"/api/channels/{cast.general}", json={"private": True})
+    assert inbox(cast.vip) == []
+    assert unread(cast.vip) == NOTHING
+
+
+LOST = {
+    "membership": ("DELETE", "/api/servers/{cast.server_id}/members/{cast.subscriber.id}", None, {"role_ids": []}),
+    "role": ("PUT", "/api/servers/{cast.server_id}/members/{cast.vip.id}", {"role_ids": []}, {"role_ids": [1]}),
+    "posting": ("PATCH", "/api/channels/{cast.general}", {"posting": "admins"}, {"posting": "members"}),
+    "admin": ("PATCH", "/api/users/{cast.admin.id}", {"is_admin": False}, {"is_admin": True}),
+}
+"""How an author loses a right: method, address, body; and the body that gives it back."""
+
+
+@pytest.mark.parametrize("lost", list(LOST))
+def test_what_its_author_may_no_longer_post_is_hidden_until_they_may_again(api, cast, tell, inbox, unread, read, lost):
+    admin, vic = make_person("alma", admin=True), make_person("vic")
+    servers.put_member(cast.server_id, vic.id, [cast.vip_role])
+    channel, author = {"role": (cast.vault, cast.vip), "admin": (cast.announcements, cast.admin)}.get(
+        lost, (cast.general, cast.subscriber)
+    )
+    tell("by somebody else", cast.vault, admin)
+    message = tell("@vic and all", channel, author)
+    before = bodies(inbox(vic)), unread(vic)
+    assert len(before[0]) == 2
+
+    method, path, less, more = LOST[lost]
+    path = path.format(cast=cast)
+    assert api(admin).open(method, path, **({"json": less} if less else {})).status_code in (200, 204)
+    assert len(inbox(vic)) == unread(vic)["unread"] == 1
+    assert_problem(api(vic).delete(f"/api/notifications/{vic.id}-{message}"), 404, "not_found")
+    assert read(vic, ids=[f"{vic.id}-{message}"]).get_json()["marked"] == 0
+    assert "may no longer post" in api(vic).get(f"/api/messages/{message}/explain").get_json()["detail"]
+
+    method = "PUT" if method == "DELETE" else method
+    assert api(admin).open(method, path, json=more).status_code == 200
+    assert (bodies(inbox(vic)), unread(vic)) == before
+
+
+def test_what_an_author_wrote_while_they_paid_stays(api, cast, tell, inbox):
+    tell("while it lasted")
+    api(cast.admin).put(f"/api/users/{cast.subscriber.id}/subscription", json={"status": "canceled"})
+    assert bodies(inbox(cast.vip)) == ["while it lasted"]
+
+
+def test_a_lapsed_subscriber_keeps_what_they_were_told(api, cast, tell, inbox):
+    tell("while it lasted")
+    api(cast.admin).put(f"/api/users/{cast.vip.id}/subscription", json={"status": "canceled"})
+    tell("and afterwards")
+    assert bodies(inbox(cast.vip)) == ["while it lasted"]
+
+
+# Preferences ----------------------------------------------------------------------------------------------
+
+
+def test_asking_for_a_preference_creates_none(api, cast):
+    path = f"/api/channels/{cast.general}/preference"
+    assert api(cast.vip).get(path).get_json() == {"level": "all", "muted_until": None}
+    assert Preference.select().count() == 0
+
+
+def test_a_preference_is_set_whole_and_counts(api, cast, tell, inbox):
+    vera, path = api(cast.vip), f"/api/channels/{cast.general}/preference"
+    until = (datetime.now(UTC) + timedelta(hours=1)).replace(microsecond=0)
+    muted = {"level": "mentions", "muted_until": until.isoformat().replace("+00:00", "Z")}
+    for _ in range(2):
+        assert vera.put(path, json=muted).get_json() == muted
+        assert vera.get(path).get_json() == muted
+    assert Preference.select().count() == 1
+    elsewhere = until.astimezone(timezone(timedelta(hours=5, minutes=45))).isoformat()
+    assert vera.put(path, json={"level": "mentions", "muted_until": elsewhere}).get_json() == muted
+    tell("@everyone", author=cast.admin)
+    tell("@vera")
+    assert bodies(inbox(cast.vip)) == ["@vera"]
+    assert vera.put(path, json={"level": "none"}).get_json() == {"level": "none", "muted_until": None}
+    tell("@vera again")
+    assert bodies(inbox(cast.vip)) == ["@vera"]
+    assert vera.put(path, json={}).get_json() == {"level": "all", "muted_until": None}
+    assert api(cast.moderator).get(path).get_json()["level"] == "all"
+
+
+def test_marking_needs_exactly_one_selector(cast):
+    for selectors in ({}, {"ids": [], "channel_id": cast.general}):
+        with pytest.raises(ValueError, match="Exactly one"):
+            mark_read(cast.vip.user, **selectors)

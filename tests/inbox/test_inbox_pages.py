@@ -1,0 +1,165 @@
+"""The inbox page by page: nothing missed or twice while more is told, read and dismissed; what may be asked for; and
+the same number of SQL statements however much there is."""
+
+import threading
+
+import pytest
+
+from belfry.core.db import db, execute
+from tests.fanout_helpers import post, posted_and_told, run_to_end, statements
+from tests.inbox.test_unread import COUNT
+from tests.web.test_errors import assert_problem
+
+MANY = 10_000
+
+
+def fill(cast, number):
+    """The vip has so many, half of general and half of the vault, all unread, as they are told."""
+    execute(
+        "WITH made AS ("
+        "  INSERT INTO message (channel_id, author_id, content)"
+        "  SELECT CASE n %% 2 WHEN 0 THEN %(general)s ELSE %(vault)s END, %(author)s, 'gold'"
+        "  FROM generate_series(1, %(number)s) AS n ORDER BY n RETURNING id)"
+        " INSERT INTO notification (user_id, message_id, reason) SELECT %(vip)s, id, 'message' FROM made",
+        {
+            "general": cast.general,
+            "vault": cast.vault,
+            "author": cast.admin.id,
+            "number": number,
+            "vip": cast.vip.id,
+        },
+    )
+    execute("ANALYZE message, notification")
+
+
+@pytest.fixture
+def meanwhile(cast):
+    """While the test runs, one message after the other is posted and told."""
+    stop, told, broken = threading.Event(), [], []
+
+    def tell():
+        try:
+            with db.connection_context():
+                while not stop.is_set():
+                    told.append(posted_and_told(cast.subscriber, cast.general, "@vera @everyone"))
+        except BaseException as error:
+            broken.append(error)
+
+    thread = threading.Thread(target=tell)
+    yield thread
+    stop.set()
+    thread.join()
+    assert broken == []
+    assert len(told) > 5, "they were told in between"
+
+
+def numbers(page):
+    return [item["message_id"] for item in page["items"]]
+
+
+@pytest.mark.parametrize("query", ["", "&unread=1", "&channel_id={general}", "&unread=1&channel_id={general}"])
+def test_from_page_to_page_nothing_is_missed_or_twice(api, cast, meanwhile, query):
+    fill(cast, 120)
+    query = query.format(general=cast.general)
+    vera, gone, read = api(cast.vip), set(), set()
+    there = list(range(120, 0, -1)) if "channel" not in query else list(range(120, 0, -2))
+    page = vera.get(f"/api/notifications?limit=7{query}").get_json()
+    meanwhile.start()
+    seen = [one for one in numbers(page) if one in there]
+    while page["next"]:
+        last, before = min(numbers(page)), max(numbers(page))
+        for dismissed in (before, last - 4):  # one that was seen, and one that was not
+            if dismissed in there and dismissed not in gone:
+                assert vera.delete(f"/api/notifications/{cast.vip.id}-{dismissed}").status_code == 204
+                gone.add(dismissed)
+        marked = {last, last - 2} & set(there)
+        vera.post("/api/notifications/read", json={"ids": [f"{cast.vip.id}-{one}" for one in marked]})
+        read |= marked
+        page = vera.get(f"/api/notifications?limit=7{query}&cursor={page['next']}").get_json()
+        seen += numbers(page)
+    assert seen == [one for one in there if one in seen], "each once, newest first"
+    missing = set(there) - set(seen)
+    assert missing <= (gone | read if "unread" in query else gone), "and those alone that they took out themselves"
+    assert len(seen) > len(there) * 0.6
+
+
+def test_what_is_told_late_of_an_older_message_stands_in_its_place(api, cast):
+    older, run_id = post(cast.subscriber, cast.general, "older")
+    newer = [posted_and_told(cast.subscriber, cast.general, f"{n}") for n in range(3)]
+    first = api(cast.vip).get("/api/notifications?limit=2").get_json()
+    assert numbers(first) == [newer[2], newer[1]]
+    assert run_to_end(run_id) == "succeeded"
+    second = api(cast.vip).get(f"/api/notifications?limit=2&cursor={first['next']}").get_json()
+    assert (numbers(second), second["next"]) == ([newer[0], older], None)
+
+
+def test_the_last_page_says_so_and_a_cursor_outlives_what_it_points_at(api, cast):
+    fill(cast, 4)
+    vera = api(cast.vip)
+    assert vera.get("/api/notifications?limit=4").get_json()["next"] is None
+    page = vera.get("/api/notifications?limit=2").get_json()
+    for message_id in (3, 2, 1):
+        vera.delete(f"/api/notifications/{cast.vip.id}-{message_id}")
+    assert vera.get(f"/api/notifications?cursor={page['next']}").get_json() == {"items": [], "next": None}
+
+
+def test_a_page_holds_between_one_and_a_hundred(api, cast, subtests):
+    fill(cast, 120)
+    for query, number in (("", 50), ("limit=1", 1), ("limit=100", 100)):
+        assert len(numbers(api(cast.vip).get(f"/api/notifications?{query}").get_json())) == number
+    for query in (
+        "limit=0", "limit=101", "limit=-1", "limit=", "limit=ten", "limit=1.5", "limit=1&limit=2", "limit=9" + "9" * 30,
+        "cursor=", "cursor=x", "cursor=YXQgMQ%3D%3D%3D", "cursor=YXQgLTE", "cursor=YXQgOTk5OTk5OTk5OTk5OTk5OTk5OQ",
+        "unread=maybe", "unread=", "unread=2", "channel_id=0", "channel_id=-1", "channel_id=x", "channel_id=",
+        f"channel_id={2**63}", "unraed=1", "unread=1&unread=0",
+    ):  # fmt: skip
+        with subtests.test(query):
+            problem = assert_problem(api(cast.vip).get(f"/api/notifications?{query}"), 422, "invalid")
+            assert list(problem["errors"]) == [query.split("=")[0]]
+
+
+def test_a_channel_that_one_may_not_see_is_none(api, cast):
+    for channel_id in (cast.vault, 987_654):
+        answer = api(cast.subscriber).get(f"/api/notifications?channel_id={channel_id}")
+        assert_problem(answer, 404, "not_found")
+
+
+REQUESTS = {
+    "a page": ("GET", "/api/notifications?limit=100", None, 3),
+    "a page in the middle": ("GET", "/api/notifications?limit=5&cursor={cursor}", None, 3),
+    "a page of the unread": ("GET", "/api/notifications?unread=1", None, 3),
+    "a page of a channel": ("GET", "/api/notifications?channel_id={general}", None, 4),
+    "how many are unread": ("GET", COUNT, None, 2),
+    "dismissing one": ("DELETE", "/api/notifications/{vip}-1", None, 3),
+    "reading two": ("POST", "/api/notifications/read", {"ids": ["{vip}-2", "{vip}-3"]}, 5),
+    "reading up to one": ("POST", "/api/notifications/read", {"up_to": "{vip}-5"}, 5),
+    "reading a channel": ("POST", "/api/notifications/read", {"channel_id": "{general}"}, 6),
+    "reading all": ("POST", "/api/notifications/read", {"all": True}, 5),
+}
+"""Method, address, body, and the SQL statements that it takes: whose token it is, which channels they see, …"""
+
+
+@pytest.mark.parametrize("number", [10, MANY])
+def test_a_request_takes_the_same_few_statements_however_much_there_is(api, cast, number, subtests):
+    fill(cast, number)
+    vera = api(cast.vip)
+    cursor = vera.get(f"/api/notifications?limit={5 if number == 10 else 100}").get_json()["next"]
+    names = {"vip": cast.vip.id, "general": cast.general, "cursor": cursor}
+    for name, (method, path, body, budget) in REQUESTS.items():
+        with subtests.test(name), statements() as said:
+            sent = {"json": filled(body, names)} if body else {}
+            answer = vera.open(method, path.format(**names), **sent)
+            assert answer.status_code in (200, 204), answer.get_json()
+            assert len(said) == budget, said
+    assert vera.get(COUNT).get_json()["unread"] == 0
+
+
+def filled(value, names):
+    """With {names} put into its texts; a text that is a name alone becomes what it stands for."""
+    if isinstance(value, dict):
+        return {key: filled(one, names) for key, one in value.items()}
+    if isinstance(value, list):
+        return [filled(one, names) for one in value]
+    if isinstance(value, str):
+        return names.get(value.strip("{}"), value.format(**names))
+    return value

@@ -1,0 +1,575 @@
+"""`verify`: damage to valid data is found by the check that is for it, and valid data has no finding."""
+
+import json
+from datetime import UTC, datetime, timedelta
+from importlib import import_module
+
+import pytest
+from peewee import IntegrityError
+
+from belfry.core.db import db, execute, fetch_all, fetch_one
+from belfry.fanout import claims, fanout, recovery, runs
+from belfry.identity import subscriptions, users
+from belfry.inbox.inbox import dismiss, mark_all_read
+from belfry.integrity.findings import SHOWN
+from belfry.integrity.verification import CHECKS, DECISIONS_CHECK, check, verify
+from belfry.messages.messages import delete_message, edit_message
+from belfry.messages.test_notifications import send_test
+from belfry.servers import servers
+from belfry.servers.preferences import set_preference
+from models import Message
+from tests.fanout_helpers import advance, crowd, parts_of, post, posted_and_told, run_to_end, wants_mentions_only
+from tools.dev import ROOT
+
+WHOLE = "UPDATE run SET {} WHERE id = 1"
+SWEEPER = "the sweeper can find an unfinished run"
+REASON = "a notification has the reason that the mentions give"
+TIMES = "the times of a notification are in order"
+BY_REASON = "there are the notifications that the run decided, by reason"
+MEMBER = "a notification is for a member of the server"
+
+DAMAGE = {
+    "a run without its notifications": (
+        "DELETE FROM notification WHERE message_id = 1; DELETE FROM run WHERE id = 1",
+        "every message has its run",
+    ),
+    "a test message's run of another kind": (
+        "UPDATE run SET kind = 'message' WHERE id = 2",
+        "every message has its run",
+    ),
+    "a failed run": (WHOLE.format("state = 'failed', error = 'the disk is full'"), "no run has failed"),
+    "a slice that was begun and left": (
+        "UPDATE slice SET sweep_after = '2026-01-01T00:00:00Z', attempts = 1 WHERE after_user_id = 0",
+        "somebody works on what was begun",
+    ),
+    "a run that was begun and left": (
+        "UPDATE run SET state = 'running', attempts = 1, attempts_left = 5, started_at = now(),"
+        " sweep_after = '2026-01-01Z' WHERE id = 4",
+        "somebody works on what was begun",
+    ),
+    "a decision too many": (
+        WHOLE.format("decisions = decisions || '{\"author\": 2}'"),
+        "a run counts each member under one decision",
+    ),
+    "a negative decision": (
+        WHOLE.format("decisions = decisions || '{\"author\": -1, \"muted\": 2}'"),
+        "a run counts each member under one decision",
+    ),
+    "a decision that is no number": (
+        WHOLE.format("decisions = decisions || '{\"author\": \"one\"}'"),
+        "a run counts each member under one decision",
+    ),
+    "a decision that there is not": (
+        WHOLE.format("decisions = decisions - 'author' || '{\"writer\": 1}'"),
+        "a run counts each member under one decision",
+    ),
+    "a total too large": (WHOLE.format("members_total = 6"), "a run that succeeded is complete"),
+    "an error on a run that succeeded": (WHOLE.format("error = 'no'"), "a run that succeeded is complete"),
+    "a run that is due though it succeeded": (WHOLE.format("sweep_after = now()"), "a run that succeeded is complete"),
+    "more processed than there are": (
+        "UPDATE run SET members_total = 1, members_processed = 2 WHERE id = 3",
+        "a run processes no more members than there are",
+    ),
+    "a slice counted too many": (
+        "UPDATE run SET slices_left = slices_left + 1 WHERE id = 3",
+        "a run has the slices that it counts",
+    ),
+    "a running run without its slices": ("DELETE FROM slice", "a run has the slices that it counts"),
+    "a slice of a run that has none": (
+        "INSERT INTO slice (run_id, after_user_id, to_user_id) VALUES (1, 0, 9)",
+        "a run has the slices that it counts",
+    ),
+    "slices that overlap": (
+        "UPDATE slice SET to_user_id = to_user_id + 1 WHERE after_user_id = 0",
+        "no two slices share a member",
+    ),
+    "a slice lost with its count": (
+        "DELETE FROM slice WHERE after_user_id = 0; UPDATE run SET slices_left = slices_left - 1 WHERE id = 3",
+        "the slices cover the members who are not processed",
+    ),
+    "a slice shrunk by a member": (
+        "UPDATE slice SET to_user_id = to_user_id - 1 WHERE after_user_id = 7",
+        "the slices cover the members who are not processed",
+    ),
+    "a member passed over by a slice": (
+        "UPDATE slice SET excluded_user_ids = ARRAY[to_user_id] WHERE after_user_id = 7",
+        "the slices cover the members who are not processed",
+    ),
+    "a run that ended a member short": (
+        WHOLE.format("members_processed = 4, members_total = 4, decisions = decisions || '{\"no_subscription\": 0}'"),
+        "a run that succeeded processed every member",
+    ),
+    "a slice that is due in a year": (
+        "UPDATE slice SET sweep_after = now() + interval '1 year' WHERE after_user_id = 0",
+        "the sweeper can find a slice",
+    ),
+    "a slice given up of a run that goes on": (
+        "UPDATE slice SET sweep_after = NULL, attempts_left = 0 WHERE after_user_id = 0",
+        "the sweeper can find a slice",
+    ),
+    "a queued run that is due in a year": (
+        "UPDATE run SET sweep_after = now() + interval '1 year' WHERE id = 4",
+        SWEEPER,
+    ),
+    "a run begun without an attempt": (
+        WHOLE.format("attempts = 0, attempts_left = 6"),
+        "a run that was begun has an attempt",
+    ),
+    "a run begun at no time": (WHOLE.format("started_at = NULL"), "a run that was begun has an attempt"),
+    "an attempt that was not counted": (WHOLE.format("attempts_left = 2"), "attempts are counted"),
+    "more attempts than there may be": (WHOLE.format("attempts_left = 7"), "attempts are counted"),
+    "a message that retracts": (
+        WHOLE.format("notifications_retracted = 1, notifications_inserted = 4"),
+        "only an edit changes mentions",
+    ),
+    "an edit without changes": (
+        "INSERT INTO run (message_id, kind) VALUES (1, 'edit')",
+        "only an edit changes mentions",
+    ),
+    "more inserted than decided": (
+        WHOLE.format("notifications_inserted = 4"),
+        "a run inserts only the notifications that it decided",
+    ),
+    "less inserted than decided": (
+        WHOLE.format("notifications_inserted = 2"),
+        "a run inserts all notifications that it decided",
+    ),
+    "a run from the future": (
+        WHOLE.format("finished_at = now() + interval '1 year'"),
+        "the times of a run are in order",
+    ),
+    "a run finished before it began": (
+        WHOLE.format("finished_at = created_at - interval '1 hour'"),
+        "the times of a run are in order",
+    ),
+    "a message from the future": (
+        "UPDATE message SET created_at = now() + interval '1 year' WHERE id = 3",
+        "the times of a message are in order",
+    ),
+    "a message edited before it was written": (
+        "UPDATE message SET edited_at = created_at - interval '1 hour' WHERE id = 1",
+        "the times of a message are in order",
+    ),
+    "a mention of nobody": (
+        "UPDATE message SET mentioned_users = mentioned_users || 99::bigint WHERE id = 1",
+        "a message mentions users who exist",
+    ),
+    "a stream that is sent no message": (
+        "UPDATE notification_log SET message_ids = ARRAY[99]",
+        "the stream is sent messages that exist",
+    ),
+    "the message ids behind": ("ALTER SEQUENCE message_id_seq RESTART WITH 2", "the next id is free"),
+    "the run ids behind": ("ALTER SEQUENCE run_id_seq RESTART WITH 2", "the next id is free"),
+    "the message ids beyond the partitions": (
+        "ALTER SEQUENCE message_id_seq RESTART WITH 3000000",
+        "there are partitions ahead",
+    ),
+    "the last partition missing": ("DROP TABLE notification_before_3000000", "there are partitions ahead"),
+    "the partition in use detached": (
+        "ALTER TABLE notification DETACH PARTITION notification_before_1000000",
+        "no partition is detached",
+    ),
+    "a partition in the middle missing": ("DROP TABLE notification_before_2000000", "the partitions have no gap"),
+    "a partition of another name": (
+        "ALTER TABLE notification_before_3000000 RENAME TO notification_of_others",
+        "every partition was made by Belfry",
+    ),
+    "a default partition": (
+        "CREATE TABLE notification_of_others PARTITION OF notification DEFAULT",
+        "every partition was made by Belfry",
+    ),
+    "a notification deleted": (
+        "DELETE FROM notification WHERE message_id = 1 AND user_id = 1",
+        "there are the notifications that the runs inserted",
+    ),
+    "a notification invented": (
+        "INSERT INTO notification (user_id, message_id, reason) VALUES (5, 1, 'message')",
+        "there are the notifications that the runs inserted",
+    ),
+    "a run that says it notified nobody": (
+        WHOLE.format("notifications_inserted = 0, decisions = '{\"no_subscription\": 5}'"),
+        "there are the notifications that the runs inserted",
+    ),
+    "a run that says it notified others than it did": (
+        WHOLE.format("decisions = decisions || '{\"mention\": 2, \"message\": 1}'"),
+        BY_REASON,
+    ),
+    "a mention stored as a message": ("UPDATE notification SET reason = 'message' WHERE reason = 'mention'", BY_REASON),
+    "a mention stored as a message, and the other way round": (
+        "UPDATE notification SET reason = (CASE reason WHEN 'mention' THEN 'message' ELSE 'mention' END)::reason"
+        " WHERE message_id = 1 AND user_id IN (1, 4)",
+        REASON,
+    ),
+    "a mention that was read, of nobody mentioned": (
+        "UPDATE notification SET reason = 'mention', read_at = now() WHERE message_id = 1 AND user_id = 1",
+        REASON,
+    ),
+    "a recipient swapped for a stranger": (
+        "UPDATE notification SET user_id = 6 WHERE message_id = 1 AND user_id = 1",
+        MEMBER,
+    ),
+    "one notification deleted and another invented": (
+        "DELETE FROM notification WHERE message_id = 1 AND user_id = 1;"
+        "INSERT INTO notification (user_id, message_id, reason) VALUES (6, 1, 'message')",
+        MEMBER,
+    ),
+    "a recipient who joined afterwards": (
+        "INSERT INTO member (server_id, user_id, joined_at) VALUES (1, 6, now() + interval '1 hour');"
+        "UPDATE notification SET user_id = 6 WHERE message_id = 1 AND user_id = 1",
+        MEMBER,
+    ),
+    "a recipient who does not exist": (
+        "UPDATE notification SET user_id = 999 WHERE message_id = 1 AND user_id = 1",
+        "a notification is for a user who exists",
+    ),
+    "a notification of no message": (
+        "UPDATE notification SET message_id = 99 WHERE message_id = 1 AND user_id = 1",
+        "a notification is of a message that exists",
+    ),
+    "an author notified": (
+        "UPDATE notification SET user_id = 3 WHERE message_id = 1 AND user_id = 1",
+        "nobody is notified of their own message",
+    ),
+    "a test message for another user": (
+        "UPDATE notification SET user_id = 2 WHERE message_id = 2",
+        "a test message notifies one user only",
+    ),
+    "a notification from the future": (
+        "UPDATE notification SET created_at = now() + interval '1 hour' WHERE message_id = 1 AND user_id = 1",
+        TIMES,
+    ),
+    "a notification older than its message": (
+        "UPDATE notification SET created_at = '2020-01-01Z' WHERE message_id = 1 AND user_id = 1",
+        TIMES,
+    ),
+    "a notification read in the future": (
+        "UPDATE notification SET read_at = now() + interval '1 hour' WHERE message_id = 1 AND user_id = 1",
+        TIMES,
+    ),
+    "a notification dismissed before there was one": (
+        "UPDATE notification SET dismissed_at = '2020-01-01Z' WHERE message_id = 1 AND user_id = 1",
+        TIMES,
+    ),
+}
+"""{what was done to the data: (the statement, the check that finds it)}."""
+
+REFUSED = {
+    "a queued run without a due time": "UPDATE run SET sweep_after = NULL WHERE id = 4",
+    "a queued run without attempts left": "UPDATE run SET attempts_left = 0 WHERE id = 4",
+    "a running run without slices or a due time": (
+        "UPDATE run SET state = 'running', attempts = 1, started_at = now(), sweep_after = NULL WHERE id = 4"
+    ),
+    "a run that succeeded with slices": WHOLE.format("slices_left = 1"),
+    "decisions that are a list": WHOLE.format("decisions = '[]'"),
+    "a slice without a due time": "UPDATE slice SET sweep_after = NULL WHERE after_user_id = 0",
+    "a slice without members": "UPDATE slice SET to_user_id = after_user_id WHERE after_user_id = 0",
+    "a second notification": "INSERT INTO notification (user_id, message_id, reason) VALUES (1, 1, 'message')",
+}
+"""{what cannot be done to the data, as the database refuses it: the statement}."""
+
+
+def a_day_passes() -> None:
+    """Everything that is stored happened a day earlier than it did."""
+    columns = {
+        "member": ["joined_at"],
+        "member_role": ["added_at"],
+        "channel_role": ["added_at"],
+        "subscription": ["updated_at"],
+        "preference": ["updated_at"],
+        "message": ["created_at", "edited_at", "deleted_at"],
+        "run": ["created_at", "started_at", "finished_at", "sweep_after"],
+        "notification": ["created_at", "read_at", "dismissed_at"],
+    }
+    for table, names in columns.items():
+        earlier = ", ".join(f"{name} = {name} - interval '1 day'" for name in names)
+        execute(f"UPDATE {table} SET {earlier}")
+
+
+@pytest.fixture
+def world(cast, slices_of):
+    """Runs 1 to 4: a message that everybody was notified of, a test message, a message to more members that is in
+    progress, and one that is queued; all of it valid, the first two a day old."""
+    a_day_passes()
+    posted_and_told(cast.subscriber, cast.general, "gold, @vera")
+    run_to_end(send_test(cast.admin.user, cast.general, None, "me"))
+    crowd(cast.server_id, 15)
+    a_day_passes()
+    slices_of(5)
+    _, run_id = post(cast.subscriber, cast.general)
+    advance(run_id)
+    assert len(parts_of(run_id)) == 4
+    post(cast.subscriber, cast.general)
+    assert verify() == []
+    return cast
+
+
+def stored_partitions() -> list[dict]:
+    return fetch_all(
+        "SELECT relname, relispartition FROM pg_class"
+        " WHERE relkind = 'r' AND relname ~ '^notification_' AND relname <> 'notification_log' ORDER BY 1"
+    )
+
+
+@pytest.fixture
+def _partitions():
+    """What a test does to the partitions is undone after it."""
+    before = stored_partitions()
+    yield
+    db.connect(reuse_if_open=True)
+    if stored_partitions() != before:
+        execute("TRUNCATE message, notification RESTART IDENTITY CASCADE")
+        for one in stored_partitions():
+            if not one["relispartition"]:
+                execute(f"DROP TABLE {one['relname']}")
+        migration = import_module("migrations.0003_partitions")
+        migration.down(None, db)
+        migration.up(None, db)
+        names = import_module("migrations.0010_names")
+        names._rename_partitions(db, *names.PARTITIONS)
+
+
+@pytest.mark.usefixtures("_partitions")
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_found(world, damage):
+    statement, name = DAMAGE[damage]
+    execute(statement)
+    assert name in {finding.check for finding in check().findings}, check().findings
+
+
+def test_each_check_finds_something():
+    refused = {SWEEPER, "only a run that is not finished has slices"}
+    assert {name for _, name in DAMAGE.values()} | refused == set(CHECKS)
+
+
+@pytest.mark.parametrize("damage", REFUSED)
+def test_a_state_that_cannot_be_right_is_refused(world, damage):
+    with pytest.raises(IntegrityError), db.atomic():
+        execute(REFUSED[damage])
+    assert verify() == []
+
+
+@pytest.mark.parametrize(
+    ("statement", "name"),
+    [
+        (REFUSED["a queued run without a due time"], SWEEPER),
+        (REFUSED["a queued run without attempts left"], SWEEPER),
+        (REFUSED["a running run without slices or a due time"], SWEEPER),
+        (REFUSED["a run that succeeded with slices"], "only a run that is not finished has slices"),
+        (REFUSED["a slice without a due time"], "the sweeper can find a slice"),
+    ],
+)
+def test_a_refused_state_that_was_there_before_the_constraints_is_found(world, statement, name, caplog):
+    """The migration keeps the constraints, which hold for what is written from then on, and says so."""
+    migration, names = import_module("migrations.0007_stored_states"), import_module("migrations.0010_names")
+
+    def constrain() -> None:
+        """Run the migration with the names that it knows."""
+        reverse = {table: names._reverse(columns) for table, columns in names.COLUMNS.items()}
+        names._rename_columns(db, reverse, {})
+        migration.up(None, db)
+        names._rename_columns(db, names.COLUMNS, {})
+
+    for constraint, (table, _) in migration.CONSTRAINTS.items():
+        execute(f"ALTER TABLE {table} DROP CONSTRAINT {constraint}")
+    try:
+        execute(statement)
+        constrain()
+        assert "holds for new rows only" in caplog.text
+        assert name in {finding.check for finding in check().findings}
+        with pytest.raises(IntegrityError):
+            execute("INSERT INTO run (message_id, kind, sweep_after) VALUES (1, 'replay', NULL)")
+    finally:
+        execute("DELETE FROM slice; DELETE FROM run")
+        constrain()
+    assert fetch_one("SELECT count(*) AS n FROM pg_constraint WHERE NOT convalidated") == {"n": 0}
+
+
+def test_a_mention_that_the_message_has_no_more_is_found_only_while_it_is_unread(world):
+    message_id = posted_and_told(world.subscriber, world.general, "@vera")
+    run_to_end(edit_message(world.subscriber.user, message_id, "nobody").run_id)
+    execute(f"UPDATE notification SET reason = 'mention' WHERE message_id = {message_id}")
+    assert [finding.check for finding in check().findings] == [REASON]
+    execute("UPDATE notification SET read_at = now()")
+    assert verify() == []
+
+
+def test_findings_beyond_the_first_hundred_of_a_check_are_counted(cast):
+    execute(
+        "INSERT INTO message (channel_id, author_id, content)"
+        " SELECT %(channel)s, %(author)s, 'gold' FROM generate_series(1, 150)",
+        {"channel": cast.general, "author": cast.subscriber.id},
+    )
+    report = check()
+    assert len(report.findings) == SHOWN
+    assert "not shown: 50 more findings of the check 'every message has its run'" in report.notes
+
+
+def test_what_is_being_done_has_no_finding(world, in_another_session):
+    part = parts_of(3)[0]
+    attempt = claims.claim(part)
+    with in_another_session("SELECT FROM slice FOR NO KEY UPDATE"):
+        assert verify() == []
+    fanout.process_work_item(part, attempt)
+    assert verify() == []
+
+
+def test_what_waits_in_a_long_queue_or_takes_long_has_no_finding(world):
+    execute("UPDATE run SET sweep_after = '2026-01-01T00:00:00Z' WHERE state = 'queued'")
+    execute("UPDATE slice SET sweep_after = '2026-01-01T00:00:00Z'")
+    assert verify() == []
+    begun = (
+        "UPDATE run SET state = 'running', attempts = 1, attempts_left = 5, started_at = now(),"
+        " sweep_after = now() - {}"
+    )
+    execute(begun.format("interval '5 minutes'") + " WHERE id = 4")
+    assert verify() == [], "as long as a job may run"
+    execute(begun.format("interval '7 minutes'") + " WHERE id = 4")
+    assert [finding.split(",")[0] for finding in verify()] == ["run 4 was begun"]
+
+
+def test_members_who_left_hide_so_many_recipients_who_are_no_members(world):
+    servers.remove_member(world.server_id, world.admin.id)
+    assert verify() == []
+    execute(f"UPDATE notification SET user_id = {world.stranger.id} WHERE message_id = 1 AND user_id = {world.vip.id}")
+    assert MEMBER in {finding.check for finding in check().findings}, "two are no members, and one has left"
+    servers.remove_member(world.server_id, world.lapsed.id)
+    assert MEMBER not in {finding.check for finding in check().findings}, "it cannot be known who has left"
+
+
+@pytest.mark.usefixtures("_partitions")
+def test_the_first_partitions_can_be_left_out(world):
+    execute("ALTER SEQUENCE message_id_seq RESTART WITH 1000000; DELETE FROM notification WHERE message_id = 1")
+    later = posted_and_told(world.subscriber, world.general, "silver")
+    assert len(check().findings) == 1
+    report = check(since=later)
+    assert report.findings == []
+    assert f"not checked: the notifications of messages below {later} (--since)" in report.notes
+    execute(f"DELETE FROM notification WHERE message_id = {later}")
+    assert len(check(since=later).findings) == 1
+
+
+def test_the_command_says_what_is_wrong_and_what_it_did_not_check_and_exits_1(command, world):
+    unasked = "not checked: who should have been notified by the rules (--decisions)"
+    assert command("verify").stdout == f"nothing is wrong: {len(CHECKS)} checks\n{unasked}\n"
+    assert json.loads(command("verify", "--json").stdout) == {"findings": [], "notes": [unasked]}
+    execute(DAMAGE["a failed run"][0])
+    text = "run 1 failed: the disk is full"
+    assert command("verify", code=1).stdout == f"{text}\n{unasked}\n"
+    found = json.loads(command("verify", "--json", code=1).stdout)["findings"]
+    assert found == [{"check": "no run has failed", "text": text}]
+
+
+def test_a_database_without_anything_has_no_finding():
+    assert check(decisions=10).findings == []
+
+
+def test_the_documents_list_every_check():
+    reliability = (ROOT / "docs" / "reliability.md").read_text()
+    for name in (*CHECKS, DECISIONS_CHECK):
+        assert f"| {name} |" in reliability, name
+
+
+def findings_of_decisions() -> list[str]:
+    return [finding.text for finding in check(decisions=10).findings]
+
+
+@pytest.fixture
+def decided(cast):
+    """One message in a community whose rules give several decisions: who is whom, and the message's id."""
+    wants_mentions_only(cast.moderator, cast.general)
+    a_day_passes()
+    message_id = posted_and_told(cast.subscriber, cast.general, "gold, @vera")
+    assert findings_of_decisions() == []
+    return cast, message_id
+
+
+@pytest.mark.parametrize(
+    ("statement", "stored", "decision"),
+    [
+        ("UPDATE notification SET user_id = {moderator} WHERE user_id = {admin}", "a notification", "mentions_only"),
+        ("UPDATE notification SET user_id = {lapsed} WHERE user_id = {vip}", "a notification", "no_subscription"),
+        ("DELETE FROM notification WHERE user_id = {admin}", "no notification", "message"),
+    ],
+)
+def test_decisions_that_were_not_followed_are_found_by_making_them_again(decided, statement, stored, decision):
+    cast, message_id = decided
+    execute(statement.format(**{name: person.id for name, person in cast.everybody.items()}))
+    found = findings_of_decisions()
+    decision = {"mentions_only": "mentions_only"}.get(decision, decision)
+    assert any(f"message {message_id}: 1 members have {stored}" in one and decision in one for one in found), found
+
+
+CHANGES = {
+    "a preference": lambda cast: set_preference(cast.vip.user, cast.general, "none", None),
+    "a mute": lambda cast: set_preference(cast.admin.user, cast.general, "all", datetime.now(UTC) + timedelta(hours=1)),
+    "a preference back to what it was": lambda cast: set_preference(cast.moderator.user, cast.general, "all", None),
+    "a subscription that ended": lambda cast: subscriptions.set_subscription(cast.vip.id, "canceled", None),
+    "a subscription that began": lambda cast: subscriptions.set_subscription(cast.lapsed.id, "active", None),
+    "an admin more": lambda cast: users.update_user(cast.lapsed.id, {"is_admin": True}),
+    "an admin less": lambda cast: users.update_user(cast.admin.id, {"is_admin": False}),
+    "a member more": lambda cast: servers.put_member(cast.server_id, cast.stranger.id, []),
+    "a member less": lambda cast: servers.remove_member(cast.server_id, cast.vip.id),
+    "a member who left and came back": lambda cast: (
+        servers.remove_member(cast.server_id, cast.vip.id),
+        servers.put_member(cast.server_id, cast.vip.id, []),
+    ),
+    "a channel that became private": lambda cast: servers.update_channel(cast.general, {"private": True}),
+    "a role that was given": lambda cast: servers.put_member(cast.server_id, cast.lapsed.id, [cast.vip_role]),
+    "a role that was taken": lambda cast: servers.put_member(cast.server_id, cast.vip.id, []),
+    "a message that was edited": lambda cast: run_to_end(
+        edit_message(cast.subscriber.user, Message.select().first().id, "gold, @moira").run_id
+    ),
+    "a message that was deleted": lambda cast: delete_message(cast.subscriber.user, Message.select().first().id),
+    "what was read and dismissed": lambda cast: (
+        mark_all_read(cast.vip.user),
+        dismiss(cast.vip.user, cast.vip.id, Message.select().first().id),
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changed_since_a_decision_is_no_finding(decided, change):
+    cast, _ = decided
+    CHANGES[change](cast)
+    assert findings_of_decisions() == []
+
+
+def test_a_private_channel_and_its_roles_that_changed_since_are_no_finding(cast):
+    a_day_passes()
+    posted_and_told(cast.vip, cast.vault, "gold, @vip")
+    assert findings_of_decisions() == []
+    servers.put_member(cast.server_id, cast.moderator.id, [cast.moderators_role, cast.vip_role])
+    assert findings_of_decisions() == []
+    servers.put_member(cast.server_id, cast.vip.id, [])
+    assert findings_of_decisions() == []
+    servers.update_channel(cast.vault, {"private": False})
+    assert findings_of_decisions() == []
+
+
+def test_a_period_or_a_mute_that_ended_since_is_no_finding(cast):
+    soon = datetime.now(UTC) + timedelta(seconds=1)
+    subscriptions.set_subscription(cast.vip.id, "active", soon - timedelta(hours=24))
+    set_preference(cast.moderator.user, cast.general, "all", soon)
+    a_day_passes()
+    posted_and_told(cast.subscriber, cast.general, "gold")
+    execute("SELECT pg_sleep(1.2)")
+    report = check(decisions=10)
+    assert report.findings == []
+    assert "decisions not compared: of 2 members of whom something changed since" in report.notes
+
+
+def test_replays_retries_and_failures_leave_nothing_to_find(cast):
+    _, run_id = post(cast.subscriber, cast.general)
+    execute(
+        "UPDATE run SET state = 'failed', error = 'the disk is full', finished_at = now(), attempts_left = 0,"
+        " attempts = 6, started_at = now(), sweep_after = NULL"
+    )
+    assert [finding.check for finding in check().findings] == ["no run has failed"]
+    recovery.retry_failed([run_id])
+    assert findings_of_decisions() == []
+    assert run_to_end(run_id) == "succeeded"
+    set_preference(cast.vip.user, cast.general, "none", None)
+    servers.put_member(cast.server_id, cast.stranger.id, [])
+    replayed = runs.replay(run_id, dry_run=False)
+    assert run_to_end(replayed["run_id"]) == "succeeded"
+    assert findings_of_decisions() == []

@@ -1,0 +1,112 @@
+"""Belfry works with exactly the rights in Redis that docs/deployment.md gives it."""
+
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from urllib.request import Request, urlopen
+
+import pytest
+from redis import Redis
+from redis.connection import parse_url
+from rq import Queue
+
+from belfry.fanout.claims import WorkItem
+from belfry.queue import queues
+from config import settings
+from models import Run
+from tests.fanout_helpers import crowd, notifications_that, post
+from tests.processes import RQ_WORKER, a_web_process, a_worker, running, wait_until
+from tests.sse_client import Listener
+from tools.dev import ROOT
+
+pytestmark = pytest.mark.slow
+
+GUIDE = ROOT / "docs" / "deployment.md"
+
+
+def documented_rights() -> list[str]:
+    """The words of the guide's one ACL line that follow the user's name and password."""
+    [line] = re.findall(r"^user belfry on >PASSWORD (.+)$", GUIDE.read_text(), re.MULTILINE)
+    return line.split()
+
+
+@pytest.fixture
+def restricted(redis: Redis) -> Iterator[str]:
+    """The address of the tests' Redis for a user with those rights; fails where it was refused anything."""
+    name, password = f"belfry-{secrets.token_hex(4)}", secrets.token_urlsafe(32)
+    redis.execute_command("ACL", "SETUSER", name, "on", f">{password}", *documented_rights())
+    place = parse_url(settings.redis_url)
+    where = place.get("path") or f"{place.get('host', 'localhost')}:{place.get('port', 6379)}"
+    scheme = settings.redis_url.partition("://")[0]
+    try:
+        yield f"{scheme}://{name}:{password}@{where}?db={place.get('db', 0)}"
+        refused = [(entry["reason"], entry["object"]) for entry in redis.acl_log() if entry["username"] == name]
+        assert refused == []
+    finally:
+        redis.execute_command("ACL", "DELUSER", name)
+
+
+def test_the_user_may_do_nothing_else(redis, restricted):
+    [name] = re.findall(r"//(.+?):", restricted)
+    for words in (
+        ["FLUSHALL"], ["FLUSHDB"], ["KEYS", "*"], ["CONFIG", "GET", "*"], ["SHUTDOWN"], ["EVAL", "return 1", "0"],
+        ["DEBUG", "SLEEP", "0"], ["ACL", "LIST"], ["CLIENT", "LIST"], ["MONITOR"], ["SCAN", "0"],
+        ["GET", "elsewhere"], ["PUBLISH", "elsewhere", "x"],
+    ):  # fmt: skip
+        assert b"no permissions" in redis.execute_command("ACL", "DRYRUN", name, *words), words
+    assert redis.execute_command("ACL", "DRYRUN", name, "GET", "rq:queue:bulk") == b"OK"
+
+
+def test_the_web_process_the_workers_and_the_dashboard_do_with_it(cast, redis, restricted):
+    crowd(cast.server_id, 30)
+    behind = {"REDIS_URL": restricted}
+    bulk = Queue(queues.BULK, connection=redis, serializer="json")
+    with a_web_process(**behind) as address, Listener(address, cast.vip.token) as stream:
+
+        def ask(path: str, method: str = "GET", data: bytes | None = None) -> bytes:
+            headers = {"Authorization": f"Bearer {cast.admin.token}", "Content-Type": "application/json"}
+            with urlopen(Request(address + path, data, headers, method=method), timeout=20) as answer:
+                return bytes(answer.read())
+
+        with a_worker(FANOUT_SLICE_SIZE="9", **behind):
+            for _ in range(3):
+                ask("/api/messages", "POST", f'{{"channel_id": {cast.general}, "content": "gold"}}'.encode())
+            wait_until(lambda: {run.state for run in Run.select()} == {"succeeded"}, "the runs to succeed")
+            with notifications_that("RAISE EXCEPTION 'the disk is full';"):
+                _, run_id = post(cast.subscriber, cast.general)
+                queues.enqueue_run(run_id)
+                wait_until(lambda: redis.zcard("rq:scheduled:bulk"), "RQ's retry")
+            wait_until(lambda: Run.get_by_id(run_id).state == "succeeded", "the retry to succeed")
+            wait_until(stream.messages, "the stream to announce them")
+        failing = [post(cast.subscriber, cast.general)[1] for _ in range(3)]
+        dependency = bulk.enqueue("jobs.notify", 0)
+        for run in failing:
+            bulk.enqueue("jobs.notify", run, job_id=f"run-{run}")
+        queues.enqueue([WorkItem(failing[0], 5)])
+        rq_worker = [*RQ_WORKER, "--burst", "--with-scheduler", "-u", restricted]
+        with notifications_that("RAISE EXCEPTION 'the disk is full';"):
+            with running([*rq_worker, *queues.QUEUES], **behind) as process:
+                assert process.wait(60) == 0
+            assert bulk.failed_job_registry.count == 3
+            with running([*rq_worker, queues.NOTIFICATIONS], **behind) as process:
+                assert process.wait(60) == 0
+        assert dependency.is_finished
+        waiting = bulk.enqueue("jobs.notify", 0)
+        for path in ("/rq/", "/rq/0/view/workers", "/rq/0/data/queues.json", "/rq/0/data/workers.json"):
+            ask(path)
+        for state in ("queued", "started", "finished", "failed", "scheduled", "deferred", "canceled"):
+            ask(f"/rq/0/data/jobs/bulk/{state}/8/asc/1.json")
+        for job_id in (waiting.id, dependency.id, f"run-{failing[0]}"):
+            ask(f"/rq/0/view/job/{job_id}")
+            ask(f"/rq/0/data/job/{job_id}.json")
+        ask(f"/rq/job/run-{failing[0]}/requeue", "POST")
+        ask(f"/rq/job/run-{failing[1]}/delete", "POST")
+        ask("/rq/requeue/bulk", "POST")
+        ask("/rq/queue/bulk/compact", "POST")
+        ask("/rq/queue/bulk/queued/empty", "POST")
+        ask("/rq/queue/bulk/finished/empty", "POST")
+        assert b'belfry_dependency_up{dependency="redis"} 1.0' in ask("/metrics")
+        ask("/readyz")
+    assert bulk.count == 0
+    assert os.environ["REDIS_URL"] != restricted

@@ -1,0 +1,188 @@
+"""What rq-dashboard and RQ's registries say of jobs agrees with the database: while they run, after they end, and after
+failures, retries and dead workers."""
+
+import os
+import signal
+
+import psutil
+import pytest
+from redis import Redis
+
+from belfry.core.db import execute
+from belfry.fanout import recovery
+from belfry.fanout.claims import WorkItem
+from belfry.queue import queues, registries
+from belfry.worker import worker
+from config import settings
+from models import Run
+from tests.fanout_helpers import fail_always, notifications_that
+from tests.fanout_helpers import post as write
+from tests.processes import a_worker, wait_until
+
+pytestmark = pytest.mark.slow
+
+
+def work(at_most: int | None = None) -> worker.BelfryWorker:
+    """Run what is queued by a worker of Belfry's, in this process; the worker."""
+    with Redis.from_url(settings.redis_url) as connection:
+        all_queues = [queues.queue(name, connection) for name in queues.QUEUES]
+        one = worker.BelfryWorker(all_queues, connection=connection)
+        one.log_result_lifespan = False
+        one.work(burst=True, max_jobs=at_most, logging_level=None)
+    return one
+
+
+def runs_by_state() -> dict[str, set[str]]:
+    """The ids of the jobs of runs, by the state that the database has."""
+    found: dict[str, set[str]] = {}
+    for run in Run.select():
+        found.setdefault(run.state, set()).add(queues.run_job_id(run.id))
+    return found
+
+
+def in_registries(name: str = queues.NOTIFICATIONS) -> dict[str, set[str]]:
+    """The ids of jobs by registry, without clean-up."""
+    one = queues.queue(name)
+    found = {"queued": set(one.get_job_ids())}
+    for kind in ("started", "finished", "failed", "scheduled"):
+        found[kind] = set(getattr(one, f"{kind}_job_registry").get_job_ids(cleanup=False))
+    return found
+
+
+def assert_true(redis: Redis) -> None:
+    """Every job of a run that ended is where the database says, and each entry of a registry has its job."""
+    states, found = runs_by_state(), in_registries()
+    assert found["finished"] == states.get("succeeded", set())
+    assert found["failed"] == states.get("failed", set())
+    assert found["started"] == set()
+    for name in queues.QUEUES:
+        for kind, ids in in_registries(name).items():
+            for job_id in ids:
+                assert redis.exists(f"rq:job:{job_id}"), (name, kind, job_id)
+    assert redis.keys("rq:execution*") == []
+
+
+def listed(api, cast, name: str, registry: str) -> list[str]:
+    """The jobs that rq-dashboard shows, of all pages."""
+    shown: list[str] = []
+    for page in range(1, 100):
+        answer = api(cast.admin).get(f"/rq/0/data/jobs/{name}/{registry}/100/asc/{page}.json").get_json()
+        shown += [job["id"] for job in answer["jobs"]]
+        if page >= answer["pagination"]["num_pages"]:
+            break
+    return shown
+
+
+def test_a_burst_is_shown_finished_job_by_job_with_results_times_and_counters(api, cast, redis):
+    runs = [write(cast.subscriber, cast.general, f"gold {number}")[1] for number in range(300)]
+    queues.enqueue([WorkItem(run_id) for run_id in runs])
+    assert listed(api, cast, "notifications", "queued") == [queues.run_job_id(run_id) for run_id in runs]
+    one = work()
+    assert_true(redis)
+    assert len(listed(api, cast, "notifications", "finished")) == 300
+    info = api(cast.admin).get(f"/rq/0/data/job/{queues.run_job_id(runs[7])}.json").get_json()
+    assert (info["status"], info["origin"]) == ("finished", "notifications")
+    assert info["ended_at"]
+    job = queues.queue().fetch_job(queues.run_job_id(runs[7]))
+    assert job.started_at <= job.ended_at
+    result = job.latest_result()
+    assert result.worker_name == one.name
+    assert result.return_value == {
+        "run": runs[7], "state": "succeeded", "summary": "3 notifications inserted for 5 members"
+    }  # fmt: skip
+    assert int(redis.hget(one.key, "successful_job_count") or 300) == 300
+    assert redis.ttl(f"rq:job:{job.id}") <= registries.RESULT_SECONDS
+
+
+def test_slices_are_shown_too(api, cast, redis, slices_of):
+    slices_of(2)
+    _, run_id = write(cast.subscriber, cast.general)
+    queues.enqueue_run(run_id)
+    work()
+    assert Run.get_by_id(run_id).state == "succeeded"
+    assert_true(redis)
+    slices = listed(api, cast, "bulk", "finished")
+    assert len(slices) == 3
+    assert all(job_id.startswith(f"slice-{run_id}-") for job_id in slices)
+
+
+def test_a_failure_its_retries_and_its_end_are_shown(api, cast, redis, monkeypatch):
+    _, run_id = write(cast.subscriber, cast.general)
+    job_id = queues.run_job_id(run_id)
+    queues.enqueue_run(run_id)
+    with monkeypatch.context() as patched:
+        fail_always(patched)
+        work()
+        assert (Run.get_by_id(run_id).state, in_registries()["scheduled"]) == ("queued", {job_id})
+        while Run.get_by_id(run_id).state != "failed":
+            redis.zadd("rq:scheduled:notifications", {job_id: 0})
+            queues.queue().scheduled_job_registry.remove(job_id)
+            redis.rpush(queues.queue().key, job_id)
+            work()
+    assert_true(redis)
+    assert listed(api, cast, "notifications", "failed") == [job_id]
+    assert "division by zero" in queues.queue().fetch_job(job_id).latest_result().exc_string
+    queues.enqueue(recovery.retry_failed([run_id]))
+    assert in_registries()["failed"] == set()
+    work()
+    assert Run.get_by_id(run_id).state == "succeeded"
+    assert_true(redis)
+
+
+def test_requeueing_a_failed_job_retries_its_run(api, cast, redis, monkeypatch):
+    _, run_id = write(cast.subscriber, cast.general)
+    job_id = queues.run_job_id(run_id)
+    queues.enqueue_run(run_id)
+    execute("UPDATE run SET attempts_left = 1")
+    redis.hset(f"rq:job:{job_id}", "retries_left", 0)
+    with monkeypatch.context() as patched:
+        fail_always(patched)
+        work()
+    assert (Run.get_by_id(run_id).state, in_registries()["failed"]) == ("failed", {job_id})
+    assert api(cast.admin).post(f"/rq/job/{job_id}/requeue").status_code == 200
+    assert (Run.get_by_id(run_id).state, in_registries()["queued"], in_registries()["failed"]) == (
+        "queued", {job_id}, set()
+    )  # fmt: skip
+    work()
+    assert Run.get_by_id(run_id).state == "succeeded"
+    assert_true(redis)
+    assert api(cast.admin).post(f"/rq/job/{job_id}/requeue").status_code == 409
+
+
+def test_a_busy_worker_is_seen_at_its_job(api, cast, redis):
+    with notifications_that("PERFORM pg_sleep(2);"), a_worker():
+        _, run_id = write(cast.subscriber, cast.general)
+        queues.enqueue_run(run_id)
+        job_id = queues.run_job_id(run_id)
+        wait_until(lambda: in_registries()["started"] == {job_id}, "the job to be started")
+        assert [job["id"] for job in _started(api, cast)] == [job_id]
+        [shown] = api(cast.admin).get("/rq/0/data/workers.json").get_json()["workers"]
+        assert (shown["state"], shown["current_job"]["job_id"]) == ("busy", job_id)
+        wait_until(lambda: in_registries()["finished"] == {job_id}, "the job to be finished")
+    assert_true(redis)
+
+
+def _started(api, cast) -> list[dict]:
+    return api(cast.admin).get("/rq/0/data/jobs/notifications/started/100/asc/1.json").get_json()["jobs"]
+
+
+def test_what_a_dead_worker_left_is_not_shown_as_started_once_it_is_done(cast, redis):
+    with a_worker() as process:
+        with notifications_that("PERFORM pg_sleep(2);"):
+            _, run_id = write(cast.subscriber, cast.general)
+            queues.enqueue_run(run_id)
+            wait_until(lambda: in_registries()["started"] != set(), "the job to be started")
+            [child] = psutil.Process(process.pid).children()
+            os.kill(child.pid, signal.SIGKILL)
+        wait_until(lambda: Run.get_by_id(run_id).state == "succeeded", "another attempt", 60)
+        wait_until(lambda: in_registries()["finished"] != set(), "it to be finished")
+    assert_true(redis)
+
+
+def test_no_more_finished_jobs_are_kept_than_the_limit(cast, redis, monkeypatch):
+    monkeypatch.setattr(registries, "FINISHED_AT_MOST", 5)
+    runs = [write(cast.subscriber, cast.general)[1] for _ in range(12)]
+    queues.enqueue([WorkItem(run_id) for run_id in runs])
+    work()
+    assert len(in_registries()["finished"]) == 5
+    assert len(redis.keys("rq:job:*")) == len(redis.keys("rq:results:*")) == 5

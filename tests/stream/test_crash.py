@@ -1,0 +1,137 @@
+"""After a crash of PostgreSQL transaction ids come again: the stream says `reset`, and passes nothing over."""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+from psycopg.conninfo import conninfo_to_dict
+
+from belfry.core import migrations
+from belfry.core.db import ISOLATION, db
+from belfry.stream import resuming, updates
+from belfry.stream.cursor import StreamCursor
+from config import settings
+from tests.fanout_helpers import posted_and_told
+from tests.people import make_cast
+from tests.processes import a_web_process, wait_until
+from tests.sse_client import Listener
+from tools.dev import postgres
+from tools.dev.paths import temporary_data_dir
+
+pytestmark = pytest.mark.slow
+
+
+class Database:
+    """A PostgreSQL of this test's own, which can crash; `db` is connected to it meanwhile."""
+
+    def __init__(self, data_dir: Path, sockets: Path) -> None:
+        self._places = (data_dir, sockets)
+        self.url = postgres.start(*self._places)
+
+    def connect(self) -> psycopg.Connection:
+        return psycopg.connect(self.url, autocommit=True)
+
+    def crash_of_a_backend(self) -> None:
+        """One server process is killed: PostgreSQL ends the others and recovers, and the postmaster goes on."""
+        victim = self.connect()
+        db.close_all()
+        os.kill(victim.info.backend_pid, signal.SIGKILL)
+        victim.close()
+        self._wait()
+
+    def crash_of_the_server(self) -> None:
+        """The postmaster goes without a checkpoint, and starts again."""
+        postmaster = postgres._postmaster(*self._places)
+        db.close_all()
+        postmaster.send_signal(signal.SIGQUIT)
+        postmaster.wait(60)
+        postgres.start(*self._places)
+        self._wait()
+
+    def _wait(self) -> None:
+        def answers() -> bool:
+            try:
+                with self.connect() as session:
+                    session.execute("SELECT pg_current_xact_id()")
+            except psycopg.OperationalError:
+                return False
+            return True
+
+        time.sleep(0.2)
+        wait_until(answers, "PostgreSQL to recover")
+
+    def use_up(self, transactions: int) -> None:
+        """Transaction ids that are handed out, and of which nothing is logged."""
+        with self.connect() as session:
+            for _ in range(transactions):
+                session.execute("SELECT pg_current_xact_id()")
+
+    def next_transaction(self) -> int:
+        with self.connect() as session:
+            [(following,)] = session.execute("SELECT pg_snapshot_xmax(pg_current_snapshot())::text::bigint").fetchall()
+        return following
+
+
+def _connect_to(url: str) -> None:
+    db.close_all()
+    parameters = conninfo_to_dict(url) | {"connect_timeout": 5, "application_name": "belfry"}
+    db.init(parameters.pop("dbname"), prefer_psycopg3=True, isolation_level=ISOLATION, **parameters)
+    db.connect()
+
+
+@pytest.fixture
+def database() -> Iterator[Database]:
+    with temporary_data_dir() as data_dir:
+        sockets = data_dir / "s"
+        sockets.mkdir(mode=0o711)
+        made = Database(data_dir, sockets)
+        try:
+            _connect_to(made.url)
+            migrations.migrate()
+            yield made
+        finally:
+            _connect_to(settings.database_url)
+            postgres.stop(data_dir, sockets)
+
+
+CRASHES: tuple[Callable[[Database], None], ...] = (Database.crash_of_a_backend, Database.crash_of_the_server)
+
+
+@pytest.mark.parametrize("crash", CRASHES)
+def test_a_position_of_before_a_crash_reads_the_inbox(database, crash):
+    cast = make_cast()
+    for _ in range(5):  # every 15 s PostgreSQL logs the next transaction id by itself, which may be just now
+        with database.connect() as session:
+            session.execute("CHECKPOINT")
+        database.use_up(50)
+        with updates.take_snapshot() as here:
+            client = (cast.vip.id, StreamCursor.parse(str(here)))
+        crash(database)
+        db.connect(reuse_if_open=True)
+        if database.next_transaction() < here.next_transaction:
+            break
+    else:
+        pytest.fail("no transaction id came again")
+    posted_and_told(cast.subscriber, cast.general, "gold")
+    database.use_up(100)
+    with updates.take_snapshot() as now:
+        assert now.next_transaction > here.next_transaction
+        connected = updates.updates_since(here, now, [cast.vip.id])
+        back = resuming.missed_updates([client], now)[client]
+    assert connected.overflow
+    assert back.overflow
+
+
+def test_a_running_web_process_notices_a_crash_and_sends_its_clients_to_the_inbox(database):
+    cast = make_cast()
+    with a_web_process(DATABASE_URL=database.url) as web, Listener(web, cast.vip.token) as listener:
+        wait_until(lambda: "unread" in listener.kinds(), "the stream to begin")
+        database.crash_of_a_backend()
+        db.connect(reuse_if_open=True)
+        wait_until(lambda: "reset" in listener.kinds(), "the reset")
+        message_id = posted_and_told(cast.subscriber, cast.general, "gold")
+        wait_until(lambda: listener.messages() == [message_id], "what is announced after it")

@@ -1,0 +1,305 @@
+"""What an earlier implementation of the same thing got wrong, a test each, named for what must not happen.
+
+One more is in test_fanout.py, where the communities for it are made: that there is no query, or three, for each
+recipient is `test_every_slice_takes_the_same_statements_however_many_members`.
+"""
+
+import time
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+import jobs
+from belfry.core.db import execute, fetch_all
+from belfry.identity.subscriptions import set_subscription
+from belfry.identity.tokens import create_token, hash_token
+from belfry.messages import messages
+from belfry.queue import queues
+from belfry.servers.preferences import set_preference
+from belfry.servers.servers import put_member
+from belfry.worker import maintenance
+from models import Notification, Preference
+from tests.fanout_helpers import advance, fail_always, parts_of
+from tests.people import Person, make_person
+
+
+def post(api, author: Person, channel_id: int, content: str = "gold breaks out") -> dict:
+    answer = api(author).post("/api/messages", json={"channel_id": channel_id, "content": content})
+    assert answer.status_code == 201
+    return answer.get_json()
+
+
+def told(message: dict) -> dict[int, str]:
+    found = Notification.select().where(Notification.message_id == message["id"])
+    return {notification.user_id: notification.reason for notification in found}
+
+
+def inbox_of(api, person: Person) -> list[dict]:
+    return api(person).get("/api/notifications").get_json()["items"]
+
+
+def joined(cast, username: str, **kind) -> Person:
+    """One more person in the cast's server."""
+    person = make_person(username, **kind)
+    put_member(cast.server_id, person.id, [])
+    return person
+
+
+# Retries and losses ---------------------------------------------------------------------------------------
+
+
+def test_a_task_that_fails_is_not_reported_as_success(api, cast, run_jobs, monkeypatch):
+    message = post(api, cast.subscriber, cast.general)
+    with monkeypatch.context() as patch:
+        fail_always(patch)
+        run_jobs()
+    run = api(cast.admin).get(message["run"]["url"]).get_json()
+    assert run["state"] == "queued"
+    assert "division by zero" in run["error"]
+    assert told(message) == {}
+    queue = queues.queue()
+    assert len(queue.scheduled_job_registry) == 1, "its retry is on its way"
+    assert len(queue.finished_job_registry) == 0
+
+
+def test_a_task_that_keeps_failing_ends_as_failed_with_its_reason(api, cast, monkeypatch):
+    message = post(api, cast.subscriber, cast.general)
+    fail_always(monkeypatch)
+    for _ in range(queues.MAX_ATTEMPTS):
+        with pytest.raises(Exception, match="division by zero"):
+            jobs.notify(message["run"]["id"])
+    run = api(cast.admin).get(message["run"]["url"]).get_json()
+    assert (run["state"], run["attempts"]) == ("failed", queues.MAX_ATTEMPTS)
+    assert "division by zero" in run["error"]
+
+
+def test_notifications_are_not_lost_when_the_queue_cannot_be_reached(api, cast, run_jobs, redis_away, caplog):
+    with redis_away():
+        message = post(api, cast.subscriber, cast.general)
+    assert api(cast.subscriber).get(message["run"]["url"]).get_json()["state"] == message["run"]["state"] == "pending"
+    assert "Redis is out of reach" in caplog.text, "and the log says so"
+    execute("UPDATE run SET sweep_after = now() - interval '1 minute'")
+    assert maintenance.sweep() == 1
+    assert run_jobs() == 0
+    assert told(message).keys() == {cast.admin.id, cast.moderator.id, cast.vip.id}
+
+
+def test_notifications_are_not_lost_with_the_queues_contents(api, cast, run_jobs, redis):
+    message = post(api, cast.subscriber, cast.general)
+    redis.flushdb()
+    assert run_jobs() == 0
+    assert told(message) == {}
+    execute("UPDATE run SET sweep_after = now() - interval '1 minute'")
+    assert maintenance.sweep() == 1
+    assert run_jobs() == 0
+    assert len(told(message)) == 3
+
+
+def test_a_run_that_is_repeated_makes_no_duplicates(api, cast, run_jobs):
+    message = post(api, cast.subscriber, cast.general)
+    run_jobs()
+    before = inbox_of(api, cast.vip)
+    # as if nobody had begun it
+    execute(
+        "UPDATE run SET state = 'pending', members_processed = 0, notifications_inserted = 0, decisions = '{}',"
+        " finished_at = NULL, sweep_after = now()"
+    )
+    jobs.notify(message["run"]["id"])
+    assert api(cast.subscriber).get(message["run"]["url"]).get_json()["stats"]["inserted"] == 0
+    assert len(told(message)) == Notification.select().count() == 3
+    assert inbox_of(api, cast.vip) == before
+
+
+def test_the_database_itself_refuses_a_second_notification(api, cast, run_jobs):
+    message = post(api, cast.subscriber, cast.general)
+    run_jobs()
+    again = execute(
+        "INSERT INTO notification (user_id, message_id, reason) VALUES (%(user_id)s, %(message_id)s, 'message')"
+        " ON CONFLICT DO NOTHING",
+        {"user_id": cast.vip.id, "message_id": message["id"]},
+    )
+    assert again == 0
+
+
+def test_recipients_are_not_told_ten_at_a_time_with_pauses(cast, monkeypatch):
+    for number in range(30):
+        put_member(cast.server_id, make_person(f"reader-{number}").id, [])
+    posted = messages.post_message(cast.subscriber.user, cast.general, "gold")
+
+    def never(_: float) -> None:
+        raise AssertionError("a fan-out waits for nothing")
+
+    monkeypatch.setattr(time, "sleep", never)
+    advance(posted.run_id)
+    assert parts_of(posted.run_id) == [], "one part is enough"
+    assert Notification.select().count() == 33
+
+
+# Who is told ----------------------------------------------------------------------------------------------
+
+
+def test_the_author_is_not_told(api, cast, run_jobs):
+    message = post(api, cast.moderator, cast.general, "@moira tells @everyone and herself")
+    run_jobs()
+    assert cast.moderator.id not in told(message)
+    assert inbox_of(api, cast.moderator) == []
+
+
+def test_admins_without_a_subscription_are_not_dropped(api, cast, run_jobs):
+    message = post(api, cast.subscriber, cast.general)
+    run_jobs()
+    assert told(message)[cast.admin.id] == "message"
+
+
+def test_nobody_is_left_without_a_row_in_the_inbox_for_want_of_a_device(api, cast, run_jobs):
+    message = post(api, cast.subscriber, cast.general)
+    run_jobs()
+    for person in (cast.admin, cast.moderator, cast.vip):
+        assert [one["message_id"] for one in inbox_of(api, person)] == [message["id"]]
+
+
+def test_a_missing_preference_does_not_mean_something_else_than_the_default(api, cast, run_jobs):
+    default = api(cast.vip).get(f"/api/channels/{cast.general}/preference").get_json()
+    assert default == {"level": "all", "muted_until": None}
+    assert Preference.select().count() == 0, "asking creates nothing"
+    set_preference(cast.moderator.user, cast.general, default["level"], default["muted_until"])
+    message = post(api, cast.subscriber, cast.general)
+    run_jobs()
+    assert told(message)[cast.vip.id] == told(message)[cast.moderator.id] == "message"
+
+
+@pytest.mark.parametrize("status", ["active", "trialing", "past_due"])
+def test_a_period_that_ended_long_ago_does_not_count_as_subscribed(api, cast, run_jobs, status):
+    set_subscription(cast.vip.id, status, datetime.now(UTC) - timedelta(days=400))
+    message = post(api, cast.subscriber, cast.general, "@vera")
+    run_jobs()
+    assert cast.vip.id not in told(message)
+    refused = api(cast.vip).post("/api/messages", json={"channel_id": cast.general, "content": "gold"})
+    assert (refused.status_code, refused.get_json()["code"]) == (403, "subscription_required")
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["@a", "@gmail", "@gm", "write to sam@gmail.com", "ada@vera.example", "@verandah", "@sammy", "a/@vera@x.org"],
+)
+def test_nobody_is_mentioned_by_a_piece_of_a_name_or_of_an_address(api, cast, run_jobs, content):
+    readers = [cast.admin, cast.subscriber, cast.vip, joined(cast, "gmail.fan"), joined(cast, "alfred")]
+    message = post(api, cast.moderator, cast.general, content)
+    assert message["mentions"] == {"users": [], "roles": [], "everyone": False}
+    run_jobs()
+    assert {told(message)[reader.id] for reader in readers} == {"message"}
+
+
+def test_a_private_channel_is_not_told_to_everyone(api, cast, run_jobs):
+    keeper = joined(cast, "victor")
+    put_member(cast.server_id, keeper.id, [cast.vip_role])
+    message = post(api, cast.vip, cast.vault, "@moira @ada, look")
+    run_jobs()
+    assert told(message) == {keeper.id: "message"}
+
+
+# What is shown --------------------------------------------------------------------------------------------
+
+
+def test_a_message_that_is_deleted_is_not_told(api, cast, run_jobs):
+    message = post(api, cast.subscriber, cast.general)
+    assert api(cast.subscriber).delete(f"/api/messages/{message['id']}").status_code == 204
+    run_jobs()
+    assert told(message) == {}
+
+
+def test_a_message_that_is_deleted_later_is_not_shown_any_more(api, cast, run_jobs):
+    message = post(api, cast.subscriber, cast.general)
+    run_jobs()
+    assert len(inbox_of(api, cast.vip)) == 1
+    api(cast.subscriber).delete(f"/api/messages/{message['id']}")
+    assert inbox_of(api, cast.vip) == []
+    assert api(cast.vip).get("/api/notifications/unread-count").get_json()["unread"] == 0
+
+
+def test_a_message_that_is_edited_is_not_told_as_it_was(api, cast, run_jobs):
+    message = post(api, cast.subscriber, cast.general, "gold at 1900")
+    run_jobs()
+    assert inbox_of(api, cast.vip)[0]["body"] == "Sam: gold at 1900"
+    api(cast.subscriber).patch(f"/api/messages/{message['id']}", json={"content": "gold at 2900"})
+    assert inbox_of(api, cast.vip)[0]["body"] == "Sam: gold at 2900"
+
+
+def test_the_unread_count_is_not_capped_by_the_page(api, cast):
+    unread = 250
+    fetch_all(
+        "WITH written AS ("
+        " INSERT INTO message (channel_id, author_id, content)"
+        " SELECT %(channel_id)s, %(author_id)s, 'gold' FROM generate_series(1, %(unread)s) RETURNING id)"
+        " INSERT INTO notification (user_id, message_id, reason)"
+        " SELECT %(reader_id)s, id, 'message' FROM written RETURNING 1",
+        {"channel_id": cast.general, "author_id": cast.subscriber.id, "reader_id": cast.vip.id, "unread": unread},
+    )
+    assert len(api(cast.vip).get("/api/notifications?limit=100").get_json()["items"]) == 100
+    counted = api(cast.vip).get("/api/notifications/unread-count").get_json()
+    assert counted == {
+        "unread": unread,
+        "mentions": 0,
+        "channels": [{"channel_id": cast.general, "unread": unread, "mentions": 0}],
+    }
+
+
+# Who may do what ------------------------------------------------------------------------------------------
+
+
+def test_nobody_marks_anothers_notification_as_read(api, cast, run_jobs):
+    post(api, cast.subscriber, cast.general)
+    run_jobs()
+    (theirs,) = inbox_of(api, cast.vip)
+    for intruder in (cast.moderator, cast.stranger, cast.admin):
+        own = len(inbox_of(api, intruder))
+        marked = api(intruder).post("/api/notifications/read", json={"ids": [theirs["id"]]})
+        assert marked.get_json() == {"marked": 0, "unread": own}
+        assert api(intruder).post("/api/notifications/read", json={"up_to": theirs["id"]}).status_code == 422
+        assert api(intruder).delete(f"/api/notifications/{theirs['id']}").status_code == 404
+        api(intruder).post("/api/notifications/read", json={"all": True})
+        api(intruder).post("/api/notifications/read", json={"channel_id": cast.general})
+    assert inbox_of(api, cast.vip) == [theirs]
+    assert theirs["read_at"] is None
+
+
+def test_nobody_reads_the_run_of_anothers_message(api, cast, run_jobs):
+    message = post(api, cast.subscriber, cast.general)
+    run_jobs()
+    for intruder in (cast.vip, cast.moderator, cast.lapsed, cast.stranger):
+        refused, unknown = api(intruder).get(message["run"]["url"]), api(intruder).get("/api/runs/4711")
+        assert refused.status_code == unknown.status_code == 404, "they may not know that it exists"
+        assert api(intruder).get("/api/runs").status_code == 403
+        assert api(intruder).post(f"{message['run']['url']}/replay", json={}).status_code == 403
+    assert api().get(message["run"]["url"]).status_code == 401
+    for reader in (cast.subscriber, cast.admin):
+        assert api(reader).get(message["run"]["url"]).get_json()["id"] == message["run"]["id"]
+
+
+def test_nobody_uses_up_the_rate_limit_of_another_whose_token_begins_the_same(api, cast):
+    def with_token(username: str, token: str) -> Person:
+        person = joined(cast, username)
+        execute(
+            "INSERT INTO api_token (user_id, token_hash) VALUES (%(user_id)s, %(hash)s)",
+            {"user_id": person.id, "hash": hash_token(token)},
+        )
+        return Person(person.user, token)
+
+    beginning = "belfry_" + "x" * 30
+    one, other = with_token("castor", beginning + "1"), with_token("pollux", beginning + "2")
+
+    def remaining(person: Person) -> int:
+        answer = api(person).post("/api/messages", json={"channel_id": cast.general, "content": "gold"})
+        assert answer.status_code == 201
+        return int(answer.headers["RateLimit-Remaining"])
+
+    full = remaining(one)
+    assert [remaining(one) for _ in range(3)] == [full - 1, full - 2, full - 3]
+    assert remaining(other) == full
+
+
+def test_nobody_gets_a_fresh_rate_limit_by_another_token(api, cast):
+    again = Person(cast.subscriber.user, create_token(cast.subscriber.user)[1])
+    content = {"channel_id": cast.general, "content": "gold"}
+    first = api(cast.subscriber).post("/api/messages", json=content).headers["RateLimit-Remaining"]
+    assert api(again).post("/api/messages", json=content).headers["RateLimit-Remaining"] == str(int(first) - 1)

@@ -1,0 +1,267 @@
+"""The short form of `make chaos`; and that the harness would see what it looks for."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
+
+import pytest
+
+from belfry.core.db import execute, fetch_all
+from belfry.core.failpoints import FAILPOINTS, TEST_POINTS
+from belfry.identity import users
+from belfry.messages import messages
+from tests.fanout_helpers import run_to_end
+from tests.oracle import Preference
+from tests.processes import a_web_process
+from tools.chaos.__main__ import ends_well
+from tools.chaos.audit import audit
+from tools.chaos.load import Diary, Posted, Text
+from tools.chaos.process_under_test import KILL, KILL_WITH_PARENT, STOP
+from tools.chaos.recovery import OWN, Blow, blow_of, parts_of, recoveries
+from tools.chaos.stage import Death, Sign
+from tools.chaos.world import World, make_world
+from tools.dev import ROOT
+from tools.dev.processes import finish
+
+pytestmark = pytest.mark.slow
+
+
+
+@pytest.mark.skipif(
+    os.environ.get("BELFRY_TEST_EXTERNAL") == "1",
+    reason="it kills its servers, which are embedded ones, and those are not used when DATABASE_URL is set",
+)
+def test_nobody_is_missed_or_told_twice_while_everything_is_killed():
+    environment = {name: value for name, value in os.environ.items() if name not in ("DATABASE_URL", "REDIS_URL")}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tools.chaos", "--kills", "25", "--minutes", "8", "--seed", "7"],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=900)
+    finally:
+        finish(process)
+    result = json.loads(output.splitlines()[-1])
+    off = {name: result[name] for name in ("missing", "duplicates", "wrong_decision", "unresolved_runs")}
+    assert set(off.values()) == {0}, output
+    assert process.returncode == 0, output
+    assert result["kills"] >= 25, output
+    assert result["points_covered"] >= 5, output
+    assert result["posts"] > 20, output
+
+
+def test_every_point_is_in_the_code_and_every_one_in_the_code_is_known():
+    sources = [*ROOT.glob("*.py"), *(ROOT / "belfry").rglob("*.py")]
+    reached = set()
+    for path in sources:
+        for call in re.findall(r"\bfailpoint\(([^()]*)\)", path.read_text()):
+            reached |= set(re.findall(r'"([a-z]+\.[a-z]+)"', call))
+    assert reached == set(FAILPOINTS | TEST_POINTS)
+
+
+# How recovery is measured ---------------------------------------------------------------------------------
+
+
+def signs(*of: tuple[float, str, str]) -> list[Sign]:
+    return [Sign(when, 1, after, point) for when, after, point in of]
+
+
+LARGE = signs(
+    (1, OWN, "run.claimed"), (2, OWN, "run.committed"), (3, "0", "slice.claimed"), (4, "50", "slice.claimed"),
+    (5, "50", "slice.committed"), (6, "0", "attempt.recorded"), (7, "99", "slice.claimed"), (12, "0", "slice.claimed"),
+    (13, "0", "slice.committed"), (40, "99", "slice.claimed"), (41, "99", "slice.committed"),
+)  # fmt: skip
+
+
+def test_a_part_has_gone_on_with_its_next_sign_of_life():
+    own, *_ = parts_of(1, 0.0, 41.0, LARGE)
+    assert [own.wait(when) for when in (-0.1, 0, 0.5, 1, 1.5, 2, 3)] == [None, 1, 0.5, 1, 0.5, None, None]
+
+
+def test_slices_are_open_from_when_the_runs_own_part_is_committed_until_they_are_themselves():
+    _, zero, fifty, ninety_nine = parts_of(1, 0.0, 41.0, LARGE)
+    assert [fifty.wait(when) for when in (1.9, 2, 4, 4.5, 5)] == [None, 2, 1, 0.5, None]
+    assert [zero.wait(when) for when in (3.5, 6, 11, 12, 13)] == [2.5, None, None, 1, None], "but for its retry"
+    assert [ninety_nine.wait(when) for when in (7, 8, 40)] == [33, 32, 1]
+
+
+def test_what_died_before_it_could_say_so_is_over_with_the_run():
+    own, first = parts_of(1, 0.0, 9.0, signs((1, OWN, "run.claimed"), (5, "0", "slice.claimed")))
+    assert (own.wait(2), own.wait(5), first.wait(6), first.wait(9)) == (3, None, 3, None)
+
+
+RUNS = [
+    {"id": 1, "created_at": datetime.fromtimestamp(0, UTC), "finished_at": datetime.fromtimestamp(41, UTC)},
+    {"id": 2, "created_at": datetime.fromtimestamp(0, UTC), "finished_at": datetime.fromtimestamp(80, UTC)},
+    {"id": 3, "created_at": datetime.fromtimestamp(0, UTC), "finished_at": None},
+]
+
+
+def recovered(*blows: Blow) -> list[tuple[float, int, str]]:
+    return [found[:3] for found in recoveries(blows, RUNS, LARGE, now=100.0)]
+
+
+def test_of_a_part_in_hand_only_its_own_going_on_counts():
+    assert recovered(Blow(8, "kill", 1, "99")) == [(32, 1, "99")]
+    assert recovered(Blow(12.5, "kill", 1, "0")) == [(0.5, 1, "0")]
+    assert recovered(Blow(2, "kill", 1)) == [(5, 1, "99")], "and when the part is done: its slices"
+    assert recovered(Blow(50, "kill", 1)) == [], "there was nothing to do"
+
+
+def test_where_it_is_not_known_what_was_in_hand_the_slowest_counts_and_what_never_goes_on_counts_until_now():
+    assert recovered(Blow(50, "Redis emptied")) == [(50, 3, OWN)]
+
+
+@pytest.mark.parametrize(
+    ("point", "action", "known"),
+    [("slice.notified", KILL, True), ("slice.notified", STOP, True), ("slice.notified", KILL_WITH_PARENT, False),
+     ("run.enqueued", KILL, False), ("sweep.committed", KILL, False), ("worker.dequeued", KILL, False),
+     ("attempt.failed", KILL, True)],
+)  # fmt: skip
+def test_only_a_work_horse_has_nothing_but_its_part_in_hand(point, action, known):
+    blow = blow_of(Death(1.0, 4711, 1, "50", point, action))
+    assert (blow.run_id, blow.after) == ((1, "50") if known else (None, OWN))
+
+
+# What the audit finds -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    with a_web_process(RATE_LIMIT_DEFAULT="100000 per minute") as address:
+        yield address
+
+
+@pytest.fixture
+def play(monkeypatch, address) -> tuple[World, Diary, str]:
+    """A small world in which one message was posted and told; where a web process answers; and no fault."""
+    monkeypatch.setattr("tools.chaos.world.SMALL_MEMBERS", 24)
+    monkeypatch.setattr("tools.chaos.world.LARGE_MEMBERS", 10)
+    world = make_world()
+    return world, Diary(posted=[a_message(world, "gold")]), address
+
+
+def a_message(world: World, content: str) -> Posted:
+    channel_id, author = world.small.channels["general"], users.find_user(world.admin)
+    sent_at = time.time()
+    posted = messages.post_message(author, channel_id, content)
+    run_to_end(posted.run_id)
+    text = {content: Text(content)}
+    return Posted(posted.message["id"], posted.run_id, world.small, channel_id, world.admin, sent_at, text)
+
+
+def found(play: tuple[World, Diary, str]) -> dict[str, int]:
+    """{kind: how many}, of what was found."""
+    findings = audit(*play)
+    kinds = ("missing", "duplicates", "wrong_decision", "unresolved_runs")
+    return {kind: len(getattr(findings, kind)) for kind in kinds if getattr(findings, kind)}
+
+
+def somebody_told(world: World) -> int:
+    """A member who was told, and changes nothing."""
+    told = fetch_all("SELECT user_id FROM notification ORDER BY 1")
+    return next(one["user_id"] for one in told if one["user_id"] not in world.changing)
+
+
+def test_the_audit_finds_nothing_where_nothing_is_off(play):
+    world, diary, _ = play
+    assert found(play) == {}
+    diary.posted += [a_message(world, "silver @everyone"), a_message(world, "lead")]
+    messages.edit_message(users.find_user(world.admin), 2, "copper")
+    diary.posted[1].revisions = {"silver @everyone": Text("silver @everyone", everyone=True), "copper": Text("copper")}
+    messages.delete_message(users.find_user(world.admin), 3)
+    diary.posted[2].deleted = True
+    for run in fetch_all("SELECT id FROM run ORDER BY id"):
+        run_to_end(run["id"])
+    findings = audit(*play)
+    assert findings.all() == []
+    assert findings.foretold + findings.allowed_for == 2 * len(world.small.members)
+    assert 0 < findings.allowed_for <= len(world.changing)
+
+
+@pytest.mark.parametrize(
+    ("fault", "kinds"),
+    [
+        ("DELETE FROM notification WHERE user_id = {told}", {"missing": 1, "wrong_decision": 1}),
+        ("UPDATE notification SET reason = 'mention' WHERE user_id = {told}", {"wrong_decision": 4}),
+        (
+            "INSERT INTO notification (user_id, message_id, reason)"
+            " SELECT {outsider}, message_id, reason FROM notification LIMIT 1",
+            {"wrong_decision": 2},
+        ),
+        ("UPDATE message SET content = 'lead'", {"wrong_decision": 1}),
+        ("UPDATE message SET deleted_at = now()", {"wrong_decision": 1}),
+        ("UPDATE run SET state = 'failed', error = 'a bug', finished_at = now()", {"unresolved_runs": 1}),
+        ("UPDATE run SET decisions = decisions || '{{\"message\": 1}}'", {"wrong_decision": 5}),
+    ],
+    ids=["missing", "reason", "outsider", "edited", "deleted", "failed", "counted"],
+)
+def test_the_audit_finds_what_is_off(play, fault, kinds):
+    world, _, _ = play
+    outsider = users.create_user("outsider").id
+    execute(fault.format(told=somebody_told(world), outsider=outsider))
+    assert found(play) == kinds
+
+
+def test_the_audit_finds_what_was_answered_and_did_not_happen(play):
+    _, diary, _ = play
+    (posted,) = diary.posted
+    posted.revisions["silver"] = Text("silver")
+    assert found(play) == {"wrong_decision": 1}
+    posted.stragglers.add("gold")
+    assert found(play) == {}, "it may have come late"
+    posted.deleted = True
+    assert found(play) == {"wrong_decision": 1}
+
+
+def test_the_audit_finds_messages_that_nobody_or_two_requests_made_or_that_are_gone(play):
+    world, diary, _ = play
+    a_message(world, "silver")
+    assert found(play) == {"duplicates": 1}
+    diary.posted += [diary.posted[0]]
+    assert found(play) == {"duplicates": 2}
+    diary.posted[:] = [replace(diary.posted[0], id=99), *diary.posted[:1], replace(diary.posted[0], id=2)]
+    assert found(play)["missing"] >= 1
+
+
+def test_the_audit_finds_what_was_read_and_is_not_any_more(play):
+    world, diary, _ = play
+    reader = somebody_told(world)
+    diary.read.append((reader, diary.posted[0].id))
+    assert found(play) == {"duplicates": 1}
+    execute(f"UPDATE notification SET read_at = now() WHERE user_id = {reader}")
+    assert found(play) == {}
+    execute(f"DELETE FROM notification WHERE user_id = {reader}")
+    assert found(play) == {"missing": 2, "wrong_decision": 1}
+
+
+def test_what_somebody_changed_is_foretold_again_once_its_request_was_answered(play):
+    world, _, _ = play
+    channel_id, user_id = world.small.channels["general"], world.changing[0]
+    matter = (user_id, channel_id)
+    with world.change(matter, Preference("none")):
+        pass
+    later = time.time() + 1
+    assert world.possible(matter, later, later) == [Preference("none")]
+    with world.change(matter, Preference("all")) as change:
+        change.attempts = 2
+    with world.change(matter, Preference("mentions")):
+        pass
+    assert world.possible(matter, later, later) == [Preference("all"), Preference("mentions")], "one may come late"
+
+
+def test_it_ends_well_where_nothing_was_found_and_nothing_waited_longer_than_was_promised():
+    assert ends_well([], [1.0, 29.9])
+    assert ends_well([], [])
+    assert not ends_well([], [1.0, 30.0])
+    assert not ends_well(["user 1 has no notification of message 2"], [])

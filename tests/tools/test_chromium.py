@@ -1,0 +1,61 @@
+"""Which browser the tests in tests/browser and the screenshots take, and what is said where there is none."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tools.dev import ROOT, CommandError, chromium
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """`machine("chromium")`: one on whose PATH are these programs alone; the directory that they are in."""
+
+    def install(*names: str):
+        for name in names:
+            (tmp_path / name).write_text("#!/bin/sh\n")
+            (tmp_path / name).chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path))
+        monkeypatch.delenv("CHROMIUM", raising=False)
+        return tmp_path
+
+    return install
+
+
+def test_the_first_on_the_path_is_taken(machine):
+    directory = machine("google-chrome", "chromium")
+    assert chromium.find() == directory / "chromium"
+
+
+def test_the_one_that_is_named_comes_first(machine, monkeypatch):
+    directory = machine("chromium", "mine")
+    monkeypatch.setenv("CHROMIUM", str(directory / "mine"))
+    assert chromium.find() == directory / "mine"
+
+
+def test_one_that_is_named_and_is_not_there_is_a_mistake(machine, monkeypatch):
+    monkeypatch.setenv("CHROMIUM", str(machine("chromium") / "missing"))
+    with pytest.raises(CommandError, match="missing"):
+        chromium.find()
+
+
+def test_without_one_the_summary_says_what_was_left_out(machine):
+    machine()
+    assert chromium.find() is None
+    collected = subprocess.run(
+        [sys.executable, "-m", "pytest", "tests/browser", "tests/test_layers.py", "--collect-only", "-q"],
+        cwd=ROOT,
+        env=os.environ,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert collected.returncode == 0, collected.stdout
+    assert re.search(r"^\d+ browser tests were left out: no Chromium\. Install ", collected.stdout, re.MULTILINE)
+    assert "tests/test_layers.py::" in collected.stdout
+    assert "tests/browser/" not in collected.stdout

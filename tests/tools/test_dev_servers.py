@@ -1,0 +1,381 @@
+"""The servers that the development commands bring along: shared, found again, stopped by the last, never in the way.
+
+Without DATABASE_URL and REDIS_URL they are PostgreSQL and Valkey out of a wheel. Each test starts its own.
+"""
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import psutil
+import psycopg
+import pytest
+import redis
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
+from tools.dev import ROOT, CommandError, ports, processes
+from tools.dev.__main__ import main
+from tools.dev.pids import end, has_ended, process_of
+from tools.dev.scratch_databases import private
+from tools.dev.servers import servers, stop_unused
+
+pytestmark = pytest.mark.slow
+
+embedded = pytest.mark.skipif(
+    os.environ.get("BELFRY_TEST_EXTERNAL") == "1",
+    reason="embedded servers are not used when DATABASE_URL is set",
+)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A data directory without servers; those that a failed test leaves there are stopped."""
+    monkeypatch.delenv("DATABASE_URL", raising=False)
+    monkeypatch.delenv("REDIS_URL", raising=False)
+    directory = tmp_path / "data"
+    yield directory
+    stop_unused(directory)
+
+
+@pytest.fixture
+def user_elsewhere() -> Iterator[Callable[[Path], "subprocess.Popen[str]"]]:
+    """Starts another process that uses the servers of a directory until its standard input is closed."""
+    program = textwrap.dedent("""
+        import sys
+        from pathlib import Path
+        from tools.dev.servers import servers
+        with servers(Path(sys.argv[1]), durable=False):
+            print("ready", flush=True)
+            sys.stdin.read()
+    """)
+    started = []
+
+    def start(directory: Path) -> "subprocess.Popen[str]":
+        process = subprocess.Popen(
+            [sys.executable, "-c", program, str(directory)],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        return process
+
+    yield start
+    for process in started:
+        with process:
+            process.kill()
+
+
+def leave(process: "subprocess.Popen[str]") -> None:
+    assert process.stdin is not None
+    process.stdin.close()
+    assert process.wait(60) == 0
+
+
+def pids(urls: dict[str, str]) -> tuple[int, int]:
+    """The two servers' process ids, asked of the servers themselves."""
+    socket_dir = Path(str(conninfo_to_dict(urls["DATABASE_URL"])["host"]))
+    postmaster = int((socket_dir / ".s.PGSQL.5432.lock").read_text().split("\n")[0])
+    with closing(redis.Redis.from_url(urls["REDIS_URL"])) as client:
+        return postmaster, int(client.info("server")["process_id"])
+
+
+def runs(pid: int) -> bool:
+    return psutil.pid_exists(pid) and not has_ended(psutil.Process(pid))
+
+
+def answers(urls: dict[str, str]) -> bool:
+    client = redis.Redis.from_url(urls["REDIS_URL"])
+    with psycopg.connect(urls["DATABASE_URL"]) as connection, closing(client):
+        return connection.execute("SELECT 1").fetchone() == (1,) and bool(client.ping())
+
+
+@embedded
+def test_what_was_written_is_there_the_next_time(home: Path) -> None:
+    with servers(home, durable=False) as urls:
+        with psycopg.connect(urls["DATABASE_URL"]) as connection:
+            connection.execute("CREATE TABLE kept (id int)")
+        with closing(redis.Redis.from_url(urls["REDIS_URL"])) as client:
+            client.set("kept", 1)
+            assert client.config_get("maxmemory-policy") == {"maxmemory-policy": "noeviction"}
+            assert client.config_get("port") == {"port": "0"}
+        first = pids(urls)
+    assert not any(runs(pid) for pid in first)
+    assert not Path(str(conninfo_to_dict(urls["DATABASE_URL"])["host"])).parent.exists()
+    with servers(home, durable=False) as urls:
+        with psycopg.connect(urls["DATABASE_URL"]) as connection:
+            assert connection.execute("SELECT count(*) FROM kept").fetchone() == (0,)
+        with closing(redis.Redis.from_url(urls["REDIS_URL"])) as client:
+            assert client.get("kept") == b"1"
+
+
+def without_password(urls: dict[str, str], **changed: str) -> dict[str, str]:
+    return {**conninfo_to_dict(urls["DATABASE_URL"]), "password": "", "passfile": "/dev/null", **changed}
+
+
+@embedded
+def test_nobody_connects_without_the_password_which_only_its_owner_reads(home: Path) -> None:
+    with servers(home, durable=False) as urls:
+        with pytest.raises(psycopg.OperationalError, match="no password supplied"):
+            psycopg.connect(**without_password(urls))
+        with pytest.raises(psycopg.OperationalError, match="password authentication failed"):
+            psycopg.connect(**without_password(urls, password="postgres"))
+        with psycopg.connect(urls["DATABASE_URL"]) as connection:
+            rules = connection.execute("SELECT DISTINCT auth_method, error FROM pg_hba_file_rules").fetchall()
+        assert rules == [("scram-sha-256", None)]
+        secret = home / "postgresql-password"
+        assert stat.S_IMODE(secret.stat().st_mode) == 0o600
+        assert secret.stat().st_uid == os.geteuid()
+        password = conninfo_to_dict(urls["DATABASE_URL"])["password"]
+        assert secret.read_text() == password
+        with closing(redis.Redis.from_url(urls["REDIS_URL"])) as client:
+            redis_socket = Path(str(client.connection_pool.connection_kwargs["path"]))
+        assert stat.S_IMODE(redis_socket.stat().st_mode) == 0o700
+        for log in home.glob("*.log"):
+            assert password not in log.read_text()
+            assert stat.S_IMODE(log.stat().st_mode) == 0o600
+        assert not [process for process in psutil.process_iter(["cmdline"]) if password in str(process.info)]
+
+
+@embedded
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root has the servers run as somebody else")
+def test_another_process_of_the_servers_account_is_refused(home: Path) -> None:
+    program = textwrap.dedent("""
+        import os, pwd, sys, psycopg, redis
+        questions = (
+            lambda: psycopg.connect(sys.argv[1]),
+            lambda: open(sys.argv[2]).read(),
+            lambda: redis.Redis.from_url(sys.argv[3]).ping(),
+        )
+        def ask(question):
+            try:
+                question()
+            except Exception as error:
+                return type(error).__name__
+            return "let in"
+        first = [ask(question) for question in questions]  # all that is imported for it is imported now
+        account = pwd.getpwnam("nobody")
+        os.setgroups([])
+        os.setgid(account.pw_gid)
+        os.setuid(account.pw_uid)
+        print(*first, *(ask(question) for question in questions), sep="\\n")
+    """)
+    with servers(home, durable=False) as urls:
+        place = make_conninfo(**without_password(urls))
+        arguments = [place, str(home / "postgresql-password"), urls["REDIS_URL"]]
+        answer = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True)
+    as_owner, as_nobody = ["OperationalError", "let in", "let in"], ["OperationalError", "PermissionError"]
+    assert answer.stdout.splitlines() == [*as_owner, *as_nobody, "ConnectionError"]
+
+
+@embedded
+def test_data_from_before_there_was_a_password_stays_and_gets_one(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with servers(home, durable=False) as urls, psycopg.connect(urls["DATABASE_URL"]) as connection:
+        connection.execute("CREATE TABLE kept (id int)")
+        connection.execute("ALTER ROLE postgres PASSWORD NULL")
+    (home / "postgresql-password").unlink()
+    (home / "postgresql-18" / "pg_hba.conf").write_text("local all all trust\n")
+    assert capsys.readouterr().out == ""
+    with servers(home, durable=False) as urls:
+        assert "The embedded PostgreSQL gets a password; its data stays." in capsys.readouterr().out
+        with psycopg.connect(urls["DATABASE_URL"]) as connection:
+            assert connection.execute("SELECT count(*) FROM kept").fetchone() == (0,)
+        with pytest.raises(psycopg.OperationalError, match="no password supplied"):
+            psycopg.connect(**without_password(urls))
+
+
+def test_a_log_is_its_owners_alone_also_one_that_was_there_before(tmp_path: Path) -> None:
+    log = tmp_path / "web.log"
+    log.write_text("before\n")
+    log.chmod(0o644)
+    with processes.running("printer", ["-c", "print('after')"], os.environ, log=log) as child:
+        child.process.wait()
+    assert log.read_text() == "before\nafter\n"
+    assert stat.S_IMODE(log.stat().st_mode) == 0o600
+
+
+def test_what_a_development_command_writes_is_its_owners_alone() -> None:
+    before = os.umask(0o022)
+    try:
+        assert main(["run", "away"]) == 2
+        assert os.umask(0o022) == 0o077
+    finally:
+        os.umask(before)
+
+
+@embedded
+def test_two_share_and_the_last_to_leave_stops_them(
+    home: Path, user_elsewhere: Callable[[Path], "subprocess.Popen[str]"]
+) -> None:
+    other = user_elsewhere(home)
+    with servers(home, durable=False) as urls:
+        shared = pids(urls)
+        leave(other)
+        assert answers(urls)
+        another = user_elsewhere(home)
+        assert not stop_unused(home)
+    assert all(runs(pid) for pid in shared)
+    assert pids(urls) == shared
+    leave(another)
+    assert not any(runs(pid) for pid in shared)
+
+
+@embedded
+def test_servers_of_a_killed_user_are_used_again_and_stopped(
+    home: Path, user_elsewhere: Callable[[Path], "subprocess.Popen[str]"]
+) -> None:
+    killed = user_elsewhere(home)
+    killed.kill()
+    killed.wait()
+    left = process_of([home / "redis.pid"], home / "redis.log")
+    assert left is not None
+    with servers(home, durable=False) as urls:
+        found = pids(urls)
+        assert found[1] == left.pid
+        assert answers(urls)
+    assert not any(runs(pid) for pid in found)
+
+
+@embedded
+def test_a_crash_of_the_machine_is_survived(home: Path) -> None:
+    with servers(home, durable=False) as urls:
+        for pid in pids(urls):
+            end(psutil.Process(pid), (signal.SIGKILL, 10))
+    # The pids that were left behind belong to somebody else now.
+    (home / "redis.pid").write_text(f"{os.getpid()}\n")
+    pid_file = home / "postgresql-18" / "postmaster.pid"
+    pid_file.write_text(pid_file.read_text().replace(pid_file.read_text().split("\n")[0], str(os.getpid()), 1))
+    with servers(home, durable=False) as urls:
+        assert answers(urls)
+    assert runs(os.getpid())
+
+
+@embedded
+def test_emptied_directories_leave_no_server_behind(home: Path) -> None:
+    with servers(home, durable=False) as urls:
+        running = pids(urls)
+        Path(home / "redis.pid").unlink()
+        Path(home / "sockets").unlink()
+        Path(home / "postgresql-18" / "postmaster.pid").unlink()
+    assert not any(runs(pid) for pid in running)
+
+
+@embedded
+def test_a_long_path_and_one_with_spaces_will_do(home: Path) -> None:
+    directory = home / ("a clone, " + "deep " * 20) / ("down " * 20 + "it's") / "data"
+    with servers(directory, durable=False) as urls:
+        assert answers(urls)
+
+
+@embedded
+def test_a_copied_directory_has_servers_of_its_own(home: Path) -> None:
+    copy = home.with_name("copy")
+    with servers(home, durable=False) as urls:
+        copy.mkdir()
+        (copy / "sockets").write_text((home / "sockets").read_text())
+        with servers(copy, durable=False) as others:
+            assert set(pids(urls)).isdisjoint(pids(others))
+        assert answers(urls)
+
+
+@embedded
+def test_only_what_is_not_named_is_started(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATABASE_URL", "postgresql://somebody@elsewhere/belfry")
+    with servers(home, durable=False) as urls:
+        assert urls["DATABASE_URL"] == "postgresql://somebody@elsewhere/belfry"
+        assert not list(home.glob("postgresql*"))
+        with closing(redis.Redis.from_url(urls["REDIS_URL"])) as client:
+            assert client.ping()
+
+
+def test_nothing_is_started_where_both_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    named = {"DATABASE_URL": "postgresql://somebody@elsewhere/belfry", "REDIS_URL": "redis://elsewhere/3"}
+    for name, url in named.items():
+        monkeypatch.setenv(name, url)
+    with servers(tmp_path / "data") as urls:
+        assert urls == named
+    assert not (tmp_path / "data").exists()
+
+
+@embedded
+def test_a_failed_start_says_why_and_leaves_nothing(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home.mkdir()
+    (home / "redis.log").mkdir()  # nothing can be logged there
+    with pytest.raises(CommandError, match="Redis"), servers(home, durable=False):
+        pass
+    assert process_of([home / "postgresql-18" / "postmaster.pid"], home / "postgresql-18") is None
+    assert not (home / "sockets").exists()
+
+
+@pytest.fixture
+def named_servers() -> dict[str, str]:
+    """This test run's own databases, in the part of somebody's that are named and must not be touched."""
+    return {name: os.environ[name] for name in ("DATABASE_URL", "REDIS_URL")}
+
+
+def test_private_databases_are_empty_and_gone_afterwards(named_servers: dict[str, str]) -> None:
+    names = "SELECT datname FROM pg_database WHERE datname LIKE 'belfry_trial_%'"
+    with closing(redis.Redis.from_url(named_servers["REDIS_URL"])) as named:
+        named.set("belongs to somebody", 1)
+        with psycopg.connect(named_servers["DATABASE_URL"], autocommit=True) as connection:
+            with private(named_servers, "trial") as first, private(named_servers, "trial") as second:
+                assert len({env["DATABASE_URL"] for env in (named_servers, first, second)}) == 3
+                assert len({env["REDIS_URL"] for env in (named_servers, first, second)}) == 3
+                assert len(connection.execute(names).fetchall()) == 2
+                with closing(redis.Redis.from_url(first["REDIS_URL"])) as client:
+                    client.flushdb()  # as a test run does, and its marker is gone: it is in use all the same
+                    with private(named_servers, "trial") as third:
+                        assert third["REDIS_URL"] not in (first["REDIS_URL"], second["REDIS_URL"])
+                    client.set("left behind", 1)
+                leftover = psycopg.connect(first["DATABASE_URL"])
+            leftover.close()
+            assert connection.execute(names).fetchall() == []
+        with closing(redis.Redis.from_url(first["REDIS_URL"])) as client:
+            assert client.dbsize() == 0
+        assert named.get("belongs to somebody") == b"1"
+        named.delete("belongs to somebody")
+
+
+def test_private_databases_are_gone_after_a_failure_as_well(named_servers: dict[str, str]) -> None:
+    with pytest.raises(RuntimeError), private(named_servers, "trial") as own:
+        raise RuntimeError
+    with pytest.raises(psycopg.OperationalError, match="does not exist"):
+        psycopg.connect(own["DATABASE_URL"])
+
+
+@embedded
+def test_without_an_empty_redis_database_there_is_a_clear_refusal(home: Path) -> None:
+    with servers(home, durable=False) as urls:
+        for number in range(16):
+            with closing(redis.Redis.from_url(urls["REDIS_URL"].replace("db=0", f"db={number}"))) as client:
+                client.set("taken", number)
+        with pytest.raises(CommandError, match="none of that server's databases 1 to 15"), private(urls, "trial"):
+            pass
+        with psycopg.connect(urls["DATABASE_URL"]) as connection:
+            left = connection.execute("SELECT count(*) FROM pg_database WHERE datname LIKE 'belfry_trial%'")
+            assert left.fetchone() == (0,)
+
+
+def test_a_port_that_is_taken_is_refused_if_asked_for_and_skipped_if_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PORT", raising=False)
+    with ports.listen() as first:
+        taken = first.getsockname()[1]
+        with ports.listen() as second:
+            assert second.getsockname()[1] != taken
+        monkeypatch.setenv("PORT", str(taken))
+        with pytest.raises(CommandError, match=f"PORT {taken} is taken"):
+            ports.listen()
+    monkeypatch.setenv("PORT", "many")
+    with pytest.raises(CommandError, match="PORT must be"):
+        ports.listen()

@@ -1,0 +1,194 @@
+"""Who may do what: each of the cast against everything, and what one may not know of looks like nothing."""
+
+import re
+
+import pytest
+
+from belfry.servers import servers
+from tests.people import make_person
+from tests.web.test_errors import assert_problem
+
+PEOPLE = ("admin", "moderator", "subscriber", "vip", "lapsed", "stranger", "nobody")
+HELLO = {"content": "hello"}
+
+# In {braces}: messages by the subscriber in #general, by the vip in #vault and by the admin in
+# #announcements, their runs, an empty channel; whoever asks, and somebody else.
+#
+#                                                  admin moderator subscriber vip lapsed stranger nobody
+TABLE = [
+    ("GET /api/channels/{general}", None,                 "200 200 200 200 200 404 401"),
+    ("GET /api/channels/{announcements}", None,           "200 200 200 200 200 404 401"),
+    ("GET /api/channels/{vault}", None,                   "200 404 404 200 404 404 401"),
+    ("GET /api/channels/{general}/mention-suggestions", None,         "200 200 200 200 200 404 401"),
+    ("GET /api/channels/{vault}/mention-suggestions", None,           "200 404 404 200 404 404 401"),
+    ("GET /api/channels/{general}/messages", None,        "200 200 200 200 200 404 401"),
+    ("GET /api/channels/{vault}/messages", None,          "200 404 404 200 404 404 401"),
+    ("GET /api/channels/{general}/preference", None,      "200 200 200 200 200 404 401"),
+    ("GET /api/channels/{vault}/preference", None,        "200 404 404 200 404 404 401"),
+    ("PUT /api/channels/{general}/preference", {},        "200 200 200 200 200 404 401"),
+    ("PUT /api/channels/{vault}/preference", {},          "200 404 404 200 404 404 401"),
+    ("GET /api/notifications?channel_id={general}", None, "200 200 200 200 200 404 401"),
+    ("GET /api/notifications?channel_id={vault}", None,   "200 404 404 200 404 404 401"),
+    ("POST /api/notifications/read", {"channel_id": "general"},           "200 200 200 200 200 404 401"),
+    ("POST /api/notifications/read", {"channel_id": "vault"},             "200 404 404 200 404 404 401"),
+    ("POST /api/messages", {"channel_id": "general", **HELLO},            "201 201 201 201 403 404 401"),
+    ("POST /api/messages", {"channel_id": "announcements", **HELLO},      "201 403 403 403 403 404 401"),
+    ("POST /api/messages", {"channel_id": "vault", **HELLO},              "201 404 404 201 404 404 401"),
+    ("GET /api/messages/{in_general}", None,              "200 200 200 200 200 404 401"),
+    ("GET /api/messages/{in_announcements}", None,        "200 200 200 200 200 404 401"),
+    ("GET /api/messages/{in_vault}", None,                "200 404 404 200 404 404 401"),
+    ("PATCH /api/messages/{in_general}", HELLO,           "403 403 200 403 403 404 401"),
+    ("PATCH /api/messages/{in_announcements}", HELLO,     "200 403 403 403 403 404 401"),
+    ("PATCH /api/messages/{in_vault}", HELLO,             "403 404 404 200 404 404 401"),
+    ("DELETE /api/messages/{in_general}", None,           "204 204 204 403 403 404 401"),
+    ("DELETE /api/messages/{in_announcements}", None,     "204 204 403 403 403 404 401"),
+    ("DELETE /api/messages/{in_vault}", None,             "204 404 404 204 404 404 401"),
+    ("GET /api/runs/{run_in_general}", None,              "200 404 200 404 404 404 401"),
+    ("GET /api/runs/{run_in_vault}", None,                "200 404 404 200 404 404 401"),
+    ("GET /api/messages/{in_general}/explain", None,      "200 200 200 200 200 404 401"),
+    ("GET /api/messages/{in_vault}/explain", None,        "200 404 404 200 404 404 401"),
+    ("GET /api/messages/{in_general}/explain?user_id={self}", None,       "200 200 200 200 200 404 401"),
+    ("GET /api/messages/{in_general}/explain?user_id={other}", None,      "200 403 403 403 403 404 401"),
+    ("GET /api/messages/{in_vault}/explain?user_id={other}", None,        "200 404 404 403 404 404 401"),
+    ("PATCH /api/channels/{general}", {"posting": "members"},             "200 403 403 403 403 404 401"),
+    ("PATCH /api/channels/{vault}", {"private": True},    "200 404 404 403 404 404 401"),
+    ("DELETE /api/channels/{empty}", None,                "204 403 403 403 403 404 401"),
+    ("DELETE /api/channels/{general}", None,              "409 403 403 403 403 404 401"),
+    ("GET /api/channels/{general}/roles", None,           "200 403 403 403 403 404 401"),
+    ("GET /api/channels/{vault}/roles", None,             "200 404 404 403 404 404 401"),
+    ("PUT /api/channels/{general}/roles", {"role_ids": []},               "200 403 403 403 403 404 401"),
+    ("GET /api/runs", None,                               "200 403 403 403 403 403 401"),
+    ("POST /api/runs/{run_in_general}/replay", None,      "202 403 403 403 403 403 401"),
+    ("POST /api/test-notifications", None,                "202 403 403 403 403 403 401"),
+    ("GET /api/servers/{server}", None,                   "200 403 403 403 403 403 401"),
+    ("GET /api/servers/{server}/members", None,           "200 403 403 403 403 403 401"),
+    ("GET /api/users/{self}/tokens", None,                "200 403 403 403 403 403 401"),
+    ("PUT /api/users/{self}/subscription", {"status": "active"},          "200 403 403 403 403 403 401"),
+    ("PATCH /api/users/{self}", {"is_admin": True},       "200 403 403 403 403 403 401"),
+    ("GET /api/me", None,                                 "200 200 200 200 200 200 401"),
+    ("GET /api/channels", None,                           "200 200 200 200 200 200 401"),
+    ("GET /api/notifications", None,                      "200 200 200 200 200 200 401"),
+]  # fmt: skip
+
+
+@pytest.fixture
+def community(api, cast):
+    """`community()`: what the table's {names} stand for, made anew."""
+
+    def make() -> dict[str, int]:
+        names = {name: getattr(cast, name) for name in ("general", "announcements", "vault")}
+        for channel, author in (("general", "subscriber"), ("announcements", "admin"), ("vault", "vip")):
+            answer = api(getattr(cast, author)).post("/api/messages", json={"channel_id": names[channel], **HELLO})
+            names[f"in_{channel}"] = answer.get_json()["id"]
+            names[f"run_in_{channel}"] = answer.get_json()["run"]["id"]
+        empty = servers.create_channel(cast.server_id, f"empty {names['in_vault']}", False, "members")
+        return names | {"empty": empty.id, "server": cast.server_id, "self": cast.admin.id, "other": cast.vip.id}
+
+    return make
+
+
+def ask(api, person, names, request: str, body):
+    """The answer to one of the table's requests, with `names` filled in."""
+    method, address = request.split(" ")
+    sent = {**body, "channel_id": names[body["channel_id"]]} if body and "channel_id" in body else body
+    return api(person).open(method, address.format(**names), json=sent)
+
+
+def test_who_may_do_what(api, cast, community, subtests):
+    names = community()
+    for request, body, expected in TABLE:
+        with subtests.test(f"{request} {body or ''}"):
+            got = []
+            for person in [cast.everybody.get(name) for name in PEOPLE]:
+                names["self"] = person.id if person else cast.admin.id
+                names["other"] = cast.moderator.id if person is cast.vip else cast.vip.id
+                answer = ask(api, person, names, request, body)
+                got.append(str(answer.status_code))
+                if answer.status_code == 204:  # what is gone is made again for the next
+                    names = community()
+            assert " ".join(got) == expected
+
+
+def test_what_one_may_not_know_of_looks_like_what_is_not_there(api, cast, community, subtests):
+    """The answers differ in nothing but the id that was asked for."""
+    names = community()
+    nothing = dict.fromkeys(names, 987_654)
+    for who in ("stranger", "subscriber"):
+        hidden = [row for row in TABLE if row[2].split()[PEOPLE.index(who)] == "404"]
+        assert len(hidden) > 10
+        for request, body, _ in hidden:
+            with subtests.test(f"{who} {request}"):
+                answers = []
+                for asked in (names, nothing):
+                    answer = ask(api, cast.everybody[who], asked, request, body)
+                    problem = assert_problem(answer, 404, "not_found")
+                    headers = set(answer.headers.keys())
+                    answers.append(({**problem, "detail": re.sub(r"\d+", "N", problem["detail"])}, headers))
+                assert answers[0] == answers[1]
+
+
+def test_each_lists_the_channels_that_they_may_see(api, cast):
+    open_ones = ["general", "announcements"]
+    everything = [*open_ones, "vault"]
+    expected = {"admin": everything, "moderator": open_ones, "subscriber": open_ones, "vip": everything}
+    expected |= {"lapsed": open_ones, "stranger": []}
+    for name, channels in expected.items():
+        listed = api(cast.everybody[name]).get("/api/channels").get_json()["items"]
+        assert [channel["name"] for channel in listed] == channels
+    assert len(api(cast.stranger).get("/api/me").get_json()["servers"]) == 0
+
+
+def test_the_run_is_shown_to_its_author_and_admins(api, cast, community):
+    message = community()["in_general"]
+    for name, person in cast.everybody.items():
+        if name != "stranger":
+            run = api(person).get(f"/api/messages/{message}").get_json()["run"]
+            listed = api(person).get(f"/api/channels/{cast.general}/messages").get_json()["items"][0]["run"]
+            assert run == listed
+            assert (run is not None) == (name in ("admin", "subscriber"))
+
+
+def test_a_role_of_another_server_opens_nothing(api, cast):
+    elsewhere = api(cast.admin).post("/api/servers", json={"name": "Elsewhere"}).get_json()["id"]
+    role = servers.create_role(elsewhere, "vip", moderator=True)
+    visitor = make_person("vic")
+    servers.put_member(elsewhere, visitor.id, [role.id])
+    assert_problem(api(visitor).get(f"/api/channels/{cast.vault}"), 404, "not_found")
+    assert_problem(api(visitor).get(f"/api/channels/{cast.general}"), 404, "not_found")
+
+
+def test_a_moderator_elsewhere_is_none_here(api, cast, community):
+    elsewhere = api(cast.admin).post("/api/servers", json={"name": "Elsewhere"}).get_json()["id"]
+    role = servers.create_role(elsewhere, "police", moderator=True)
+    servers.put_member(elsewhere, cast.vip.id, [role.id])
+    message = community()["in_general"]
+    assert_problem(api(cast.vip).delete(f"/api/messages/{message}"), 403, "forbidden")
+
+
+def test_who_is_removed_knows_nothing_from_then_on(api, cast, community):
+    names = community()
+    servers.remove_member(cast.server_id, cast.subscriber.id)
+    sam = api(cast.subscriber)
+    for path in ("channels/{general}", "channels/{general}/messages", "messages/{in_general}"):
+        assert_problem(sam.get("/api/" + path.format(**names)), 404, "not_found")
+    assert_problem(sam.patch(f"/api/messages/{names['in_general']}", json=HELLO), 404, "not_found")
+    assert_problem(sam.delete(f"/api/messages/{names['in_general']}"), 404, "not_found")
+    assert sam.get("/api/channels").get_json()["items"] == []
+
+
+def test_a_test_message_is_seen_by_its_caller_alone(api, cast):
+    run = api(cast.admin).post("/api/test-notifications", json={"channel_id": cast.general}).get_json()
+    path = f"/api/messages/{run['message_id']}"
+    assert api(cast.admin).get(path).status_code == 200
+    other_admin = make_person("abe", admin=True)
+    for person in (cast.subscriber, cast.moderator, other_admin):
+        assert_problem(api(person).get(path), 404, "not_found")
+        assert api(person).get(f"/api/channels/{cast.general}/messages").get_json()["items"] == []
+    assert_problem(api(cast.moderator).delete(path), 404, "not_found")
+    assert_problem(api(cast.subscriber).get(f"{path}/explain"), 404, "not_found")
+
+
+def test_nobody_makes_themselves_an_admin(api, cast):
+    assert_problem(api(cast.subscriber).patch("/api/me", json={"is_admin": True}), 405, "method_not_allowed")
+    assert_problem(api(cast.subscriber).post("/api/users", json={"username": "eve"}), 403, "forbidden")
+    assert api(cast.subscriber).get("/api/me").get_json()["is_admin"] is False

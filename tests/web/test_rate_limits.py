@@ -1,0 +1,226 @@
+"""Rate limits: what is counted, whose it is, and when there is more."""
+
+import time
+
+import pytest
+
+from belfry.web import rate_limit
+from tests.fanout_helpers import statements
+from tests.people import csrf_of
+from tests.web.test_errors import assert_problem
+
+SETTING_OF_SCOPE = {
+    "messages": "rate_limit_messages",
+    "streams": "stream_openings",
+    "other": "rate_limit_default",
+    "anonymous": "rate_limit_anonymous",
+}
+
+
+@pytest.fixture
+def limit(override):
+    """`limit("messages", "3 per second")` from here on; the other scope is `other`."""
+
+    def set_limit(scope, text):
+        override(**{SETTING_OF_SCOPE[scope]: text})
+
+    return set_limit
+
+
+@pytest.fixture
+def post(api, cast):
+    """A post of sam's, or somebody else's."""
+
+    def message(author=None):
+        body = {"channel_id": cast.general, "content": "gold"}
+        return api(author or cast.subscriber).post("/api/messages", json=body)
+
+    return message
+
+
+def told(answer) -> tuple[str, str]:
+    return answer.headers["RateLimit-Limit"], answer.headers["RateLimit-Remaining"]
+
+
+def test_openings_of_streams_are_limited_for_each_person(api, cast, limit):
+    limit("streams", "2 per minute")
+    path = "/api/notifications/stream"
+    assert [api(cast.vip).get(path).status_code for _ in range(2)] == [501, 501]  # the test's client has no socket
+    answer = api(cast.vip).get(path, headers={"Last-Event-ID": "1-3:3:"})
+    assert_problem(answer, 429, "rate_limited")
+    assert int(answer.headers["Retry-After"]) > 0
+    assert api(cast.admin).get(path).status_code == 501
+    assert api(cast.vip).get("/api/notifications").status_code == 200
+
+
+def test_there_is_more_when_time_has_passed(post, limit):
+    limit("messages", "2 per second")
+    assert [post().status_code for _ in range(3)] == [201, 201, 429]
+    time.sleep(2.1)
+    assert told(post()) == ("2", "1")
+
+
+def test_what_was_posted_in_the_last_window_weighs_until_it_is_out_of_sight(post, limit, redis):
+    limit("messages", "10 per minute")
+    assert [told(post())[1] for _ in range(8)] == [str(left) for left in range(9, 1, -1)]
+    (key,) = redis.keys("LIMITER*")
+    redis.hset(key, "began", float(redis.hget(key, "began")) - 90)  # so that half of it is in sight
+    answer = post()
+    assert told(answer) == ("10", "6"), "four of eight weigh still: 3.9, and this one"
+    assert 0 < int(answer.headers["RateLimit-Reset"]) <= 8, "an eighth of a minute until one less does"
+
+
+def test_what_is_refused_does_not_count(post, limit, redis):
+    limit("messages", "1 per minute")
+    assert [post().status_code for _ in range(4)] == [201, 429, 429, 429]
+    (key,) = redis.keys("LIMITER*")
+    assert redis.hget(key, "count") == b"1"
+    assert 60 < redis.ttl(key) <= 120, "and it is forgotten when it is out of sight"
+
+
+def test_of_several_limits_each_holds_and_the_one_that_refuses_is_told(post, limit):
+    limit("messages", "5 per 15 minutes; 2 per second")
+    assert told(post()) == ("2", "1"), "the shortest, while none refuses"
+    post()
+    problem = post()
+    assert assert_problem(problem, 429, "rate_limited")["detail"] == "Too many requests: 2 per 1 second for one person."
+    assert (told(problem), problem.headers["Retry-After"]) == (("2", "0"), "1")
+    time.sleep(2.1)
+    post()
+    post()
+    time.sleep(2.1)
+    assert post().status_code == 201
+    assert told(post()) == ("5", "0")
+
+
+def test_posts_and_edits_count_together_and_apart_from_everything_else(api, cast, post, limit):
+    limit("messages", "2 per minute")
+    limit("other", "3 per minute")
+    sam = api(cast.subscriber)
+    posted = post().get_json()
+    assert sam.patch(f"/api/messages/{posted['id']}", json={"content": "silver"}).status_code == 200
+    assert_problem(post(), 429, "rate_limited")
+    paths = ("/api/me", "/api/channels", f"/api/messages/{posted['id']}")
+    assert [told(sam.get(path)) for path in paths] == [("3", "2"), ("3", "1"), ("3", "0")]
+    assert_problem(sam.get("/api/me"), 429, "rate_limited")
+    assert api(cast.vip).get("/api/me").status_code == 200
+
+
+def test_whatever_a_user_asks_counts_unknown_paths_included(api, cast, limit, app):
+    limit("other", "3 per minute")
+    admin = api(cast.admin)
+    paths = ["/rq/", "/metrics", "/api/nothing"]
+    assert [told(admin.get(path)) for path in paths] == [("3", "2"), ("3", "1"), ("3", "0")]
+    for path in (*paths, "/nothing/either", "/rq/nothing", "/rq/0/view/workers", "/api/me"):
+        answer = admin.get(path)
+        assert (answer.status_code, answer.headers["Retry-After"] > "0") == (429, True), path
+    assert admin.put("/api/me").status_code == 429, "no such method"
+
+
+def test_what_a_browsers_session_asks_counts_for_its_user(client, cast, limit):
+    limit("other", "4 per minute")
+    csrf = csrf_of(client.get("/login").text)
+    client.post("/login", data={"csrf": csrf, "token": cast.admin.token})
+    asked = [client.get("/inbox"), client.get("/nothing"), client.get("/metrics")]
+    asked.append(client.delete("/api/me/sessions"))
+    assert [answer.status_code for answer in asked] == [200, 404, 200, 403]
+    assert [told(answer)[1] for answer in asked] == ["3", "2", "1", "0"], "a wrong CSRF token counts as well"
+    for path in ("/inbox", "/nothing", "/rq/", "/login", "/api/me"):
+        assert client.get(path).status_code == 429, path
+    assert client.get("/docs").status_code == 200, "the same for everybody, and counted by address"
+
+
+ANONYMOUS = (
+    ("GET", "/login", None), ("POST", "/login", None), ("GET", "/api/me", None), ("GET", "/api/me", "Bearer wrong"),
+    ("GET", "/metrics", "Bearer wrong"), ("GET", "/rq/", None), ("GET", "/nothing", None), ("GET", "/readyz", None),
+    ("GET", "/docs", None), ("GET", "/openapi.json", None), ("GET", "/", None),
+)  # fmt: skip
+
+
+def test_requests_without_a_user_count_together_by_address(client, api, cast, limit):
+    limit("anonymous", f"{len(ANONYMOUS)} per minute")
+
+    def ask(method, path, token, address="192.0.2.1"):
+        headers = {"Authorization": token} if token else {}
+        return client.open(path, method=method, headers=headers, environ_base={"REMOTE_ADDR": address})
+
+    for number, request in enumerate(ANONYMOUS, 1):
+        assert told(ask(*request)) == (str(len(ANONYMOUS)), str(len(ANONYMOUS) - number)), request
+    for request in ANONYMOUS:
+        problem = ask(*request)
+        assert problem.status_code == 429, request
+        assert int(problem.headers["Retry-After"]) > 0
+    assert "for one address" in assert_problem(ask("GET", "/api/me", None), 429, "rate_limited")["detail"]
+    assert ask("GET", "/login", None, "192.0.2.2").status_code == 200
+    vera = {"Authorization": f"Bearer {cast.vip.token}"}
+    assert client.get("/api/me", headers=vera, environ_base={"REMOTE_ADDR": "192.0.2.1"}).status_code == 200
+
+
+def test_what_asks_nothing_does_not_count(client, redis):
+    for path in ("/healthz", "/static/colours.css"):
+        answer = client.get(path, buffered=True)
+        assert answer.status_code == 200
+        assert "RateLimit-Limit" not in answer.headers
+    assert redis.keys("*") == []
+
+
+def test_a_scraper_counts_by_address_and_asks_for_no_user(client, limit, override):
+    override(metrics_token="s" * 32)
+    limit("anonymous", "1 per minute")
+    with statements() as asked:
+        answers = [client.get("/metrics", headers={"Authorization": f"Bearer {'s' * 32}"}) for _ in range(2)]
+    assert [answer.status_code for answer in answers] == [200, 429]
+    assert not [sql for sql in asked if "api_token" in sql]
+
+
+def test_an_unknown_path_costs_one_statement_at_most(client, api, cast):
+    for ask, most in ((client.get, 0), (api(cast.vip).get, 1)):
+        with statements() as asked:
+            for path in ("/nothing", "/api/nothing"):
+                assert ask(path).status_code == 404
+        assert len(asked) == 2 * most
+
+
+@pytest.mark.parametrize(
+    ("proxies", "peer", "forwarded", "expected"),
+    [
+        (0, "192.0.2.1", None, "192.0.2.1"),
+        (0, "192.0.2.1", "203.0.113.9", "192.0.2.1"),
+        (1, "10.0.0.1", "203.0.113.9", "203.0.113.9"),
+        (1, "10.0.0.1", "forged, 198.51.100.7 ,203.0.113.9", "203.0.113.9"),
+        (2, "10.0.0.1", "198.51.100.7,203.0.113.9, 10.0.0.2", "203.0.113.9"),
+        (2, "10.0.0.1", '198.51.100.7, "x, 203.0.113.9, 10.0.0.2', "203.0.113.9"),
+        (2, "10.0.0.1", "203.0.113.9", "10.0.0.1"),
+        (1, "10.0.0.1", None, "10.0.0.1"),
+        (1, "10.0.0.1", "", "10.0.0.1"),
+        (1, "10.0.0.1", "203.0.113.9,", "10.0.0.1"),
+        (1, "10.0.0.1", "unknown", "10.0.0.1"),
+        (1, "10.0.0.1", "203.0.113.9:5678", "203.0.113.9"),
+        (1, "10.0.0.1", "[2001:db8:1:2:3::4]:5678", "2001:db8:1:2::/64"),
+        (1, "10.0.0.1", "2001:DB8:1:2:ffff:0:0:1", "2001:db8:1:2::/64"),
+        (0, "::ffff:192.0.2.1", None, "192.0.2.1"),
+        (0, "fe80::1%eth0", None, "fe80::/64"),
+        (0, "", None, "unknown"),
+        (1, "", "203.0.113.9", "203.0.113.9"),
+        (1, "", "x" * 5_000, "unknown"),
+    ],
+)
+def test_the_address_is_the_one_that_a_trusted_proxy_wrote(app, override, proxies, peer, forwarded, expected):
+    override(trusted_proxies=proxies)
+    headers = {} if forwarded is None else {"X-Forwarded-For": forwarded}
+    with app.test_request_context("/", headers=headers, environ_base={"REMOTE_ADDR": peer}):
+        assert rate_limit.client_address() == expected
+
+
+def test_while_redis_is_out_of_reach_requests_pass_and_the_log_says_so(post, redis_away, caplog):
+    with redis_away():
+        answer = post()
+    assert answer.status_code == 201
+    assert "RateLimit-Limit" not in answer.headers
+    assert "nobody is counted" in caplog.text
+
+
+def test_a_redis_that_was_replaced_learns_the_script_again(post, redis):
+    first = int(told(post())[1])
+    redis.script_flush()
+    assert int(told(post())[1]) == first - 1

@@ -1,0 +1,286 @@
+"""The API as a page of this site asks it: by the session's cookie, and to write with its CSRF token."""
+
+from collections.abc import Callable
+from contextlib import closing
+from http.client import HTTPConnection
+from urllib.parse import urlsplit
+
+import pytest
+from flask import Flask
+from flask.testing import FlaskClient
+
+from belfry.core.db import execute
+from belfry.identity import sessions, tokens
+from belfry.worker import maintenance
+from models import ApiToken, Session
+from tests.fanout_helpers import statements
+from tests.people import csrf_of
+from tests.processes import a_web_process
+
+
+@pytest.fixture
+def page(client, cast):
+    """The subscriber's browser after signing in."""
+    form = client.get("/login").text
+    client.post("/login", data={"csrf": csrf_of(form), "token": cast.subscriber.token})
+    return client
+
+
+def _message(cast) -> dict:
+    return {"channel_id": cast.general, "content": "gold breaks out"}
+
+
+def test_a_session_reads(page, cast):
+    assert page.get("/api/me").json["id"] == cast.subscriber.id
+
+
+def test_a_session_writes_with_its_csrf_token(page, cast):
+    csrf = csrf_of(page.get("/login").text)
+    answer = page.post("/api/messages", json=_message(cast), headers={"X-CSRF-Token": csrf})
+    assert (answer.status_code, answer.json["author"]["id"]) == (201, cast.subscriber.id)
+
+
+@pytest.mark.parametrize("csrf", [None, "", "wrong", "ü"])
+def test_a_session_writes_nothing_without_it(page, cast, csrf):
+    page.get("/login")  # one was given out
+    headers = {} if csrf is None else {"X-CSRF-Token": csrf}
+    preference = {"level": "none", "muted_until": None}
+    for answer in (
+        page.post("/api/messages", json=_message(cast), headers=headers),
+        page.put(f"/api/channels/{cast.general}/preference", json=preference, headers=headers),
+    ):
+        assert (answer.status_code, answer.json["code"]) == (403, "forbidden")
+    assert page.get(f"/api/channels/{cast.general}/messages").json["items"] == []
+
+
+def test_before_a_page_gave_one_out_no_csrf_token_counts(page, cast):
+    answer = page.post("/api/messages", json=_message(cast), headers={"X-CSRF-Token": ""})
+    assert answer.status_code == 403
+
+
+def test_with_an_authorization_header_the_session_counts_for_nothing(page, cast):
+    assert page.get("/api/me", headers={"Authorization": f"Bearer {cast.vip.token}"}).json["id"] == cast.vip.id
+    for header in ("Bearer wrong", "Basic x", ""):
+        assert page.get("/api/me", headers={"Authorization": header}).status_code == 401
+
+
+def test_a_session_ends_with_its_token(page, cast):
+    token = ApiToken.get(ApiToken.token_hash == tokens.hash_token(cast.subscriber.token))
+    tokens.revoke_token(cast.subscriber.id, token.id)
+    answer = page.get("/api/me")
+    assert (answer.status_code, answer.json["code"]) == (401, "unauthenticated")
+
+
+def test_who_sends_a_token_gets_no_cookie(api, cast):
+    assert "Set-Cookie" not in api(cast.subscriber).get("/api/me").headers
+    assert "Set-Cookie" not in api().get("/api/me").headers
+
+
+# --- when a session ends
+
+
+@pytest.fixture
+def sign_in(app: Flask) -> Callable[..., FlaskClient]:
+    """`sign_in(person)`: a browser of theirs, after signing in."""
+
+    def open_browser(person) -> FlaskClient:
+        browser = app.test_client()
+        sign_in_again(browser, person)
+        return browser
+
+    return open_browser
+
+
+def sign_in_again(browser: FlaskClient, person) -> None:
+    csrf = csrf_of(browser.get("/login").text)
+    assert browser.post("/login", data={"csrf": csrf, "token": person.token}).status_code == 303
+
+
+def copy_of(browser: FlaskClient) -> FlaskClient:
+    """Somebody else's browser with a copy of the cookie."""
+    copy = browser.application.test_client()
+    copy.set_cookie("belfry", browser.get_cookie("belfry").value)
+    return copy
+
+
+def is_open(browser: FlaskClient) -> bool:
+    """Whether the browser is signed in, as the API and the page both see it."""
+    statuses = browser.get("/api/me").status_code, browser.get("/inbox").status_code
+    assert statuses in ((200, 200), (401, 303))
+    return statuses == (200, 200)
+
+
+def sign_out(browser: FlaskClient, **fields: str) -> None:
+    csrf = csrf_of(browser.get("/login").text)
+    assert browser.post("/logout", data={"csrf": csrf, **fields}).status_code == 303
+
+
+def test_a_copied_cookie_is_of_no_use_after_signing_out(sign_in, cast):
+    browser = sign_in(cast.admin)
+    headers = {"X-CSRF-Token": csrf_of(browser.get("/login").text), "Sec-Fetch-Site": "same-origin"}
+    copy = copy_of(browser)
+    assert copy.get("/api/me").status_code == 200, "it is a good copy"
+    assert copy.get("/rq/").status_code == 200
+    sign_out(browser)
+    assert not is_open(copy)
+    for method, path in (("POST", "/api/messages"), ("GET", "/api/notifications/stream"), ("POST", "/inbox/read")):
+        answer = copy.open(path, method=method, json=_message(cast), headers=headers)
+        assert answer.status_code == 401, path
+    assert copy.get("/rq/").status_code == 303
+    assert copy.post("/rq/queue/bulk/requeue", headers=headers).status_code == 401
+    assert "Signed in as" not in copy.get("/login").text
+
+
+def test_signing_out_ends_one_session_and_signing_out_everywhere_all_of_the_user(sign_in, api, cast):
+    browsers = [sign_in(cast.vip) for _ in range(3)]
+    stranger = sign_in(cast.stranger)
+    sign_out(browsers[0])
+    assert [is_open(browser) for browser in browsers] == [False, True, True]
+    sign_out(browsers[1], everywhere="1")
+    assert [is_open(browser) for browser in browsers] == [False, False, False]
+    again = sign_in(cast.vip)
+    assert api(cast.vip).delete("/api/me/sessions").status_code == 204
+    assert not is_open(again)
+    assert is_open(stranger)
+    assert api(cast.vip).get("/api/me").status_code == 200, "tokens stay valid"
+
+
+def test_a_session_signs_out_everywhere_over_the_api_with_its_csrf_token(sign_in, cast):
+    browser, other = sign_in(cast.vip), sign_in(cast.vip)
+    assert browser.delete("/api/me/sessions").status_code == 403
+    csrf = csrf_of(browser.get("/login").text)
+    assert browser.delete("/api/me/sessions", headers={"X-CSRF-Token": csrf}).status_code == 204
+    assert not is_open(browser)
+    assert not is_open(other)
+
+
+def test_signing_in_makes_a_new_session_and_ends_the_one_that_the_cookie_had(app, sign_in, cast):
+    planted = app.test_client()
+    planted.get("/login")
+    copy = copy_of(planted)
+    sign_in_again(planted, cast.vip)
+    assert not is_open(copy), "a cookie from before signing in is not signed in by it"
+    first = copy_of(planted)
+    sign_in_again(planted, cast.subscriber)
+    assert not is_open(first)
+    assert is_open(planted)
+    assert Session.select().count() == 1
+    csrf = csrf_of(planted.get("/login").text)
+    assert planted.post("/login", data={"csrf": csrf, "token": "wrong"}).status_code == 401
+    assert is_open(planted), "a wrong token ends nothing"
+
+
+@pytest.mark.parametrize(
+    ("column", "days", "ends"),
+    [("last_seen_at", 6, False), ("last_seen_at", 7, True), ("created_at", 30, False), ("created_at", 31, True)],
+)
+def test_a_session_ends_by_idleness_and_by_age(sign_in, cast, column, days, ends):
+    browser = sign_in(cast.vip)
+    execute(f"UPDATE session SET {column} = now() - make_interval(days => %(days)s)", {"days": days})
+    assert is_open(browser) is not ends
+
+
+def test_an_expired_token_ends_its_sessions(sign_in, cast):
+    browser = sign_in(cast.vip)
+    execute("UPDATE api_token SET expires_at = now() WHERE user_id = %(id)s", {"id": cast.vip.id})
+    assert not is_open(browser)
+
+
+def test_a_request_authenticates_by_one_statement_and_seldom_writes(sign_in, cast):
+    browser = sign_in(cast.vip)
+    with statements() as asked:
+        assert browser.get("/login").status_code == 200
+    assert len(asked) == 1
+    assert browser.get("/api/me").status_code == 200
+    [before] = Session.select()
+    execute("UPDATE session SET last_seen_at = last_seen_at - interval '6 minutes'")
+    assert browser.get("/api/me").status_code == 200
+    [after] = Session.select()
+    assert after.last_seen_at > before.last_seen_at
+    browser.get("/api/me")
+    [again] = Session.select()
+    assert again.last_seen_at == after.last_seen_at
+
+
+def test_the_cookie_carries_no_token_and_the_database_no_session_id(sign_in, cast):
+    browser = sign_in(cast.vip)
+    with browser.session_transaction() as cookie:
+        assert set(cookie) <= {"id", "csrf"}
+        session_id = cookie["id"]
+    [stored] = Session.select()
+    assert len(session_id) == 43, "256 bits"
+    assert bytes(stored.session_hash) == tokens.hash_token(session_id)
+    assert browser.application.test_client().get(
+        "/api/me", headers={"Authorization": f"Bearer {session_id}"}
+    ).status_code == 401, "and it is no token"  # fmt: skip
+
+
+def test_one_token_has_so_many_sessions_and_the_one_that_was_idle_for_longest_ends(sign_in, cast):
+    browser, stranger = sign_in(cast.vip), sign_in(cast.stranger)
+    for _ in range(sessions.PER_TOKEN):
+        sessions.open_session(cast.vip.token)
+    assert not is_open(browser)
+    assert is_open(stranger)
+    assert Session.select().count() == sessions.PER_TOKEN + 1
+
+
+def test_the_sweep_deletes_idle_sessions_in_bounded_batches(sign_in, cast):
+    browser = sign_in(cast.vip)
+    for _ in range(5):
+        sessions.open_session(cast.stranger.token)
+    execute(
+        "UPDATE session SET last_seen_at = now() - interval '7 days' FROM api_token t"
+        " WHERE t.id = session.token_id AND t.user_id = %(id)s",
+        {"id": cast.stranger.id},
+    )
+    assert sessions.delete_idle_sessions(3) == 3
+    maintenance.sweep()
+    assert Session.select().count() == 1
+    assert is_open(browser)
+
+
+# --- one's own tokens
+
+
+def test_one_lists_and_revokes_ones_own_tokens(sign_in, api, cast):
+    _, second = tokens.create_token(cast.vip.user)
+    browser = sign_in(cast.vip)
+    shown = api(cast.vip).get("/api/me/tokens?limit=1").json
+    [first] = shown["items"]
+    assert set(first) == {"id", "created_at", "expires_at", "revoked_at", "current"}
+    assert (first["current"], first["revoked_at"]) == (True, None)
+    [other] = api(cast.vip).get(f"/api/me/tokens?cursor={shown['next']}").json["items"]
+    assert other["current"] is False
+    assert [one["current"] for one in browser.get("/api/me/tokens").json["items"]] == [True, False]
+
+    assert api(cast.vip).delete(f"/api/me/tokens/{other['id']}").status_code == 204
+    assert api(cast.vip).delete(f"/api/me/tokens/{other['id']}").status_code == 204, "twice is no error"
+    assert tokens.authenticate(second) is None
+    assert [bool(one["revoked_at"]) for one in browser.get("/api/me/tokens").json["items"]] == [False, True]
+    assert is_open(browser)
+    csrf = csrf_of(browser.get("/login").text)
+    assert browser.delete(f"/api/me/tokens/{first['id']}", headers={"X-CSRF-Token": csrf}).status_code == 204
+    assert not is_open(browser)
+    assert api(cast.vip).get("/api/me").status_code == 401
+
+
+def test_anothers_token_does_not_exist(api, cast):
+    token = ApiToken.get(ApiToken.user == cast.subscriber.id)
+    for person in (cast.vip, cast.admin):
+        assert api(person).delete(f"/api/me/tokens/{token.id}").status_code == 404
+        assert token.id not in [one["id"] for one in api(person).get("/api/me/tokens").json["items"]]
+    assert api(cast.subscriber).get("/api/me").status_code == 200
+
+
+def test_browsers_are_told_to_come_by_https_only_where_the_address_is_one():
+    for secure, address, expected in (
+        ("1", "https://chat.example.com", "max-age=31536000"),
+        ("1", "http://chat.example.com", None),
+        ("0", "https://chat.example.com", None),
+    ):
+        with a_web_process(SESSION_COOKIE_SECURE=secure, PUBLIC_URL=address) as web:
+            for path in ("/healthz", "/login", "/nowhere"):
+                connection = HTTPConnection(urlsplit(web).netloc, timeout=30)
+                with closing(connection):
+                    connection.request("GET", path, headers={"X-Forwarded-Proto": "https"})
+                    assert connection.getresponse().headers["Strict-Transport-Security"] == expected

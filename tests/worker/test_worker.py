@@ -1,0 +1,387 @@
+"""The path through real processes: a web process, Redis, and a separate worker."""
+
+import contextlib
+import json
+import os
+import signal
+import time
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+
+import psutil
+import pytest
+from redis import Redis
+from rq.exceptions import StopRequested
+
+import jobs
+from belfry.core.db import execute, fetch_one
+from belfry.fanout import claims
+from belfry.fanout.claims import WorkItem
+from belfry.integrity.verification import verify
+from belfry.messages import messages
+from belfry.queue import queues
+from belfry.worker import maintenance, supervisor, worker
+from belfry.worker.deadline import KILL_GRACE_SECONDS, Deadline
+from config import settings, tuning
+from models import Notification, Run
+from tests.fanout_helpers import advance, crowd, notifications_that, parts_of, statements
+from tests.fanout_helpers import post as write
+from tests.processes import RQ_WORKER, a_gate, a_web_process, a_worker, running, wait_until
+
+pytestmark = pytest.mark.slow
+
+
+def post(address: str, token: str, channel_id: int, content: str) -> tuple[int, dict[str, Any]]:
+    request = urllib.request.Request(
+        f"{address}/api/messages",
+        json.dumps({"channel_id": channel_id, "content": content}).encode(),
+        {"Authorization": f"Bearer {token}", "Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=20) as answer:
+        return answer.status, json.load(answer)
+
+
+def state_of(run_id: int) -> str:
+    return str(Run.get_by_id(run_id).state)
+
+
+def told_of(message_id: int) -> set[int]:
+    return {told.user_id for told in Notification.select().where(Notification.message_id == message_id)}
+
+
+def test_a_message_reaches_the_inbox_through_web_queue_and_worker(cast, redis):
+    with a_web_process() as address, a_worker() as process:
+        status, message = post(address, cast.subscriber.token, cast.general, "gold breaks out, @vera")
+        assert status == 201
+        wait_until(lambda: state_of(message["run"]["id"]) == "succeeded", "the run to succeed")
+        assert told_of(message["id"]) == {cast.admin.id, cast.moderator.id, cast.vip.id}
+
+        done = next(line for line in process.lines() if line["message"] == f"run {message['run']['id']}: done")
+        assert done["run_id"] == message["run"]["id"]
+        assert done["job_id"]
+        job_id = queues.run_job_id(message["run"]["id"])
+        finished = queues.queue().finished_job_registry
+        wait_until(lambda: finished.get_job_ids() == [job_id], "RQ to record that the job is finished")
+        result = queues.queue().fetch_job(job_id).latest_result()
+        assert result.return_value["run"] == message["run"]["id"]
+
+
+def test_an_error_is_recorded_on_the_run_and_retried_until_it_passes(cast):
+    with a_web_process() as address, a_worker() as process:
+        with notifications_that("RAISE EXCEPTION 'the disk is full';"):
+            _, message = post(address, cast.subscriber.token, cast.general, "gold")
+            run_id = message["run"]["id"]
+            wait_until(lambda: Run.get_by_id(run_id).error, "the failure to be recorded")
+            failed = Run.get_by_id(run_id)
+            assert "the disk is full" in failed.error
+            assert failed.state == "queued"
+            assert told_of(message["id"]) == set()
+        wait_until(lambda: state_of(run_id) == "succeeded", "the retry to succeed")
+        retried = Run.get_by_id(run_id)
+        assert retried.attempts >= 2
+        assert retried.error is None
+        assert told_of(message["id"]) == {cast.admin.id, cast.moderator.id, cast.vip.id}
+        jobs_of_it = {line["job_id"] for line in process.lines() if line.get("run_id") == run_id}
+        assert len(jobs_of_it) == 1, "it is RQ's retry that is shown here: the sweeper would have made another job"
+
+
+def test_with_redis_out_posting_answers_201_and_the_sweeper_finds_the_run(cast, redis):
+    with a_gate(os.environ["REDIS_URL"]) as gate:
+        behind = {"REDIS_URL": gate.url}
+        with a_web_process(**behind) as address, a_worker(**behind) as process:
+            gate.shut()
+            posted = [post(address, cast.subscriber.token, cast.general, f"gold {number}") for number in range(3)]
+            assert [status for status, _ in posted] == [201, 201, 201]
+            assert {message["run"]["state"] for _, message in posted} == {"pending"}
+            assert {run.state for run in Run.select()} == {"pending"}
+            redis.flushdb()
+            gate.open()
+            wait_until(lambda: {run.state for run in Run.select()} == {"succeeded"}, "the runs to be found", 60)
+            for _, message in posted:
+                assert told_of(message["id"]) == {cast.admin.id, cast.moderator.id, cast.vip.id}
+            assert process.running()
+
+
+def test_a_worker_that_starts_before_redis_waits_for_it(cast):
+    with a_gate(os.environ["REDIS_URL"]) as gate:
+        gate.shut()
+        with running(["flask", "--app", "app", "worker"], REDIS_URL=gate.url, SWEEP_INTERVAL_SECONDS="1") as process:
+            wait_until(lambda: "Redis is out of reach" in process.log(), "the worker to say so")
+            gate.open()
+            wait_until(lambda: "Listening on" in process.log(), "the worker to listen")
+
+
+def test_sigterm_finishes_the_work_in_hand(api, cast):
+    with a_worker() as process, notifications_that("PERFORM pg_sleep(2);"):
+        message = api(cast.subscriber).post("/api/messages", json={"channel_id": cast.general, "content": "gold"})
+        run_id = message.get_json()["run"]["id"]
+        wait_until(_at_work, "the worker to be at work")
+        # As Heroku does it: to every process of the dyno, the work-horse included.
+        for one in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+            one.send_signal(signal.SIGTERM)
+        assert process.wait() == 0
+        assert state_of(run_id) == "succeeded"
+        assert told_of(message.get_json()["id"]) == {cast.admin.id, cast.moderator.id, cast.vip.id}
+
+
+def _at_work() -> bool:
+    found = fetch_one(
+        "SELECT count(*) AS sessions FROM pg_stat_activity"
+        " WHERE wait_event = 'PgSleep' AND datname = current_database()"
+    )
+    return bool(found and found["sessions"])
+
+
+def test_sigterm_ends_a_worker_from_which_redis_was_taken():
+    with a_gate(os.environ["REDIS_URL"]) as gate, a_worker(REDIS_URL=gate.url) as process:
+        gate.shut()
+        os.kill(process.pid, signal.SIGTERM)
+        assert process.wait() == 0
+
+
+def test_who_is_asked_to_stop_and_goes_on_is_asked_again_but_not_with_a_job_in_hand(redis, monkeypatch):
+    horse = worker.BelfryWorker([queues.queue()], connection=redis)
+    with pytest.raises(StopRequested):
+        horse.request_stop(signal.SIGTERM, None)
+    horse.request_stop(signal.SIGTERM, None)  # it is leaving
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + tuning.stop_retry_seconds + 0.1)
+    with pytest.raises(StopRequested):
+        horse.request_stop(signal.SIGTERM, None)
+    another = worker.BelfryWorker([queues.queue()], connection=redis)
+    another._busy = True
+    another.request_stop(signal.SIGTERM, None)
+    assert another._stop_requested
+    another._busy = False
+    another.request_stop(signal.SIGTERM, None)  # the job is done, and it is leaving
+    monkeypatch.setattr(time, "monotonic", lambda: now + 60)
+    with pytest.raises(StopRequested):
+        another.request_stop(signal.SIGTERM, None)
+
+
+def test_a_killed_work_horse_costs_nobody_their_notification(api, cast):
+    with a_worker() as process, notifications_that("PERFORM pg_sleep(1);"):
+        message = api(cast.subscriber).post("/api/messages", json={"channel_id": cast.general, "content": "gold"})
+        run_id = message.get_json()["run"]["id"]
+        wait_until(_at_work, "the worker to be at work")
+        horse = max(psutil.Process(process.pid).children(), key=lambda child: child.create_time())
+        horse.kill()
+        wait_until(lambda: state_of(run_id) == "succeeded", "another attempt to succeed", 60)
+    assert Run.get_by_id(run_id).attempts == 2
+    assert told_of(message.get_json()["id"]) == {cast.admin.id, cast.moderator.id, cast.vip.id}
+
+
+def test_plain_rq_workers_can_run_the_jobs_too(api, cast):
+    message = api(cast.subscriber).post("/api/messages", json={"channel_id": cast.general, "content": "gold"})
+    with running(
+        [*RQ_WORKER, "--burst", "-u", os.environ["REDIS_URL"], *queues.QUEUES]
+    ) as process:
+        assert process.wait(60) == 0
+    assert state_of(message.get_json()["run"]["id"]) == "succeeded"
+
+
+def test_the_burst_worker_ends_when_all_is_done(api, cast):
+    message = api(cast.subscriber).post("/api/messages", json={"channel_id": cast.general, "content": "gold"})
+    with running(["flask", "--app", "app", "worker", "--burst"]) as process:
+        assert process.wait(60) == 0
+    assert state_of(message.get_json()["run"]["id"]) == "succeeded"
+
+
+def test_the_sweeper_outlives_what_nobody_foresaw(monkeypatch, caplog):
+    def break_down() -> None:
+        raise RuntimeError("no such table")
+
+    monkeypatch.setattr(maintenance, "sweep", break_down)
+    supervisor.sweep_once()
+    assert "the sweep failed" in caplog.text
+
+
+def test_small_messages_go_first_and_a_large_one_goes_on_though_they_never_cease(
+    cast, slices_of, monkeypatch
+):
+    crowd(cast.server_id, 20)
+    slices_of(5)
+    _, large = write(cast.subscriber, cast.general)
+    advance(large)
+    slices = parts_of(large)
+    assert len(slices) == 5
+    queues.enqueue(slices)
+    small = [write(cast.subscriber, cast.general)[1] for _ in range(20)]
+    queues.enqueue([WorkItem(run_id) for run_id in small])
+    taken: list[str] = []
+    monkeypatch.setattr(worker.BelfryWorker, "execute_job", lambda self, job, queue: taken.append(queue.name))
+    supervisor.work(burst=True)
+    assert taken[:7] == ["notifications"] * 3 + ["bulk"] + ["notifications"] * 3
+    assert taken.count("bulk") == 5
+    assert taken[-1] == "notifications"
+
+
+def test_in_burst_it_sweeps_until_nothing_is_left_to_enqueue(monkeypatch):
+    swept, worked = [500, 20, 0], []
+    monkeypatch.setattr(supervisor, "sweep_once", lambda: swept.pop(0))
+    monkeypatch.setattr(supervisor, "run_jobs", lambda burst: worked.append(burst) or True)
+    supervisor.work(burst=True)
+    assert (swept, worked) == ([], [True, True, True])
+
+
+def horses_of(pid: int) -> list[int]:
+    return [child.pid for child in psutil.Process(pid).children()]
+
+
+def test_a_killed_worker_leaves_no_process_behind():
+    with a_worker() as process:
+        horses = horses_of(process.pid)
+        assert len(horses) == 1
+        os.kill(process.pid, signal.SIGKILL)
+        wait_until(lambda: not psutil.pid_exists(horses[0]), "its work-horse to end")
+
+
+def test_a_work_horse_that_dies_is_followed_by_another(cast):
+    with a_worker() as process:
+        (horse,) = horses_of(process.pid)
+        os.kill(horse, signal.SIGKILL)
+        wait_until(lambda: horses_of(process.pid) not in ([], [horse]), "another")
+        assert "the work-horse ended with signal 9: another is started" in process.log()
+        _, run_id = write(cast.subscriber, cast.general)
+        queues.enqueue_run(run_id)
+        wait_until(lambda: state_of(run_id) == "succeeded", "the run to succeed")
+
+
+def test_a_job_that_cannot_be_broken_off_ends_with_its_process(cast, override):
+    """RQ breaks off what hears signals; this one does not."""
+    override(job_timeout_seconds=1)
+    with a_worker(through=("tests.faults.deaf",)) as process:
+        (horse,) = horses_of(process.pid)
+        _, run_id = write(cast.subscriber, cast.general, "deaf")
+        queues.enqueue_run(run_id)
+        wait_until(lambda: horses_of(process.pid) not in ([], [horse]), "another work-horse", 60)
+        assert "its process is killed" in process.log()
+    with a_worker():
+        wait_until(lambda: state_of(run_id) == "succeeded", "the run to succeed")
+
+
+def test_a_work_horse_ends_after_so_many_jobs(cast, monkeypatch, override):
+    override(max_jobs_per_process=3)
+    monkeypatch.setattr(worker.BelfryWorker, "execute_job", lambda *_: None)
+    queues.enqueue([WorkItem(write(cast.subscriber, cast.general)[1]) for _ in range(5)])
+    assert worker.run_jobs()
+    assert queues.queue().count == 2
+
+
+def test_a_deadline_is_over_only_while_a_job_is_in_hand():
+    deadline = Deadline()
+    assert not deadline.is_over()
+    deadline.set(-KILL_GRACE_SECONDS - 1)
+    assert deadline.is_over()
+    deadline.clear()
+    assert not deadline.is_over()
+    deadline.set(0)
+    assert not deadline.is_over()
+
+
+def work_on_jobs(at_most: int | None = None) -> None:
+    """Let a worker of Belfry's, in this process, take jobs out of the queue until it is empty, or so many."""
+    with Redis.from_url(settings.redis_url) as connection:
+        one = worker.BelfryWorker([queues.queue(queues.NOTIFICATIONS, connection)], connection=connection)
+        one.log_result_lifespan = False
+        one.work(burst=True, max_jobs=at_most, logging_level=None)
+
+
+def test_small_messages_that_wait_are_told_together(cast, run_jobs):
+    """In one transaction, by one job; edits, tests and retries among them are done as ever."""
+    runs = [write(cast.subscriber, cast.general, f"gold {number}, @vera")[1] for number in range(30)]
+    message_id, first = write(cast.moderator, cast.general, "silver")
+    runs += [first, messages.edit_message(cast.moderator.user, message_id, "@vera").run_id]
+    execute("UPDATE run SET attempts = 1, attempts_left = 5 WHERE id = 7")
+    queues.enqueue([WorkItem(run_id) for run_id in runs])
+    with statements() as said:
+        work_on_jobs(1)
+    assert sum("INSERT INTO notification" in statement for statement in said) == 1
+    assert [state_of(run_id) for run_id in runs].count("succeeded") == len(runs) - 2
+    assert [job.args[0] for job in queues.queue().jobs] == [7, runs[-1]], "the others' jobs are gone"
+    assert run_jobs() == 0
+    assert {state_of(run_id) for run_id in runs} == {"succeeded"}
+    assert told_of(message_id) == {cast.admin.id, cast.subscriber.id, cast.vip.id}
+    assert verify() == []
+
+
+def test_of_messages_that_are_told_together_one_that_fails_costs_the_others_nothing(cast, run_jobs):
+    runs = [write(cast.subscriber, cast.general)[1] for _ in range(5)]
+    queues.enqueue([WorkItem(run_id) for run_id in runs])
+    with notifications_that_fail_for(3):
+        work_on_jobs()
+        states = [state_of(run_id) for run_id in runs]
+    assert states == ["succeeded", "succeeded", "queued", "succeeded", "succeeded"]
+    assert "poison" in Run.get_by_id(3).error
+    assert [Run.get_by_id(run_id).attempts for run_id in runs] == [1] * 5
+    execute("UPDATE run SET sweep_after = now() - interval '1 second' WHERE sweep_after IS NOT NULL")
+    assert maintenance.sweep() == 1
+    assert run_jobs() == 0
+    assert state_of(3) == "succeeded"
+    assert verify() == []
+
+
+def test_large_audiences_are_not_told_together_with_small_ones(cast, slices_of):
+    slices_of(11)  # two messages to five members
+    runs = [write(cast.subscriber, cast.general)[1] for _ in range(5)]
+    queues.enqueue([WorkItem(run_id) for run_id in runs])
+    work_on_jobs(1)
+    assert [state_of(run_id) for run_id in runs] == ["succeeded"] * 2 + ["queued"] * 3
+    slices_of(4)
+    work_on_jobs(1)
+    assert [state_of(run_id) for run_id in runs] == ["succeeded"] * 2 + ["running"] + ["queued"] * 2
+
+
+@contextlib.contextmanager
+def notifications_that_fail_for(message_id: int) -> Iterator[None]:
+    execute(
+        "CREATE FUNCTION test_poison() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+        f" IF NEW.message_id = {message_id} THEN RAISE EXCEPTION 'poison'; END IF; RETURN NEW; END $$;"
+        "CREATE TRIGGER test_poison BEFORE INSERT ON notification FOR EACH ROW EXECUTE FUNCTION test_poison()"
+    )
+    try:
+        yield
+    finally:
+        execute("DROP FUNCTION test_poison CASCADE")
+
+
+def test_a_large_run_tells_the_mentioned_and_goes_on_in_bulk_a_job_a_slice(api, cast, run_jobs, slices_of):
+    slices_of(2)
+    message = api(cast.subscriber).post("/api/messages", json={"channel_id": cast.general, "content": "gold, @vera"})
+    run_id = message.get_json()["run"]["id"]
+    jobs.notify(run_id)
+    assert (state_of(run_id), Run.get_by_id(run_id).members_processed) == ("running", 1)
+    assert told_of(message.get_json()["id"]) == {cast.vip.id}
+    waiting = [(job.func_name, *job.args) for job in queues.queue(queues.BULK).jobs]
+    assert waiting == [("jobs.notify_slice", run_id, part.after_user_id) for part in parts_of(run_id)]
+    assert len(waiting) == 3
+    assert run_jobs() == 0
+    finished = Run.get_by_id(run_id)
+    assert (finished.state, finished.members_processed, finished.members_total) == ("succeeded", 5, 5)
+    assert told_of(message.get_json()["id"]) == {cast.admin.id, cast.moderator.id, cast.vip.id}
+
+
+def test_a_job_that_finds_its_run_in_other_hands_leaves_it_there(api, cast, in_another_session):
+    api(cast.subscriber).post("/api/messages", json={"channel_id": cast.general, "content": "gold"})
+    with in_another_session("SELECT FROM run FOR NO KEY UPDATE"):
+        jobs.notify(1)
+    assert (state_of(1), Run.get_by_id(1).attempts) == ("queued", 0)
+
+
+def test_a_job_that_was_overtaken_says_so_and_not_that_it_is_done(cast, monkeypatch, caplog):
+    _, run_id = write(cast.subscriber, cast.general)
+    monkeypatch.setattr(claims, "lock_batch", lambda *_: [])
+    monkeypatch.setattr(claims, "lock_claimed", lambda *_: None)
+    with caplog.at_level("INFO"):
+        jobs.notify(run_id)
+    assert f"run {run_id}: attempt 1 was overtaken" in caplog.text
+    assert "done" not in caplog.text
+
+
+def test_an_author_does_not_see_the_inside_of_an_error(api, cast):
+    message = api(cast.subscriber).post("/api/messages", json={"channel_id": cast.general, "content": "gold"})
+    execute("UPDATE run SET error = 'connection to 10.0.0.7 failed'")
+    url = message.get_json()["run"]["url"]
+    assert "10.0.0.7" not in api(cast.subscriber).get(url).get_json()["error"]
+    assert "10.0.0.7" in api(cast.admin).get(url).get_json()["error"]

@@ -1,0 +1,1 @@
+"""Development, benchmarks and chaos tests: beside the product, which imports none of it."""

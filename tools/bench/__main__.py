@@ -1,0 +1,128 @@
+"""`make bench`: sets up servers of its own, as the demo does, and measures, part by part.
+
+Prints tables; `--json FILE` has every figure, and what they are of; `--charts DIR` draws them. The peers are installed
+into environments of their own, once.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from tools.bench import environments
+from tools.bench.stage import Stage
+from tools.dev import ROOT, CommandError, say, stack
+
+PARTS = {
+    "large": "tools.bench.large",
+    "small": "tools.bench.small",
+    "growth": "tools.bench.growth",
+    "web": "tools.bench.web",
+    "live": "tools.bench.live",
+    "inbox": "tools.bench.inbox",
+    "table": "tools.bench.table",
+}
+"""Name: the module, which has `measure(stage, arguments) -> dict`, of what JSON can hold, and `table(that) -> str`: of
+that as JSON has it, with names for keys. It is imported when the environment names the servers."""
+SIZES = (1_000, 10_000)  # communities beside those of --members; see `Stage`
+
+
+def main() -> int:
+    arguments = _arguments()
+    try:
+        if arguments.draw:
+            results = json.loads(arguments.draw.read_text())
+        else:
+            # As they will be read: with names for keys.
+            results = json.loads(json.dumps(measure(arguments)))
+    except CommandError as error:
+        say(str(error))
+        return 1
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+    if arguments.charts:
+        draw(results, arguments.charts)
+    return 0
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--members", type=_numbers, default="100000,1000000", help="large audiences (%(default)s)")
+    parser.add_argument("--runs", type=int, help="rounds for each size (5; 3 above 100000)")
+    parser.add_argument("--people", type=int, default=1_500, help="recipients of django-notifications-hq (%(default)s)")
+    parser.add_argument("--messages", type=int, default=2_000, help="small messages to each worker (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="measurements of small messages (%(default)s)")
+    parser.add_argument("--lone", type=int, default=45, help="lone messages to each worker, in rounds (%(default)s)")
+    parser.add_argument("--rows", type=int, default=50_000_000, help="notifications in a full table (%(default)s)")
+    parser.add_argument(
+        "--inbox-rows", type=int, default=10_000_000, help="notifications beside a large inbox (%(default)s)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
+    parser.add_argument("--charts", type=Path, metavar="DIR", help="draw charts into that directory")
+    parser.add_argument("--draw", type=Path, metavar="FILE", help="measure nothing: take what --json wrote there")
+    arguments = parser.parse_args()
+    if arguments.draw and not arguments.charts:
+        parser.error("--draw needs --charts: where to draw")
+    return arguments
+
+
+def _numbers(text: str) -> list[int]:
+    return sorted({int(number) for number in text.split(",")})
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Every part's results, and what they are of. Prints each part's table when it is done."""
+    results: dict[str, Any] = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "load_before": round(os.getloadavg()[0], 2),
+        "command": shlex.join(["python", "-m", "tools.bench", *sys.argv[1:]]),
+    }
+    began, seconds, parts = time.perf_counter(), {}, {}
+    with ExitStack() as running:
+        listening, data_dir, env = running.enter_context(stack.of_its_own("bench"))
+        env |= {"RATE_LIMIT_MESSAGES": "1000000 per minute", "RATE_LIMIT_DEFAULT": "10000000 per minute"}
+        env |= {"LOG_LEVEL": "WARNING"}
+        os.environ.update(env)
+        from tools.bench import machine  # what is imported from here on may read the environment
+
+        stage = Stage(env, listening, data_dir)
+        stage.populate([*SIZES, *arguments.members])
+        seconds["communities"] = time.perf_counter() - began
+        for name in arguments.only:
+            began, module = time.perf_counter(), import_module(PARTS[name])
+            parts[name] = module.measure(stage, arguments)
+            seconds[name] = time.perf_counter() - began
+            say(f"\n{module.table(json.loads(json.dumps(parts[name])))}\n")
+        results |= machine.described(env)
+    results |= {"seconds": {name: round(took) for name, took in seconds.items()}, "parts": parts}
+    versions = {name: version for name, version in results["versions"].items() if name != "peers"}
+    say(", ".join(f"{name} {version}" for name, version in versions.items()))
+    say(f"{results['machine']}, {results['cores']} cores, {results['tree'] or 'no commit'}, {results['date']}")
+    say(f"Load of the machine before: {results['load_before']}; the ratios bear some, the times do not")
+    say("Seconds: " + ", ".join(f"{name} {took}" for name, took in results["seconds"].items()))
+    return results
+
+
+def draw(results: dict[str, Any], directory: Path) -> None:
+    """Charts of the results, by matplotlib in an environment of its own."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(results, file)
+        file.flush()
+        line = [str(environments.python_of("charts")), "tools/bench/charts.py", file.name, str(directory.resolve())]
+        subprocess.run(line, cwd=ROOT, check=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

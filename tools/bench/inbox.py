@@ -1,0 +1,201 @@
+"""A part of `make bench`: the inbox of somebody with 100,000 notifications, in a table of 10,000,000.
+
+They are one of RECIPIENTS of each of 100,000 messages, which are in several channels and by several authors; the others
+told are everybody in turn. So each of their rows lies on a page of its own, as in life. Each request over HTTP, beside
+the same one of a person with FEW notifications in a table that holds nothing else.
+
+Of the partitions they lie in, the last one is in use, and half full.
+"""
+
+import argparse
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import psycopg
+
+from belfry.cli import seeding
+from belfry.core import partitions
+from belfry.core.db import execute, fetch_all
+from belfry.identity import tokens, users
+from config import tuning
+from tools.bench.filling import fill_partition, leave_partitions, timed
+from tools.bench.stage import Stage
+from tools.dev import ports, say
+from tools.dev.client import Client
+
+RECIPIENTS = 100
+MEMBERS, CHANNELS, AUTHORS = 10_000, 10, 50
+FEW = 10
+PER_PARTITION = tuning.partition_min_rows * 9 // 10 // RECIPIENTS  # messages; with more it might be left
+WARM = 24  # requests: each of the web's connections is to have its plans, as it has in production
+FIRST, DEEP, UNREAD_PAGE = "first page", "page in the middle", "page of the unread"
+COUNT, MARK = "unread count", "mark all"
+
+
+def measure(stage: Stage, arguments: argparse.Namespace) -> dict[str, Any]:
+    """{"rows", "own", "ms": {situation: {request: {"p50", "p95"}}}}."""
+    inbox = _Inbox(stage, arguments.inbox_rows)
+    ms: dict[str, dict[str, dict[str, float]]] = {}
+    with stage.web():
+        say(f"the inbox of somebody with {FEW}, and nothing else")
+        inbox.fill_few()
+        ms[f"{FEW} of {FEW} unread"] = inbox.reads(200, inbox.first_page) | {MARK: inbox.marking(FEW, 30)}
+        say(f"making {inbox.messages * RECIPIENTS:,} notifications …")
+        inbox.fill()
+        middle = inbox.walk_to_the_middle()
+        for unread, times in ((inbox.messages, 30), (100, 40), (0, 40)):
+            say(f"the inbox of somebody with {inbox.messages:,}, {unread:,} of them unread")
+            inbox.let_be_unread(unread)
+            found = inbox.reads(times, middle)
+            if unread:
+                found[MARK] = inbox.marking(unread, 6 if unread > 1_000 else 20)
+            ms[f"{unread:,} of {inbox.messages:,} unread"] = found
+    there, number = stage.count(), len(partitions.list_partitions())
+    stage.without_messages()
+    return {"rows": there, "own": inbox.messages, "few": FEW, "partitions": number, "ms": ms}
+
+
+class _Inbox:
+    """A person, their server, and what is in the table."""
+
+    def __init__(self, stage: Stage, all_rows: int) -> None:
+        self.stage, self.messages = stage, max(1_000, all_rows // RECIPIENTS)
+        made = seeding.seed(MEMBERS, CHANNELS)
+        self.channel_ids = made["channel_ids"][:1] + made["channel_ids"][3:]  # where members post, and all see
+        found = fetch_all(
+            "SELECT m.user_id, p.user_id IS NULL AND s.status = 'active' AS wants_all"
+            " FROM member m"
+            " LEFT JOIN preference p ON p.user_id = m.user_id"
+            " LEFT JOIN subscription s ON s.user_id = m.user_id"
+            " WHERE m.server_id = %(server_id)s"
+            " ORDER BY m.user_id",
+            made,
+        )
+        people = [one["user_id"] for one in found]
+        self.user_id = next(one["user_id"] for one in found if one["wants_all"])
+        self.others = [one for one in people if one != self.user_id]
+        token = tokens.create_token(users.find_user(self.user_id))[1]
+        self.client = Client(ports.address_of(stage.listening), token)
+
+    def get(self, what: str) -> Callable[[], Any]:
+        return lambda: self.client.get(f"/api/notifications{what}")
+
+    @property
+    def first_page(self) -> Callable[[], Any]:
+        return self.get("")
+
+    def fill_few(self) -> None:
+        self.stage.empty()
+        ids = self.stage.new_messages(self.channel_ids[:1], FEW)
+        execute(
+            "INSERT INTO notification (user_id, message_id, reason)"
+            " SELECT %(user_id)s, message_id, 'message' FROM unnest(%(ids)s::bigint[]) AS message_id",
+            {"user_id": self.user_id, "ids": ids},
+        )
+        execute("VACUUM (ANALYZE) notification")
+
+    def fill(self) -> None:
+        execute("TRUNCATE notification")
+        partitions.maintain()
+        first = partitions.list_partitions()[-1].below  # beyond what is there
+        number = -(-self.messages // PER_PARTITION)
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(lambda one: self._fill_one(first, one), range(number)))
+        following = first + (number - 1) * partitions.PARTITION_SPAN + PER_PARTITION
+        execute(f"ALTER SEQUENCE message_id_seq RESTART WITH {following}")
+        leave_partitions()
+        execute("VACUUM (ANALYZE)")
+        execute("CHECKPOINT")
+
+    def _fill_one(self, first: int, number: int) -> None:
+        lower = first + number * partitions.PARTITION_SPAN
+        here = {
+            "lower": lower,
+            "upper": lower + min(PER_PARTITION, self.messages - number * PER_PARTITION) - 1,
+            "channel_ids": self.channel_ids,
+            "author_ids": self.others[:AUTHORS],
+            "others": self.others,
+            "user_id": self.user_id,
+            "recipients": RECIPIENTS - 1,
+        }
+        self._execute(
+            "INSERT INTO message (id, channel_id, author_id, content)"
+            " SELECT n, (%(channel_ids)s::bigint[])[1 + n %% cardinality(%(channel_ids)s::bigint[])],"
+            "  (%(author_ids)s::bigint[])[1 + (n / 7) %% cardinality(%(author_ids)s::bigint[])],"
+            "  repeat('gold breaks out ', 5)"
+            " FROM generate_series(%(lower)s::bigint, %(upper)s::bigint) AS n",
+            here,
+        )
+        fill_partition(
+            self.stage.env["DATABASE_URL"],
+            lower,
+            "SELECT CASE told WHEN 0 THEN %(user_id)s::bigint"
+            "  ELSE (%(others)s::bigint[])[1 + (n * %(recipients)s + told) %% cardinality(%(others)s::bigint[])]"
+            "  END AS user_id,"
+            "  n AS message_id, CASE WHEN told > 0 THEN now() END AS read_at"
+            " FROM generate_series(%(lower)s::bigint, %(upper)s::bigint) AS n,"
+            " generate_series(0, %(recipients)s) AS told",
+            here,
+        )
+
+    def _execute(self, statement: str, parameters: dict[str, Any]) -> None:
+        with psycopg.connect(self.stage.env["DATABASE_URL"], autocommit=True) as connection:
+            connection.execute(statement, parameters)
+
+    def walk_to_the_middle(self) -> Callable[[], Any]:
+        """The request for a page there, as somebody gets it who goes from page to page."""
+        page = self.client.get("/api/notifications?limit=100")
+        for _ in range(self.messages // 200):
+            page = self.client.get(f"/api/notifications?limit=100&cursor={page['next']}")
+        return self.get(f"?cursor={page['next']}")
+
+    def let_be_unread(self, newest: int, *, tidy: bool = True) -> None:
+        """So many of theirs, the newest; the rest is read. With `tidy` PostgreSQL has vacuumed since."""
+        execute(
+            "WITH newest AS ("
+            "  SELECT message_id FROM notification WHERE user_id = %(user_id)s ORDER BY 1 DESC LIMIT %(newest)s)"
+            " UPDATE notification n SET read_at = CASE WHEN unread THEN NULL ELSE now() END"
+            " FROM (SELECT message_id, message_id IN (SELECT message_id FROM newest) AS unread"
+            "  FROM notification WHERE user_id = %(user_id)s) o"
+            " WHERE n.user_id = %(user_id)s AND n.message_id = o.message_id AND (n.read_at IS NULL) <> unread",
+            {"user_id": self.user_id, "newest": newest},
+        )
+        if tidy:
+            execute("VACUUM notification")
+        assert self.client.get("/api/notifications/unread-count")["unread"] == newest
+
+    def reads(self, times: int, middle: Callable[[], Any]) -> dict[str, dict[str, float]]:
+        asked = {
+            "who one is": lambda: self.client.get("/api/me"),  # the same without a notification: a yardstick
+            FIRST: self.first_page,
+            DEEP: middle,
+            UNREAD_PAGE: self.get("?unread=1"),
+            COUNT: self.get("/unread-count"),
+        }
+        return {name: timed(ask, times, warm=WARM) for name, ask in asked.items()}
+
+    def marking(self, unread: int, times: int) -> dict[str, float]:
+        """All of so many unread ones, the same again each time."""
+
+        def mark() -> None:
+            assert self.client.post("/api/notifications/read", {"all": True}) == {"marked": unread, "unread": 0}
+
+        return timed(mark, times, warm=2, before=lambda: self.let_be_unread(unread, tidy=unread > 1_000))
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results for people."""
+    few, *many = results["ms"].items()
+    lines = [
+        f"The inbox of somebody with {results['own']:,} notifications, among {results['rows']:,} in"
+        f" {results['partitions']} partitions; ms, and the ratio of the p50 to that with {few[0]} alone in the table",
+        f"  {'':20} {few[0]:>19}" + "".join(f"{name:>27}" for name, _ in many),
+    ]
+    for name, alone in few[1].items():
+        line = f"  {name:20} {alone['p50']:9.2f} {alone['p95']:9.2f}"
+        for _, found in many:
+            one = found.get(name)
+            line += f"{one['p50']:10.2f} {one['p95']:9.2f} {one['p50'] / alone['p50']:5.1f}x" if one else " " * 27
+        lines.append(line)
+    return "\n".join(lines)

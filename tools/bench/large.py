@@ -1,0 +1,241 @@
+"""A part of `make bench`: one message to a large audience, beside the limit, and beside what is usual.
+
+In turn, so many times, each into an empty table, every count of rows checked:
+
+- the limit: Belfry's own INSERT … SELECT as one statement, into the same table, without a run or its statistics;
+- Belfry end to end, with one worker and with two: from the moment that the POST is sent until its run is finished and
+  committed, as another connection sees it;
+- that one statement into a table with the usual four indexes;
+- django-notifications-hq, `notify.send`; to fewer people, for it inserts them one by one.
+"""
+
+import argparse
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psutil
+import psycopg
+
+from belfry.fanout import decision
+from tools.bench import environments, machine
+from tools.bench.stage import Stage, reached
+from tools.dev import CommandError, say
+from tools.dev.processes import Child, finish
+
+LIMIT, FOUR, DJANGO = "limit", "four indexes", "django"
+BELFRY = {1: "Belfry, one worker", 2: "Belfry, two workers"}
+NAMES = {
+    LIMIT: "the limit: one statement, by psycopg",
+    FOUR: "that statement, four usual indexes",
+    DJANGO: "django-notifications-hq",
+    **{name: name for name in BELFRY.values()},
+}
+TARGETS = {LIMIT: 0.9, FOUR: 1.5, DJANGO: 50.0}
+"""How many times their rows a second Belfry is to reach."""
+MEMORY_TARGET = 1.1  # the largest of the work-horses' peaks to the least
+
+_TELLING = ", ".join(f"'{reason}'" for reason in decision.NOTIFY_DECISIONS)
+BARE_STATEMENT = (
+    "INSERT INTO notification (user_id, message_id, reason)"
+    f" SELECT user_id, %(message_id)s, decision::reason FROM ({decision.DECISIONS_SQL}) decided"
+    f" WHERE decision IN ({_TELLING})"
+    " ON CONFLICT (user_id, message_id) DO NOTHING"
+)
+"""The notifications of one message by Belfry's own rules, without statistics, progress or a run. For
+`Subject.parameters`."""
+AS_BELFRY = "SET jit = off; SET plan_cache_mode = force_custom_plan"  # what its connections have
+
+_FOUR_INDEXES = """
+    CREATE TABLE bench_notification (
+        LIKE notification INCLUDING DEFAULTS,
+        id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+        UNIQUE (user_id, message_id)
+    );
+    CREATE INDEX bench_notification_inbox ON bench_notification (user_id, created_at DESC);
+    CREATE INDEX bench_notification_unread ON bench_notification (user_id) WHERE read_at IS NULL;
+"""
+
+
+def measure(stage: Stage, arguments: argparse.Namespace) -> dict[str, Any]:
+    """{"people", "sizes": {members: figures}, "horse_peak_mib": {members: MiB}}; seconds, rows a second, MiB."""
+    with (
+        psycopg.connect(stage.env["DATABASE_URL"], autocommit=True) as connection,
+        _django(stage, arguments.people) as by_django,
+        stage.web(),
+    ):
+        connection.execute(AS_BELFRY)
+        connection.execute(_FOUR_INDEXES)
+        for table in ("notification", "bench_notification"):  # the first of a connection is slow
+            _by_statement(stage, connection, stage.warming, table)
+        sizes = {
+            members: _rounds(stage, connection, by_django, members, _runs(members, arguments.runs))
+            for members in arguments.members
+        }
+        connection.execute("DROP TABLE bench_notification")
+        few = 1_000
+        with stage.workers(1, large=False) as workers:
+            peak = end_to_end(stage, stage.communities[few], workers)["horse_peak_mib"]
+    peaks = {few: round(peak, 1)} | {members: figures.pop("horse_peak_mib") for members, figures in sizes.items()}
+    return {"people": arguments.people, "sizes": sizes, "horse_peak_mib": peaks}
+
+
+def _runs(members: int, asked: int | None) -> int:
+    return asked or (5 if members <= 100_000 else 3)
+
+
+def _rounds(
+    stage: Stage, connection: Any, by_django: Callable[[], dict[str, float]], members: int, runs: int
+) -> dict[str, Any]:
+    channel_id = stage.communities[members]
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in NAMES}
+    for number in range(runs):
+        say(f"one message to {members:,}: {number + 1} of {runs}")
+        found[LIMIT].append(_by_statement(stage, connection, channel_id, "notification"))
+        for workers, name in BELFRY.items():
+            with stage.workers(workers) as children:
+                found[name].append(end_to_end(stage, channel_id, children, int(found[LIMIT][0]["rows"])))
+        found[FOUR].append(_by_statement(stage, connection, channel_id, "bench_notification"))
+        found[DJANGO].append(by_django())
+        assert found[FOUR][-1]["rows"] == found[LIMIT][-1]["rows"] == found[LIMIT][0]["rows"]
+    return {
+        "runs": runs,
+        "rows": int(found[LIMIT][0]["rows"]),
+        "figures": {name: _medians(all_) for name, all_ in found.items()},
+        "ratios": {name: {other: _ratio(found[name], found[other]) for other in TARGETS} for name in BELFRY.values()},
+        "horse_peak_mib": round(max(one["horse_peak_mib"] for name in BELFRY.values() for one in found[name]), 1),
+    }
+
+
+def _medians(all_: list[dict[str, float]]) -> dict[str, Any]:
+    used = {
+        name: round(statistics.median(one[name] for one in all_), 2)
+        for name in ("cpu_s", "pss_mib", "postgres_cpu_s")
+        if name in all_[0]
+    }
+    return {
+        "s": round(statistics.median(one["s"] for one in all_), 3),
+        "all_s": [round(one["s"], 3) for one in all_],
+        "rows_per_s": round(statistics.median(one["rows"] / one["s"] for one in all_)),
+        **used,
+    }
+
+
+def _ratio(ours: list[dict[str, float]], others: list[dict[str, float]]) -> float:
+    """How many times the others' rows a second: the median of pairs."""
+    pairs = zip(ours, others, strict=True)
+    return round(statistics.median(one["rows"] / one["s"] / (other["rows"] / other["s"]) for one, other in pairs), 3)
+
+
+def _by_statement(stage: Stage, connection: Any, channel_id: int, table: str) -> dict[str, float]:
+    """BARE_STATEMENT into one of the tables."""
+    connection.execute("TRUNCATE bench_notification")
+    stage.empty()
+    (message_id,) = stage.new_messages([channel_id])
+    subject = decision.load_fanout_message(message_id)
+    assert subject is not None
+    server, statement = machine.postmaster(connection), BARE_STATEMENT.replace("INTO notification", f"INTO {table}")
+    before, began = machine.cpu_of(server), time.perf_counter()
+    rows = connection.execute(statement, subject.parameters()).rowcount
+    took = time.perf_counter() - began
+    return {"rows": rows, "s": took, "postgres_cpu_s": machine.cpu_of(server) - before}
+
+
+def end_to_end(stage: Stage, channel_id: int, workers: list[Child], expected: int | None = None) -> dict[str, float]:
+    """One message through Belfry as it runs, by these workers, to so many: {"rows", "s", "cpu_s", "pss_mib",
+    "postgres_cpu_s", "horse_peak_mib"}. `stage.web` has to run."""
+    pids = [worker.process.pid for worker in workers]
+    server = machine.postmaster(stage.reader)
+    stage.empty()
+    with machine.watch(pids) as used:
+        before, began = machine.cpu_of(server), time.perf_counter()
+        message_id = stage.post(channel_id)
+        run = stage.wait(message_id)
+        took = time.perf_counter() - began
+        by_server = machine.cpu_of(server) - before
+    there = stage.count(message_id)
+    inserted = run["notifications_inserted"]
+    assert there == inserted == (there if expected is None else expected), (there, inserted, expected)
+    horses = [horse.pid for pid in pids for horse in psutil.Process(pid).children()]
+    peak = max(map(machine.peak_of, horses))
+    return {"rows": there, "s": took, "postgres_cpu_s": by_server, "horse_peak_mib": peak, **used}
+
+
+@contextmanager
+def _django(stage: Stage, people: int) -> Iterator[Callable[[], dict[str, float]]]:
+    """A message to so many by django-notifications-hq, in its own process and schema."""
+    python = environments.python_of("django")
+    with open(stage.data_dir / "peer.log", "wb") as log:
+        process = subprocess.Popen(
+            [str(python), "peer_django.py", str(people)],
+            cwd=environments.PEERS,
+            env=stage.env,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+        )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    sent, answers = process.stdin, process.stdout
+
+    def answer() -> str:
+        line = answers.readline().strip()
+        if not line:
+            said = (stage.data_dir / "peer.log").read_text()[-2000:]
+            raise CommandError(f"django-notifications-hq did not answer: {said}")
+        return line
+
+    def send() -> dict[str, float]:
+        server = machine.postmaster(stage.reader)
+        with machine.watch([process.pid]) as used:
+            before = machine.cpu_of(server)
+            sent.write("\n")
+            sent.flush()
+            took = float(answer())
+            by_server = machine.cpu_of(server) - before
+        return {"rows": people, "s": took, "postgres_cpu_s": by_server, **used}
+
+    try:
+        assert answer() == "ready"
+        yield send
+    finally:
+        sent.close()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            finish(process)
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results for people."""
+    lines = []
+    for members, found in results["sizes"].items():
+        lines += [
+            f"One message to {int(members):,} members, {found['rows']:,} of whom are told; medians of {found['runs']}",
+            f"  {'':38} {'seconds':>8} {'rows/s':>9}   {'own CPU':>9} {'PostgreSQL':>11} {'PSS MiB':>8}",
+        ]
+        for name, label in NAMES.items():
+            one = found["figures"][name]
+            label += f", to {results['people']:,}" if name == DJANGO else ""
+            ours = f"{one['cpu_s']:7.2f} s" if "cpu_s" in one else " " * 9
+            memory = f"{one['pss_mib']:8.1f}" if "pss_mib" in one else ""
+            lines.append(
+                f"  {label:38} {one['s']:8.3f} {one['rows_per_s']:9,}   {ours} {one['postgres_cpu_s']:9.2f} s {memory}"
+            )
+        lines.append(f"  Belfry to {'':28} {'target':>8} {'one worker':>15} {'two workers':>17}")
+        for other, target in TARGETS.items():
+            one, two = (reached(found["ratios"][name][other], target) for name in BELFRY.values())
+            lines.append(f"  {NAMES[other]:38} {f'>= {target:g}':>8} {one:>15} {two:>17}")
+        lines.append("")
+    peaks = {int(members): mib for members, mib in results["horse_peak_mib"].items()}
+    said = ", ".join(f"{mib:.1f} MiB for {members:,}" for members, mib in sorted(peaks.items()))
+    most = max(peaks.values()) / min(peaks.values())
+    lines.append(
+        f"Peak of the work-horse, by members: {said}; most to least (target: <= {MEMORY_TARGET})"
+        f" {reached(most, MEMORY_TARGET, at_most=True)}"
+    )
+    return "\n".join(lines)

@@ -1,0 +1,243 @@
+"""A part of `make bench`: many small messages, Belfry's worker beside a loop and the peers.
+
+Each gets the same messages to the same community of 57, beside all the others in the same database, on an empty table,
+one worker process each: the statement in a loop without any queue; Belfry; RQ's default worker and its SimpleWorker,
+Celery, Dramatiq and Huey with that statement as their task, each in an environment of its own.
+
+- A rate counts from the first committed notification to the last, so no start of a process is in it.
+- A lone message counts from enqueueing to its committed rows, as another connection sees them. The workers take turns,
+  ROUNDS times, each in a new process that has done WARM messages before.
+
+Every count of rows is checked.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from itertools import chain
+from typing import Any
+
+import psycopg
+
+from belfry.core.db import execute, fetch_all, fetch_one
+from belfry.fanout import decision
+from tools.bench import machine
+from tools.bench.large import AS_BELFRY, BARE_STATEMENT
+from tools.bench.peers_at_work import WORKERS, peer
+from tools.bench.stage import PATIENCE, WARM, Stage, give_up_after, reached
+from tools.dev import CommandError, say, stack
+
+LOOP, BELFRY, SIMPLE = "the statement in a loop, no queue", "Belfry", "RQ, SimpleWorker"
+FEWER = {"RQ, default worker": 40, SIMPLE: 10, "Celery, prefork": 2}  # one in so many: all would take minutes
+ROUNDS = 3
+RATE_TARGET = 2.0  # times the loop's rate
+PAUSE = 0.05  # seconds between two lone messages
+
+
+class Small:
+    """One small community, and messages to it that nobody has been told of."""
+
+    def __init__(self, stage: Stage) -> None:
+        self.stage, self.channel_id = stage, stage.small[0]
+        (message_id,) = self.messages(1)
+        subject = decision.load_fanout_message(message_id)
+        assert subject is not None
+        self.parameters = subject.parameters()
+        statement = {"sql": BARE_STATEMENT, "parameters": self.parameters}
+        (stage.data_dir / "statement.json").write_text(json.dumps(statement))
+        execute(BARE_STATEMENT, self.parameters)
+        self.recipients = stage.count()
+        found = fetch_one("SELECT min(user_id) AS first FROM notification")
+        assert found is not None
+        self.witness = found["first"]  # whose one row of each message is there with all the others
+
+    def messages(self, number: int) -> list[int]:
+        self.stage.empty()
+        execute("TRUNCATE run CASCADE")
+        return self.stage.new_messages([self.channel_id], number)
+
+    def done(self, message_id: int | None = None) -> int:
+        """How many messages are told: all, or this one. Cheap beside counting rows, which takes 4 ms of 100,000, and
+        a quarter of a core from whoever is measured."""
+        question = "SELECT count(*) AS there FROM notification WHERE user_id = %s"
+        which = () if message_id is None else (message_id,)
+        found = self.stage.reader.execute(
+            question + " AND message_id = %s" * len(which), (self.witness, *which)
+        ).fetchone()
+        assert found is not None
+        return int(found["there"])
+
+    def rate(self, messages: int, pids: list[int]) -> dict[str, float]:
+        """Messages a second, from the first that is there to the last, and what the processes used meanwhile."""
+        give_up = time.monotonic() + PATIENCE
+        while not (first := self.done()):
+            give_up_after(give_up)
+            time.sleep(0.002)
+        began = time.perf_counter()
+        with machine.watch(pids) as used:
+            while self.done() < messages:
+                give_up_after(give_up)
+                time.sleep(0.005)
+            took = time.perf_counter() - began
+        self.check(messages)
+        counted = messages - first
+        if not counted:
+            raise CommandError(f"{messages} messages were told between two looks: measure more, by --messages.")
+        return {
+            "rate": counted / took,
+            "cpu_ms": used["cpu_s"] * 1000 / counted,
+            "cpu_s": machine.cpu_of(pids),
+            "pss_mib": used["pss_mib"],
+        }
+
+    def check(self, messages: int) -> None:
+        there = self.stage.count()
+        assert there == messages * self.recipients, (there, messages, self.recipients)
+
+    def lone(self, enqueue: Callable[[int], object], message_ids: list[int]) -> list[float]:
+        """Seconds of each, the first WARM left out."""
+        took = []
+        for message_id in message_ids:
+            give_up, began = time.monotonic() + PATIENCE, time.perf_counter()
+            enqueue(message_id)
+            while not self.done(message_id):
+                give_up_after(give_up)
+                time.sleep(0.0002)
+            took.append(time.perf_counter() - began)
+            time.sleep(PAUSE)
+        self.check(len(message_ids))
+        return took[WARM:]
+
+
+def loop_rate(small: Small, messages: int) -> dict[str, float]:
+    """The statement for one message after the other, a commit each."""
+    ids = small.messages(messages)
+    with psycopg.connect(small.stage.env["DATABASE_URL"], autocommit=True) as connection:
+        connection.execute(AS_BELFRY)
+        began = time.perf_counter()
+        for message_id in ids:
+            connection.execute(BARE_STATEMENT, {**small.parameters, "message_id": message_id})
+        took = time.perf_counter() - began
+    small.check(messages)
+    return {"rate": messages / took}
+
+
+def queued_runs(message_ids: Iterable[int]) -> list[int]:
+    """A run for each message, as the POST makes it."""
+    statement = (
+        "INSERT INTO run (message_id, kind, state) SELECT unnest(%(ids)s::bigint[]), 'message', 'queued' RETURNING id"
+    )
+    return [one["id"] for one in fetch_all(statement, {"ids": list(message_ids)})]
+
+
+def belfry_rate(small: Small, messages: int) -> dict[str, float]:
+    """All are in the queue before the worker starts; with them what Belfry alone does: states and statistics."""
+    from belfry.fanout.claims import WorkItem
+    from belfry.queue import queues
+
+    assert queues.enqueue([WorkItem(run_id) for run_id in queued_runs(small.messages(messages))], lost=True)
+    with stack.worker(small.stage.env, small.stage.data_dir / "worker.log") as worker:
+        found = small.rate(messages, [worker.process.pid])
+    assert fetch_one("SELECT count(*) AS done FROM run WHERE state = 'succeeded'") == {"done": messages}
+    return found
+
+
+def belfry_lone(small: Small, number: int) -> list[float]:
+    from belfry.queue import queues
+
+    ids = small.messages(number + WARM)
+    runs = dict(zip(ids, queued_runs(ids), strict=True))
+    with stack.worker(small.stage.env, small.stage.data_dir / "worker.log"):
+        return small.lone(lambda message_id: queues.enqueue_run(runs[message_id]), ids)
+
+
+def peer_rate(small: Small, name: str, messages: int) -> dict[str, float]:
+    with peer(small.stage, name) as (enqueue, start_worker):
+        enqueue(small.messages(messages))
+        return small.rate(messages, [start_worker()])
+
+
+def peer_lone(small: Small, name: str, number: int) -> list[float]:
+    with peer(small.stage, name) as (enqueue, start_worker):
+        ids = small.messages(number + WARM)
+        start_worker()
+        return small.lone(lambda message_id: enqueue([message_id], wait=False), ids)
+
+
+def measure(stage: Stage, arguments: argparse.Namespace) -> dict[str, Any]:
+    """All of them in turn, so many times; medians of the rates, and of the times of a lone message."""
+    small, messages = Small(stage), arguments.messages
+    rates: dict[str, list[dict[str, float]]] = {name: [] for name in (LOOP, BELFRY, *WORKERS)}
+    counts = {name: max(20, messages // FEWER.get(name, 1)) for name in rates}
+    for repeat in range(arguments.repeats):
+        say(f"small messages: {repeat + 1} of {arguments.repeats}")
+        rates[LOOP].append(loop_rate(small, messages))
+        rates[BELFRY].append(belfry_rate(small, messages))
+        for name in WORKERS:
+            rates[name].append(peer_rate(small, name, counts[name]))
+    times: dict[str, list[list[float]]] = {name: [] for name in (BELFRY, *WORKERS)}
+    each = max(1, arguments.lone // ROUNDS)
+    for number in range(ROUNDS):
+        say(f"lone messages: {number + 1} of {ROUNDS}")
+        times[BELFRY].append(belfry_lone(small, each))
+        for name in WORKERS:
+            times[name].append(peer_lone(small, name, each))
+    ratios = [ours["rate"] / loop["rate"] for ours, loop in zip(rates[BELFRY], rates[LOOP], strict=True)]
+    lone = [
+        statistics.median(ours) / statistics.median(simple)
+        for ours, simple in zip(times[BELFRY], times[SIMPLE], strict=True)
+    ]
+    return {
+        "recipients": small.recipients,
+        "messages": messages,
+        "beside": max(stage.communities),
+        "lone": each * ROUNDS,
+        "ratio_to_the_loop": round(statistics.median(ratios), 2),
+        "lone_ratio_to_simple": round(statistics.median(lone), 2),
+        "messages_per_s": {name: _medians(all_) | {"messages": counts[name]} for name, all_ in rates.items()},
+        "lone_ms": {
+            name: {
+                "p50": round(statistics.median(chain(*rounds)) * 1000, 2),
+                "p95": round(sorted(chain(*rounds))[int(each * ROUNDS * 0.95)] * 1000, 2),
+                "p50_of_rounds": [round(statistics.median(one) * 1000, 2) for one in rounds],
+            }
+            for name, rounds in times.items()
+        },
+    }
+
+
+def _medians(all_: list[dict[str, float]]) -> dict[str, float]:
+    found = {
+        "median": round(statistics.median(one["rate"] for one in all_), 1),
+        "least": round(min(one["rate"] for one in all_), 1),
+    }
+    for name in ("cpu_ms", "cpu_s", "pss_mib"):
+        if name in all_[0]:
+            found[name] = round(statistics.median(one[name] for one in all_), 2)
+    return found
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results for people."""
+    lone = results["lone_ms"]
+    lines = [
+        f"{results['messages']:,} messages to {results['recipients']} recipients each, one worker process, beside a"
+        f" community of {results['beside']:,}",
+        f"  {'':36} {'messages/s':>10} {'lone p50':>10} {'p95':>10} {'CPU a message':>14} {'PSS MiB':>8}",
+    ]
+    for name, found in results["messages_per_s"].items():
+        label = name if found["messages"] == results["messages"] else f"{name} ({found['messages']:,})"
+        times = f"{lone[name]['p50']:7.2f} ms {lone[name]['p95']:7.2f} ms" if name in lone else " " * 21
+        used = f"{found['cpu_ms']:11.2f} ms {found['pss_mib']:8.1f}" if "cpu_ms" in found else ""
+        lines.append(f"  {label:36} {found['median']:10,.0f} {times} {used}")
+    return "\n".join(
+        [
+            *lines,
+            f"  Belfry to the loop, median of pairs (target: >= {RATE_TARGET:g}):"
+            f" {reached(results['ratio_to_the_loop'], RATE_TARGET)}",
+            "  a lone message's p50 to SimpleWorker's, median of rounds (target: <= 1):"
+            f" {reached(results['lone_ratio_to_simple'], 1.0, at_most=True)}",
+        ]
+    )

@@ -1,0 +1,166 @@
+"""After the play: who was told, and who should have been, by the oracle that the tests use and nothing else."""
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+from belfry.core.db import IDLE_IN_TRANSACTION_SECONDS, fetch_all
+from belfry.integrity.verification import verify
+from tests.oracle import NOTIFY_DECISIONS, SILENT, Community, Member, decision
+from tools.chaos.load import Client, Diary, Posted, Text
+from tools.chaos.world import World
+
+EARLY_SECONDS = 1.0  # between a change and its answer the clock is read twice
+LATE_SECONDS = IDLE_IN_TRANSACTION_SECONDS + 1.0
+"""A run's `finished_at` is when its transaction began: the transaction may have waited since."""
+
+
+@dataclass
+class Findings:
+    """What must all be empty, a sentence each; and how many decisions about members of live messages could be
+    foretold, and how many only within what may have counted, as somebody changed something meanwhile."""
+
+    missing: list[str] = field(default_factory=list)
+    duplicates: list[str] = field(default_factory=list)
+    wrong_decision: list[str] = field(default_factory=list)
+    unresolved_runs: list[str] = field(default_factory=list)
+    foretold: int = 0
+    allowed_for: int = 0
+
+    def all(self) -> list[str]:
+        return self.missing + self.duplicates + self.wrong_decision + self.unresolved_runs
+
+
+def audit(world: World, diary: Diary, address: str) -> Findings:
+    """Hold everything that is stored, and what the API shows of it, against what should be."""
+    findings = Findings()
+    stored = {found["id"]: found for found in fetch_all("SELECT id, content, deleted_at FROM message")}
+    runs = defaultdict(list)
+    for run in fetch_all("SELECT id, message_id, kind, state, error, decisions, finished_at FROM run ORDER BY id"):
+        runs[run["message_id"]].append(run)
+        if run["state"] != "succeeded":
+            findings.unresolved_runs.append(f"run {run['id']} is {run['state']}: {run['error']}")
+    told: dict[int, dict[int, dict]] = defaultdict(dict)
+    for row in fetch_all("SELECT user_id, message_id, reason::text AS reason, read_at FROM notification"):
+        told[row["message_id"]][row["user_id"]] = row
+
+    known = Counter(posted.id for posted in diary.posted)
+    findings.duplicates += [f"message {id_} was made by no request" for id_ in stored.keys() - known.keys()]
+    findings.duplicates += [f"{times} requests made one message, {id_}" for id_, times in known.items() if times > 1]
+    findings.missing += [f"message {id_} was answered, and is gone" for id_ in known.keys() - stored.keys()]
+    for posted in diary.posted:
+        if posted.id in stored and _is_as_its_author_left_it(posted, stored[posted.id], findings):
+            final = None if posted.deleted else posted.revisions[stored[posted.id]["content"]]
+            _check_message(world, posted, final, runs[posted.id], told[posted.id], findings)
+    _check_reading(world, diary, told, findings)
+    _check_inboxes(world, diary, address, stored, told, findings)
+    findings.wrong_decision += [f"verify: {finding}" for finding in verify() if " failed: " not in finding]
+    findings.wrong_decision += diary.wrong
+    return findings
+
+
+def _is_as_its_author_left_it(posted: Posted, stored: dict, findings: Findings) -> bool:
+    """Deleted or not, and with the last text; or with an earlier one, of which an attempt may have come late."""
+    off = []
+    if posted.deleted != (stored["deleted_at"] is not None):
+        off.append("was deleted, and is not" if posted.deleted else "is deleted, which nobody asked for")
+    if stored["content"] not in {[*posted.revisions][-1], *posted.stragglers} and not posted.deleted:
+        off.append(f"says {stored['content']!r}, and not what its author wrote last")
+    findings.wrong_decision += [f"message {posted.id} {what}" for what in off]
+    return not off
+
+
+def _decision(posted: Posted, member: Member, user_id: int, text: Text) -> str:
+    private = posted.channel_id == posted.server.channels.get("vip")
+    community = Community(
+        members={user_id: member},
+        author=posted.author,
+        private=private,
+        opening_roles=frozenset({posted.server.vip_role}) if private else frozenset(),
+        named=text.named,
+        named_roles=text.named_roles,
+        everyone=text.everyone,
+    )
+    return decision(community, user_id, datetime.now(UTC))
+
+
+def _check_message(
+    world: World, posted: Posted, final: Text | None, runs: list[dict], told: dict[int, dict], findings: Findings
+) -> None:
+    """Who did not change anything is told exactly as the last revision says; of the others everything that may have
+    counted meanwhile is allowed, and nothing else. Of a deleted message (no `final`) somebody may have been told as
+    any of its revisions says, or not at all."""
+    finished = [run["finished_at"].timestamp() for run in runs if run["finished_at"]]
+    since, until = posted.sent_at - EARLY_SECONDS, max(finished, default=float("inf")) + LATE_SECONDS
+    allowed: dict[int, set[str]] = {}
+    for user_id in posted.server.members:
+        texts = [final] if final and user_id not in world.changing else [*posted.revisions.values()]
+        states = world.possible_members(posted.server, posted.channel_id, user_id, since, until)
+        allowed[user_id] = {_decision(posted, state, user_id, text) for state in states for text in texts}
+    for user_id, right in allowed.items() if final else ():
+        if len(right) == 1:
+            findings.foretold += 1
+        else:
+            findings.allowed_for += 1
+        if user_id not in told and right <= set(NOTIFY_DECISIONS):
+            findings.missing.append(f"user {user_id} has no notification of message {posted.id}: {right}")
+    for user_id, found in told.items():
+        right = allowed.get(user_id, set()) & set(NOTIFY_DECISIONS)
+        if found["reason"] not in right:
+            findings.wrong_decision.append(
+                f"user {user_id} was told of message {posted.id} for {found['reason']}, not {right or 'any reason'}"
+            )
+    if len(posted.revisions) == 1 and not posted.deleted:
+        for run in runs:
+            if run["state"] == "succeeded":
+                _check_statistics(run, [*allowed.values()], findings)
+
+
+def _check_statistics(run: dict, allowed: list[set[str]], findings: Findings) -> None:
+    """Everybody is counted once, as what they may have been: exactly, where nobody changed anything."""
+    counted = run["decisions"]
+    if sum(counted.values()) != len(allowed):
+        findings.wrong_decision.append(f"run {run['id']} counts {sum(counted.values())} members, not {len(allowed)}")
+    for kind in NOTIFY_DECISIONS + SILENT:
+        least = sum(one == {kind} for one in allowed)
+        most = sum(kind in one for one in allowed)
+        if not least <= counted.get(kind, 0) <= most:
+            findings.wrong_decision.append(f"run {run['id']} counts {counted} for {kind}, not {least} to {most}")
+
+
+def _check_reading(world: World, diary: Diary, told: dict, findings: Findings) -> None:
+    """What somebody has read stays there, and stays read, unless an edit mentions them."""
+    posted = {one.id: one for one in diary.posted}
+    for user_id, message_id in diary.read:
+        message, found = posted[message_id], told[message_id].get(user_id)
+        edits = [*message.revisions.values()][1:]
+        roles = world.small.members[user_id].roles
+        mentioned = any(user_id in edit.named or edit.everyone or roles & edit.named_roles for edit in edits)
+        if found is None:
+            findings.missing.append(f"user {user_id} had read message {message_id}, and it is gone")
+        if found and found["read_at"] is None and not mentioned:
+            findings.duplicates.append(f"user {user_id} had read message {message_id}, and was told of it again")
+
+
+def _check_inboxes(world: World, diary: Diary, address: str, stored: dict, told: dict, findings: Findings) -> None:
+    """What the API shows each member of the small server is what they were told of, once, and not what was deleted."""
+    for user_id in world.small.members:
+        client = Client(address, world.tokens[user_id], diary)
+        shown: list[int] = []
+        cursor = ""
+        while True:
+            status, page = client.send("GET", f"/api/notifications?limit=100{cursor}")
+            if status != 200:
+                findings.wrong_decision.append(f"the inbox of user {user_id} answered {status}: {page}")
+                break
+            shown += [item["message_id"] for item in page["items"]]
+            if page["next"] is None:
+                break
+            cursor = f"&cursor={page['next']}"
+        client.close()
+        due = {id_ for id_ in told if user_id in told[id_] and not stored[id_]["deleted_at"]}
+        findings.duplicates += [
+            f"user {user_id} is shown message {id_} {times} times" for id_, times in Counter(shown).items() if times > 1
+        ]
+        findings.missing += [f"user {user_id} is not shown message {id_}" for id_ in due - set(shown)]
+        findings.wrong_decision += [f"user {user_id} is shown message {id_}" for id_ in set(shown) - due]

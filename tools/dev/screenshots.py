@@ -1,0 +1,171 @@
+"""`screenshots`: pictures of the main screens for the documents, of a small community that is gone afterwards."""
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from tools.dev import ROOT, CommandError, chromium, ports, say, stack
+from tools.dev.client import Client
+
+MEMBERS = 4_000
+PICTURES = ROOT / "docs" / "screenshots"
+TELLING_SECONDS = 60
+
+PEOPLE = {"nora": "Nora Lind", "emil": "Emil Brandt", "ida": "Ida Okafor"}
+TALK = (
+    ("announcements", "admin", "Welcome. **Signals** are in #general; the weekly outlook comes here, on Sundays."),
+    ("general", "emil", "Morning all. Anything moving before the open?"),
+    (
+        "general",
+        "ida",
+        "Gold is *quiet*, silver less so:\n\n- support at `23.10`, tested twice\n- volume above its average",
+    ),
+    ("general", "emil", "Thanks, @ida. Watching that one, too."),
+    (
+        "general",
+        "admin",
+        "**Gold breaks out** above 2,075. Plan as [discussed](https://example.com/plan):"
+        "\n\n> half now, half on the retest\n\n@nora please confirm your stop.",
+    ),
+    ("general", "nora", "Stop is at 2,058. In with half."),
+    ("announcements", "admin", "@everyone The call is at 15:00 today, an hour earlier than usual."),
+    ("general", "ida", "Same here. @emil @nora see you at the call?"),
+)
+
+
+@dataclass(frozen=True)
+class Screen:
+    """What is pictured. `path` may name a channel; `signed_in` is a username; `prepare` opens what is to be seen."""
+
+    name: str
+    path: str
+    signed_in: str = ""
+    dark: bool = False
+    width: int = 1280
+    height: int = 800
+    prepare: Callable[[Page], None] | None = None
+
+
+def _open_setting(page: Page) -> None:
+    page.locator("#setting-button").click()
+    page.get_by_label("mentions only").check()
+    page.get_by_role("button", name="For an hour").click()
+    page.get_by_role("button", name="Unmute").wait_for()
+
+
+def _open_run(page: Page) -> None:
+    _message(page, "Gold breaks out").get_by_role("button", name="Recipients").click()
+    page.get_by_text("members were told").wait_for()
+
+
+def _open_why(page: Page) -> None:
+    _message(page, "Gold breaks out").get_by_role("button", name="Why?").click()
+    page.get_by_label("And somebody else?").fill("nora")
+    page.get_by_role("option").click()
+    page.get_by_text("@nora was told").wait_for()
+
+
+def _mention(page: Page) -> None:
+    page.get_by_role("textbox").press_sequentially("Good morning @")
+    page.get_by_role("option").first.wait_for()
+
+
+def _message(page: Page, text: str) -> Any:
+    return page.locator("#messages > li", has_text=text).first
+
+
+PHONE: dict[str, Any] = {"width": 390, "height": 780}
+SMALL: dict[str, Any] = {"width": 900, "height": 640}
+SCREENS = (
+    Screen("sign-in", "/login", width=800, height=500),
+    Screen("sign-in-dark", "/login", dark=True, width=800, height=500),
+    Screen("api", "/docs"),
+    Screen("inbox", "/inbox", "nora", **SMALL),
+    Screen("inbox-phone", "/inbox", "nora", dark=True, **PHONE),
+    Screen("channel", "/{general}", "emil"),
+    Screen("channel-dark", "/{general}", "nora", dark=True),
+    Screen("channel-phone", "/{general}", "nora", **PHONE),
+    Screen("mention", "/{general}", "ida", prepare=_mention, **SMALL),
+    Screen("setting", "/{general}", "ida", prepare=_open_setting, **SMALL),
+    Screen("who-was-told", "/{general}", "admin", prepare=_open_run, **SMALL),
+    Screen("why", "/{general}", "admin", dark=True, prepare=_open_why, **SMALL),
+)
+
+
+def screenshots() -> int:
+    """Returns 0 where every picture was made. Raises CommandError where there is no Chromium."""
+    executable = chromium.find()
+    if executable is None:
+        raise CommandError(f"No Chromium. {chromium.HOW_TO}")
+    with ExitStack() as stage:
+        say("Starting PostgreSQL and Redis …")
+        listening, data_dir, env = stage.enter_context(stack.of_its_own("screenshots"))
+        token, community = stack.make_community(env, MEMBERS)
+        say("Starting a web process and a worker …")
+        stage.enter_context(stack.worker(env, data_dir / "worker.log"))
+        stage.enter_context(stack.web(env, listening, data_dir / "web.log"))
+        browser = stage.enter_context(chromium.launch(stage.enter_context(sync_playwright()), executable))
+        PICTURES.mkdir(exist_ok=True)
+        address = ports.address_of(listening)
+        tokens, channels = _talk(address, token, community)
+        for screen in SCREENS:
+            _picture(browser, address, tokens, channels, screen)
+            say(f"  docs/screenshots/{screen.name}.png")
+    return 0
+
+
+def _talk(address: str, token: str, community: dict[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
+    """Some people, and what they say, of which everybody has been told; tokens by username, paths by channel's name."""
+    admin, server_id = Client(address, token), community["server_id"]
+    tokens = {"admin": token}
+    for username, name in PEOPLE.items():
+        person = admin.post("/api/users", {"username": username, "name": name})
+        admin.put(f"/api/users/{person['id']}/subscription", {"status": "active"})
+        admin.put(f"/api/servers/{server_id}/members/{person['id']}", {"role_ids": []})
+        tokens[username] = admin.post(f"/api/users/{person['id']}/tokens", {})["token"]
+    channels = {channel["name"]: channel["id"] for channel in admin.get("/api/channels")["items"]}
+    for channel, username, content in TALK:
+        posted = Client(address, tokens[username]).post(
+            "/api/messages", {"channel_id": channels[channel], "content": content}
+        )
+        run = posted["run"]
+        give_up = time.monotonic() + TELLING_SECONDS
+        while admin.get(run["url"])["state"] != "succeeded":
+            if time.monotonic() > give_up:
+                raise CommandError(f"Run {run['id']} is not through after {TELLING_SECONDS} seconds.")
+            time.sleep(0.1)
+    return tokens, {name: f"servers/{server_id}/channels/{id_}" for name, id_ in channels.items()}
+
+
+def _picture(
+    browser: Browser, address: str, tokens: dict[str, str], channels: dict[str, str], screen: Screen
+) -> None:
+    context = browser.new_context(
+        base_url=address,
+        viewport={"width": screen.width, "height": screen.height},
+        color_scheme="dark" if screen.dark else "light",
+        reduced_motion="reduce",
+        has_touch=screen.width < 500,
+    )
+    page = context.new_page()
+    if screen.signed_in:
+        _sign_in(page, tokens[screen.signed_in])
+    page.goto(screen.path.format(**channels), wait_until="load")
+    if screen.signed_in:
+        page.locator("#connection[data-state=live]").wait_for()
+        page.wait_for_timeout(1_000)  # what is in view is read by then
+    if screen.prepare:
+        screen.prepare(page)
+    page.screenshot(path=PICTURES / f"{screen.name}.png", animations="disabled", caret="hide")
+    context.close()
+
+
+def _sign_in(page: Page, token: str) -> None:
+    page.goto("/login?next=/docs")
+    page.get_by_label("Token").fill(token)
+    page.get_by_role("button", name="Sign in").click()
+    page.wait_for_url("**/docs")
