@@ -8,7 +8,7 @@ import ssl
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from http.client import HTTPSConnection
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -49,7 +49,8 @@ class Proxy:
         """Status and headers of the answer."""
         headers = {"Content-Type": "application/json", **headers}
         with closing(HTTPSConnection("localhost", self.port, timeout=PATIENCE, context=self._tls)) as connection:
-            connection.request(method, path, json.dumps(body) if body else None, headers)
+            with suppress(BrokenPipeError, ssl.SSLEOFError):  # refused before the whole body was sent
+                connection.request(method, path, json.dumps(body) if body else None, headers)
             answer = connection.getresponse()
             answer.read()
             return answer.status, dict(answer.getheaders())
