@@ -1,4 +1,4 @@
-"""Attempts, tries and tokens; and what the sweeper finds."""
+"""Claims, attempts and their tokens, and what the sweeper finds."""
 
 import threading
 from collections.abc import Iterator
@@ -35,27 +35,27 @@ from tests.fanout_helpers import (
 from tests.processes import wait_until
 
 
-def begin_and_die(part: WorkItem) -> None:
+def claim_and_die(part: WorkItem) -> None:
     with pytest.MonkeyPatch.context() as patch:
         fail_at_slice(patch, 1, Killed())
         with pytest.raises(Killed):
             do(part)
 
 
-def let_time_pass() -> None:
-    """All that somebody should have taken care of by now is overdue."""
+def make_all_overdue() -> None:
+    """Make every unfinished work item overdue."""
     execute("UPDATE run SET sweep_after = now() - interval '1 second' WHERE sweep_after IS NOT NULL")
     execute("UPDATE slice SET sweep_after = now() - interval '1 second' WHERE sweep_after IS NOT NULL")
 
 
 def overdue() -> list[WorkItem]:
-    """What the sweeper would enqueue with nothing in the queues."""
+    """The work items that the sweeper would enqueue while the queues are empty."""
     return recovery.queue_pending_runs(1000) + recovery.requeue_lost_runs(None) + recovery.requeue_lost_slices(None)
 
 
 @pytest.fixture(autouse=True)
 def _impatient(_clean: None) -> Iterator[None]:
-    """Whoever waits for a lock in vain fails the test, and does not hang."""
+    """A test that waits for a lock in vain fails instead of hanging."""
     execute("SET lock_timeout = '5s'")
     yield
     execute("RESET lock_timeout")
@@ -63,13 +63,13 @@ def _impatient(_clean: None) -> Iterator[None]:
 
 @pytest.fixture
 def run(cast) -> int:
-    """A run of a small audience that nobody has begun."""
+    """A run with a small audience that no worker has claimed."""
     return post(cast.subscriber, cast.general)[1]
 
 
 @pytest.fixture
 def large_run(cast, slices_of) -> int:
-    """A run of 25 members in five slices, which is shared out."""
+    """A run with 25 members whose five slices are planned."""
     crowd(cast.server_id, 20)
     slices_of(5)
     _, run_id = post(cast.subscriber, cast.general)
@@ -80,9 +80,9 @@ def large_run(cast, slices_of) -> int:
 # Attempts -------------------------------------------------------------------------------------------------
 
 
-def test_an_attempt_that_a_later_one_has_overtaken_can_write_nothing(run):
+def test_an_overtaken_attempt_writes_nothing(run):
     late = claims.claim(WorkItem(run))
-    let_time_pass()
+    make_all_overdue()
     assert overdue() == [WorkItem(run)]
     in_time = claims.claim(WorkItem(run))
     assert fanout.process_work_item(WorkItem(run), late) is None
@@ -93,7 +93,7 @@ def test_an_attempt_that_a_later_one_has_overtaken_can_write_nothing(run):
     assert (run_of(run)["state"], stats(run)) == ("succeeded", EVERYBODY)
 
 
-def test_an_attempt_at_a_slice_that_a_later_one_has_overtaken_can_write_nothing(large_run):
+def test_an_overtaken_attempt_of_a_slice_writes_nothing(large_run):
     part = parts_of(large_run)[2]
     late, in_time = claims.claim(part), claims.claim(part)
     assert fanout.process_work_item(part, late) is None
@@ -105,16 +105,16 @@ def test_an_attempt_at_a_slice_that_a_later_one_has_overtaken_can_write_nothing(
     assert run_of(large_run)["members_processed"] == 5
 
 
-def test_a_run_that_was_swept_is_not_done_by_the_attempt_that_had_not_begun_yet(run):
+def test_an_attempt_that_was_swept_before_it_locked_the_run_writes_nothing(run):
     attempt = claims.claim(WorkItem(run))
-    let_time_pass()
+    make_all_overdue()
     assert overdue() == [WorkItem(run)]
     fanout.process_work_item(WorkItem(run), attempt)
     assert run_of(run)["state"] == "queued", "who was given the job will do it"
     assert run_to_end(run) == "succeeded"
 
 
-def test_a_failure_is_on_the_run_while_it_is_tried_again(run):
+def test_a_failure_is_shown_on_the_run_while_it_is_retried(run):
     attempt = claims.claim(WorkItem(run))
     claims.record_failure(WorkItem(run), attempt, "OperationalError: the disk is full", 30)
     failed = run_of(run)
@@ -126,7 +126,7 @@ def test_a_failure_is_on_the_run_while_it_is_tried_again(run):
     assert run_of(run)["error"] is None
 
 
-def test_a_failure_of_a_slice_is_on_the_run_while_it_is_tried_again(large_run):
+def test_a_failure_of_a_slice_is_shown_on_the_run_while_it_is_retried(large_run):
     part = parts_of(large_run)[1]
     claims.record_failure(part, claims.claim(part), "OperationalError: the disk is full", 30)
     assert (run_of(large_run)["state"], run_of(large_run)["error"]) == ("running", "OperationalError: the disk is full")
@@ -135,19 +135,19 @@ def test_a_failure_of_a_slice_is_on_the_run_while_it_is_tried_again(large_run):
     assert (run_of(large_run)["error"], run_of(large_run)["attempts"]) == (None, 2)
 
 
-def test_a_failure_without_tries_left_is_final_and_keeps_its_reason(run):
+def test_a_failure_without_attempts_left_is_final_and_keeps_its_error(run):
     for number in range(1, MAX_ATTEMPTS + 1):
         claims.record_failure(WorkItem(run), claims.claim(WorkItem(run)), f"failure {number}", 0)
         assert run_of(run)["state"] == ("failed" if number == MAX_ATTEMPTS else "queued")
     failed = run_of(run)
     assert (failed["error"], failed["attempts"]) == (f"failure {MAX_ATTEMPTS}", MAX_ATTEMPTS)
     assert failed["finished_at"] is not None
-    let_time_pass()
+    make_all_overdue()
     assert overdue() == []
     assert verify() == [f"run {run} failed: failure {MAX_ATTEMPTS}"]
 
 
-def test_a_slice_that_keeps_failing_fails_the_run_and_holds_up_no_other(large_run):
+def test_a_slice_that_keeps_failing_fails_the_run_and_delays_no_other_slice(large_run):
     poison, *others = parts_of(large_run)
     for number in range(MAX_ATTEMPTS):
         claims.record_failure(poison, claims.claim(poison), f"failure {number + 1}", 0)
@@ -157,7 +157,7 @@ def test_a_slice_that_keeps_failing_fails_the_run_and_holds_up_no_other(large_ru
     run = run_of(large_run)
     assert (run["state"], run["error"]) == ("failed", f"failure {MAX_ATTEMPTS}")
     assert (run["members_processed"], run["members_total"]) == (20, 25)
-    let_time_pass()
+    make_all_overdue()
     assert overdue() == [], "nobody tries again unasked"
 
     assert recovery.retry_failed([large_run]) == [poison]
@@ -168,10 +168,10 @@ def test_a_slice_that_keeps_failing_fails_the_run_and_holds_up_no_other(large_ru
     assert verify() == []
 
 
-def test_every_slice_has_all_its_tries(large_run):
+def test_each_slice_has_its_own_attempts(large_run):
     for part in parts_of(large_run):
         for _ in range(MAX_ATTEMPTS - 1):
-            begin_and_die(part)
+            claim_and_die(part)
         do(part)
     assert (run_of(large_run)["state"], stats(large_run)["audience"]) == ("succeeded", 25)
     assert run_of(large_run)["attempts"] == 1 + 5 * (MAX_ATTEMPTS - 1)
@@ -180,7 +180,7 @@ def test_every_slice_has_all_its_tries(large_run):
 # Failed runs ----------------------------------------------------------------------------------------------
 
 
-def test_failed_runs_are_retried_with_their_progress_and_all_their_tries(cast, large_run):
+def test_failed_runs_are_retried_with_their_progress_and_all_attempts(cast, large_run):
     _, small_run = post(cast.subscriber, cast.general)
     do(parts_of(large_run)[0])
     failing = parts_of(large_run)[1]
@@ -191,14 +191,14 @@ def test_failed_runs_are_retried_with_their_progress_and_all_their_tries(cast, l
     assert run_of(large_run)["members_processed"] == 5
     assert run_of(small_run)["state"] == "failed"
     for _ in range(MAX_ATTEMPTS - 1):
-        begin_and_die(failing)
+        claim_and_die(failing)
     assert run_to_end(large_run) == "succeeded"
     assert recovery.retry_failed() == [WorkItem(small_run)]
     assert run_of(small_run)["state"] == "queued"
     assert recovery.retry_failed() == []
 
 
-def test_what_has_failed_is_not_tried_again_unasked(cast, large_run):
+def test_a_failed_run_is_not_retried_unless_asked(cast, large_run):
     _, small_run = post(cast.subscriber, cast.general)
     failing = parts_of(large_run)[0]
     for part in (failing, WorkItem(small_run)):
@@ -211,11 +211,11 @@ def test_what_has_failed_is_not_tried_again_unasked(cast, large_run):
 # What the sweeper finds -----------------------------------------------------------------------------------
 
 
-def test_a_run_that_never_gets_anywhere_is_failed_with_its_reason(run, run_jobs):
+def test_a_run_whose_attempts_all_end_without_an_error_fails(run, run_jobs):
     for _ in range(MAX_ATTEMPTS):
-        begin_and_die(WorkItem(run))
+        claim_and_die(WorkItem(run))
     assert recovery.fail_exhausted() == 0, "its last attempt has only just begun"
-    let_time_pass()
+    make_all_overdue()
     assert maintenance.sweep() == 0
     failed = run_of(run)
     assert (failed["state"], failed["attempts"]) == ("failed", MAX_ATTEMPTS)
@@ -224,32 +224,32 @@ def test_a_run_that_never_gets_anywhere_is_failed_with_its_reason(run, run_jobs)
     assert stats(run)["inserted"] == 0
 
 
-def test_a_slice_that_never_gets_anywhere_fails_its_run_with_its_reason(large_run):
+def test_a_slice_whose_attempts_all_end_without_an_error_fails_its_run(large_run):
     part = parts_of(large_run)[3]
     for _ in range(MAX_ATTEMPTS):
-        begin_and_die(part)
-    let_time_pass()
+        claim_and_die(part)
+    make_all_overdue()
     assert recovery.fail_exhausted() == 1
     assert run_of(large_run)["state"] == "failed"
     assert run_of(large_run)["error"].startswith(f"failed after {MAX_ATTEMPTS} attempts")
     assert part not in overdue()
 
 
-def test_the_last_attempt_is_not_given_up_while_somebody_is_at_it(run, in_another_session):
+def test_the_last_attempt_is_not_failed_while_it_is_locked(run, in_another_session):
     for _ in range(MAX_ATTEMPTS - 1):
-        begin_and_die(WorkItem(run))
+        claim_and_die(WorkItem(run))
     claims.claim(WorkItem(run))
-    let_time_pass()
+    make_all_overdue()
     with in_another_session("SELECT FROM run FOR NO KEY UPDATE"):
         assert recovery.fail_exhausted() == 0
     assert recovery.fail_exhausted() == 1
 
 
 @pytest.mark.parametrize("state", ["pending", "queued", "running"])
-def test_what_is_overdue_is_found_once_and_only_where_nobody_is_at_it(run, in_another_session, state):
+def test_an_overdue_run_is_found_once_and_only_while_it_is_unlocked(run, in_another_session, state):
     execute(f"UPDATE run SET state = '{state}'")
     assert overdue() == []
-    let_time_pass()
+    make_all_overdue()
     with in_another_session("SELECT FROM run FOR NO KEY UPDATE"):
         assert overdue() == [], "and nobody waits for who is at work on it"
     assert overdue() == [WorkItem(run)]
@@ -257,49 +257,49 @@ def test_what_is_overdue_is_found_once_and_only_where_nobody_is_at_it(run, in_an
     assert overdue() == [], "another sweeper finds nothing left"
 
 
-def test_a_slice_that_is_overdue_is_found_once_and_only_where_nobody_is_at_it(large_run, in_another_session):
+def test_an_overdue_slice_is_found_once_and_only_while_it_is_unlocked(large_run, in_another_session):
     parts = parts_of(large_run)
     assert overdue() == []
-    let_time_pass()
+    make_all_overdue()
     with in_another_session(f"SELECT FROM slice WHERE after_user_id = {parts[2].after_user_id} FOR NO KEY UPDATE"):
         assert overdue() == parts[:2] + parts[3:]
         assert overdue() == []
     assert overdue() == [parts[2]]
 
 
-def test_a_run_that_still_waits_in_the_queue_is_not_overdue(cast):
+def test_a_run_that_waits_in_the_queue_is_not_overdue(cast):
     waiting = [post(cast.subscriber, cast.general)[1] for _ in range(4)]
-    let_time_pass()
+    make_all_overdue()
     assert recovery.requeue_lost_runs(WorkItem(waiting[2])) == [WorkItem(waiting[0]), WorkItem(waiting[1])]
     assert recovery.requeue_lost_runs(WorkItem(waiting[2])) == []
     assert recovery.requeue_lost_runs(None) == [WorkItem(waiting[2]), WorkItem(waiting[3])]
 
 
-def test_a_slice_that_still_waits_in_the_queue_is_not_overdue(large_run):
+def test_a_slice_that_waits_in_the_queue_is_not_overdue(large_run):
     parts = parts_of(large_run)
-    let_time_pass()
+    make_all_overdue()
     assert recovery.requeue_lost_slices(WorkItem(large_run - 1, parts[-1].after_user_id)) == []
     assert recovery.requeue_lost_slices(parts[2]) == parts[:2]
     assert recovery.requeue_lost_slices(WorkItem(large_run + 1, 0)) == parts[2:]
 
 
-def test_pending_runs_wait_for_room_and_what_a_dead_worker_left_does_not(cast):
+def test_pending_runs_wait_for_room_in_the_queue_and_lost_runs_do_not(cast):
     pending, left = (post(cast.subscriber, cast.general)[1] for _ in range(2))
     recovery.mark_pending([pending])
     claims.claim(WorkItem(left))
-    let_time_pass()
+    make_all_overdue()
     assert recovery.queue_pending_runs(0) == recovery.queue_pending_runs(-3) == []
     assert recovery.requeue_lost_runs(WorkItem(1)) == [WorkItem(left)]
     assert recovery.queue_pending_runs(1) == [WorkItem(pending)]
 
 
-def test_only_what_waits_in_the_queue_can_be_made_pending(run):
+def test_only_a_queued_run_can_be_marked_pending(run):
     claims.claim(WorkItem(run))
     recovery.mark_pending([run])
     assert run_of(run)["state"] == "running"
 
 
-def test_a_wish_for_what_somebody_is_at_does_not_wait_for_them(run, large_run, in_another_session):
+def test_a_claim_of_a_locked_work_item_does_not_wait(run, large_run, in_another_session):
     with in_another_session("SELECT FROM run FOR NO KEY UPDATE"):
         assert claims.claim(WorkItem(run)) is None
     with in_another_session("SELECT FROM slice FOR NO KEY UPDATE"):
@@ -307,22 +307,22 @@ def test_a_wish_for_what_somebody_is_at_does_not_wait_for_them(run, large_run, i
     assert claims.claim(WorkItem(run)) == 1
 
 
-def test_one_sweeps_at_a_time(run, in_another_session):
-    let_time_pass()
+def test_one_worker_sweeps_at_a_time(run, in_another_session):
+    make_all_overdue()
     queues.queue().empty()
     with in_another_session(f"SELECT pg_advisory_xact_lock({maintenance.SWEEP_LOCK})"):
         assert maintenance.sweep() == 0
     assert maintenance.sweep() == 1
 
 
-def test_the_clock_that_counts_is_the_databases(run, monkeypatch):
+def test_only_the_databases_clock_is_read(run, monkeypatch):
     monkeypatch.setattr("time.time", lambda: 0.0)
     claims.claim(WorkItem(run))
     found = fetch_one("SELECT sweep_after - now() AS lease FROM run")
     assert 0 < found["lease"].total_seconds() <= 2
 
 
-def test_after_each_death_without_a_word_the_next_attempt_comes_a_little_later(run):
+def test_the_sweep_interval_grows_with_each_attempt(run):
     leases_given = []
     for _ in range(MAX_ATTEMPTS):
         claims.claim(WorkItem(run))
@@ -332,53 +332,53 @@ def test_after_each_death_without_a_word_the_next_attempt_comes_a_little_later(r
     assert claims.claim(WorkItem(run)) is None
 
 
-def test_a_part_that_waits_for_its_message_is_not_taken_for_abandoned(run, in_another_session):
-    """As while an edit waits for another part: it must not cost the run its tries."""
+def test_a_work_item_that_waits_for_its_message_is_not_swept(run, in_another_session):
+    """As while an edit waits for another work item: waiting must not use up attempts."""
     attempt = claims.claim(WorkItem(run))
     outcome = []
 
-    def tell() -> None:
+    def process() -> None:
         with db.connection_context():
             outcome.append(fanout.process_work_item(WorkItem(run), attempt))
 
-    telling = threading.Thread(target=tell)
+    thread = threading.Thread(target=process)
     with in_another_session(f"SELECT pg_advisory_xact_lock({claims.MESSAGE_LOCK}, 1)"):
-        telling.start()
+        thread.start()
         waiting = "SELECT 1 AS yes FROM pg_locks WHERE NOT granted AND locktype = 'advisory'"
         wait_until(lambda: fetch_one(waiting), "it to wait for the message")
-        let_time_pass_for_others()
+        make_unlocked_overdue()
         assert overdue() == []
         assert recovery.fail_exhausted() == 0
         assert claims.claim(WorkItem(run)) is None
-    telling.join()
+    thread.join()
     assert outcome == [[]]
     assert run_of(run)["state"] == "succeeded"
 
 
-def let_time_pass_for_others() -> None:
-    """As `let_time_pass`, of what nobody has locked."""
+def make_unlocked_overdue() -> None:
+    """As `make_all_overdue`, for work items that are not locked."""
     execute(
         "UPDATE run SET sweep_after = now() - interval '1 second'"
         " WHERE id IN (SELECT id FROM run FOR NO KEY UPDATE SKIP LOCKED)"
     )
 
 
-def test_what_has_no_tries_left_is_given_up_and_never_enqueued(run, large_run):
+def test_a_work_item_without_attempts_left_is_failed_and_never_enqueued(run, large_run):
     for part in (WorkItem(run), parts_of(large_run)[0]):
         for _ in range(MAX_ATTEMPTS):
             claims.claim(part)
-    let_time_pass()
+    make_all_overdue()
     assert overdue() == parts_of(large_run)[1:]
     assert recovery.fail_exhausted() == 2
     assert [run_of(run_id)["state"] for run_id in (run, large_run)] == ["failed", "failed"]
 
 
-def test_a_run_that_living_workers_overtake_each_other_at_is_not_given_up(run):
-    """As when each statement takes longer than the lease: every attempt comes to its lock too late."""
+def test_a_run_is_not_failed_because_workers_overtake_each_other(run):
+    """As when each statement takes longer than the sweep interval: every attempt locks too late."""
     for number in range(1, 3 * MAX_ATTEMPTS):
         attempt = claims.claim(WorkItem(run))
         assert attempt == number
-        let_time_pass()
+        make_all_overdue()
         assert recovery.fail_exhausted() == 0
         assert overdue() == [WorkItem(run)]
         jobs._run(WorkItem(run), attempt, None)
@@ -386,11 +386,11 @@ def test_a_run_that_living_workers_overtake_each_other_at_is_not_given_up(run):
     assert run_of(run)["attempts"] == 3 * MAX_ATTEMPTS
 
 
-def test_a_slice_that_living_workers_overtake_each_other_at_is_not_given_up(large_run):
+def test_a_slice_is_not_failed_because_workers_overtake_each_other(large_run):
     part = parts_of(large_run)[1]
     late = claims.claim(part)
     for _ in range(3 * MAX_ATTEMPTS):
-        let_time_pass()
+        make_all_overdue()
         assert recovery.fail_exhausted() == 0
         attempt = claims.claim(part)
         jobs._run(part, late, None)
@@ -398,14 +398,14 @@ def test_a_slice_that_living_workers_overtake_each_other_at_is_not_given_up(larg
     assert run_to_end(large_run) == "succeeded"
 
 
-def test_what_was_given_back_is_no_more_than_there_was_and_revives_nothing(run, large_run):
+def test_released_attempts_are_bounded_and_revive_nothing(run, large_run):
     small, part = WorkItem(run), parts_of(large_run)[0]
     for one in (small, part):
         claims.release(one)
         for _ in range(MAX_ATTEMPTS):
             claims.claim(one)
         assert claims.claim(one) is None
-    let_time_pass()
+    make_all_overdue()
     assert recovery.fail_exhausted() == 2
     for one in (small, part):
         claims.release(one)
@@ -413,12 +413,12 @@ def test_what_was_given_back_is_no_more_than_there_was_and_revives_nothing(run, 
     assert [run_of(run_id)["state"] for run_id in (run, large_run)] == ["failed", "failed"]
 
 
-def test_while_postgresql_answers_slowly_nothing_is_taken_for_lost(run, large_run):
+def test_while_postgresql_answers_slowly_nothing_is_requeued(run, large_run):
     part = parts_of(large_run)[0]
     for one in (WorkItem(run), part):
         for _ in range(MAX_ATTEMPTS):
             claims.claim(one)
-    let_time_pass()
+    make_all_overdue()
     assert recovery.fail_exhausted(grace=60) == 0
     execute("UPDATE run SET attempts_left = 1 WHERE attempts_left = 0")
     execute("UPDATE slice SET attempts_left = 1 WHERE attempts_left = 0")
@@ -427,7 +427,7 @@ def test_while_postgresql_answers_slowly_nothing_is_taken_for_lost(run, large_ru
     assert lost == [WorkItem(run), *parts_of(large_run)]
 
 
-def test_each_retry_is_waited_for_as_long_as_it_takes(cast, monkeypatch, run_jobs):
+def test_the_sweeper_waits_for_each_retry(cast, monkeypatch, run_jobs):
     _, run_id = post(cast.subscriber, cast.general)
     fail_always(monkeypatch)
     assert queues.enqueue_run(run_id)
@@ -440,21 +440,21 @@ def test_each_retry_is_waited_for_as_long_as_it_takes(cast, monkeypatch, run_job
         latest = intervals[retry] + jobs.RETRY_GRACE_SECONDS
         assert latest - 2 < found["seconds"] <= latest
         redis = redis_connection()
-        redis.zadd(queue.scheduled_job_registry.key, {job_id: 0})  # its time has come
+        redis.zadd(queue.scheduled_job_registry.key, {job_id: 0})  # it is due
         maintenance.sweep()
     run_jobs()
     assert (run_of(run_id)["state"], run_of(run_id)["attempts"]) == ("failed", MAX_ATTEMPTS)
     assert len(queue.scheduled_job_registry) == queue.count == 0
 
 
-def test_what_stands_in_the_way_of_retries_stops_nothing_else(run, redis):
+def test_a_broken_scheduled_registry_stops_nothing_else(run, redis):
     redis.hset("rq:job:broken", mapping={"created_at": "yesterday", "origin": "notifications"})
     redis.zadd(queues.queue().scheduled_job_registry.key, {"broken": 0})
-    let_time_pass()
+    make_all_overdue()
     assert maintenance.sweep() == 1
 
 
-def test_retrying_is_a_transaction_that_a_process_that_hangs_loses(run):
+def test_retrying_is_rolled_back_when_its_process_hangs(run):
     with statements() as seen:
         recovery.retry_failed()
     assert "idle_in_transaction_session_timeout" in seen[0]
@@ -463,7 +463,7 @@ def test_retrying_is_a_transaction_that_a_process_that_hangs_loses(run):
 # Statements that take too long ----------------------------------------------------------------------------
 
 
-def test_a_statement_ends_before_rq_would_break_its_job_off(run, override):
+def test_a_statement_times_out_before_rq_interrupts_its_job(run, override):
     override(job_timeout_seconds=2)
     with notifications_that("PERFORM pg_sleep(3);"), pytest.raises(OperationalError, match="statement timeout"):
         do(WorkItem(run))
@@ -471,7 +471,7 @@ def test_a_statement_ends_before_rq_would_break_its_job_off(run, override):
     run_to_end(run)
 
 
-def test_a_sweep_that_waits_for_a_table_gives_up(monkeypatch):
+def test_a_sweep_that_waits_for_a_table_times_out(monkeypatch):
     seen: list[str] = []
     look = lambda *_: seen.append(fetch_one("SHOW statement_timeout")["statement_timeout"]) or 0  # noqa: E731
     monkeypatch.setattr(recovery, "fail_exhausted", look)
@@ -485,7 +485,7 @@ def test_a_sweep_that_waits_for_a_table_gives_up(monkeypatch):
 
 @pytest.fixture
 def idle_limits(monkeypatch) -> dict[str, str]:
-    """{point: after how long a silence PostgreSQL would end the transaction that came to it}."""
+    """{failpoint: the idle time-out of the transaction that reached it}."""
     seen: dict[str, str] = {}
 
     def look(point: str, run_id: int | None, after: int | None) -> None:

@@ -1,5 +1,5 @@
-"""Posts, edits and deletions: whatever the order, repetition and overlap of their jobs, it ends as the last revision
-says."""
+"""Posts, edits and deletions end with the notifications of the last revision, whatever the order, repetition and
+overlap of their jobs."""
 
 import random
 import threading
@@ -32,14 +32,14 @@ TEXTS = (
 
 
 @contextmanager
-def a_community() -> Iterator[tuple[Cast, list[int]]]:
-    """The cast and a crowd with wishes of every kind, in a transaction that is taken back."""
+def a_server() -> Iterator[tuple[Cast, list[int]]]:
+    """The cast and a crowd with preferences of every kind, in a transaction that is rolled back."""
     with db.atomic() as transaction:
-        yield make_community()
+        yield make_server()
         transaction.rollback()
 
 
-def make_community() -> tuple[Cast, list[int]]:
+def make_server() -> tuple[Cast, list[int]]:
     cast = make_cast()
     many = crowd(cast.server_id, 8)
     wants_mentions_only(cast.vip, cast.general)
@@ -61,9 +61,9 @@ def unfinished() -> list[WorkItem]:
 
 @settings(max_examples=120, deadline=None, database=None, derandomize=True)
 @given(st.data())
-def test_it_ends_as_the_last_revision_says_whatever_the_order_of_the_jobs(data):
+def test_the_last_revision_decides_whatever_the_order_of_the_jobs(data):
     members = data.draw(st.integers(1, 14), label="members of a slice")
-    with a_community() as (cast, _), overridden(fanout_slice_size=members):
+    with a_server() as (cast, _), overridden(fanout_slice_size=members):
         author = cast.moderator
         text = data.draw(st.sampled_from(TEXTS), label="post")
         message_id, _ = post(author, cast.general, text)
@@ -74,7 +74,7 @@ def test_it_ends_as_the_last_revision_says_whatever_the_order_of_the_jobs(data):
             if step == "edit":
                 text = data.draw(st.sampled_from(TEXTS), label="edit")
                 messages.edit_message(author.user, message_id, text)
-            elif step == "late" and taken:  # an attempt that was believed dead goes on
+            elif step == "late" and taken:  # an attempt that was taken for dead continues
                 fanout.process_work_item(*data.draw(st.sampled_from(taken), label="late"))
             elif left:
                 part = data.draw(st.sampled_from(left), label=step)
@@ -84,7 +84,7 @@ def test_it_ends_as_the_last_revision_says_whatever_the_order_of_the_jobs(data):
                 taken.append((part, attempt))
                 if step == "do":
                     fanout.process_work_item(part, attempt)
-                else:  # and it has tries enough, however often
+                else:  # with enough attempts for any number of repeats
                     execute("UPDATE run SET attempts_left = 6; UPDATE slice SET attempts_left = 6")
         while left := unfinished():
             do(data.draw(st.sampled_from(left), label="in the end"))
@@ -101,8 +101,8 @@ def test_it_ends_as_the_last_revision_says_whatever_the_order_of_the_jobs(data):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_it_ends_as_the_last_revision_says_with_everything_at_once(cast, slices_of, seed):
-    """Three workers, and an author who edits meanwhile, each with a connection and a thread of their own."""
+def test_the_last_revision_decides_with_concurrent_edits_and_workers(cast, slices_of, seed):
+    """Three workers and an author who edits, each in its own thread with its own connection."""
     crowd(cast.server_id, 40)
     rng = random.Random(seed)
     wants_mentions_only(cast.vip, cast.general)
@@ -149,7 +149,7 @@ def test_it_ends_as_the_last_revision_says_with_everything_at_once(cast, slices_
     assert verify() == []
 
 
-def test_a_deletion_in_the_midst_ends_every_run_of_the_message(cast, slices_of):
+def test_a_deletion_ends_every_run_of_the_message(cast, slices_of):
     crowd(cast.server_id, 20)
     slices_of(6)
     message_id, first = post(cast.moderator, cast.general, "@vera")

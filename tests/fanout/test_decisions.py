@@ -1,4 +1,4 @@
-"""Who is told, and why: the SQL against the oracle, on random communities and at every boundary.
+"""Who is notified, and why: the SQL against the oracle, on random communities and at every boundary.
 
 Each example is one transaction that is rolled back: inside it the database's `now()` stands still, so that a
 boundary can be met to the microsecond.
@@ -30,8 +30,8 @@ HERE, ELSEWHERE = 1, 2
 CHANNEL, OTHER_CHANNEL = 11, 12
 MESSAGE = 21
 ROLES, ROLE_ELSEWHERE = (31, 32, 33), 39
-STRANGERS = (1, 2)  # people who are not in the server
-MEMBERS = range(100, 200, 7)  # who may be in it; ids have gaps, as they do in life
+STRANGERS = (1, 2)  # users who are not members of the server
+MEMBERS = range(100, 200, 7)  # possible members; ids have gaps, as in production
 LAST_ID = 2**63 - 1
 
 DAY, MINUTE, INSTANT = timedelta(days=1), timedelta(minutes=1), timedelta(microseconds=1)
@@ -43,7 +43,7 @@ NEARLY = (-MINUTE, -INSTANT, timedelta(), INSTANT, MINUTE)
 
 @contextmanager
 def one_moment() -> Iterator[datetime]:
-    """A moment of the database, which lasts: `now()` stands still, and nothing that is written stays."""
+    """One transaction of the database: `now()` stands still, and everything is rolled back."""
     with db.atomic() as transaction:
         found = fetch_one("SELECT now() AS now")
         assert found is not None
@@ -52,7 +52,7 @@ def one_moment() -> Iterator[datetime]:
 
 
 def insert(table: str, records: list[dict[str, Any]]) -> None:
-    """Any number of rows in one statement; a column that no record names has its default."""
+    """Insert any number of rows in one statement; a column that no record names has its default."""
     if records:
         columns = ", ".join(records[0])
         execute(
@@ -143,11 +143,11 @@ def run(kind: str, mention_diff: dict[str, Any] | None = None) -> dict[str, Any]
 # Random communities ---------------------------------------------------------------------------------------
 
 
-# Few choices for each member, each of many values: so that a few hundred examples differ from one another.
+# Few choices for each member, each with many values, so that a few hundred examples differ.
 
 
 def subscriptions(now: datetime) -> st.SearchStrategy[Subscription | None]:
-    """Half of them entitle, some by a hair; and of the rest some fail by a hair."""
+    """Half of them are active, some of them only just; some of the others have only just ended."""
     ends = [None, now + 20 * DAY, now - DAY / 2, now - 3 * DAY, now - 400 * DAY]
     ends += [now - slack * DAY + off for slack in (0, 1, 7) for off in NEARLY]
     counting = [Subscription(status, end) for status in ("active", "trialing", "past_due") for end in ends]
@@ -191,19 +191,19 @@ def communities(now: datetime) -> st.SearchStrategy[Community]:
 ON_RANDOM_COMMUNITIES = settings(
     deadline=None,
     database=None,
-    derandomize=True,  # the same communities each time: a failure here is everybody's
+    derandomize=True,  # the same communities each time: a failure is reproducible everywhere
     phases=[Phase.generate, Phase.shrink],
 )
 
 
 @settings(ON_RANDOM_COMMUNITIES, max_examples=175)
 @given(st.data(), st.integers(1, 20))
-def test_the_right_ones_are_told_and_all_are_counted_however_it_is_sliced(data, fanout_slice_size):
+def test_the_oracle_agrees_for_any_slice_size(data, fanout_slice_size):
     with one_moment() as now, overridden(fanout_slice_size=fanout_slice_size):
         community = data.draw(communities(now))
         store(community)
         expected = decisions(community, now)
-        telling = {number: reason for number, reason in expected.items() if reason in NOTIFY_DECISIONS}
+        expected_notifications = {number: reason for number, reason in expected.items() if reason in NOTIFY_DECISIONS}
 
         subject = load_fanout_message(MESSAGE)
         found = fetch_all(DECISIONS_SQL, subject.parameters(0, LAST_ID))
@@ -213,13 +213,13 @@ def test_the_right_ones_are_told_and_all_are_counted_however_it_is_sliced(data, 
             assert decision_for(subject, number) == expected.get(number)
 
         counted = run("test" if community.only_for else "message")
-        assert told() == telling
-        assert counted == {**statistics(expected), "inserted": len(telling), "retracted": 0}
+        assert told() == expected_notifications
+        assert counted == {**statistics(expected), "inserted": len(expected_notifications), "retracted": 0}
 
 
 @settings(ON_RANDOM_COMMUNITIES, max_examples=50)
 @given(st.data())
-def test_the_explanation_is_the_same_before_and_after_telling(data):
+def test_the_explanation_is_the_same_before_and_after_the_fan_out(data):
     with one_moment() as now:
         community = data.draw(communities(now))
         store(community)
@@ -245,13 +245,13 @@ def may_post(community: Community) -> bool:
 
 @settings(ON_RANDOM_COMMUNITIES, max_examples=100)
 @given(st.data(), st.integers(1, 20))
-def test_an_edit_leaves_told_whom_the_new_text_would_have_told_at_once(data, fanout_slice_size):
+def test_after_an_edit_the_notifications_are_those_of_the_new_text(data, fanout_slice_size):
     with one_moment() as now, overridden(fanout_slice_size=fanout_slice_size):
         first, other = data.draw(communities(now)), data.draw(communities(now))
         edited = replace(first, named=other.named, named_roles=other.named_roles, everyone=other.everyone)
         store(first)
         run("message")
-        were_told = told()
+        before = told()
 
         execute(
             "UPDATE message SET mentioned_users = %(mentioned_users)s::bigint[],"
@@ -261,10 +261,10 @@ def test_an_edit_leaves_told_whom_the_new_text_would_have_told_at_once(data, fan
         counted = run("edit", changes(first, edited))
 
         expected = decisions(edited, now)
-        are_told = {number: reason for number, reason in expected.items() if reason in NOTIFY_DECISIONS}
-        assert told() == are_told
-        added, withdrawn = are_told.keys() - were_told.keys(), were_told.keys() - are_told.keys()
-        assert counted == {**statistics(expected), "inserted": len(added), "retracted": len(withdrawn)}
+        after = {number: reason for number, reason in expected.items() if reason in NOTIFY_DECISIONS}
+        assert told() == after
+        inserted, retracted = after.keys() - before.keys(), before.keys() - after.keys()
+        assert counted == {**statistics(expected), "inserted": len(inserted), "retracted": len(retracted)}
 
 
 def changes(before: Community, after: Community) -> dict[str, Any]:
@@ -329,9 +329,9 @@ ONLY_MENTIONS, SWITCHED_OFF = Preference("mentions"), Preference("none")
 
 CASES = {
     # who wrote it
-    "the author is not told": ("author", paying(), MINE),
-    "the author who mentions themselves is not told": ("author", being(roles=ROLE), MINE | ALL_MENTIONS),
-    "the author who is an admin is not told": ("author", being(admin=True), MINE),
+    "the author is not notified": ("author", paying(), MINE),
+    "the author who mentions themselves is not notified": ("author", being(roles=ROLE), MINE | ALL_MENTIONS),
+    "the author who is an admin is not notified": ("author", being(admin=True), MINE),
     "author before no_channel_access": ("author", paying(), MINE | CLOSED),
     # who may see the channel
     "a private channel without a role is for nobody": ("no_channel_access", being(roles=ROLE), CLOSED),
@@ -346,7 +346,7 @@ CASES = {
         being(roles=frozenset(ROLES[1:])),
         CLOSED | {"opening_roles": ROLE},
     ),
-    "an admin is told only of what their roles open": ("no_channel_access", being(admin=True), CLOSED),
+    "an admin is notified only of channels that their roles open": ("no_channel_access", being(admin=True), CLOSED),
     "opening roles of an open channel shut nobody out": ("message", paying(), {"opening_roles": ROLE}),
     "a mention opens no private channel": ("no_channel_access", being(roles=ROLE), CLOSED | ALL_MENTIONS),
     "no_channel_access before no_subscription": ("no_channel_access", being(subscription=None), CLOSED),

@@ -1,4 +1,4 @@
-"""The fan-out: slices, many workers at once, test messages; and what must not grow with the audience."""
+"""The fan-out: slices, concurrent workers, test messages, and costs that must not grow with the audience."""
 
 import threading
 import tracemalloc
@@ -41,7 +41,7 @@ from tests.people import Person, make_person
 
 
 @pytest.mark.parametrize("members", [1, 2, 5, 7, 24, 25, 26, 1000])
-def test_everybody_is_counted_once_over_many_slices(cast, slices_of, members):
+def test_each_member_is_counted_once_over_many_slices(cast, slices_of, members):
     many = crowd(cast.server_id, 20)
     slices_of(members)
     message_id, run_id = post(cast.subscriber, cast.general)
@@ -56,7 +56,7 @@ def test_everybody_is_counted_once_over_many_slices(cast, slices_of, members):
     assert verify() == []
 
 
-def test_a_large_audience_is_shared_out_and_the_progress_is_seen(cast, slices_of):
+def test_a_large_audience_is_sliced_and_the_progress_is_visible(cast, slices_of):
     crowd(cast.server_id, 20)
     slices_of(10)
     _, run_id = post(cast.subscriber, cast.general)
@@ -73,7 +73,7 @@ def test_a_large_audience_is_shared_out_and_the_progress_is_seen(cast, slices_of
 
 
 @pytest.mark.parametrize("mention", ["@crowd-17", "@crowd-17 @crowd-3 @vera @lars @sam", "@vip", "@vip @crowd-4"])
-def test_the_mentioned_are_told_first_and_counted_once(cast, slices_of, mention):
+def test_mentioned_members_are_notified_first_and_counted_once(cast, slices_of, mention):
     many = crowd(cast.server_id, 20)
     servers.put_member(cast.server_id, many[9], [cast.vip_role])
     wants_mentions_only(cast.vip, cast.general)
@@ -92,7 +92,7 @@ def test_the_mentioned_are_told_first_and_counted_once(cast, slices_of, mention)
     assert verify() == []
 
 
-def test_of_many_who_are_mentioned_by_a_role_as_many_are_first_as_fit_in_a_slice(cast, slices_of):
+def test_members_of_a_mentioned_role_are_notified_first_up_to_one_slice(cast, slices_of):
     many = crowd(cast.server_id, 20)
     for user_id in many[:9]:
         servers.put_member(cast.server_id, user_id, [cast.vip_role])
@@ -107,7 +107,7 @@ def test_of_many_who_are_mentioned_by_a_role_as_many_are_first_as_fit_in_a_slice
     assert (stats(run_id)["audience"], stats(run_id)["inserted"]) == (25, len(told(message_id)))
 
 
-def test_who_was_told_first_is_not_told_again_by_a_wish_that_changed_since(cast, slices_of):
+def test_a_member_notified_first_is_not_decided_again_after_a_preference_change(cast, slices_of):
     crowd(cast.server_id, 20)
     slices_of(4)
     message_id, run_id = post(cast.subscriber, cast.general, "@vera")
@@ -121,12 +121,12 @@ def test_who_was_told_first_is_not_told_again_by_a_wish_that_changed_since(cast,
 
 @pytest.mark.parametrize("error", [RuntimeError("the disk is full"), Killed()], ids=["an error", "a kill"])
 @pytest.mark.parametrize("part", [1, 2, 3])
-def test_a_part_that_ends_half_way_has_changed_nothing_and_the_next_try_goes_on(
+def test_an_interrupted_work_item_changes_nothing_and_the_next_attempt_continues(
     cast, slices_of, monkeypatch, error, part
 ):
     many = crowd(cast.server_id, 20)
     slices_of(10)
-    message_id, run_id = post(cast.subscriber, cast.general, "@vera")  # told by the first part; then three slices
+    message_id, run_id = post(cast.subscriber, cast.general, "@vera")  # notified by the first work item; three slices follow
     with monkeypatch.context() as patch:
         fail_at_slice(patch, part, error)
         with pytest.raises(type(error)):
@@ -146,19 +146,19 @@ def test_a_part_that_ends_half_way_has_changed_nothing_and_the_next_try_goes_on(
     assert verify() == []
 
 
-def test_executed_once_more_a_finished_run_stays_as_it_is(cast):
+def test_processing_a_finished_run_again_changes_nothing(cast):
     _, run_id = post(cast.subscriber, cast.general)
     run_to_end(run_id)
     assert claims.claim(claims.WorkItem(run_id)) is None
     assert claims.claim(claims.WorkItem(run_id, 0)) is None
 
 
-def test_a_run_that_does_not_exist_cannot_be_taken(cast):
+def test_a_run_that_does_not_exist_cannot_be_claimed(cast):
     assert claims.claim(claims.WorkItem(4711)) is None
     assert claims.claim(claims.WorkItem(4711, 0)) is None
 
 
-def test_many_workers_on_one_run_tell_everybody_once_and_count_everybody_once(cast, slices_of):
+def test_many_workers_on_one_run_notify_and_count_each_member_once(cast, slices_of):
     crowd(cast.server_id, 95)
     slices_of(7)
     message_id, run_id = post(cast.subscriber, cast.general, "@vera")
@@ -168,7 +168,7 @@ def test_many_workers_on_one_run_tell_everybody_once_and_count_everybody_once(ca
 
     def all_of_them() -> int:
         done = 0
-        for part in slices:  # everybody wants to do everything
+        for part in slices:  # each thread claims all slices
             attempt = claims.claim(part)
             if attempt is not None:
                 fanout.process_work_item(part, attempt)
@@ -183,13 +183,13 @@ def test_many_workers_on_one_run_tell_everybody_once_and_count_everybody_once(ca
     assert verify() == []
 
 
-def test_two_slices_that_end_at_once_are_both_counted_and_finish_the_run(cast, slices_of, at_failpoint):
+def test_two_slices_that_end_at_the_same_time_are_both_counted_and_finish_the_run(cast, slices_of, at_failpoint):
     crowd(cast.server_id, 5)
     slices_of(5)
     _, run_id = post(cast.subscriber, cast.general)
     advance(run_id)
-    both_have_told = threading.Barrier(2, timeout=30)
-    at_failpoint("slice.notified", lambda: both_have_told.wait() and None)
+    both_have_inserted = threading.Barrier(2, timeout=30)
+    at_failpoint("slice.notified", lambda: both_have_inserted.wait() and None)
     first, second = parts_of(run_id)
     tokens = [(part, claims.claim(part)) for part in (first, second)]
     in_threads(lambda: fanout.process_work_item(*tokens.pop()), 2)
@@ -198,7 +198,7 @@ def test_two_slices_that_end_at_once_are_both_counted_and_finish_the_run(cast, s
 
 
 def in_threads(work: Callable[[], Any], number: int) -> list[Any]:
-    """What `work` gives in so many threads at once, each with its own connection; what it raises is raised here."""
+    """The results of `work` in `number` threads, each with its own connection. Errors are raised here."""
     results: list[Any] = []
 
     def one() -> None:
@@ -219,7 +219,7 @@ def in_threads(work: Callable[[], Any], number: int) -> list[Any]:
     return results
 
 
-def test_a_deleted_message_ends_its_run_half_way_and_nobody_more_is_told(cast, slices_of):
+def test_deleting_a_message_ends_its_run_and_notifies_nobody_else(cast, slices_of):
     crowd(cast.server_id, 20)
     slices_of(10)
     message_id, run_id = post(cast.subscriber, cast.general)
@@ -234,7 +234,7 @@ def test_a_deleted_message_ends_its_run_half_way_and_nobody_more_is_told(cast, s
     assert unread(cast.admin) == 0
 
 
-def test_a_message_deleted_before_its_run_tells_nobody(cast):
+def test_a_message_deleted_before_its_run_notifies_nobody(cast):
     message_id, run_id = post(cast.subscriber, cast.general)
     messages.delete_message(cast.subscriber.user, message_id)
     assert run_to_end(run_id) == "succeeded"
@@ -245,8 +245,8 @@ def test_a_message_deleted_before_its_run_tells_nobody(cast):
 # Test messages --------------------------------------------------------------------------------------------
 
 
-def test_a_test_message_is_told_to_and_seen_by_the_one_who_asked_alone(api, cast, run_jobs):
-    caller = make_person("alma", status=None, admin=True)  # the last in the order in which members are walked
+def test_a_test_message_notifies_and_is_visible_to_its_sender_only(api, cast, run_jobs):
+    caller = make_person("alma", status=None, admin=True)  # has the highest user id
     servers.put_member(cast.server_id, caller.id, [])
     answer = api(caller).post("/api/test-notifications", json={"channel_id": cast.general})
     assert answer.status_code == 202
@@ -270,18 +270,18 @@ def test_a_test_message_is_told_to_and_seen_by_the_one_who_asked_alone(api, cast
 
 
 
-# What must not grow with the audience ---------------------------------------------------------------------
+# Costs that must not grow with the audience ---------------------------------------------------------------------
 
 
 @dataclass
 class Measured:
-    """What a message to so many members took."""
+    """What a message to this number of members took."""
 
     members: int
     of_post: int  # SQL statements of the request that posted it
-    of_run: int  # SQL statements of the run's own part
+    of_run: int  # SQL statements of the run's first work item
     of_slices: list[int]  # SQL statements of each slice
-    peak: int  # bytes that Python held for the run, at most
+    peak: int  # peak memory of Python for the run, in bytes
     stats: dict[str, Any]
     notifications: int
 
@@ -294,7 +294,7 @@ def measured(app, _schema) -> dict[int, Measured]:
     db.connect(reuse_if_open=True)
     author = make_person("author-of-all", status=None, admin=True)
     client = app.test_client()
-    measure(client, author, SMALL)  # first of all what is loaded once, and stays
+    measure(client, author, SMALL)  # load first what stays in memory
     return {members: measure(client, author, members) for members in (SMALL, MEDIUM, LARGE)}
 
 
@@ -323,11 +323,11 @@ def measure(client, author: Person, members: int) -> Measured:
     finally:
         tracemalloc.stop()
     assert run_of(run_id)["state"] == "succeeded"
-    told_of_it = Notification.select().where(Notification.message_id == answer.get_json()["id"]).count()
-    return Measured(members, of_post, of_parts[0], of_parts[1:], peak, stats(run_id), told_of_it)
+    notifications = Notification.select().where(Notification.message_id == answer.get_json()["id"]).count()
+    return Measured(members, of_post, of_parts[0], of_parts[1:], peak, stats(run_id), notifications)
 
 
-def test_every_slice_takes_the_same_statements_however_many_members(measured):
+def test_a_slice_takes_the_same_statements_for_any_number_of_members(measured):
     assert [len(one.of_slices) for one in measured.values()] == [0, 0, LARGE // settings.fanout_slice_size + 1]
     assert measured[SMALL].of_run == measured[MEDIUM].of_run <= 9
     assert measured[LARGE].of_run - measured[SMALL].of_run == 2, "who is mentioned, and the slices"
@@ -335,11 +335,11 @@ def test_every_slice_takes_the_same_statements_however_many_members(measured):
     assert measured[LARGE].of_slices[0] <= measured[SMALL].of_run
 
 
-def test_posting_takes_the_same_statements_however_many_members(measured):
+def test_posting_takes_the_same_statements_for_any_number_of_members(measured):
     assert measured[SMALL].of_post == measured[MEDIUM].of_post == measured[LARGE].of_post == 5
 
 
-def test_a_run_takes_the_same_memory_however_many_members(measured):
+def test_a_run_takes_the_same_memory_for_any_number_of_members(measured):
     assert abs(measured[LARGE].peak - measured[MEDIUM].peak) < 1_000_000
 
 

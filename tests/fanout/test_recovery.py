@@ -1,4 +1,4 @@
-"""What dies, hangs or is away, with real processes: nobody is missed, nobody is told twice, and the work goes on."""
+"""Recovery with real processes that die, hang or lose Redis: each member is notified once, and work continues."""
 
 import contextlib
 import os
@@ -32,12 +32,12 @@ from tools.chaos.process_under_test import KILL_WITH_PARENT, STOP
 
 pytestmark = pytest.mark.slow
 
-RECOVERY = 30.0  # seconds: the promise
+RECOVERY = 30.0  # seconds, as docs/reliability.md promises
 
 
 @pytest.fixture
 def doomed(tmp_path: Path) -> Path:
-    """Where `strike` leaves its orders."""
+    """The directory in which `strike` arms a failpoint."""
     (tmp_path / "armed").mkdir()
     return tmp_path
 
@@ -48,7 +48,7 @@ def finished(run_id: int) -> None:
 
 
 def enqueue(author: Person, channel_id: int, content: str = "gold breaks out") -> tuple[int, int]:
-    """A message whose job is in the queue; ids of message and run."""
+    """Post a message and enqueue its run; the ids of both."""
     message_id, run_id = write(author, channel_id, content)
     assert queues.enqueue_run(run_id)
     return message_id, run_id
@@ -56,18 +56,18 @@ def enqueue(author: Person, channel_id: int, content: str = "gold breaks out") -
 
 @contextlib.contextmanager
 def two_workers(doomed: Path, **environment: str) -> Iterator[tuple[Any, Any]]:
-    """One that is to come to its end, and one that is there to go on. The second starts when it is waited for."""
+    """A worker that will be killed, and one that continues; the second starts when it is waited for."""
     with a_doomed_worker(doomed, **environment) as first, a_worker(**environment) as second:
         yield first, second
 
 
-# Deaths ---------------------------------------------------------------------------------------------------
+# Killed ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "point", ["worker.dequeued", "run.claimed", "run.locked", "run.counted", "run.committed", "job.done"]
 )
-def test_a_worker_that_dies_with_a_job_in_hand_costs_nobody_their_notification(cast, doomed, point):
+def test_no_notification_is_lost_when_a_worker_is_killed_during_a_job(cast, doomed, point):
     with a_doomed_worker(doomed) as first:
         struck = strike(doomed, point, KILL_WITH_PARENT)
         message_id, run_id = enqueue(cast.subscriber, cast.general)
@@ -78,7 +78,7 @@ def test_a_worker_that_dies_with_a_job_in_hand_costs_nobody_their_notification(c
     assert told(message_id).keys() == {cast.admin.id, cast.moderator.id, cast.vip.id}
 
 
-def test_a_slice_goes_on_elsewhere_and_the_others_are_not_done_again(cast, doomed):
+def test_another_worker_continues_a_slice_and_repeats_no_other(cast, doomed):
     many = crowd(cast.server_id, 400)
     with a_doomed_worker(doomed, FANOUT_SLICE_SIZE="50") as first:
         struck = strike(doomed, "slice.counted", KILL_WITH_PARENT)
@@ -92,8 +92,8 @@ def test_a_slice_goes_on_elsewhere_and_the_others_are_not_done_again(cast, doome
     assert (run_of(run_id)["members_processed"], run_of(run_id)["attempts"]) == (405, 2)
 
 
-def test_a_message_that_kills_whoever_touches_it_fails_with_its_reason_and_holds_nobody_up(api, cast):
-    """Its statement ends the session each time: nothing can be written down, as when a process is killed."""
+def test_a_message_that_kills_every_worker_fails_and_delays_no_other(api, cast):
+    """Each attempt ends its own session, so that no failure is recorded, as when a process is killed."""
     message_id, poison = write(cast.subscriber, cast.general, "poison")
     execute(
         "CREATE FUNCTION test_poison() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
@@ -123,10 +123,10 @@ def test_a_message_that_kills_whoever_touches_it_fails_with_its_reason_and_holds
 
 
 @pytest.mark.parametrize("point", ["run.claimed", "run.locked", "run.counted"])
-def test_a_worker_that_hangs_is_left_behind_and_what_it_does_later_counts_for_nothing(cast, doomed, point):
+def test_a_worker_that_hangs_is_overtaken_and_writes_nothing_later(cast, doomed, point):
     with two_workers(doomed) as (hanging, _):
         strike(doomed, point, STOP)
-        # Whichever worker gets the first job, the doomed one gets one soon.
+        # Any worker may get the first job; the doomed one gets one soon.
         message_id = run_id = 0
 
         def another_was_fatal() -> bool:
@@ -155,9 +155,9 @@ def contents_of(run_id: int) -> tuple[Any, int]:
     return run_of(run_id), Notification.select().count()
 
 
-def test_an_edit_whose_process_hangs_holds_up_the_fan_out_for_a_moment_only(cast, in_another_session):
+def test_an_edit_whose_process_hangs_delays_the_fan_out_only_briefly(cast, in_another_session):
     message_id, run_id = write(cast.subscriber, cast.general)
-    # As `sql.transaction` and `leases.lock_message_exclusive` have it.
+    # As `db.transaction` and `claims.lock_message_exclusive` do.
     statement = (
         f"SELECT set_config('idle_in_transaction_session_timeout', '{IDLE_IN_TRANSACTION_SECONDS}s', true);"
         f"SELECT pg_advisory_xact_lock({claims.MESSAGE_LOCK}, {message_id});"
@@ -176,9 +176,8 @@ def test_an_edit_whose_process_hangs_holds_up_the_fan_out_for_a_moment_only(cast
 # Slow -----------------------------------------------------------------------------------------------------
 
 
-def test_living_workers_do_not_fail_a_run_for_which_every_statement_is_slow(cast):
-    """From the claim to the lock it takes longer than the longest lease; between two statements, than a transaction may
-    be silent."""
+def test_slow_statements_do_not_fail_a_run(cast):
+    """Locking takes longer than the longest sweep interval, and each statement longer than the idle time-out."""
     with (
         a_slow_database(0.3) as url,
         a_worker(through=("tests.faults.hasty",), DATABASE_URL=url) as first,
@@ -193,10 +192,10 @@ def test_living_workers_do_not_fail_a_run_for_which_every_statement_is_slow(cast
     assert verify() == []
 
 
-# What is away ---------------------------------------------------------------------------------------------
+# Redis is down ---------------------------------------------------------------------------------------------
 
 
-def test_a_hundred_posts_with_redis_down_are_all_answered_and_all_fan_out_after_it_is_back_empty(cast, redis):
+def test_posts_while_redis_is_down_are_accepted_and_fan_out_after_it_returns_empty(cast, redis):
     with a_gate(os.environ["REDIS_URL"]) as gate:
         behind = {"REDIS_URL": gate.url}
         with a_web_process(**behind) as address, a_worker(**behind), a_worker(**behind):
@@ -219,7 +218,7 @@ def test_a_hundred_posts_with_redis_down_are_all_answered_and_all_fan_out_after_
     assert verify() == []
 
 
-def test_what_was_queued_is_found_again_after_flushall(cast, redis):
+def test_queued_runs_are_found_again_after_flushall(cast, redis):
     runs = [enqueue(cast.subscriber, cast.general) for _ in range(5)]
     with a_worker() as process:
         wait_until(lambda: Run.select().where(Run.state == "succeeded").count() > 0, "the first")
@@ -232,7 +231,7 @@ def test_what_was_queued_is_found_again_after_flushall(cast, redis):
     assert Notification.select().count() == 30
 
 
-def test_workers_whose_clocks_are_a_minute_apart_agree_by_the_databases(cast, doomed):
+def test_workers_with_different_clocks_use_the_databases(cast, doomed):
     crowd(cast.server_id, 100)
     ahead, behind = ("tests.faults.clock", "60"), ("tests.faults.clock", "-60")
     with (
@@ -251,10 +250,10 @@ def test_workers_whose_clocks_are_a_minute_apart_agree_by_the_databases(cast, do
     assert fetch_one(f"SELECT count(*) AS off FROM run WHERE {off}") == {"off": 0}
 
 
-# Lanes ----------------------------------------------------------------------------------------------------
+# Queues ---------------------------------------------------------------------------------------------------
 
 
-def test_several_workers_share_one_fan_out_and_a_small_message_does_not_wait_for_it(cast):
+def test_several_workers_share_a_fan_out_and_a_small_message_does_not_wait(cast):
     many = crowd(cast.server_id, 3_000)
     server = Server.create(name="Elsewhere")
     elsewhere = servers.create_channel(server.id, "general", private=False, posting="members").id
@@ -274,7 +273,7 @@ def test_several_workers_share_one_fan_out_and_a_small_message_does_not_wait_for
     assert verify() == []
 
 
-def test_sigterm_in_the_midst_of_a_fan_out_ends_soon_and_another_worker_goes_on_where_it_stopped(cast):
+def test_after_sigterm_during_a_fan_out_another_worker_continues(cast):
     crowd(cast.server_id, 3_000)
     with a_worker(FANOUT_SLICE_SIZE="50") as first:
         message_id, run_id = enqueue(cast.subscriber, cast.general)
@@ -295,7 +294,7 @@ def test_sigterm_in_the_midst_of_a_fan_out_ends_soon_and_another_worker_goes_on_
 # A full queue ---------------------------------------------------------------------------------------------
 
 
-def test_redis_holds_so_many_jobs_and_no_more_and_everything_is_done_in_the_order_it_was_posted(
+def test_the_queue_is_bounded_and_runs_are_processed_in_the_order_of_posting(
     cast, run_jobs, override
 ):
     override(max_batch_runs=0)
@@ -321,7 +320,7 @@ def test_redis_holds_so_many_jobs_and_no_more_and_everything_is_done_in_the_orde
     assert verify() == []
 
 
-def test_what_is_posted_while_the_queue_is_full_is_pending_from_the_start(api, cast, override):
+def test_a_message_posted_while_the_queue_is_full_is_pending(api, cast, override):
     override(max_queue_length=1)
     body = {"channel_id": cast.general, "content": "gold"}
     states = []
@@ -332,7 +331,7 @@ def test_what_is_posted_while_the_queue_is_full_is_pending_from_the_start(api, c
     assert queues.queue().count == 1
 
 
-def test_a_job_that_was_lost_from_a_long_queue_is_found_and_done_before_those_that_wait(
+def test_a_job_lost_from_a_long_queue_is_found_and_processed_first(
     cast, run_jobs, override
 ):
     override(max_batch_runs=0)
@@ -350,7 +349,7 @@ def test_a_job_that_was_lost_from_a_long_queue_is_found_and_done_before_those_th
     assert {state_of(run_id) for run_id in runs} == {"succeeded"}
 
 
-def test_a_slice_that_was_lost_from_a_long_queue_is_found(cast, slices_of, run_jobs):
+def test_a_slice_lost_from_a_long_queue_is_found(cast, slices_of, run_jobs):
     crowd(cast.server_id, 40)
     slices_of(5)
     _, run_id = write(cast.subscriber, cast.general)
@@ -364,7 +363,7 @@ def test_a_slice_that_was_lost_from_a_long_queue_is_found(cast, slices_of, run_j
     finished(run_id)
 
 
-def test_what_stands_first_in_the_queue_and_is_no_job_of_ours_is_no_reason_to_take_anything_for_lost(cast, redis):
+def test_a_foreign_job_at_the_head_of_the_queue_makes_nothing_lost(cast, redis):
     enqueue(cast.subscriber, cast.general)
     for hostile in (b"no-such-job", b"another"):
         redis.lpush(queues.queue().key, hostile)
@@ -374,7 +373,7 @@ def test_what_stands_first_in_the_queue_and_is_no_job_of_ours_is_no_reason_to_ta
 
 
 @pytest.mark.parametrize("argument", [-1, 2**63, "seven", None, float("inf")])
-def test_a_hostile_job_first_in_the_queue_is_no_reason_to_take_anything_for_lost(cast, argument):
+def test_a_hostile_job_at_the_head_of_the_queue_makes_nothing_lost(cast, argument):
     queues.queue().enqueue("jobs.notify", argument)
     enqueue(cast.subscriber, cast.general)
     execute("UPDATE run SET sweep_after = now() - interval '1 minute'")

@@ -1,4 +1,4 @@
-"""Replays: what would be added, what is, and that nothing is taken back."""
+"""Replays: what would be inserted, what is inserted, and that nothing is retracted."""
 
 from typing import Any
 
@@ -12,14 +12,14 @@ from tests.fanout_helpers import contents, crowd, post, read_everything, run_of,
 
 
 def replayed(run_id: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a replay announces, and the statistics of the run that it makes."""
+    """Replay a run: the answer, and the statistics of the new run."""
     announced = runs.replay(run_id, dry_run=False)
     assert run_to_end(announced["run_id"]) == "succeeded"
     assert announced["inserted"] == stats(announced["run_id"])["inserted"]
     return announced, stats(announced["run_id"])
 
 
-def test_a_replay_of_an_unchanged_community_writes_nothing_and_says_so(cast, slices_of):
+def test_a_replay_without_changes_writes_nothing(cast, slices_of):
     crowd(cast.server_id, 20)
     slices_of(4)
     _, run_id = post(cast.subscriber, cast.general)
@@ -31,7 +31,7 @@ def test_a_replay_of_an_unchanged_community_writes_nothing_and_says_so(cast, sli
     assert contents() == before
 
 
-def test_a_replay_after_somebody_subscribed_adds_exactly_them(cast):
+def test_a_replay_notifies_a_member_who_subscribed_since(cast):
     message_id, run_id = post(cast.subscriber, cast.general)
     run_to_end(run_id)
     before = told(message_id)
@@ -43,17 +43,17 @@ def test_a_replay_after_somebody_subscribed_adds_exactly_them(cast):
     assert told(message_id) == before | {cast.lapsed.id: "message"}
 
 
-def test_a_replay_takes_nothing_back(cast):
+def test_a_replay_retracts_nothing(cast):
     message_id, run_id = post(cast.subscriber, cast.general)
     run_to_end(run_id)
     set_preference(cast.vip.user, cast.general, "none", None)
-    set_subscription(cast.lapsed.id, "active", None)  # somebody to be added, so that there is a run
+    set_subscription(cast.lapsed.id, "active", None)  # one member to notify, so that a run is created
     announced, counted = replayed(run_id)
     assert (announced["inserted"], announced["unchanged"], counted["notified"]) == (1, 3, 3)
     assert told(message_id).keys() == {cast.admin.id, cast.moderator.id, cast.vip.id, cast.lapsed.id}
 
 
-def test_a_replay_brings_nothing_back_that_was_read_or_dismissed(cast):
+def test_a_replay_does_not_change_read_and_dismissed_notifications(cast):
     _, run_id = post(cast.subscriber, cast.general, "@moira")
     run_to_end(run_id)
     read_everything(cast.moderator)
@@ -64,7 +64,7 @@ def test_a_replay_brings_nothing_back_that_was_read_or_dismissed(cast):
     assert inbox.list_notifications(cast.vip.user, before=None, limit=10) == []
 
 
-def test_a_dry_run_says_what_would_be_added_and_writes_nothing_at_all(cast, slices_of):
+def test_a_dry_run_shows_what_would_be_inserted_and_writes_nothing(cast, slices_of):
     slices_of(2)
     _, run_id = post(cast.subscriber, cast.general)
     run_to_end(run_id)
@@ -76,7 +76,7 @@ def test_a_dry_run_says_what_would_be_added_and_writes_nothing_at_all(cast, slic
     assert announced["run_id"] is None
 
 
-def test_a_replay_of_a_test_message_tells_nobody_else(cast):
+def test_a_replay_of_a_test_message_notifies_nobody_else(cast):
     run_id = send_test(cast.admin.user, cast.general, None, "me")
     run_to_end(run_id)
     announced = runs.replay(run_id, dry_run=False)
@@ -84,7 +84,7 @@ def test_a_replay_of_a_test_message_tells_nobody_else(cast):
     assert told(run_of(run_id)["message_id"]) == {cast.admin.id: "mention"}
 
 
-def test_a_replay_of_a_run_that_has_not_begun_is_of_no_harm(cast, slices_of):
+def test_a_replay_of_a_run_that_has_not_begun_notifies_nobody_twice(cast, slices_of):
     slices_of(2)
     message_id, run_id = post(cast.subscriber, cast.general)
     again = runs.replay(run_id, dry_run=False)["run_id"]

@@ -1,0 +1,90 @@
+"""The words of the code, the documents and the pages are the glossary's (docs/glossary.md), and SQL aliases are words."""
+
+import ast
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tools.dev import ROOT
+
+TEXT = {".py", ".md", ".html", ".js", ".css", ".conf", ".cfg", ".toml", ".txt", ".example", ""}
+NOT_OURS = re.compile(r"^(tests/golden/|tests/data/|requirements.*\.lock|docs/charts/|migrations/000)")
+"""What other tests hold, what others wrote, and migrations that name columns as they were."""
+WORDS = {
+    r"tell|tells|telling|tellings|told|untold": "notify, notified",
+    r"whoever|whomever|whosoever": "the user, the worker that …",
+    r"withdraw|withdraws|withdrawn|withdrawal": "retract",
+    r"take[ns]? back|took back": "retract",
+    r"as it were|so to speak": "(nothing)",
+    r"in hand": "current",
+    r"is dear|are dear|too dear": "expensive",
+}
+NAMES = {
+    "told": "notified", "tell": "notify", "telling": "notification", "tellings": "notifications",
+    "person": "user", "people": "users", "persons": "users", "community": "server", "communities": "servers",
+    "tries": "attempts", "trial": "attempt", "trials": "attempts", "withdrawn": "retracted", "withdraw": "retract",
+    "hold": "lock", "held": "locked", "look": "poll", "listener": "client", "listeners": "clients",
+}  # fmt: skip
+"""Parts of identifiers in the product, and what to write instead."""
+SQL_WORDS = re.compile(r"\b(SELECT|UPDATE|INSERT INTO|DELETE FROM|JOIN|WHERE)\b")
+ALIAS = re.compile(r"(?<![\w.%('\\])([a-z])\.[a-z_]{2,}")
+
+
+def files() -> list[Path]:
+    found = subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).split()
+    paths = [ROOT / name for name in found if not NOT_OURS.match(name)]
+    return [path for path in paths if path.suffix in TEXT and path.is_file()]
+
+
+def product() -> list[Path]:
+    return [path for path in files() if path.suffix == ".py" and path.relative_to(ROOT).parts[0] not in ("tests", "tools")]
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_a_word_that_the_glossary_replaces_is_used_nowhere(word):
+    pattern = re.compile(rf"\b({word})\b", re.IGNORECASE)
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()[:100]}"
+        for path in files()
+        if path != Path(__file__)
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if pattern.search(line.replace("_", " "))
+    ]
+    assert not found, f"{len(found)} lines; write: {WORDS[word]}\n" + "\n".join(found[:40])
+
+
+def identifiers(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield node.name, node.lineno
+        elif isinstance(node, ast.arg):
+            yield node.arg, node.lineno
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id, node.lineno
+
+
+def test_the_identifiers_of_the_product_are_the_glossarys():
+    found = []
+    for path in product():
+        for name, line in identifiers(ast.parse(path.read_text())):
+            for part in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name):
+                if part.lower() in NAMES:
+                    found.append(f"{path.relative_to(ROOT)}:{line}: {name} ({NAMES[part.lower()]})")
+    assert not found, f"{len(found)} names:\n" + "\n".join(found[:60])
+
+
+def test_sql_aliases_are_words():
+    found = []
+    for path in product():
+        tree = ast.parse(path.read_text())
+        documentation = {
+            id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in documentation:
+                if match := ALIAS.search(node.value):
+                    found.append(f"{path.relative_to(ROOT)}:{node.lineno}: {match[0]}")
+    assert not found, f"{len(found)} aliases:\n" + "\n".join(found[:40])
