@@ -1,9 +1,9 @@
-"""Every function that RQ may run: what runs later.
+"""The functions that RQ may run.
 
-A job takes ids, reloads everything, and may run twice. Belfry's own worker processes many small runs in one batch
+A job takes ids, reloads its rows, and may run twice. Belfry's worker processes many small runs in one batch
 (`claim_batch`, `run_batch`). RQ's own worker runs the same jobs one by one:
 `rq worker -S json --job-class belfry.queue.job_class.BelfryJob notifications bulk deliveries`. Without that class it
-would run whatever function a job in Redis names.
+would run any function that a job in Redis names.
 """
 
 import logging
@@ -25,30 +25,30 @@ from config import settings, tuning
 
 log = logging.getLogger(__name__)
 
-RETRY_GRACE_SECONDS = 5  # after a retry should have begun, before the sweeper takes it for lost
+RETRY_GRACE_SECONDS = 5  # after a retry is due, before the sweeper takes it for lost
 
 Result = dict[str, Any]
-"""What RQ keeps of a finished job: {"run", "state", "summary"}, the summary in one line."""
+"""What RQ stores for a finished job: {"run", "state", "summary"}; the summary is one line."""
 
 
 def notify(run_id: int, attempt: int | None = None) -> Result:
-    """Process one run: a small audience at once; of a large one plan the slices and notify the mentioned members.
+    """Process one run: notify a small audience; for a large one, plan the slices and notify the mentioned members.
 
-    Queue `notifications`. `attempt` is the number of an attempt that the worker has claimed already. Raises whatever
-    goes wrong, after it is recorded on the run, so that RQ retries the job.
+    Queue `notifications`. `attempt` is the number of an attempt that the worker has claimed already. Errors are
+    recorded on the run and raised, so that RQ retries the job.
     """
     return _work_on(WorkItem(run_id), attempt)
 
 
 def notify_slice(run_id: int, after_user_id: int) -> Result:
-    """Process the slice of a large run that begins after a user id. Queue `bulk`; otherwise as `notify`."""
+    """Process the slice of a large run that begins after a user id. Queue `bulk`; errors as in `notify`."""
     return _work_on(WorkItem(run_id, after_user_id))
 
 
 def claim_batch(run_id: int) -> list[int]:
-    """Claim a run and small runs that wait behind it in the queue, to be processed in one transaction.
+    """Claim a run and the small runs behind it in the queue, to be processed in one transaction; their ids.
 
-    [] where nothing can be claimed so. The run itself may be missing: it is large, or not new.
+    [] where none can be claimed. The run itself is missing where it is large or was tried before.
     """
     with _batch_context(run_id):
         failpoint("job.begun", run_id)
@@ -59,16 +59,16 @@ def claim_batch(run_id: int) -> list[int]:
 
 
 def run_batch(run_ids: Sequence[int]) -> dict[int, Result]:
-    """Process claimed runs in one transaction; the result of each that was processed.
+    """Process claimed runs in one transaction; {run id: result} of those that were processed.
 
-    A run whose message is being changed is left out. Raises whatever goes wrong, and then nothing has changed.
+    A run whose message is being changed is left out. Errors are raised, and then nothing has changed.
     """
     with _batch_context(run_ids[0]):
         processed = fanout.process_batch(run_ids)
         for run in processed:
             failpoint("run.committed", run["run_id"])
         if processed:
-            publish.publish(told=True)
+            publish.publish(notified=True)
             others = f", with {len(processed) - 1} others" if len(processed) > 1 else ""
             log.info("%s: done%s", WorkItem(processed[0]["run_id"]), others)
             failpoint("job.done", run_ids[0])
@@ -95,7 +95,7 @@ def _result(run_id: int, state: str, run: Row) -> Result:
 
 @contextmanager
 def job_context(item: WorkItem) -> Iterator[Job | None]:
-    """Open a database connection and put the ids into the log; yields RQ's job, None where RQ runs none."""
+    """Open a database connection and add the ids to the log; yields RQ's current job, None outside RQ."""
     job = get_current_job()
     with logging_setup.context(run_id=item.run_id, job_id=job.id if job else None), database_connection():
         failpoint("job.begun", *item)
@@ -109,7 +109,7 @@ def _work_on(item: WorkItem, attempt: int | None = None) -> Result:
             if attempt is not None:
                 failpoint("run.claimed" if item.is_run else "slice.claimed", *item)
         if attempt is None:
-            log.info("%s: nothing to do: it is done, has failed (`flask runs retry`), or is in other hands", item)
+            log.info("%s: nothing to do: it is done, has failed (`flask runs retry`), or another worker has it", item)
         else:
             _run(item, attempt, job)
         failpoint("job.done", *item)
@@ -123,22 +123,22 @@ def _run(item: WorkItem, attempt: int, job: Job | None) -> None:
     except Exception as error:
         failpoint("attempt.failed", *item)
         log.warning("%s failed: %s: %s", item, type(error).__name__, error)
-        # Recorded, and raised again: RQ's retry must see it. Where the connection broke, recording fails as well:
-        # then the claim has ended with the connection, and the sweeper enqueues the work item again.
+        # Raised again after recording, so that RQ retries. Where the connection broke, recording fails too; then the
+        # lock has ended with the connection, and the sweeper enqueues the work item again.
         claims.record_failure(item, attempt, f"{type(error).__name__}: {error}", _retry_deadline(job))
         failpoint("attempt.recorded", *item)
         raise
     if slices is None:
-        log.info("%s: attempt %s was overtaken by a later one, wrote nothing, and does not count", item, attempt)
+        log.info("%s: attempt %s was overtaken by a newer one and wrote nothing; it is not counted", item, attempt)
         claims.release(item)
         return
     failpoint("run.committed" if item.is_run else "slice.committed", *item)
-    publish.publish(told=True)
+    publish.publish(notified=True)
     if slices:
         queues.enqueue(slices)
-    log.info("%s: done%s", item, f", {len(slices)} slices to go" if slices else "")
+    log.info("%s: done%s", item, f", {len(slices)} slices follow" if slices else "")
 
 
 def _retry_deadline(job: Job | None) -> float | None:
-    """Seconds until the sweeper takes the retry of a job that fails now for lost; None where there will be none."""
+    """Seconds after which the sweeper takes the retry of a job that fails now for lost; None without a retry."""
     return job.get_retry_interval() + RETRY_GRACE_SECONDS if job and job.retries_left else None

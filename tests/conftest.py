@@ -136,13 +136,13 @@ def override() -> Iterator[Callable[..., None]]:
 
 @pytest.fixture
 def redis_away() -> Callable[[], AbstractContextManager[None]]:
-    """`with redis_away():` Redis is out of reach."""
+    """`with redis_away():` Redis is unavailable."""
     return lambda: overridden(redis_url=NO_REDIS_URL)
 
 
 @pytest.fixture
 def database_away(monkeypatch) -> Callable[[], AbstractContextManager[None]]:
-    """`with database_away():` the database is out of reach: nothing answers where it should be."""
+    """`with database_away():` the database is unavailable: nothing answers where it should be."""
 
     @contextmanager
     def away() -> Iterator[None]:

@@ -77,7 +77,7 @@ def test_notifications_are_not_lost_when_the_queue_cannot_be_reached(api, cast, 
     with redis_away():
         message = post(api, cast.subscriber, cast.general)
     assert api(cast.subscriber).get(message["run"]["url"]).get_json()["state"] == message["run"]["state"] == "pending"
-    assert "Redis is out of reach" in caplog.text, "and the log says so"
+    assert "Redis is unavailable" in caplog.text, "and the log says so"
     execute("UPDATE run SET sweep_after = now() - interval '1 minute'")
     assert maintenance.sweep() == 1
     assert run_jobs() == 0

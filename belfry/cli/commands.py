@@ -43,7 +43,7 @@ def command(group: list[click.Command] | click.Group, name: str) -> Callable[[Ca
             except DomainError as error:
                 raise click.ClickException(error.detail) from None
             except (OperationalError, InterfaceError) as error:
-                raise click.ClickException(f"The database is out of reach: {str(error).strip()}") from None
+                raise click.ClickException(f"The database is unavailable: {str(error).strip()}") from None
             except ProgrammingError as error:
                 if migrations.missing_migrations():
                     raise click.ClickException("The database has no tables yet: flask --app app migrate") from error

@@ -15,28 +15,33 @@ BATCH = 5_000
 
 _MEMBERS = """
     WITH numbered AS (
-        SELECT n, %(offset)s + n AS number FROM generate_series(%(first)s::bigint, %(last)s::bigint) AS n
+        SELECT ordinal, %(offset)s + ordinal AS number
+        FROM generate_series(%(first)s::bigint, %(last)s::bigint) AS ordinal
     ),
     people AS (
         INSERT INTO user_account (username, name, email)
         SELECT 'member-' || number, 'Member ' || number, 'member-' || number || '@example.com' FROM numbered
-        ORDER BY n
+        ORDER BY ordinal
         RETURNING id, username
     ),
     joined AS (
-        SELECT p.id, n.n FROM people p JOIN numbered n ON p.username = 'member-' || n.number
+        SELECT people.id, numbered.ordinal
+        FROM people
+        JOIN numbered ON people.username = 'member-' || numbered.number
     ),
     subscribed AS (
         INSERT INTO subscription (user_id, status, current_period_end)
         SELECT id,
-            CASE WHEN n %% 100 < 73 THEN 'active' WHEN n %% 100 < 78 THEN 'trialing'
-                 WHEN n %% 100 < 82 THEN 'past_due' ELSE 'canceled' END,
-            CASE WHEN n %% 100 < 70 THEN now() + interval '20 days' WHEN n %% 100 < 73 THEN NULL
-                 WHEN n %% 100 < 78 THEN now() + interval '5 days'
-                 WHEN n %% 100 < 80 THEN now() - interval '3 days' WHEN n %% 100 < 82 THEN now() - interval '30 days'
+            CASE WHEN ordinal %% 100 < 73 THEN 'active' WHEN ordinal %% 100 < 78 THEN 'trialing'
+                 WHEN ordinal %% 100 < 82 THEN 'past_due' ELSE 'canceled' END,
+            CASE WHEN ordinal %% 100 < 70 THEN now() + interval '20 days'
+                 WHEN ordinal %% 100 < 73 THEN NULL
+                 WHEN ordinal %% 100 < 78 THEN now() + interval '5 days'
+                 WHEN ordinal %% 100 < 80 THEN now() - interval '3 days'
+                 WHEN ordinal %% 100 < 82 THEN now() - interval '30 days'
                  ELSE now() - interval '60 days' END
         FROM joined
-        WHERE n %% 100 < 92
+        WHERE ordinal %% 100 < 92
     ),
     entered AS (
         INSERT INTO member (server_id, user_id) SELECT %(server_id)s, id FROM joined
@@ -44,12 +49,12 @@ _MEMBERS = """
     preferring AS (
         INSERT INTO preference (channel_id, user_id, level, muted_until)
         SELECT %(channel_id)s, id,
-            CASE n %% 32 WHEN 0 THEN 'none' WHEN 8 THEN 'mentions' WHEN 16 THEN 'mentions' ELSE 'all' END,
-            CASE WHEN n %% 32 IN (16, 24) THEN now() + interval '1 day' END
+            CASE ordinal %% 32 WHEN 0 THEN 'none' WHEN 8 THEN 'mentions' WHEN 16 THEN 'mentions' ELSE 'all' END,
+            CASE WHEN ordinal %% 32 IN (16, 24) THEN now() + interval '1 day' END
         FROM joined
-        WHERE n %% 8 = 0
+        WHERE ordinal %% 8 = 0
     )
-    SELECT id, n FROM joined
+    SELECT id, ordinal FROM joined
 """
 
 
@@ -71,8 +76,8 @@ def seed(members: int, channels: int, on_progress: Callable[[int], None] = lambd
                 _MEMBERS,
                 {"first": first, "last": last, "offset": offset, "server_id": server.id, "channel_id": channel_ids[0]},
             )
-            _give_role(server.id, vip.id, [person["id"] for person in made if person["n"] % 10 == 0])
-            _give_role(server.id, moderators.id, [person["id"] for person in made if person["n"] % 1000 == 0])
+            _give_role(server.id, vip.id, [person["id"] for person in made if person["ordinal"] % 10 == 0])
+            _give_role(server.id, moderators.id, [person["id"] for person in made if person["ordinal"] % 1000 == 0])
             on_progress(len(made))
         execute(
             "INSERT INTO member (server_id, user_id) SELECT %(server_id)s, id FROM user_account WHERE is_admin",

@@ -22,8 +22,8 @@ def check_dependencies(redis_answers: Callable[[], bool]) -> dict[str, str]:
         elif gaps := partitions.missing_ranges(ahead=False):
             parts["partitions"] = f"{len(gaps)} missing: some messages notify nobody; the worker's log says why"
     except (OperationalError, InterfaceError, MaxConnectionsExceeded):
-        parts["database"] = "out of reach"
-        parts["migrations"] = parts["partitions"] = "unknown while the database is out of reach"
+        parts["database"] = "unavailable"
+        parts["migrations"] = parts["partitions"] = "unknown while the database is unavailable"
     if not redis_answers():
-        parts["redis"] = "out of reach"
+        parts["redis"] = "unavailable"
     return parts

@@ -59,11 +59,11 @@ _BOUNDS = re.compile(r"FOR VALUES FROM \((?:MINVALUE|'?(-?[0-9]+)'?)\) TO \('?(-
 def list_partitions() -> list[Partition]:
     """All that have an upper bound, lowest first. A default partition is not among them."""
     found = fetch_all(
-        "SELECT quote_ident(c.relname) AS name, pg_get_expr(c.relpartbound, c.oid) AS bounds"
-        " FROM pg_inherits i"
-        " JOIN pg_class c ON c.oid = i.inhrelid"
-        " WHERE i.inhparent = 'notification'::regclass"
-        " AND NOT i.inhdetachpending"
+        "SELECT quote_ident(cls.relname) AS name, pg_get_expr(cls.relpartbound, cls.oid) AS bounds"
+        " FROM pg_inherits inh"
+        " JOIN pg_class cls ON cls.oid = inh.inhrelid"
+        " WHERE inh.inhparent = 'notification'::regclass"
+        " AND NOT inh.inhdetachpending"
     )
     bounds = [(one["name"], _BOUNDS.fullmatch(one["bounds"] or "")) for one in found]
     there = [Partition(int(two[1]) if two[1] else None, int(two[2]), name) for name, two in bounds if two]
@@ -248,9 +248,9 @@ def partitions_missing_unread_index() -> list[str]:
     there = list_partitions()
     used = _in_use(there)
     found = fetch_all(
-        "SELECT name FROM unnest(%(left)s::text[]) WITH ORDINALITY AS t (name, number)"
-        " LEFT JOIN pg_index i ON i.indexrelid = to_regclass(name || '_unread')"
-        " WHERE i.indisvalid IS NOT TRUE"
+        "SELECT name FROM unnest(%(left)s::text[]) WITH ORDINALITY AS part (name, number)"
+        " LEFT JOIN pg_index idx ON idx.indexrelid = to_regclass(name || '_unread')"
+        " WHERE idx.indisvalid IS NOT TRUE"
         " ORDER BY number",
         {"left": [one.name for one in there if one.below < used.below and re.fullmatch("[a-z0-9_]+", one.name)]},
     )

@@ -263,7 +263,7 @@ _ERROR_SQL = """COALESCE(%(error)s, error,
 def fail_runs_sql(condition: str, skip_locked: str = "") -> str:
     """End the attempt of the runs that meet a condition: `queued` for a retry, or `failed` without attempts left.
 
-    Locks the rows. Parameters: {"error", "retry_in"} and those of the condition.
+    Locks the rows. Parameters: {"error", "retry_in"} and those of the condition. Returns {"run_id", "error"}.
     """
     return f"""
     WITH ended AS (
@@ -281,6 +281,7 @@ def fail_runs_sql(condition: str, skip_locked: str = "") -> str:
         error = {_ERROR_SQL}
     FROM ended
     WHERE run.id = ended.run_id
+    RETURNING run.id AS run_id, run.error
 """
 
 
@@ -299,7 +300,7 @@ def fail_slices_sql(condition: str, skip_locked: str = "") -> str:
             error = {_ERROR_SQL}
         FROM ended
         WHERE (slice.run_id, slice.after_user_id) = (ended.run_id, ended.after_user_id)
-        RETURNING slice.run_id, error, sweep_after
+        RETURNING slice.run_id, slice.after_user_id, error, sweep_after
     ),
     failed AS (
         UPDATE run
@@ -308,7 +309,7 @@ def fail_slices_sql(condition: str, skip_locked: str = "") -> str:
         WHERE run.id = recorded.run_id
         AND recorded.sweep_after IS NULL
     )
-    SELECT FROM recorded
+    SELECT run_id, after_user_id, error FROM recorded
 """
 
 

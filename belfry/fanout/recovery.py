@@ -17,10 +17,11 @@ _FAIL_EXHAUSTED_SQL = (
 )
 
 
-def fail_exhausted(grace: float = 0) -> int:
-    """Fail the work items without attempts left whose last attempt ended without an error; how many."""
+def fail_exhausted(grace: float = 0) -> list[tuple[WorkItem, str]]:
+    """Fail the work items without attempts left whose last attempt ended without an error; each with its error."""
     parameters = {"error": None, "retry_in": 0, "grace": grace}
-    return sum(execute(statement, parameters) for statement in _FAIL_EXHAUSTED_SQL)
+    failed = [row for statement in _FAIL_EXHAUSTED_SQL for row in fetch_all(statement, parameters)]
+    return [(WorkItem(row["run_id"], row.get("after_user_id")), row["error"]) for row in failed]
 
 
 def _requeue_runs_sql(condition: str) -> str:

@@ -27,11 +27,11 @@ SESSION_IS_OPEN_SQL = (
 
 _FIND_SQL = f"""
     SELECT usr.id, usr.username, usr.name, usr.email, usr.is_admin, usr.created_at,
-        t.token_hash,
+        token.token_hash,
         session.last_seen_at < now() - interval '{SEEN_MINUTES} minutes' AS is_stale
     FROM session
-    JOIN api_token t ON t.id = session.token_id
-    JOIN user_account usr ON usr.id = t.user_id
+    JOIN api_token token ON token.id = session.token_id
+    JOIN user_account usr ON usr.id = token.user_id
     WHERE session.session_hash = %(session_hash)s
     AND {SESSION_IS_OPEN_SQL}
     AND {TOKEN_IS_VALID_SQL}
@@ -40,9 +40,9 @@ _FIND_SQL = f"""
 
 _OPEN_SQL = f"""
     INSERT INTO session (session_hash, token_id)
-    SELECT %(session_hash)s, t.id
-    FROM api_token t
-    WHERE t.token_hash = %(token_hash)s
+    SELECT %(session_hash)s, token.id
+    FROM api_token token
+    WHERE token.token_hash = %(token_hash)s
     AND {TOKEN_IS_VALID_SQL}
     RETURNING token_id
 """
@@ -106,7 +106,7 @@ def end_session(session_hash: bytes) -> None:
 def end_all_sessions(user_id: int) -> int:
     """End every session of a user; how many rows that were. The user's tokens stay valid."""
     return execute(
-        "DELETE FROM session USING api_token t WHERE t.id = session.token_id AND t.user_id = %(user_id)s",
+        "DELETE FROM session USING api_token token WHERE token.id = session.token_id AND token.user_id = %(user_id)s",
         {"user_id": user_id},
     )
 

@@ -24,9 +24,9 @@ ACTIVE_SUBSCRIPTION_SQL = """(
 def subscription_of(user_id: int) -> Row | None:
     """{"status", "current_period_end", "updated_at"}; None where there never was one. Raises NotFound."""
     found = fetch_one(  # as SQL: the first that every client asks, and peewee takes four times as long
-        "SELECT s.user_id, s.status, s.current_period_end, s.updated_at"
-        " FROM user_account u LEFT JOIN subscription s ON s.user_id = u.id"
-        " WHERE u.id = %(user_id)s",
+        "SELECT sub.user_id, sub.status, sub.current_period_end, sub.updated_at"
+        " FROM user_account usr LEFT JOIN subscription sub ON sub.user_id = usr.id"
+        " WHERE usr.id = %(user_id)s",
         {"user_id": user_id},
     )
     if found is None:

@@ -10,7 +10,7 @@ from belfry.identity.users import SYSTEM_USERNAME, find_user
 from config import tuning
 from models import User
 
-TOKEN_IS_VALID_SQL = "(t.revoked_at IS NULL AND (t.expires_at IS NULL OR t.expires_at > now()))"  # noqa: S105
+TOKEN_IS_VALID_SQL = "(token.revoked_at IS NULL AND (token.expires_at IS NULL OR token.expires_at > now()))"  # noqa: S105
 """Of a row of `api_token t`: neither revoked nor expired."""
 _cache: dict[bytes, User] = {}  # by a token's hash
 TOKEN_PREFIX = "belfry_"  # so that a leaked one can be recognised  # noqa: S105
@@ -71,10 +71,10 @@ def authenticate_hash(token_hash: bytes) -> User | None:
     """As `authenticate`, for a session that keeps the hash."""
     found = fetch_one(  # as SQL: every request asks this, and peewee would put it together anew each time
         f"""
-        SELECT u.id, u.username, u.name, u.email, u.is_admin, u.created_at
-        FROM api_token t
-        JOIN user_account u ON u.id = t.user_id
-        WHERE t.token_hash = %(token_hash)s
+        SELECT usr.id, usr.username, usr.name, usr.email, usr.is_admin, usr.created_at
+        FROM api_token token
+        JOIN user_account usr ON usr.id = token.user_id
+        WHERE token.token_hash = %(token_hash)s
         AND {TOKEN_IS_VALID_SQL}
         """,
         {"token_hash": token_hash},

@@ -25,19 +25,19 @@ from models import LARGEST_ID, User
 BODY_CHARACTERS = 100
 
 _AUTHOR_CAN_POST_SQL = f"""
-    SELECT c.id
-    FROM channel c
-    JOIN user_account a ON a.id = g.author_id
-    WHERE c.id = g.channel_id
+    SELECT chan.id
+    FROM channel chan
+    JOIN user_account author ON author.id = msg.author_id
+    WHERE chan.id = msg.channel_id
     AND {AUTHOR_CAN_POST_SQL}
     OFFSET 0  -- by their keys, whatever the estimates are: there are millions of accounts
 """
 """One row, where the author of `g` still may post there. Of a message, or of all of an author's in a channel."""
 
-_VISIBLE_SQL = """g.deleted_at IS NULL
-    AND g.channel_id = ANY(%(channel_ids)s::bigint[])"""
-_OWN_SQL = "n.user_id = %(user_id)s AND n.dismissed_at IS NULL"
-_UNREAD_SQL = "n.read_at IS NULL"
+_VISIBLE_SQL = """msg.deleted_at IS NULL
+    AND msg.channel_id = ANY(%(channel_ids)s::bigint[])"""
+_OWN_SQL = "note.user_id = %(user_id)s AND note.dismissed_at IS NULL"
+_UNREAD_SQL = "note.read_at IS NULL"
 """Said as a constant where it is meant, and never as a parameter: so the index of the unread ones is used."""
 
 
@@ -78,26 +78,27 @@ def list_notifications(
     # them: a plan for everybody looks dear then, and PostgreSQL plans each page anew, for longer than it reads.
     found = fetch_all(
         f"""
-        SELECT n.message_id, n.created_at, n.read_at, n.reason::text AS reason, g.channel_id, g.author_name, g.beginning
+        SELECT note.message_id, note.created_at, note.read_at, note.reason::text AS reason,
+            msg.channel_id, msg.author_name, msg.beginning
         FROM (
-            SELECT n.message_id, n.created_at, n.read_at, n.reason
-            FROM notification n
+            SELECT note.message_id, note.created_at, note.read_at, note.reason
+            FROM notification note
             WHERE {_OWN_SQL}
             {f"AND {_UNREAD_SQL}" if unread else ""}
-            {"" if before is None else "AND n.message_id < (SELECT %(before)s::bigint)"}
-            ORDER BY n.message_id DESC
+            {"" if before is None else "AND note.message_id < (SELECT %(before)s::bigint)"}
+            ORDER BY note.message_id DESC
             LIMIT (SELECT NULL::bigint)  -- all of them, and the first ones soon: never read first, and sorted then
-        ) n
+        ) note
         CROSS JOIN LATERAL (
-            SELECT g.channel_id, a.name AS author_name, left(g.content, {BODY_CHARACTERS + 1}) AS beginning
-            FROM message g
-            JOIN user_account a ON a.id = g.author_id
-            WHERE g.id = n.message_id
+            SELECT msg.channel_id, author.name AS author_name, left(msg.content, {BODY_CHARACTERS + 1}) AS beginning
+            FROM message msg
+            JOIN user_account author ON author.id = msg.author_id
+            WHERE msg.id = note.message_id
             AND {_VISIBLE_SQL}
             AND EXISTS ({_AUTHOR_CAN_POST_SQL})
             OFFSET 0  -- each message is looked up by its key: so only the partitions of this page are read
-        ) g
-        ORDER BY n.message_id DESC
+        ) msg
+        ORDER BY note.message_id DESC
         LIMIT {limit:d}
         """,
         {"user_id": user.id, "channel_ids": list(channels), "before": before},
@@ -114,44 +115,46 @@ def notifications_for(log_rows: Collection[Row], members: Collection[Row]) -> li
     """
     found = fetch_all(
         f"""
-        WITH c AS MATERIALIZED (
-            SELECT t.notified_at, t.last_xid, g.id AS message_id, left(g.content, {BODY_CHARACTERS + 1}) AS beginning,
-                a.name AS author_name, c.id, c.name, c.private, c.server_id, v.name AS server_name
+        WITH chan AS MATERIALIZED (
+            SELECT log_entry.notified_at, log_entry.last_xid, msg.id AS message_id,
+                left(msg.content, {BODY_CHARACTERS + 1}) AS beginning, author.name AS author_name,
+                chan.id, chan.name, chan.private, chan.server_id, srv.name AS server_name
             FROM (
                 SELECT message_id, max(xid) AS last_xid,
                     array_agg(notified_at) AS notified_at  -- each slice told at its own time
                 FROM unnest(%(message_ids)s::bigint[], %(notified_at)s::timestamptz[], %(xids)s::bigint[])
                     AS log (message_id, notified_at, xid)
                 GROUP BY message_id
-            ) t
-            JOIN message g ON g.id = t.message_id
-            JOIN channel c ON c.id = g.channel_id
-            JOIN user_account a ON a.id = g.author_id
-            JOIN server v ON v.id = c.server_id
-            WHERE g.deleted_at IS NULL
+            ) log_entry
+            JOIN message msg ON msg.id = log_entry.message_id
+            JOIN channel chan ON chan.id = msg.channel_id
+            JOIN user_account author ON author.id = msg.author_id
+            JOIN server srv ON srv.id = chan.server_id
+            WHERE msg.deleted_at IS NULL
             AND {AUTHOR_CAN_POST_SQL}
         ),
         reader AS MATERIALIZED (
-            SELECT u.id, u.is_admin, m.server_id, m.from_xid
+            SELECT usr.id, usr.is_admin, mem.server_id, mem.from_xid
             FROM unnest(%(user_ids)s::bigint[], %(server_ids)s::bigint[], %(from_xids)s::bigint[])
-                AS m (user_id, server_id, from_xid)
-            JOIN user_account u ON u.id = m.user_id
+                AS mem (user_id, server_id, from_xid)
+            JOIN user_account usr ON usr.id = mem.user_id
         )
-        SELECT reader.id AS user_id, c.message_id, n.created_at, n.read_at, n.reason::text AS reason,
-            c.id AS channel_id, c.name AS channel_name, c.server_id, c.server_name, c.author_name, c.beginning
-        FROM c
-        JOIN reader ON reader.server_id = c.server_id AND reader.from_xid <= c.last_xid
+        SELECT reader.id AS user_id, chan.message_id, note.created_at, note.read_at, note.reason::text AS reason,
+            chan.id AS channel_id, chan.name AS channel_name, chan.server_id, chan.server_name,
+            chan.author_name, chan.beginning
+        FROM chan
+        JOIN reader ON reader.server_id = chan.server_id AND reader.from_xid <= chan.last_xid
         CROSS JOIN LATERAL (
-            SELECT n.created_at, n.read_at, n.reason
-            FROM notification n
-            WHERE n.user_id = reader.id
-            AND n.message_id = c.message_id
-            AND n.created_at = ANY(c.notified_at)  -- not by another transaction: they know of that
-            AND n.dismissed_at IS NULL
+            SELECT note.created_at, note.read_at, note.reason
+            FROM notification note
+            WHERE note.user_id = reader.id
+            AND note.message_id = chan.message_id
+            AND note.created_at = ANY(chan.notified_at)  -- not by another transaction: they know of that
+            AND note.dismissed_at IS NULL
             OFFSET 0  -- each is looked up by its key
-        ) n
+        ) note
         WHERE {can_see_channel_sql("reader.id", "reader.is_admin")}
-        ORDER BY c.message_id
+        ORDER BY chan.message_id
         """,
         {
             "message_ids": [logged["message_id"] for logged in log_rows],
@@ -204,26 +207,26 @@ def unread_count(user: User) -> dict[str, Any]:
     per_channel = fetch_all(
         f"""
         WITH {VIEWER_CTE_SQL}
-        SELECT g.channel_id, sum(g.unread)::bigint AS unread, sum(g.mentions)::bigint AS mentions
+        SELECT msg.channel_id, sum(msg.unread)::bigint AS unread, sum(msg.mentions)::bigint AS mentions
         FROM (
-            SELECT g.channel_id, g.author_id, g.visible_to_user_id,
-                count(*) AS unread, count(*) FILTER (WHERE n.reason <> 'message') AS mentions
-            FROM notification n
-            JOIN message g ON g.id = n.message_id
+            SELECT msg.channel_id, msg.author_id, msg.visible_to_user_id,
+                count(*) AS unread, count(*) FILTER (WHERE note.reason <> 'message') AS mentions
+            FROM notification note
+            JOIN message msg ON msg.id = note.message_id
             WHERE {_OWN_SQL}
             AND {_UNREAD_SQL}
-            AND g.deleted_at IS NULL
-            GROUP BY g.channel_id, g.author_id, g.visible_to_user_id
-        ) g  -- who sees the channel, and whether its author may post, is asked once for all of theirs in it
+            AND msg.deleted_at IS NULL
+            GROUP BY msg.channel_id, msg.author_id, msg.visible_to_user_id
+        ) msg  -- who sees the channel, and whether its author may post, is asked once for all of theirs in it
         WHERE EXISTS (
-            SELECT FROM asker, channel c
-            WHERE c.id = g.channel_id
-            AND {can_see_channel_sql("asker.id", "asker.is_admin")}
+            SELECT FROM viewer, channel chan
+            WHERE chan.id = msg.channel_id
+            AND {can_see_channel_sql("viewer.id", "viewer.is_admin")}
             OFFSET 0
         )
         AND EXISTS ({_AUTHOR_CAN_POST_SQL})
-        GROUP BY g.channel_id
-        ORDER BY g.channel_id
+        GROUP BY msg.channel_id
+        ORDER BY msg.channel_id
         """,
         {"user_id": user.id, "is_admin": user.is_admin},
     )
@@ -239,11 +242,11 @@ _LATER_CTE_SQL = """
         SELECT last.message_id, log.xid,
             COALESCE(log.snapshot, '1:1:'::pg_snapshot) AS snapshot  -- the log does not reach back so far
         FROM (
-            SELECT n.message_id, n.created_at
-            FROM notification n
-            WHERE n.user_id = %(user_id)s
-            AND n.message_id <= %(up_to)s
-            ORDER BY n.message_id DESC
+            SELECT note.message_id, note.created_at
+            FROM notification note
+            WHERE note.user_id = %(user_id)s
+            AND note.message_id <= %(up_to)s
+            ORDER BY note.message_id DESC
             LIMIT 1
         ) last
         LEFT JOIN notification_log log ON log.notified_at = last.created_at AND last.message_id = ANY(log.message_ids)
@@ -262,12 +265,12 @@ _LATER_CTE_SQL = """
 _IS_LATER_SQL = """(
     EXISTS (
         SELECT FROM up_to
-        JOIN notification_log log ON log.notified_at = n.created_at
-        WHERE n.message_id = ANY(log.message_ids)
+        JOIN notification_log log ON log.notified_at = note.created_at
+        WHERE note.message_id = ANY(log.message_ids)
         AND NOT pg_visible_in_snapshot(log.xid, up_to.snapshot)
         AND log.xid IS DISTINCT FROM up_to.xid
     )
-    OR (n.xmin IN (SELECT xid FROM edited_later) AND n.message_id <> (SELECT message_id FROM up_to))
+    OR (note.xmin IN (SELECT xid FROM edited_later) AND note.message_id <> (SELECT message_id FROM up_to))
 )"""
 """Whether a notification was written, or changed by an edit, later than the one `up_to` which a mark goes: a list that
 shows that one need not have shown it, though its id is lower. Nothing is locked. Of one that is unread, `xmin` is the
@@ -309,32 +312,32 @@ def _mark_read(
     up_to: tuple[int, int] | None = None,
     channel_id: int | None = None,
 ) -> dict[str, int]:
-    which = "AND n.message_id = ANY(%(message_ids)s::bigint[])" if ids is not None else ""
+    which = "AND note.message_id = ANY(%(message_ids)s::bigint[])" if ids is not None else ""
     own = [message_id for user_id, message_id in ids or () if user_id == user.id]
     with transaction():
         found = fetch_one(
             f"""
             WITH {_LATER_CTE_SQL if up_to else ""}
             shown AS (
-                SELECT n.message_id
-                FROM notification n
-                JOIN message g ON g.id = n.message_id
+                SELECT note.message_id
+                FROM notification note
+                JOIN message msg ON msg.id = note.message_id
                 WHERE {_OWN_SQL}
                 AND {_UNREAD_SQL}
-                AND n.message_id <= %(up_to)s
+                AND note.message_id <= %(up_to)s
                 {f"AND NOT {_IS_LATER_SQL}" if up_to else ""}
                 {which}
                 AND {_VISIBLE_SQL}
                 AND EXISTS ({_AUTHOR_CAN_POST_SQL})
-                ORDER BY n.message_id  -- two devices at once lock in one order
-                FOR NO KEY UPDATE OF n
+                ORDER BY note.message_id  -- two devices at once lock in one order
+                FOR NO KEY UPDATE OF note
             ),
             marked AS (
-                UPDATE notification n
+                UPDATE notification note
                 SET read_at = now()
                 FROM shown
-                WHERE n.user_id = %(user_id)s
-                AND n.message_id = shown.message_id
+                WHERE note.user_id = %(user_id)s
+                AND note.message_id = shown.message_id
                 RETURNING 1
             )
             SELECT count(*) AS marked FROM marked
@@ -354,10 +357,10 @@ def _mark_read(
 def dismiss(user: User, user_id: int, message_id: int) -> None:
     """Take one notification out of the inbox, for good. Raises NotFound where it is not the user's, or not shown."""
     touched = user.id == user_id and execute(
-        "UPDATE notification n SET dismissed_at = now()"
-        " FROM message g"
-        " WHERE g.id = n.message_id"
-        f" AND n.message_id = %(message_id)s AND {_OWN_SQL} AND {_VISIBLE_SQL} AND EXISTS ({_AUTHOR_CAN_POST_SQL})",
+        "UPDATE notification note SET dismissed_at = now()"
+        " FROM message msg"
+        " WHERE msg.id = note.message_id"
+        f" AND note.message_id = %(message_id)s AND {_OWN_SQL} AND {_VISIBLE_SQL} AND EXISTS ({_AUTHOR_CAN_POST_SQL})",
         {"user_id": user_id, "message_id": message_id, "channel_ids": list(_channels_of(user, None))},
     )
     if not touched:

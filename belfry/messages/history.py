@@ -10,18 +10,18 @@ from belfry.servers.visibility import VisibleChannel, get_visible_channel
 from models import User
 
 _COLUMNS = """
-    g.id, g.channel_id, g.content, g.created_at, g.edited_at, g.author_id, g.visible_to_user_id,
-    g.mentioned_users, g.mentioned_roles, g.mentions_everyone, g.allowed_mentions,
-    u.username, u.name
+    msg.id, msg.channel_id, msg.content, msg.created_at, msg.edited_at, msg.author_id, msg.visible_to_user_id,
+    msg.mentioned_users, msg.mentioned_roles, msg.mentions_everyone, msg.allowed_mentions,
+    usr.username, usr.name
 """
-_VISIBLE = "g.deleted_at IS NULL AND (g.visible_to_user_id IS NULL OR g.visible_to_user_id = %(user_id)s)"
+_VISIBLE = "msg.deleted_at IS NULL AND (msg.visible_to_user_id IS NULL OR msg.visible_to_user_id = %(user_id)s)"
 
 
 def find_message(user: User, message_id: int) -> tuple[Row, VisibleChannel]:
     """A message as stored, and its channel. Raises NotFound where the user may not know of it, or it is deleted."""
     found = fetch_one(
-        f"SELECT {_COLUMNS} FROM message g JOIN user_account u ON u.id = g.author_id"
-        f" WHERE g.id = %(message_id)s AND {_VISIBLE}",
+        f"SELECT {_COLUMNS} FROM message msg JOIN user_account usr ON usr.id = msg.author_id"
+        f" WHERE msg.id = %(message_id)s AND {_VISIBLE}",
         {"message_id": message_id, "user_id": user.id},
     )
     if found is None:
@@ -46,12 +46,12 @@ def stored_messages(
     In that order: newest first or, given `after`, oldest first.
     """
     return fetch_all(
-        f"SELECT {_COLUMNS} FROM message g JOIN user_account u ON u.id = g.author_id"
-        " WHERE g.channel_id = %(channel_id)s"
-        + ("" if before is None else " AND g.id < %(before)s")  # not by `IS NULL OR`: one plan would read what is newer
-        + ("" if after is None else " AND g.id > %(after)s")
+        f"SELECT {_COLUMNS} FROM message msg JOIN user_account usr ON usr.id = msg.author_id"
+        " WHERE msg.channel_id = %(channel_id)s"
+        + ("" if before is None else " AND msg.id < %(before)s")  # no `IS NULL OR`, which reads newer ones
+        + ("" if after is None else " AND msg.id > %(after)s")
         + f" AND {_VISIBLE}"
-        f" ORDER BY g.id {'DESC' if after is None else 'ASC'}"
+        f" ORDER BY msg.id {'DESC' if after is None else 'ASC'}"
         " LIMIT %(limit)s",
         {"channel_id": channel_id, "before": before, "after": after, "limit": limit, "user_id": user.id},
     )

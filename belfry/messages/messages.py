@@ -87,14 +87,14 @@ def post_message(
 
 
 _INSERT_SQL = f"""
-    WITH asker AS MATERIALIZED (
-        SELECT u.id, u.username, u.name, u.is_admin
-        FROM user_account u
-        WHERE u.id = %(user_id)s
+    WITH viewer AS MATERIALIZED (
+        SELECT usr.id, usr.username, usr.name, usr.is_admin
+        FROM user_account usr
+        WHERE usr.id = %(user_id)s
         AND (%(token_hash)s::bytea IS NULL OR EXISTS (
-            SELECT FROM api_token t
-            WHERE t.token_hash = %(token_hash)s
-            AND t.user_id = u.id
+            SELECT FROM api_token token
+            WHERE token.token_hash = %(token_hash)s
+            AND token.user_id = usr.id
             AND {tokens.TOKEN_IS_VALID_SQL}
         ))
     ),
@@ -102,9 +102,9 @@ _INSERT_SQL = f"""
     written AS (
         INSERT INTO message (channel_id, author_id, content, allowed_mentions,
             mentioned_users, mentioned_roles, mentions_everyone)
-        SELECT seen.id, asker.id, %(content)s, %(allowed)s::jsonb,
+        SELECT seen.id, viewer.id, %(content)s, %(allowed)s::jsonb,
             %(users)s::bigint[], %(roles)s::bigint[], %(everyone)s
-        FROM seen, asker
+        FROM seen, viewer
         WHERE {CAN_POST_SQL}
         RETURNING id, created_at
     ),
@@ -113,8 +113,8 @@ _INSERT_SQL = f"""
         SELECT id, 'message', %(run_state)s FROM written
         RETURNING id
     )
-    SELECT written.id AS message_id, written.created_at, started.id AS run_id, asker.username, asker.name
-    FROM written, started, asker
+    SELECT written.id AS message_id, written.created_at, started.id AS run_id, viewer.username, viewer.name
+    FROM written, started, viewer
 """
 """Is the token valid, and may they? Then the message and its run, in one round trip, and in one transaction by itself.
 No row where it is not, or they may not."""
@@ -163,16 +163,16 @@ def resolve_mentions(
         parameters = {"server_id": channel.server_id, "channel_id": channel.id, "names": names}
         for found in fetch_all(
             """
-            SELECT u.id, u.username,
-                NOT c.private OR EXISTS (
-                    SELECT FROM channel_role o
-                    JOIN member_role r ON r.role_id = o.role_id AND r.user_id = u.id
-                    WHERE o.channel_id = c.id
+            SELECT usr.id, usr.username,
+                NOT chan.private OR EXISTS (
+                    SELECT FROM channel_role cr
+                    JOIN member_role mr ON mr.role_id = cr.role_id AND mr.user_id = usr.id
+                    WHERE cr.channel_id = chan.id
                 ) AS sees_channel
-            FROM user_account u
-            JOIN member m ON m.user_id = u.id AND m.server_id = %(server_id)s
-            JOIN channel c ON c.id = %(channel_id)s
-            WHERE u.username = ANY(%(names)s::text[])
+            FROM user_account usr
+            JOIN member mem ON mem.user_id = usr.id AND mem.server_id = %(server_id)s
+            JOIN channel chan ON chan.id = %(channel_id)s
+            WHERE usr.username = ANY(%(names)s::text[])
             """,
             parameters,
         ):

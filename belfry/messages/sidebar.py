@@ -17,28 +17,28 @@ def sidebar_channels(user: User, viewed_id: int | None = None) -> tuple[list[Row
     found = fetch_all(
         """
         WITH own AS MATERIALIZED (
-            SELECT m.server_id FROM member m WHERE m.user_id = %(user_id)s
+            SELECT mem.server_id FROM member mem WHERE mem.user_id = %(user_id)s
         ),
         other AS MATERIALIZED (
-            SELECT c.id
-            FROM channel c
-            WHERE c.server_id NOT IN (SELECT server_id FROM own)
-            ORDER BY c.id
+            SELECT chan.id
+            FROM channel chan
+            WHERE chan.server_id NOT IN (SELECT server_id FROM own)
+            ORDER BY chan.id
             LIMIT %(others)s + 1
         ),
         listed AS (
-            SELECT c.id FROM channel c JOIN own ON own.server_id = c.server_id
+            SELECT chan.id FROM channel chan JOIN own ON own.server_id = chan.server_id
             UNION
             (SELECT id FROM other ORDER BY id LIMIT %(others)s)
             UNION
             SELECT %(viewed_id)s::bigint
         )
-        SELECT c.id, c.name, c.private, c.posting, c.server_id, v.name AS server_name,
+        SELECT chan.id, chan.name, chan.private, chan.posting, chan.server_id, srv.name AS server_name,
             (SELECT count(*) FROM other) > %(others)s AS more
         FROM listed
-        JOIN channel c ON c.id = listed.id
-        JOIN server v ON v.id = c.server_id
-        ORDER BY c.id
+        JOIN channel chan ON chan.id = listed.id
+        JOIN server srv ON srv.id = chan.server_id
+        ORDER BY chan.id
         """,
         {"user_id": user.id, "viewed_id": viewed_id, "others": MAX_OTHER_CHANNELS},
     )

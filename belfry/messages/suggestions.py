@@ -6,12 +6,12 @@ from config import tuning
 
 MAX_INDEX_SCAN = 20_000
 
-_OPEN_CHANNEL_SQL = "SELECT m.user_id FROM member m WHERE m.server_id = %(server_id)s"
+_OPEN_CHANNEL_SQL = "SELECT mem.user_id FROM member mem WHERE mem.server_id = %(server_id)s"
 _PRIVATE_CHANNEL_SQL = """
-    SELECT r.user_id
-    FROM channel_role o
-    JOIN member_role r ON r.role_id = o.role_id
-    WHERE o.channel_id = %(channel_id)s
+    SELECT mr.user_id
+    FROM channel_role cr
+    JOIN member_role mr ON mr.role_id = cr.role_id
+    WHERE cr.channel_id = %(channel_id)s
 """
 
 
@@ -23,26 +23,26 @@ def _users_sql(who: str, user_id: str) -> str:
       name. At most MAX_INDEX_SCAN names are read, so that a prefix that few members have does not read all users.
       Another letter then finds the others.
     """
-    in_range = "u.username >= %(prefix)s AND u.username < %(beyond)s"
+    in_range = "usr.username >= %(prefix)s AND usr.username < %(beyond)s"
     return f"""
         WITH few AS MATERIALIZED ({who} LIMIT {tuning.suggestion_small_audience + 1}),
         counted AS MATERIALIZED (SELECT count(*) <= {tuning.suggestion_small_audience} AS are_few FROM few)
         SELECT DISTINCT found.*
         FROM (
-            SELECT u.id, u.username, u.name
+            SELECT usr.id, usr.username, usr.name
             FROM few
             CROSS JOIN LATERAL (
-                SELECT * FROM user_account u WHERE u.id = few.user_id
+                SELECT * FROM user_account usr WHERE usr.id = few.user_id
                 OFFSET 0  -- each by its key: else all names of the range are read, and joined
-            ) u
+            ) usr
             WHERE (SELECT are_few FROM counted)
             AND {in_range}
             UNION ALL
-            (SELECT u.id, u.username, u.name
-            FROM (SELECT * FROM user_account u WHERE {in_range} ORDER BY u.username LIMIT {MAX_INDEX_SCAN}) u
+            (SELECT usr.id, usr.username, usr.name
+            FROM (SELECT * FROM user_account usr WHERE {in_range} ORDER BY usr.username LIMIT {MAX_INDEX_SCAN}) usr
             WHERE NOT (SELECT are_few FROM counted)
-            AND EXISTS ({who} AND {user_id} = u.id)
-            ORDER BY u.username
+            AND EXISTS ({who} AND {user_id} = usr.id)
+            ORDER BY usr.username
             LIMIT %(limit)s)
         ) found
         ORDER BY found.username
@@ -77,6 +77,6 @@ def suggest_mentions(channel: VisibleChannel, prefix: str, limit: int) -> list[R
                 parameters,
             )
         ]
-    sees = (_PRIVATE_CHANNEL_SQL, "r.user_id") if channel.private else (_OPEN_CHANNEL_SQL, "m.user_id")
+    sees = (_PRIVATE_CHANNEL_SQL, "mr.user_id") if channel.private else (_OPEN_CHANNEL_SQL, "mem.user_id")
     people = fetch_all(_users_sql(*sees), parameters)
     return [*groups, *({"kind": "user", **person} for person in people)][:limit]

@@ -63,8 +63,8 @@ def _sender() -> int:
 
 def _first_channel(caller: User) -> int:
     found = fetch_one(
-        "SELECT c.id FROM channel c JOIN member m ON m.server_id = c.server_id"
-        " WHERE m.user_id = %(user_id)s ORDER BY c.private, c.id LIMIT 1",
+        "SELECT chan.id FROM channel chan JOIN member mem ON mem.server_id = chan.server_id"
+        " WHERE mem.user_id = %(user_id)s ORDER BY chan.private, chan.id LIMIT 1",
         {"user_id": caller.id},
     )
     if found:

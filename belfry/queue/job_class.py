@@ -1,10 +1,10 @@
-"""The job class of Belfry's workers: it accepts calls of the entry points of jobs.py with ids, and nothing else.
+"""The job class of Belfry's workers: it accepts only calls of the entry points of jobs.py with ids.
 
-RQ imports and calls whatever a job in Redis names, as its function or as one of its callbacks. This class checks every
-field that is stored before RQ sees it. A job that fails the check is logged, deleted and treated as missing, which RQ
-skips. The Procfile's worker uses the class; for RQ's own worker it is an option:
+RQ imports and calls any function that a job in Redis names, as the job or as one of its callbacks. This class checks
+every stored field before RQ reads it. A job that fails the check is logged, deleted and treated as missing, so RQ skips
+it. Belfry's worker uses the class; for RQ's own worker it is an option:
 
-    rq worker -S json --job-class job_class.BelfryJob notifications bulk deliveries
+    rq worker -S json --job-class belfry.queue.job_class.BelfryJob notifications bulk deliveries
 """
 
 import json
@@ -24,14 +24,14 @@ from models import LARGEST_ID
 
 log = logging.getLogger(__name__)
 
-ENTRY_POINTS = {"jobs.notify": 1, "jobs.notify_slice": 2}  # how many ids each takes
-LONGEST_CALL = 200  # bytes of JSON: an entry point's name and its ids
-SHOWN_AT_MOST = 100  # characters of an id in the log
+ENTRY_POINTS = {"jobs.notify": 1, "jobs.notify_slice": 2}  # {function: number of ids}
+MAX_CALL_BYTES = 200  # of JSON: an entry point's name and its ids
+MAX_LOGGED_CHARACTERS = 100  # of an id
 
 _FLAG, _SECONDS = rb"[01]", rb"-?[0-9]{1,9}"
 _TIME = rb"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9:]{8}(\.[0-9]{1,6})?Z"
-# The fields of a job that may hold something, and what. Any other has to be empty, for RQ could act on it: callbacks,
-# webhooks, dependencies, groups, repeats, rate limits, or something that a later version brings.
+# The fields of a job that may have a value, and which. All others must be empty, because RQ could act on them:
+# callbacks, webhooks, dependencies, groups, repeats, rate limits, or features of a later version.
 _FIELDS = {
     name.encode(): re.compile(pattern, re.DOTALL)
     for name, pattern in {
@@ -42,9 +42,9 @@ _FIELDS = {
         "last_heartbeat": _TIME,
         "status": "|".join(status.value for status in JobStatus).encode(),
         "origin": rb"notifications|bulk|deliveries",
-        "description": rb"[ -~]{0,200}",  # RQ's own worker logs it as it is
+        "description": rb"[ -~]{0,200}",  # RQ's own worker logs it unescaped
         "worker_name": rb".{0,200}",
-        "timeout": rb"[1-9][0-9]{0,4}",  # a longer one could not be set: JOB_TIMEOUT_SECONDS is a day at most
+        "timeout": rb"[1-9][0-9]{0,4}",  # JOB_TIMEOUT_SECONDS is at most one day
         "ttl": _SECONDS,
         "result_ttl": _SECONDS,
         "failure_ttl": _SECONDS,
@@ -55,7 +55,7 @@ _FIELDS = {
         "enqueue_at_front_on_retry": _FLAG,
     }.items()
 }
-_IGNORED = b"exc_info"  # compressed text of any length, which nothing of ours reads
+_IGNORED = b"exc_info"  # compressed text of any length, which Belfry does not read
 
 
 class RejectedJobError(NoSuchJobError):  # type: ignore[misc]
@@ -63,19 +63,19 @@ class RejectedJobError(NoSuchJobError):  # type: ignore[misc]
 
 
 class BelfryJob(Job):  # type: ignore[misc]
-    """A call of one of ENTRY_POINTS. Reading any other job from Redis logs and deletes it, and finds nothing."""
+    """A call of one of ENTRY_POINTS. Any other job is logged, deleted and treated as missing when it is read."""
 
     def __init__(self, id: str | None = None, connection: Redis | None = None, serializer: Any = None) -> None:
-        # Always JSON: RQ's default is pickle, which runs what it reads.
+        # Always JSON: RQ's default is pickle, which executes what it reads.
         super().__init__(id, connection, JSONSerializer)
 
     def use_attempt(self, attempt: int) -> None:
-        """Let the job go on with an attempt that is claimed already. It is not stored."""
+        """Make the job use an attempt that is claimed already. This is not stored in Redis."""
         self._kwargs: dict[str, Any] = {"attempt": attempt}
 
     @classmethod
     def fetch(cls, id: str, connection: Redis, serializer: Any = None) -> "BelfryJob":
-        """Read one job. Raises NoSuchJobError where there is none, or it is rejected."""
+        """Read one job. Raises NoSuchJobError where it is missing or rejected."""
         job_id = parse_job_id(id)
         try:
             stored: Any = connection.hgetall(cls.key_for(job_id))
@@ -83,7 +83,7 @@ class BelfryJob(Job):  # type: ignore[misc]
             stored = error
         job = cls._accepted(job_id, stored, connection)
         if job is None:
-            raise NoSuchJobError(f"There is no job {job_id[:SHOWN_AT_MOST]!a}, or it was rejected")
+            raise NoSuchJobError(f"There is no job {job_id[:MAX_LOGGED_CHARACTERS]!a}, or it was rejected")
         return job
 
     @classmethod
@@ -100,7 +100,7 @@ class BelfryJob(Job):  # type: ignore[misc]
 
     @classmethod
     def _accepted(cls, job_id: str, stored: Any, connection: Redis) -> "BelfryJob | None":
-        """The job that is stored as this hash; None where there is none, or after it was rejected and deleted."""
+        """The job of a stored hash; None where the hash is empty, or the job is rejected, which deletes it."""
         try:
             if isinstance(stored, RedisError):
                 if not str(stored).startswith("WRONGTYPE"):
@@ -110,45 +110,45 @@ class BelfryJob(Job):  # type: ignore[misc]
                 return None
             job = cls(job_id, connection)
             job.restore(stored)
-        except (RejectedJobError, ValueError) as error:  # RQ raises ValueError for an id that it could not have made
-            # In ASCII, because the log of RQ's own worker writes control characters as they are.
-            log.error("job %a is rejected and deleted: %s", job_id[:SHOWN_AT_MOST], str(error)[:200])
+        except (RejectedJobError, ValueError) as error:  # RQ raises ValueError for an id that it cannot have created
+            # In ASCII, because RQ's own worker logs control characters unescaped.
+            log.error("job %a is rejected and deleted: %s", job_id[:MAX_LOGGED_CHARACTERS], str(error)[:200])
             connection.unlink(cls.key_for(job_id))
             return None
         return job
 
     def restore(self, raw_data: Mapping[bytes, bytes]) -> None:
-        """Take over the stored fields. Raises RejectedJobError where one of them is not what a job of ours has."""
+        """Read the stored fields. Raises RejectedJobError where Belfry would not write one of them."""
         fields = dict(raw_data)
         fields.pop(_IGNORED, None)
         data = _decompressed(fields.pop(b"data", b""))
         for name, value in fields.items():
             if value and not ((pattern := _FIELDS.get(name)) and pattern.fullmatch(value)):
-                raise RejectedJobError(f"its field {name[:SHOWN_AT_MOST]!a} must be empty or have another value")
+                raise RejectedJobError(f"its field {name[:MAX_LOGGED_CHARACTERS]!a} must be empty or different")
         function, arguments = _call(data)
         try:
             super().restore({**fields, b"data": data})
         except ValueError as error:  # a date that does not exist, or a name that is not UTF-8
             raise RejectedJobError(f"it cannot be read: {str(error)!a}") from None
-        # What was checked is what runs: RQ would read it from the data once more.
+        # RQ would parse the data again; what was checked is what runs.
         self._func_name, self._instance, self._args = function, None, arguments
         self._kwargs = {}
 
 
 def _decompressed(stored: bytes) -> bytes:
-    """The call as JSON, of at most LONGEST_CALL bytes however much was compressed. Raises RejectedJobError."""
+    """Decompress the call, at most MAX_CALL_BYTES of it. Raises RejectedJobError where it is longer."""
     reader = zlib.decompressobj()
     try:
-        data = reader.decompress(stored, LONGEST_CALL + 1)
+        data = reader.decompress(stored, MAX_CALL_BYTES + 1)
     except zlib.error:
         data = stored  # RQ accepts uncompressed data
-    if len(data) > LONGEST_CALL:
+    if len(data) > MAX_CALL_BYTES:
         raise RejectedJobError("its data is too long")
     return data
 
 
 def _call(data: bytes) -> tuple[str, list[int]]:
-    """The entry point that the JSON names, and its ids. Raises RejectedJobError where it is anything else."""
+    """Parse the call: (entry point, ids). Raises RejectedJobError where it is anything else."""
     try:
         function, instance, arguments, options = json.loads(data)
     except (ValueError, TypeError, RecursionError):

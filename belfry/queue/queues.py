@@ -1,9 +1,8 @@
-"""The queues: what is wished for in them, and how full they are; and Redis, which they are in.
+"""The queues: enqueue work items, and ask what waits.
 
-A job names a part of a run by its ids, as JSON. That alone does not stop whoever can write to Redis from running code
-here: RQ calls any function that a job names. So every job is read by job_class.py, which accepts the entry points
-of jobs.py only.
-Redis may be away at any time: what is not enqueued waits in PostgreSQL, and the sweeper finds it.
+A job names a work item by its ids, as JSON. RQ calls any function that a job names, so every job is read by
+job_class.py, which accepts only the entry points of jobs.py. Redis may be unavailable at any time: what cannot be
+enqueued waits in PostgreSQL, and the sweeper finds it.
 """
 
 import json
@@ -29,26 +28,26 @@ from belfry.core.failpoints import failpoint
 from belfry.core.redis import redis_connection
 from belfry.fanout import recovery
 from belfry.fanout.claims import WorkItem
+from belfry.queue import registries
 from belfry.queue.job_class import BelfryJob
-from belfry.queue.registries import PREFIXES, RESULT_SECONDS
 from config import settings, tuning
 from models import LARGEST_ID, MAX_ATTEMPTS
 
 log = logging.getLogger(__name__)
 
-NOTIFICATIONS = "notifications"  # one job a run; always served first
-BULK = "bulk"  # one job a slice of a large run, served after `notifications`, but for one job in four
-DELIVERIES = "deliveries"  # other transports
+NOTIFICATIONS = "notifications"  # one job for each run; served first
+BULK = "bulk"  # one job for each slice of a large run; served second, but for one job in four
+DELIVERIES = "deliveries"  # for transports
 QUEUES = (NOTIFICATIONS, BULK, DELIVERIES)
 
 RETRIES = MAX_ATTEMPTS - 1
-_full_until: dict[str, float] = {}  # by queue, in `time.monotonic()`: asking each time would be a round trip more
+_full_until: dict[str, float] = {}  # {queue: `time.monotonic()` until which it counts as full}
 
 
 def retry_intervals() -> list[int]:
-    """Seconds before each retry: growing threefold, each up to half longer by chance.
+    """Seconds before each retry: three times as many each, and up to half of it more at random.
 
-    The chance keeps the runs that failed together (a database that restarted) from coming back together.
+    The random part spreads runs that failed together, as when the database restarts.
     """
     return [
         round(settings.retry_base_delay_seconds * 3**attempt * random.uniform(1.0, 1.0 + tuning.retry_jitter))  # noqa: S311
@@ -57,71 +56,80 @@ def retry_intervals() -> list[int]:
 
 
 def queue(name: str = NOTIFICATIONS, connection: Redis | None = None) -> Queue:
-    """One of QUEUES, with the JSON serializer, and jobs that were checked."""
+    """One of QUEUES, with the JSON serializer and the checked job class."""
     return _queue(name, connection or redis_connection())
 
 
-@cache  # RQ looks its serializer over each time, for longer than Redis takes to answer
+@cache  # creating RQ's object takes longer than Redis takes to answer
 def _queue(name: str, connection: Redis) -> Queue:
     return Queue(name, connection=connection, serializer="json", job_class=BelfryJob)
 
 
 def enqueue_run(run_id: int) -> bool:
-    """As `enqueue`, of a new run. Call it after the commit that made it."""
+    """Enqueue a new run, as `enqueue` does. Call it after the commit that created the run."""
     enqueued = enqueue([WorkItem(run_id)])
     failpoint("run.enqueued", run_id)
     return enqueued
 
 
-def enqueue(parts: Sequence[WorkItem], *, lost: bool = False) -> bool:
-    """Wish that somebody look at these parts soon: a job for each, in its queue.
+def enqueue(items: Sequence[WorkItem], *, lost: bool = False) -> bool:
+    """Enqueue a job for each work item.
 
-    False when Redis is out of reach, or a queue is full: runs are `pending` then, and the sweeper enqueues what is
-    left as soon as there is room. `lost` parts go before all that wait, for their turn has been: and the oldest
-    first, so that a queue stays in the order of its parts.
+    False where Redis is unavailable or a queue is full: the runs are marked `pending`, and the sweeper enqueues them
+    as soon as there is room. `lost` items are enqueued before all others, the oldest first, because they were enqueued
+    before.
     """
-    own = [part for part in parts if part.is_run]
-    slices = [part for part in parts if not part.is_run]
-    all_in = _enqueue(BULK, slices, lost)
-    if not _enqueue(NOTIFICATIONS, own, lost):
-        all_in = False
+    runs = [item for item in items if item.is_run]
+    slices = [item for item in items if not item.is_run]
+    all_enqueued = _enqueue(BULK, slices, lost)
+    if not _enqueue(NOTIFICATIONS, runs, lost):
+        all_enqueued = False
         try:
-            recovery.mark_pending([part.run_id for part in own])
+            recovery.mark_pending([item.run_id for item in runs])
         except (OperationalError, InterfaceError) as error:
-            # They are committed: whoever waits for an answer must not get an error for this.
+            # The runs are committed, so the request that created them must not fail.
             log.warning("run(s) could not be marked pending: %s", error)
-    return all_in
+    return all_enqueued
 
 
-def _enqueue(name: str, parts: list[WorkItem], lost: bool) -> bool:
-    in_order, keys = parts[::-1] if lost else parts, _keys(name)
+def _enqueue(name: str, items: list[WorkItem], lost: bool) -> bool:
+    ordered = items[::-1] if lost else items
     try:
-        if parts and not lost and _is_full(name):
+        if items and not lost and _is_full(name):
             return False
-        for first in range(0, len(parts), tuning.enqueue_batch_size):
-            some = in_order[first : first + tuning.enqueue_batch_size]
-            arguments = ["LPUSH" if lost else "RPUSH", utcformat(now())]
-            for part in some:
-                arguments += _job_id(part), _data(part), str(part), json.dumps(retry_intervals())
-            waiting = _enqueue_script(name, settings.job_timeout_seconds)(keys, arguments, client=redis_connection())
+        for first in range(0, len(items), tuning.enqueue_batch_size):
+            waiting = _store_jobs(
+                name, ordered[first : first + tuning.enqueue_batch_size], "LPUSH" if lost else "RPUSH"
+            )
             if waiting >= tuning.max_queue_length:
                 _full_until[name] = time.monotonic() + tuning.queue_full_recheck_seconds
     except RedisError as error:
-        log.warning("Redis is out of reach, %s job(s) are not enqueued: %s", len(parts), error)
+        log.warning("Redis is unavailable, %s job(s) are not enqueued: %s", len(items), error)
         return False
     return True
 
 
-def _keys(name: str) -> list[str]:
-    """The keys of a queue, and of the registries in which a job that is enqueued again may stand."""
+def _store_jobs(name: str, items: Sequence[WorkItem], push: str) -> int:
+    """Store jobs, and push them to the queue unless `push` is empty; the length of the queue. Raises RedisError."""
     one = queue(name)
-    registries = (one.finished_job_registry, one.failed_job_registry, one.scheduled_job_registry)
-    keys = [registry.key for registry in (*registries, one.started_job_registry)]
-    return [Queue.redis_queues_keys, one.key, *keys]
+    stale = (one.finished_job_registry, one.failed_job_registry, one.scheduled_job_registry, one.started_job_registry)
+    keys = [Queue.redis_queues_keys, one.key, *(registry.key for registry in stale)]
+    arguments = [push, utcformat(now())]
+    for item in items:
+        arguments += _job_id(item), _data(item), str(item), json.dumps(retry_intervals())
+    return int(_enqueue_script(name, settings.job_timeout_seconds)(keys, arguments, client=redis_connection()))
+
+
+def record_failed(failed: Sequence[tuple[WorkItem, str]]) -> None:
+    """Show work items that the sweeper failed, each with its error, in RQ's failed registry. Raises RedisError."""
+    for item, error in failed:
+        name = NOTIFICATIONS if item.is_run else BULK
+        _store_jobs(name, [item], push="")
+        registries.record_failed(BelfryJob.fetch(_job_id(item), redis_connection()), queue(name), error)
 
 
 def queue_is_full() -> bool:
-    """Whether new runs had better wait in PostgreSQL. False as well where Redis is out of reach."""
+    """Whether new runs should wait in PostgreSQL. False as well where Redis is unavailable."""
     try:
         return _is_full(NOTIFICATIONS)
     except RedisError:
@@ -129,79 +137,76 @@ def queue_is_full() -> bool:
 
 
 def _is_full(name: str) -> bool:
-    """Whether a queue that was full is so still. Asked of Redis once a second, and only then: not by every request."""
+    """Whether a queue is still full. Redis is asked once a second, and only for a queue that was full."""
     until = _full_until.get(name)
     if until is None or time.monotonic() < until:
         return until is not None
     if queue(name).count >= tuning.max_queue_length:
         _full_until[name] = time.monotonic() + tuning.queue_full_recheck_seconds
         return True
-    _full_until.pop(name, None)  # two threads may come to this at once
+    _full_until.pop(name, None)  # two threads may reach this line at the same time
     return False
 
 
-def _job_id(part: WorkItem) -> str:
-    return f"run-{part.run_id}" if part.is_run else f"slice-{part.run_id}-{part.after_user_id}"
+def _job_id(item: WorkItem) -> str:
+    return f"run-{item.run_id}" if item.is_run else f"slice-{item.run_id}-{item.after_user_id}"
 
 
 def run_job_id(run_id: int) -> str:
-    """The id of the job of a run as a whole."""
+    """The id of the job of a run."""
     return _job_id(WorkItem(run_id))
 
 
 def run_of_job_id(job_id: str) -> int | None:
-    """The run to which a job belongs by its id, as a whole or as a slice; None where the id is no job's of a run."""
+    """The run whose job, or whose slice's job, has this id; None for any other id."""
     found = re.fullmatch(r"(?:run|slice)-([0-9]{1,19})(?:-[0-9]{1,19})?", job_id)
     return int(found[1]) if found and int(found[1]) <= LARGEST_ID else None
 
 
-def _run_of(job_id: bytes) -> int | None:
-    """Whose job it is, as far as the id alone says so: of a run as a whole."""
-    kind, _, number = job_id.partition(b"-")
-    if kind != b"run" or not number.isdigit() or len(number) > len(str(LARGEST_ID)):  # int() refuses very long ones
-        return None
-    return int(number) if int(number) <= LARGEST_ID else None
-
-
-def peek_runs(at_most: int) -> list[int]:
-    """The runs whose jobs come next; [] where Redis is out of reach."""
-    if not at_most:
+def peek_runs(limit: int) -> list[int]:
+    """The runs whose jobs are first in the queue, at most `limit`; [] where Redis is unavailable."""
+    if not limit:
         return []
     try:
-        ids: list[Any] = redis_connection().lrange(queue().key, 0, at_most - 1)
+        ids: list[Any] = redis_connection().lrange(queue().key, 0, limit - 1)
     except RedisError:
         return []
-    return [run_id for job_id in ids if (run_id := _run_of(job_id)) is not None]
+    found = [run_of_job_id(job_id.decode("ascii", "replace")) for job_id in ids if job_id.startswith(b"run-")]
+    return [run_id for run_id in found if run_id is not None]
 
 
 def _is_job_id(entry: bytes) -> bool:
     return JOB_ID_PATTERN.fullmatch(entry.decode("ascii", "replace")) is not None
 
 
-def _data(part: WorkItem) -> bytes:
+def _data(item: WorkItem) -> bytes:
     """A job's function and its arguments, as RQ stores them."""
-    name, arguments = ("jobs.notify", part[:1]) if part.is_run else ("jobs.notify_slice", part)
+    name, arguments = ("jobs.notify", item[:1]) if item.is_run else ("jobs.notify_slice", item)
     return zlib.compress(json.dumps([name, None, arguments, {}]).encode())
 
 
 _ENQUEUE_LUA = """
+-- KEYS: names of queues, queue, its finished, failed, scheduled and started registry.
+-- ARGV: push command or '', now, and for each job its id, data, description and retry intervals.
 redis.call('SADD', KEYS[1], KEYS[2])
 local waiting = 0
 for at = 3, #ARGV, 4 do
     local key = '%(job)s' .. ARGV[at]
-    redis.call('UNLINK', key, '%(results)s' .. ARGV[at])  -- of an earlier time, or whatever stands there
+    redis.call('UNLINK', key, '%(results)s' .. ARGV[at])
     for registry = 3, 5 do
-        redis.pcall('ZREM', KEYS[registry], ARGV[at])  -- by pcall: a key of another type must not stop the jobs
+        redis.pcall('ZREM', KEYS[registry], ARGV[at])  -- pcall: a key of another type must not stop the jobs
     end
     local executions = redis.pcall('ZRANGE', '%(executions)s' .. ARGV[at], 0, -1)
-    for _, execution in ipairs(executions.err and {} or executions) do  -- its worker died
+    for _, execution in ipairs(executions.err and {} or executions) do  -- of workers that died
         redis.pcall('ZREM', KEYS[6], ARGV[at] .. ':' .. execution)
         redis.call('UNLINK', '%(execution)s' .. ARGV[at] .. ':' .. execution)
     end
     redis.call('UNLINK', '%(executions)s' .. ARGV[at])
     redis.call('HSET', key, 'created_at', ARGV[2], 'enqueued_at', ARGV[2], 'data', ARGV[at + 1],
-        'description', ARGV[at + 2], 'retry_intervals', ARGV[at + 3], %(alike)s)
-    waiting = redis.call(ARGV[1], KEYS[2], ARGV[at])
+        'description', ARGV[at + 2], 'retry_intervals', ARGV[at + 3], %(common)s)
+    if ARGV[1] ~= '' then
+        waiting = redis.call(ARGV[1], KEYS[2], ARGV[at])
+    end
 end
 return waiting
 """
@@ -209,36 +214,32 @@ return waiting
 
 @cache
 def _enqueue_script(name: str, timeout: int) -> Script:
-    """What `Queue.enqueue_many` does, for jobs that are alike, in one command: how many wait then.
+    """Do what `Queue.enqueue_many` does, for jobs that differ only in their ids, in one command.
 
-    RQ makes one of them, and what does not differ from job to job is taken from that. It takes a third of the time: RQ
-    makes an object of each job, and three commands with each of its fields.
+    RQ creates one of the jobs, from which the common fields are taken. It takes a third of the time: RQ creates an
+    object for each job, and sends three commands with all fields of each.
     """
     job = queue(name).create_job(
         "jobs.notify",
         args=(0,),
         timeout=timeout,
-        result_ttl=RESULT_SECONDS,
-        failure_ttl=7 * 86_400,
+        result_ttl=registries.RESULT_SECONDS,
+        failure_ttl=registries.FAILURE_SECONDS,
         retry=Retry(max=RETRIES, interval=retry_intervals()),
     )
+    own = ("created_at", "enqueued_at", "data", "description", "retry_intervals")
     fields = job.to_dict() | {"status": JobStatus.QUEUED.value}
-    alike = [
-        f"'{word}'"
-        for field, value in fields.items()
-        if field not in ("created_at", "enqueued_at", "data", "description", "retry_intervals")
-        for word in (field, value)
-    ]
-    return redis_connection().register_script(_ENQUEUE_LUA % {**PREFIXES, "alike": ", ".join(alike)})
+    common = [f"'{field}', '{value}'" for field, value in fields.items() if field not in own]
+    return redis_connection().register_script(_ENQUEUE_LUA % {**registries.PREFIXES, "common": ", ".join(common)})
 
 
 def peek_head(name: str) -> WorkItem | None:
-    """The part whose job has waited longest in a queue; None where none waits. Raises RedisError.
+    """The work item whose job is first in a queue; None for an empty queue. Raises RedisError.
 
-    What is no job of ours tells nothing: then it is a part before all others.
+    Where a foreign job is first, it is a work item before all others, which makes no work item lost.
     """
     waiting = queue(name)
-    with suppress(UnicodeDecodeError):  # an id that RQ could not have made
+    with suppress(UnicodeDecodeError):  # an id that RQ cannot have created
         ids = waiting.get_job_ids(0, 1)
         if not ids:
             return None
@@ -248,9 +249,9 @@ def peek_head(name: str) -> WorkItem | None:
 
 
 def remove_rejected_retries() -> None:
-    """Delete the due retries that BelfryJob rejects, before RQ's scheduler reads them with its own class.
+    """Delete the due retries that BelfryJob rejects. Raises RedisError.
 
-    It would end at the first one that it cannot read, each time. Raises RedisError.
+    RQ's scheduler reads due retries with RQ's own job class, and would fail at the same unreadable one each time.
     """
     for name in QUEUES:
         registry = queue(name).scheduled_job_registry
@@ -258,7 +259,7 @@ def remove_rejected_retries() -> None:
         due: Any = redis_connection().zrangebyscore(registry.key, 0, time.time(), start=0, num=number)
         ids = [entry for entry in due if _is_job_id(entry)]
         if unreadable := [entry for entry in due if not _is_job_id(entry)]:
-            log.error("%s entries of %s are not ids of jobs, and are removed", len(unreadable), registry.key)
+            log.error("%s entries of %s are not job ids and are removed", len(unreadable), registry.key)
             redis_connection().zrem(registry.key, *unreadable)
         if ids:
             BelfryJob.fetch_many([entry.decode() for entry in ids], redis_connection())

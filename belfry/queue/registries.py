@@ -1,9 +1,9 @@
-"""RQ's records of jobs that are processed in one batch: the keys that RQ writes job by job, in two commands for all.
+"""Write RQ's records for jobs that are processed in one batch, and for runs that the sweeper fails.
 
-RQ's own life cycle takes six round trips for each job, longer than the notifications of a small message take. So a
-batch is recorded by two scripts, one before it and one after it. Everything that reads RQ's keys (rq-dashboard, `rq
-info`, /metrics) sees each job started, and then finished, as after RQ's own worker. Jobs that are not processed in a
-batch, and jobs that fail, go through RQ's life cycle.
+RQ's own life cycle takes six round trips for each job, which is longer than notifying the audience of a small message.
+So two scripts write the same keys for a whole batch, one before it and one after it. Every reader of RQ's keys
+(rq-dashboard, `rq info`, /metrics) sees each job started and then finished, as with RQ's own worker. Jobs that are not
+processed in a batch, and jobs that fail, go through RQ's life cycle.
 """
 
 import json
@@ -16,15 +16,17 @@ from typing import Any
 from redis import Redis
 from redis.commands.core import Script
 from rq import Queue
-from rq.job import Job
+from rq.job import Job, JobStatus
 from rq.results import Result
 from rq.utils import current_timestamp, now, utcformat
 from rq.worker.base import BaseWorker
 
 RESULT_SECONDS = 86_400
-"""How long a finished job is kept, and its result."""
-FINISHED_AT_MOST = 10_000
-"""Finished jobs of a queue that are kept: the oldest are deleted."""
+"""How long a finished job and its result are kept."""
+FAILURE_SECONDS = 7 * 86_400
+"""How long a failed job is kept."""
+MAX_FINISHED_JOBS = 10_000
+"""Finished jobs that are kept for each queue; the oldest are deleted."""
 
 PREFIXES: dict[str, Any] = {
     "job": Job.key_for(""),
@@ -33,7 +35,7 @@ PREFIXES: dict[str, Any] = {
     "results": Result.get_key(""),
     "successful": Result.Type.SUCCESSFUL.value,
 }
-"""Of RQ's keys, for the scripts."""
+"""Parts of RQ's keys and values, for the scripts."""
 
 _START_LUA = """
 -- KEYS: queue, started registry, the worker's executions, the worker.
@@ -62,8 +64,8 @@ redis.call('EXPIRE', KEYS[4], ttl)
 
 _END_LUA = """
 -- KEYS: finished registry, started registry, the worker's executions, the worker.
--- ARGV: now as text, now, seconds that a result is kept, worker, execution, when the batch began, seconds that it took,
--- and of each job its id and its result; the result is empty where the job did not finish.
+-- ARGV: now as text, now, seconds that a result is kept, worker, execution, begin of the batch, its duration,
+-- and for each job its id and its result, which is empty where the job did not finish.
 local at, time, ttl, worker, execution = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local jobs = 0
 for number = 8, #ARGV, 2 do
@@ -88,7 +90,7 @@ redis.call('HINCRBYFLOAT', KEYS[4], 'total_working_time', ARGV[7])
 """
 
 _TRIM_LUA = """
--- KEYS: finished registry. ARGV: how many jobs are kept.
+-- KEYS: finished registry. ARGV: number of jobs that are kept.
 local surplus = redis.call('ZCARD', KEYS[1]) - ARGV[1]
 if surplus > 0 then
     for _, id in ipairs(redis.call('ZRANGE', KEYS[1], 0, surplus - 1)) do
@@ -104,7 +106,7 @@ def _script(connection: Redis, text: str) -> Script:
 
 
 class BatchRecord:
-    """The records of one batch of a worker. Its methods raise RedisError while Redis is away."""
+    """RQ's records of one batch of a worker. Its methods raise RedisError while Redis is unavailable."""
 
     def __init__(self, worker: BaseWorker, queue: Queue) -> None:
         self._worker, self._queue = worker, queue
@@ -112,16 +114,16 @@ class BatchRecord:
         self._started_at = current_timestamp()
 
     def start(self, job_ids: Sequence[str], ttl: int) -> None:
-        """Move these jobs out of the queue into the started registry, where they count as lost after `ttl` seconds."""
+        """Move jobs from the queue into the started registry, where RQ takes them for abandoned after `ttl` seconds."""
         worker = self._worker
         keys = [self._queue.key, self._queue.started_job_registry.key, worker.executions_key, worker.key]
         arguments = [utcformat(now()), self._started_at, ttl, worker.name, self._execution_id, *job_ids]
         _script(worker.connection, _START_LUA)(keys, arguments)
 
     def end(self, results: Mapping[str, Any]) -> None:
-        """Move these jobs into the finished registry, each with its result, which is kept as JSON.
+        """Move jobs into the finished registry with their results, which are stored as JSON.
 
-        A job whose result is None did not finish, and is only taken out of the started registry.
+        A job whose result is None did not finish, and is only removed from the started registry.
         """
         worker, moment = self._worker, current_timestamp()
         finished = self._queue.finished_job_registry.key
@@ -134,5 +136,16 @@ class BatchRecord:
 
 
 def trim_finished(connection: Redis, queue: Queue) -> None:
-    """Delete the oldest finished jobs of a queue beyond FINISHED_AT_MOST. Raises RedisError."""
-    _script(connection, _TRIM_LUA)([queue.finished_job_registry.key], [FINISHED_AT_MOST])
+    """Delete the oldest finished jobs of a queue beyond MAX_FINISHED_JOBS. Raises RedisError."""
+    _script(connection, _TRIM_LUA)([queue.finished_job_registry.key], [MAX_FINISHED_JOBS])
+
+
+def record_failed(job: Job, queue: Queue, error: str) -> None:
+    """Add a job to the failed registry, for a failure that no worker could report. Raises RedisError."""
+    job.ended_at = now()
+    with queue.connection.pipeline() as pipeline:
+        queue.remove(job.id, pipeline)
+        job.set_status(JobStatus.FAILED, pipeline=pipeline)
+        queue.failed_job_registry.add(job, FAILURE_SECONDS, pipeline=pipeline)
+        Result.create_failure(job, FAILURE_SECONDS, error, pipeline=pipeline)
+        pipeline.execute()

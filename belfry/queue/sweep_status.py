@@ -1,4 +1,4 @@
-"""How the parts of the sweep went, kept in Redis for /readyz and /metrics."""
+"""The results of the steps of the sweep, kept in Redis for /readyz and /metrics."""
 
 import logging
 import time
@@ -12,36 +12,38 @@ from belfry.core.redis import redis_connection
 log = logging.getLogger(__name__)
 
 
-RECOVERY = "recovery"  # the part of the sweep without which lost work is not done; jobs.py has the others
+RECOVERY = "recovery"  # the step without which lost work is not found again
 SWEEP_KEY = "belfry:sweep"
-SWEEP_KEPT_SECONDS = 3_600  # without a sweep, after which nothing is known of it
+STATUS_SECONDS = 3_600  # how long the status is kept after the last sweep
 
 
 def record_sweep(failures: Mapping[str, bool]) -> None:
-    """Keep in Redis which parts of a sweep failed (True) or succeeded (False), for /readyz and /metrics.
+    """Record which steps of a sweep failed (True) or succeeded (False).
 
-    In Redis, since what makes a part fail may be that PostgreSQL accepts no write.
+    In Redis, because a step may fail for the reason that PostgreSQL accepts no writes.
     """
     if not failures:
         return
     when = round(time.time())
     try:
         with redis_connection().pipeline() as pipeline:
-            for part, failed in failures.items():
+            for step, failed in failures.items():
                 if failed:
-                    pipeline.hsetnx(SWEEP_KEY, f"{part} failing since", when)
+                    pipeline.hsetnx(SWEEP_KEY, f"{step} failing since", when)
                 else:
-                    pipeline.hdel(SWEEP_KEY, f"{part} failing since")
-                    pipeline.hset(SWEEP_KEY, f"{part} succeeded at", when)
-            pipeline.expire(SWEEP_KEY, SWEEP_KEPT_SECONDS)
+                    pipeline.hdel(SWEEP_KEY, f"{step} failing since")
+                    pipeline.hset(SWEEP_KEY, f"{step} succeeded at", when)
+            pipeline.expire(SWEEP_KEY, STATUS_SECONDS)
             pipeline.execute()
     except RedisError as error:
-        log.warning("Redis is out of reach, it is not recorded how the sweep went: %s", error)
+        log.warning("Redis is unavailable, the result of the sweep is not recorded: %s", error)
 
 
 def sweep_times(what: str) -> dict[str, int]:
-    """By part of the sweep, when it succeeded last (`succeeded at`), or since when it has failed each time (`failing
-    since`), in seconds since 1970; {} where there is none, or Redis is out of reach."""
+    """{step: time} of the last success (`succeeded at`) or the first of the latest failures (`failing since`).
+
+    In seconds since 1970; {} where nothing is recorded, or Redis is unavailable.
+    """
     try:
         found: Any = redis_connection().hgetall(SWEEP_KEY)
     except RedisError:

@@ -29,14 +29,14 @@ def list_members(server_id: int, *, after: int, limit: int) -> list[Row]:
     find_server(server_id)
     found = fetch_all(
         """
-        SELECT u.id, u.username, u.name, m.joined_at,
-            ARRAY(SELECT r.role_id FROM member_role r
-                  WHERE r.server_id = m.server_id AND r.user_id = m.user_id ORDER BY 1) AS role_ids
-        FROM member m
-        JOIN user_account u ON u.id = m.user_id
-        WHERE m.server_id = %(server_id)s
-        AND m.user_id > %(after)s
-        ORDER BY m.user_id
+        SELECT usr.id, usr.username, usr.name, mem.joined_at,
+            ARRAY(SELECT mr.role_id FROM member_role mr
+                  WHERE mr.server_id = mem.server_id AND mr.user_id = mem.user_id ORDER BY 1) AS role_ids
+        FROM member mem
+        JOIN user_account usr ON usr.id = mem.user_id
+        WHERE mem.server_id = %(server_id)s
+        AND mem.user_id > %(after)s
+        ORDER BY mem.user_id
         LIMIT %(limit)s
         """,
         {"server_id": server_id, "after": after, "limit": limit},
@@ -167,8 +167,8 @@ def channel_roles(channel_id: int) -> list[Row]:
     if not Channel.select().where(Channel.id == channel_id).exists():
         raise NotFound(f"There is no channel {channel_id}.")
     return fetch_all(
-        "SELECT r.id, r.name, r.moderator FROM role r JOIN channel_role o ON o.role_id = r.id"
-        " WHERE o.channel_id = %(channel_id)s ORDER BY r.id",
+        "SELECT role.id, role.name, role.moderator FROM role JOIN channel_role cr ON cr.role_id = role.id"
+        " WHERE cr.channel_id = %(channel_id)s ORDER BY role.id",
         {"channel_id": channel_id},
     )
 
@@ -196,8 +196,8 @@ def set_channel_roles(channel_id: int, role_ids: Sequence[int]) -> list[Row]:
 def servers_of(user_id: int) -> list[Row]:
     """The servers that somebody is in: [{"id", "name"}], by id."""
     return fetch_all(
-        "SELECT v.id, v.name FROM server v JOIN member m ON m.server_id = v.id"
-        " WHERE m.user_id = %(user_id)s ORDER BY v.id",
+        "SELECT srv.id, srv.name FROM server srv JOIN member mem ON mem.server_id = srv.id"
+        " WHERE mem.user_id = %(user_id)s ORDER BY srv.id",
         {"user_id": user_id},
     )
 
@@ -205,8 +205,8 @@ def servers_of(user_id: int) -> list[Row]:
 def roles_of(user_id: int, server_id: int) -> list[str]:
     """The names of the roles that somebody has in a server."""
     found = fetch_all(
-        "SELECT r.name FROM role r JOIN member_role m ON m.role_id = r.id"
-        " WHERE m.server_id = %(server_id)s AND m.user_id = %(user_id)s ORDER BY r.name",
+        "SELECT role.name FROM role JOIN member_role mr ON mr.role_id = role.id"
+        " WHERE mr.server_id = %(server_id)s AND mr.user_id = %(user_id)s ORDER BY role.name",
         {"server_id": server_id, "user_id": user_id},
     )
     return [role["name"] for role in found]

@@ -23,12 +23,12 @@ def can_see_channel_sql(user_id: str, is_admin: str) -> str:
     """
     return f"""(
     {is_admin}
-    OR (EXISTS (SELECT FROM member m WHERE m.server_id = c.server_id AND m.user_id = {user_id} OFFSET 0)
-        AND (NOT c.private OR EXISTS (
-            SELECT FROM channel_role o
-            JOIN member_role r ON r.role_id = o.role_id
-            WHERE o.channel_id = c.id
-            AND r.user_id = {user_id}
+    OR (EXISTS (SELECT FROM member mem WHERE mem.server_id = chan.server_id AND mem.user_id = {user_id} OFFSET 0)
+        AND (NOT chan.private OR EXISTS (
+            SELECT FROM channel_role cr
+            JOIN member_role mr ON mr.role_id = cr.role_id
+            WHERE cr.channel_id = chan.id
+            AND mr.user_id = {user_id}
             OFFSET 0)))
 )"""
 
@@ -36,9 +36,9 @@ def can_see_channel_sql(user_id: str, is_admin: str) -> str:
 _VISIBLE_SQL = can_see_channel_sql("%(user_id)s", "%(is_admin)s")
 
 AUTHOR_CAN_POST_SQL = f"""(
-    g.visible_to_user_id IS NOT NULL
-    OR a.is_admin
-    OR (c.posting = 'members' AND {can_see_channel_sql("g.author_id", "a.is_admin")})
+    msg.visible_to_user_id IS NOT NULL
+    OR author.is_admin
+    OR (chan.posting = 'members' AND {can_see_channel_sql("msg.author_id", "author.is_admin")})
 )"""
 """Of message `g` in channel `c` by author `a`: whether they still see the channel and may post in it.
 
@@ -65,37 +65,37 @@ def _parameters(user: User) -> Row:
     return {"user_id": user.id, "is_admin": user.is_admin, "grace_days": settings.past_due_grace_days}
 
 
-VIEWER_CTE_SQL = "asker AS MATERIALIZED (SELECT %(user_id)s::bigint AS id, %(is_admin)s::boolean AS is_admin)"
+VIEWER_CTE_SQL = "viewer AS MATERIALIZED (SELECT %(user_id)s::bigint AS id, %(is_admin)s::boolean AS is_admin)"
 """Who asks, as a query before another one, and no parameter of it: by an admin's `true` PostgreSQL would find a plan
 that is good for nobody else, and plan the statement anew each time, which may take as long as all the rest."""
 
 VISIBLE_CHANNEL_SQL = f"""
-    SELECT c.id, c.name, c.private, c.posting, c.server_id, v.name AS server_name,
-        asker.is_admin OR EXISTS (
+    SELECT chan.id, chan.name, chan.private, chan.posting, chan.server_id, srv.name AS server_name,
+        viewer.is_admin OR EXISTS (
             SELECT FROM member_role mr
             JOIN role ro ON ro.id = mr.role_id AND ro.moderator
-            WHERE mr.server_id = c.server_id
-            AND mr.user_id = asker.id
+            WHERE mr.server_id = chan.server_id
+            AND mr.user_id = viewer.id
         ) AS moderates,
-        asker.is_admin OR EXISTS (
+        viewer.is_admin OR EXISTS (
             SELECT FROM subscription sub
-            WHERE sub.user_id = asker.id
+            WHERE sub.user_id = viewer.id
             AND {ACTIVE_SUBSCRIPTION_SQL}
         ) AS subscribed
-    FROM asker
-    JOIN channel c ON c.id = %(channel_id)s
-    JOIN server v ON v.id = c.server_id
-    WHERE {can_see_channel_sql("asker.id", "asker.is_admin")}
+    FROM viewer
+    JOIN channel chan ON chan.id = %(channel_id)s
+    JOIN server srv ON srv.id = chan.server_id
+    WHERE {can_see_channel_sql("viewer.id", "viewer.is_admin")}
 """
-"""The row of a SeenChannel; none where `asker` (VIEWER_CTE_SQL, or the like) may not know of the channel. For
+"""The row of a SeenChannel; none where `viewer` (VIEWER_CTE_SQL, or the like) may not know of the channel. For
 `access_parameters`."""
 
-CAN_POST_SQL = "((seen.posting = 'members' OR asker.is_admin) AND seen.subscribed)"
-"""Of a row of VISIBLE_CHANNEL_SQL as `seen`, and its `asker`: whether `require_posting` raises nothing."""
+CAN_POST_SQL = "((seen.posting = 'members' OR viewer.is_admin) AND seen.subscribed)"
+"""Of a row of VISIBLE_CHANNEL_SQL as `seen`, and its `viewer`: whether `require_posting` raises nothing."""
 
 
 def access_parameters(user: User, channel_id: int) -> Row:
-    """What VISIBLE_CHANNEL_SQL and an `asker` ask for."""
+    """What VISIBLE_CHANNEL_SQL and an `viewer` ask for."""
     return {**_parameters(user), "channel_id": channel_id}
 
 
@@ -119,7 +119,7 @@ def receives_notifications_in(user: User, channel_id: int) -> bool:
     """Whether the user is told of a channel as far as that is its server's to say: admins see more than that."""
     return bool(
         fetch_one(
-            "SELECT 1 AS yes FROM channel c WHERE c.id = %(channel_id)s"
+            "SELECT 1 AS yes FROM channel chan WHERE chan.id = %(channel_id)s"
             f" AND {can_see_channel_sql('%(user_id)s', 'false')}",
             {"channel_id": channel_id, "user_id": user.id},
         )
@@ -138,14 +138,14 @@ def visible_channels(user: User, *, after: int = 0, limit: int | None = None) ->
         nest_server(channel)
         for channel in fetch_all(
             f"""
-            SELECT c.id, c.name, c.private, c.posting, c.server_id, v.name AS server_name
-            FROM channel c
-            JOIN server v ON v.id = c.server_id
-            WHERE c.id > %(after)s
-            AND (%(is_admin)s OR c.server_id = ANY(ARRAY(  -- else each channel of all servers is asked
-                SELECT m.server_id FROM member m WHERE m.user_id = %(user_id)s)))
+            SELECT chan.id, chan.name, chan.private, chan.posting, chan.server_id, srv.name AS server_name
+            FROM channel chan
+            JOIN server srv ON srv.id = chan.server_id
+            WHERE chan.id > %(after)s
+            AND (%(is_admin)s OR chan.server_id = ANY(ARRAY(  -- else each channel of all servers is asked
+                SELECT mem.server_id FROM member mem WHERE mem.user_id = %(user_id)s)))
             AND {_VISIBLE_SQL}
-            ORDER BY c.id
+            ORDER BY chan.id
             LIMIT %(limit)s
             """,
             {**_parameters(user), "after": after, "limit": limit},
@@ -157,8 +157,8 @@ def author_can_post(message_id: int) -> bool:
     """Whether a message's author still may post where it stands. While not, nobody's inbox shows it."""
     return bool(
         fetch_one(
-            "SELECT 1 AS yes FROM message g JOIN channel c ON c.id = g.channel_id JOIN user_account a"
-            f" ON a.id = g.author_id WHERE g.id = %(message_id)s AND {AUTHOR_CAN_POST_SQL}",
+            "SELECT 1 AS yes FROM message msg JOIN channel chan ON chan.id = msg.channel_id JOIN user_account author"
+            f" ON author.id = msg.author_id WHERE msg.id = %(message_id)s AND {AUTHOR_CAN_POST_SQL}",
             {"message_id": message_id},
         )
     )

@@ -1,4 +1,4 @@
-"""Publish over Redis that something has changed, so that the web processes send it to their streams at once."""
+"""Publish changes over Redis, so that the web processes send them to their streams at once."""
 
 import json
 import logging
@@ -12,17 +12,18 @@ log = logging.getLogger(__name__)
 
 
 def live_channel() -> str:
-    """Where `publish` publishes. Redis has one set of channels for all of its databases."""
+    """The channel of `publish`. It has the database's number, because Redis's channels are common to all databases."""
     return f"belfry:{redis_connection().connection_pool.connection_kwargs.get('db', 0)}:live"
 
 
-def publish(**what: Any) -> None:
-    """Tell the web processes that something has changed that they may have to show at once: after the commit.
+def publish(**change: Any) -> None:
+    """Publish a change to the web processes. Call it after the commit.
 
-    `told=True`, `user_id`, `message_id`, `access` (a user id, or True for all) or `signed_out`: the hub says what it
-    does with each. One that is lost does no harm: they look by themselves as well, every few seconds.
+    `notified=True`: there are notifications; `user_id`: the user's unread count changed; `message_id`: the message was
+    deleted; `access`: what a user (by id), or any user (True), may see changed; `signed_out`: a session ended. A lost
+    change is harmless, because the hub also polls every few seconds.
     """
     try:
-        redis_connection().publish(live_channel(), json.dumps(what))
+        redis_connection().publish(live_channel(), json.dumps(change))
     except RedisError as error:
-        log.warning("Redis is out of reach, %s is not announced: %s", what, error)
+        log.warning("Redis is unavailable, %s is not published: %s", change, error)

@@ -1,4 +1,4 @@
-"""Server-sent events: how the live stream puts into words what is new."""
+"""Server-sent events: serialize what a stream sends."""
 
 import json
 from collections.abc import Iterable
@@ -9,19 +9,24 @@ from belfry.stream.cursor import StreamCursor
 from belfry.stream.resuming import MAX_RESUMED_NOTIFICATIONS
 from belfry.stream.updates import Updates
 
-Dumped = dict[tuple[Any, ...], str]
+Serialized = dict[tuple[Any, ...], str]
 
 _notification = schemas.Notification()
 
 
-def event(kind: str, text: str, position: StreamCursor) -> bytes:
-    """A server-sent event. The position is what `Last-Event-ID` will say."""
-    return f"event: {kind}\nid: {position}\ndata: {text}\n\n".encode()
+def event(name: str, text: str, cursor: StreamCursor) -> bytes:
+    """Serialize an event. The cursor becomes the client's `Last-Event-ID`."""
+    return f"event: {name}\nid: {cursor}\ndata: {text}\n\n".encode()
 
 
-def events_of(found: Updates, here: StreamCursor, user_ids: Iterable[int], dumped: Dumped) -> dict[int, list[bytes]]:
-    """What to send to whom. A notification that many users have alike is serialized once, but for its id, and kept in
-    `dumped` for further calls."""
+def events_of(
+    found: Updates, here: StreamCursor, user_ids: Iterable[int], serialized: Serialized
+) -> dict[int, list[bytes]]:
+    """Serialize updates: {user id: events}.
+
+    A notification that many users have in common is serialized once, except for its id, and kept in `serialized` for
+    further calls.
+    """
     if found.overflow:
         return {user_id: [event("reset", "{}", here)] for user_id in user_ids}
     events: dict[int, list[bytes]] = {}
@@ -29,12 +34,12 @@ def events_of(found: Updates, here: StreamCursor, user_ids: Iterable[int], dumpe
         if len(sent) > MAX_RESUMED_NOTIFICATIONS:
             events[user_id] = [event("reset", "{}", here)]
             continue
-        for position, notification in sent:
-            alike = tuple(notification[name] for name in ("message_id", "reason", "created_at", "read_at"))
-            if alike not in dumped:
+        for cursor, notification in sent:
+            key = tuple(notification[name] for name in ("message_id", "reason", "created_at", "read_at"))
+            if key not in serialized:
                 shape = _notification.dump(notification)
                 del shape["id"]
-                dumped[alike] = json.dumps(shape, ensure_ascii=False)[1:]
-            text = f'{{"id": "{notification["id"]}", {dumped[alike]}'
-            events.setdefault(user_id, []).append(event("notification", text, position))
+                serialized[key] = json.dumps(shape, ensure_ascii=False)[1:]
+            text = f'{{"id": "{notification["id"]}", {serialized[key]}'
+            events.setdefault(user_id, []).append(event("notification", text, cursor))
     return events

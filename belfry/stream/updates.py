@@ -1,8 +1,8 @@
-"""What is new for those who are connected: exactly what they have not been sent, in whatever order it was committed.
+"""Find what connected clients have not been sent, exactly, in whatever order it was committed.
 
-Where somebody is, is one of PostgreSQL's snapshots: the transactions whose work they were sent. What is new was told
-by a transaction outside of it. So nothing waits for a transaction that is still under way, nothing is passed over, and
-a stream that broke off goes on in any other process.
+A client's cursor is one of PostgreSQL's snapshots: the transactions whose work it was sent. New is what a transaction
+outside of the snapshot wrote. So nothing waits for a transaction in progress, nothing is skipped, and a stream that is
+interrupted resumes in any process.
 """
 
 import time
@@ -20,22 +20,22 @@ from belfry.stream.cursor import StreamCursor
 from config import settings, tuning
 from models import User
 
-LOG_RETENTION_HOURS = 24  # of what was told: for so long somebody may be away, and go on where they were
+LOG_RETENTION_HOURS = 24  # how long a client may be away and resume
 _LOOKUP_SETTINGS = {
     "jit": "off",
     "enable_hashjoin": "off",
     "enable_mergejoin": "off",
     "statement_timeout": "20s",
-    "idle_in_transaction_session_timeout": "60s",  # it locks nothing, and puts into words what it reads
+    "idle_in_transaction_session_timeout": "60s",  # it locks nothing, and serializes what it reads
 }
 
 
 @dataclass
 class Updates:
-    """What somebody has not been sent: by user id, each notification with the position that it brings them to.
+    """What has not been sent: {user id: [(cursor after it, notification)]}.
 
-    `counts_changed`: of whom some may have been withdrawn or made unread again, too. `overflow`: it is more than can
-    be sent one by one, or not known any longer; the inbox has it.
+    `counts_changed`: users whose notifications may have been retracted or made unread again as well. `overflow`: it is
+    more than can be sent one by one, or is not known any more; the client reads the inbox instead.
     """
 
     notifications: dict[int, list[tuple[StreamCursor, Row]]] = field(default_factory=dict)
@@ -45,9 +45,9 @@ class Updates:
 
 @contextmanager
 def take_snapshot() -> Iterator[StreamCursor]:
-    """While the block runs, everything in it sees the same moment. Yields the position of who was sent all of it.
+    """Read everything within the block from one snapshot. Yields the cursor of a client that was sent all of it.
 
-    On a standby, where unlogged tables cannot be read, the epoch is "": its positions are good on standbys alone.
+    On a standby, where unlogged tables cannot be read, the epoch is "": its cursors are valid only on standbys.
     """
     with db.connection_context():
         while True:
@@ -66,9 +66,9 @@ def take_snapshot() -> Iterator[StreamCursor]:
 
 
 def _epoch() -> str | None:
-    """The database's epoch. None where it has none: after a crash, a promotion, or a restore without unlogged data.
+    """The database's epoch; None where it has none, after a crash, a promotion, or a restore without unlogged data.
 
-    The system identifier is part of it, because a dump that is restored elsewhere brings the table's row along.
+    It includes the system identifier, because a dump that is restored elsewhere contains the table's row.
     """
     found = fetch_one(
         "SELECT epoch::text || (SELECT system_identifier FROM pg_control_system()) AS epoch FROM stream_epoch"
@@ -77,10 +77,7 @@ def _epoch() -> str | None:
 
 
 def updates_since(since: StreamCursor, here: StreamCursor, user_ids: Collection[int]) -> Updates:
-    """Find what these connected users, all at `since`, have not been sent, of what `here` sees.
-
-    `here` is a snapshot that `take_snapshot` gave.
-    """
+    """Find what the clients of these users, all at `since`, have not been sent, within `here` of `take_snapshot`."""
     found = Updates()
     if since.epoch != here.epoch or not is_resumable(since, here):
         return Updates(overflow=True)
@@ -88,17 +85,17 @@ def updates_since(since: StreamCursor, here: StreamCursor, user_ids: Collection[
         return found
     log_rows = fetch_all(
         """
-        SELECT t.xid::text::bigint AS xid, t.message_id, t.notified_at, t.counts_changed, c.server_id
+        SELECT log.xid::text::bigint AS xid, log.message_id, log.notified_at, log.counts_changed, chan.server_id
         FROM (
             SELECT xid, unnest(message_ids) AS message_id, notified_at, counts_changed
             FROM notification_log
-            WHERE xid >= pg_snapshot_xmin(%(since)s::pg_snapshot)  -- any before that it shows
+            WHERE xid >= pg_snapshot_xmin(%(since)s::pg_snapshot)  -- it shows all before
             AND NOT pg_visible_in_snapshot(xid, %(since)s::pg_snapshot)
             AND pg_visible_in_snapshot(xid, %(here)s::pg_snapshot)
             LIMIT %(limit)s
-        ) t
-        JOIN message g ON g.id = t.message_id
-        JOIN channel c ON c.id = g.channel_id
+        ) log
+        JOIN message msg ON msg.id = log.message_id
+        JOIN channel chan ON chan.id = msg.channel_id
         """,
         {"since": since.snapshot, "here": here.snapshot, "limit": tuning.stream_max_log_rows + 1},
     )
@@ -106,8 +103,8 @@ def updates_since(since: StreamCursor, here: StreamCursor, user_ids: Collection[
         return found
     messages = Counter(server_id for _, server_id in {(one["message_id"], one["server_id"]) for one in log_rows})
     members = possible_recipients(user_ids, list(messages))
-    recounted = {logged["server_id"] for logged in log_rows if logged["counts_changed"]}
-    found.counts_changed |= {member["user_id"] for member in members if member["server_id"] in recounted}
+    changed_servers = {logged["server_id"] for logged in log_rows if logged["counts_changed"]}
+    found.counts_changed |= {member["user_id"] for member in members if member["server_id"] in changed_servers}
     lookups = sum(messages[member["server_id"]] for member in members)
     if lookups > tuning.stream_max_lookups or len(log_rows) > tuning.stream_max_log_rows:
         found.overflow = True
@@ -121,15 +118,15 @@ def updates_since(since: StreamCursor, here: StreamCursor, user_ids: Collection[
 
 
 def is_resumable(since: StreamCursor, here: StreamCursor) -> bool:
-    """Return whether it is known what a client at `since` was not sent: not after a day, nor of another database."""
-    too_long = here.taken - since.taken > (LOG_RETENTION_HOURS - 1) * 3_600
+    """Whether the log still has what a client at `since` was not sent: not after a day, nor from another database."""
+    too_long = here.created_at - since.created_at > (LOG_RETENTION_HOURS - 1) * 3_600
     return not too_long and since.next_transaction <= here.next_transaction
 
 
 def with_cursors(notifications: list[Row], before: str, to: StreamCursor) -> list[tuple[StreamCursor, Row]]:
-    """Each notification with the position it brings a client to, who was sent what `before` shows; the last one: `to`.
+    """Pair each notification with the cursor after it, for a client that was sent what `before` shows.
 
-    They are in the order of their messages.
+    They are in the order of their messages; the last cursor is `to`.
     """
     last = len(notifications) - 1
     return [
@@ -139,63 +136,62 @@ def with_cursors(notifications: list[Row], before: str, to: StreamCursor) -> lis
 
 
 def possible_recipients(user_ids: Collection[int], server_ids: Collection[int]) -> list[Row]:
-    """Who of these people may have been told in which of these servers: {"user_id", "server_id"} each.
+    """Which users may have been notified in which servers: rows of {"user_id", "server_id"}.
 
-    Members; and admins wherever they are, who see all even after they have left.
+    Members, and admins in every server, because they see all servers even after they have left.
     """
     return fetch_all(
         """
-        SELECT m.user_id, m.server_id
-        FROM member m
-        JOIN user_account u ON u.id = m.user_id
-        WHERE m.user_id = ANY(%(user_ids)s::bigint[])
-        AND m.server_id = ANY(%(server_ids)s::bigint[])
-        AND NOT u.is_admin
+        SELECT member.user_id, member.server_id
+        FROM member
+        JOIN user_account usr ON usr.id = member.user_id
+        WHERE member.user_id = ANY(%(user_ids)s::bigint[])
+        AND member.server_id = ANY(%(server_ids)s::bigint[])
+        AND NOT usr.is_admin
         UNION ALL
-        SELECT u.id, s.server_id
-        FROM user_account u
-        CROSS JOIN unnest(%(server_ids)s::bigint[]) AS s (server_id)
-        WHERE u.id = ANY(%(user_ids)s::bigint[])
-        AND u.is_admin
+        SELECT usr.id, srv.server_id
+        FROM user_account usr
+        CROSS JOIN unnest(%(server_ids)s::bigint[]) AS srv (server_id)
+        WHERE usr.id = ANY(%(user_ids)s::bigint[])
+        AND usr.is_admin
         """,
         {"user_ids": list(user_ids), "server_ids": list(server_ids)},
     )
 
 
 def authorized_clients(token_hashes: Collection[bytes]) -> dict[bytes, tuple[User, frozenset[int]]]:
-    """Of these tokens those whose person may listen, with them and the servers that they are in.
+    """Which tokens or sessions may use the stream: {hash: (user, ids of the user's servers)}.
 
-    A session's hash stands for itself, not for its token: it is looked for among both.
-
-    Whose token counts, who is an admin, or an active subscriber and somebody's member: those who may be told.
+    They must be valid, and their user an admin, or an active subscriber who is a member of a server: users who can be
+    notified. A session's hash stands for itself, not for its token, so both tables are read.
     """
-    which: bytes | list[bytes] = list(token_hashes)
-    is_asked = "= ANY(%(which)s::bytea[])"
-    if len(which) == 1:  # PostgreSQL plans a comparison with an array each time, which takes longer than all the rest
-        [which], is_asked = token_hashes, "= %(which)s"
+    hashes: bytes | list[bytes] = list(token_hashes)
+    matches = "= ANY(%(hashes)s::bytea[])"
+    if len(hashes) == 1:  # a comparison with an array is planned each time, which takes longer than the query
+        [hashes], matches = token_hashes, "= %(hashes)s"
     found = fetch_all(
         f"""
-        SELECT valid.token_hash, u.id, u.username, u.name, u.email, u.is_admin, u.created_at,
-            ARRAY(SELECT m.server_id FROM member m WHERE m.user_id = u.id) AS servers
+        SELECT valid.token_hash, usr.id, usr.username, usr.name, usr.email, usr.is_admin, usr.created_at,
+            ARRAY(SELECT server_id FROM member WHERE user_id = usr.id) AS servers
         FROM (
-            SELECT t.token_hash, t.user_id
-            FROM api_token t
-            WHERE t.token_hash {is_asked}
+            SELECT token.token_hash, token.user_id
+            FROM api_token token
+            WHERE token.token_hash {matches}
             AND {TOKEN_IS_VALID_SQL}
             UNION ALL
-            SELECT session.session_hash, t.user_id
+            SELECT session.session_hash, token.user_id
             FROM session
-            JOIN api_token t ON t.id = session.token_id
-            WHERE session.session_hash {is_asked}
+            JOIN api_token token ON token.id = session.token_id
+            WHERE session.session_hash {matches}
             AND {SESSION_IS_OPEN_SQL}
             AND {TOKEN_IS_VALID_SQL}
         ) valid
-        JOIN user_account u ON u.id = valid.user_id
-        WHERE (u.is_admin OR (
-            EXISTS (SELECT FROM subscription sub WHERE sub.user_id = u.id AND {ACTIVE_SUBSCRIPTION_SQL})
-            AND EXISTS (SELECT FROM member m WHERE m.user_id = u.id)))
+        JOIN user_account usr ON usr.id = valid.user_id
+        WHERE (usr.is_admin OR (
+            EXISTS (SELECT FROM subscription sub WHERE sub.user_id = usr.id AND {ACTIVE_SUBSCRIPTION_SQL})
+            AND EXISTS (SELECT FROM member WHERE member.user_id = usr.id)))
         """,
-        {"which": which, "grace_days": settings.past_due_grace_days},
+        {"hashes": hashes, "grace_days": settings.past_due_grace_days},
     )
     return {
         bytes(one.pop("token_hash")): (User(**one), frozenset(servers))
@@ -205,7 +201,7 @@ def authorized_clients(token_hashes: Collection[bytes]) -> dict[bytes, tuple[Use
 
 
 def notified_among(message_id: int, user_ids: Collection[int]) -> set[int]:
-    """Who of these people was told of a message."""
+    """Which of these users have a notification of a message."""
     found = fetch_all(
         "SELECT user_id FROM notification"
         " WHERE user_id = ANY(%(user_ids)s::bigint[]) AND message_id = %(message_id)s",
@@ -215,10 +211,10 @@ def notified_among(message_id: int, user_ids: Collection[int]) -> set[int]:
 
 
 def purge_log(limit: int) -> int:
-    """Delete at most `limit` transactions of each kind, the oldest first; returns how many.
+    """Delete at most `limit` rows of each kind from the log, the oldest first; how many.
 
-    Those that are older than anybody can have been away, and those that came with a copy of another database, whose
-    numbers are ahead of ours.
+    Rows older than LOG_RETENTION_HOURS, and rows of a restored copy of another database, whose transaction ids are in
+    the future.
     """
     copied = execute(
         """

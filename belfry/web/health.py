@@ -93,7 +93,7 @@ Reading = tuple[str, str, list[str], list[tuple[list[str], float]]]
 def _readings() -> list[Reading]:
     """What /metrics shows: (name, what it is, names of labels, [(labels, value), ...]) each.
 
-    What is out of reach has no values, and `belfry_dependency_up` says so.
+    What is unavailable has no values, and `belfry_dependency_up` says so.
     """
     waiting: list[tuple[list[str], float]] = []
     workers: list[tuple[list[str], float]] = []

@@ -23,7 +23,7 @@ _PROBLEMS = {
     415: "The body is not said to be JSON.",
     422: "A field is wrong.",
     429: "Too many requests.",
-    503: "The database is out of reach.",
+    503: "The database is unavailable.",
 }
 
 

@@ -140,8 +140,8 @@ def register(app: Flask) -> None:
     @app.errorhandler(InterfaceError)
     @app.errorhandler(MaxConnectionsExceeded)
     def unavailable(error: Exception) -> Response:
-        log.error("the database is out of reach: %s: %s", type(error).__name__, error)
-        return problem(503, "The database is out of reach. Try again soon.")
+        log.error("the database is unavailable: %s: %s", type(error).__name__, error)
+        return problem(503, "The database is unavailable. Try again soon.")
 
     @app.errorhandler(Exception)
     def crashed(error: Exception) -> Response:

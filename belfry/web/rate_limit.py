@@ -115,7 +115,7 @@ def _count() -> None:
         try:
             may, left, milliseconds = _hit(limit, key, scope)
         except RedisError as error:
-            log.warning("Redis is out of reach, nobody is counted: %s", error)
+            log.warning("Redis is unavailable, nobody is counted: %s", error)
             return
         seconds = math.ceil(milliseconds / 1000)
         if "limit" not in g or not may or left < g.limit[1]:

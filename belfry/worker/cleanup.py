@@ -1,4 +1,4 @@
-"""Deletion of rows that are kept for a limited time, in batches: however many there are, no statement is long."""
+"""Delete rows that are kept for a limited time, in batches, so that no statement takes long."""
 
 import time
 from collections.abc import Callable
@@ -12,11 +12,11 @@ from config import tuning
 
 
 def delete_older(table: str, column: str, age: str) -> Callable[[int], int]:
-    """Make a function that deletes at most so many rows of a table, the oldest first, and returns how many.
+    """Create a function that deletes at most `limit` rows of a table, the oldest first, and returns how many.
 
-    Rows are deleted whose `column`, a time with an index, is more than `age` (an interval of PostgreSQL) ago.
+    It deletes rows whose `column`, a time with an index, is more than `age` (an interval of PostgreSQL) ago.
     """
-    # The age is asked twice: a row that was renewed after the inner statement read it stays.
+    # The age is checked twice, so that a row that was renewed after the inner statement read it is kept.
     statement = f"""
         DELETE FROM {table}
         WHERE ctid = ANY(ARRAY(
@@ -31,17 +31,18 @@ CLEANUPS: dict[str, Callable[[int], int]] = {
     "stream_log": updates.purge_log,
     "sessions": sessions.delete_idle_sessions,
 }
-"""{part of the sweep: what deletes at most so many rows, and returns how many}."""
+"""{step of the sweep: function that deletes at most `limit` rows and returns how many}."""
 
 
 def clean_up(name: str) -> int | None:
-    """Delete rows by one of CLEANUPS, batch by batch, for its share of the time; how many. None while another does it.
+    """Delete rows by one of CLEANUPS, batch by batch, for its share of the time; how many.
 
-    Raises peewee's OperationalError where a batch takes more than 5 s; what the batches before it deleted stays so.
+    None while another worker does it. Raises peewee's OperationalError where a batch takes more than 5 s; the batches
+    before it are committed.
     """
     deleted, until = 0, time.monotonic() + tuning.cleanup_seconds / len(CLEANUPS)
     while True:
-        # Nobody waits for the disk: after a crash the same rows are found again.
+        # No wait for the disk: after a crash the same rows are found again.
         with transaction(statement_timeout="5s", synchronous_commit="off"):
             if not try_xact_lock(CLEANUP_LOCK):
                 return deleted or None

@@ -1,4 +1,4 @@
-"""The parent process of a worker: it sweeps, and keeps one child running that runs the jobs."""
+"""The parent process of a worker: it sweeps, and keeps one child process that runs the jobs, the work-horse."""
 
 import contextlib
 import ctypes
@@ -19,12 +19,12 @@ from belfry.worker.worker import run_jobs
 from config import settings
 
 log = logging.getLogger(__name__)
-POLL_INTERVAL_SECONDS = 0.05  # between two looks of the parent: how soon another process follows one that died
+POLL_INTERVAL_SECONDS = 0.05  # of the parent: how soon a work-horse that died is replaced
 PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 
 
 class Supervisor:
-    """The parent: it keeps a work-horse running, and sweeps every SWEEP_INTERVAL_SECONDS. It does no job itself."""
+    """The parent: it keeps a work-horse running, and sweeps every SWEEP_INTERVAL_SECONDS. It runs no jobs itself."""
 
     def __init__(self) -> None:
         self._stopping = False
@@ -32,7 +32,7 @@ class Supervisor:
         self._deadline = Deadline()
 
     def run(self) -> None:
-        """Until SIGTERM or SIGINT; then until the job in hand is done."""
+        """Run until SIGTERM or SIGINT, and then until the current job ends."""
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, self._stop)
         swept = 0.0
@@ -42,18 +42,18 @@ class Supervisor:
             if time.monotonic() - swept >= settings.sweep_interval_seconds:
                 sweep_once()
                 swept = time.monotonic()
-            self._look_after_horse()
+            self._reap_horse()
             time.sleep(POLL_INTERVAL_SECONDS)
         while self._horse:
-            self._tell_horse(signal.SIGTERM)
-            self._look_after_horse()
+            self._signal_horse(signal.SIGTERM)
+            self._reap_horse()
             time.sleep(POLL_INTERVAL_SECONDS)
 
     def _stop(self, signum: int, frame: object) -> None:
         self._stopping = True
-        self._tell_horse(signal.SIGTERM)
+        self._signal_horse(signal.SIGTERM)
 
-    def _tell_horse(self, signum: signal.Signals) -> None:
+    def _signal_horse(self, signum: signal.Signals) -> None:
         if self._horse:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._horse, signum)
@@ -68,7 +68,7 @@ class Supervisor:
         status = 1
         try:
             for signum in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(signum, signal.SIG_DFL)  # until RQ has its own: there is nothing in hand
+                signal.signal(signum, signal.SIG_DFL)  # until RQ sets its own: no job has begun
             _set_parent_death_signal(parent)
             random.seed()
             failpoint("worker.forked")
@@ -80,17 +80,17 @@ class Supervisor:
             logging.shutdown()
             os._exit(status)
 
-    def _look_after_horse(self) -> None:
+    def _reap_horse(self) -> None:
         if not self._horse:
             return
         pid, status = os.waitpid(self._horse, os.WNOHANG)
         if pid:
             self._horse = 0
             if status and not self._stopping:
-                log.error("the work-horse ended with %s: another is started", _exit_reason(status))
-        elif self._deadline.is_over():
-            log.error("a job takes %s s longer than it may: its process is killed", KILL_GRACE_SECONDS)
-            self._tell_horse(signal.SIGKILL)
+                log.error("the work-horse ended with %s and is replaced", _exit_reason(status))
+        elif self._deadline.has_passed():
+            log.error("a job exceeds its time-out by %s s: its process is killed", KILL_GRACE_SECONDS)
+            self._signal_horse(signal.SIGKILL)
 
 
 def _exit_reason(status: int) -> str:
@@ -99,7 +99,7 @@ def _exit_reason(status: int) -> str:
 
 
 def _set_parent_death_signal(parent: int) -> None:
-    """On Linux a work-horse is asked to stop when its parent dies; elsewhere it goes on, and harms nobody."""
+    """On Linux, stop the work-horse when its parent dies. Elsewhere it continues, which is harmless."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != parent:
@@ -107,13 +107,13 @@ def _set_parent_death_signal(parent: int) -> None:
 
 
 def sweep_once() -> int:
-    """One sweep: how many parts it enqueued. With the database away the log says so, and the next one tries again."""
+    """Sweep once; how many work items were enqueued. Errors are logged, and the next sweep tries again."""
     try:
         return maintenance.sweep()
     except (OperationalError, InterfaceError, MaxConnectionsExceeded) as error:
-        log.warning("the database is out of reach, nothing is swept: %s", error)
+        log.warning("the database is unavailable, nothing is swept: %s", error)
     except Exception:
-        # A sweeper that died would be missed by nobody until a run is lost: it says why, and goes on.
+        # Without a sweeper lost runs would stay lost: log the error and continue.
         log.exception("the sweep failed")
     return 0
 
@@ -121,7 +121,7 @@ def sweep_once() -> int:
 def work(burst: bool = False) -> None:
     """Run jobs until SIGTERM or SIGINT; with `burst`, until the queues are empty and nothing is left to enqueue.
 
-    Waits for Redis where it is not there yet, and begins anew where RQ's worker gives up on it.
+    Waits for Redis where it is unavailable.
     """
     if burst:
         while _work_in_burst():
@@ -131,6 +131,6 @@ def work(burst: bool = False) -> None:
 
 
 def _work_in_burst() -> bool:
-    """One sweep, and the queues until they are empty; whether another round may find more to do."""
+    """Sweep, and run jobs until the queues are empty; whether another round may find more."""
     swept = sweep_once()
     return run_jobs(burst=True) and swept > 0

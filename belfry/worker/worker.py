@@ -1,12 +1,12 @@
-"""The worker of the Procfile: a process that does the jobs, and its parent, which sweeps and keeps one running.
+"""Belfry's worker: RQ's SimpleWorker, which processes small runs in batches.
 
-RQ's own worker forks for each job: 25 ms, in which 25 messages could be told. Here the work-horse stays, and takes job
-after job. What a fork a job gives is kept otherwise:
+RQ's own worker forks for each job, which takes 25 ms, as long as notifying for 25 small messages. Here one process, the
+work-horse, runs job after job. What a fork for each job guarantees is kept in other ways:
 
-- a job that runs too long is broken off by RQ in the process, and by the parent where that does not help;
-- one that kills the process takes nobody else's work with it: the parent starts another in a tenth of a second, and the
-  part's lock, its lease, has ended with the process's connection;
-- memory cannot grow without an end: after tuning.max_jobs_per_process jobs the process ends, and another follows.
+- RQ interrupts a job that exceeds its time-out; where that fails, the parent kills the process.
+- A job that kills the process costs no other its work: the parent starts another process within 0.1 s, and the lock on
+  the work item, its lease, ends with the process's connection.
+- Memory is bounded: after `tuning.max_jobs_per_process` jobs the process ends and is replaced.
 """
 
 import logging
@@ -37,34 +37,34 @@ from config import settings, tuning
 
 log = logging.getLogger(__name__)
 
-BULK_EVERY_NTH = 4  # one job in so many may be of another queue though some wait in the first: a quarter of the time
+BULK_EVERY_NTH = 4  # every 4th job may come from another queue while some wait in the first
 
 
 class BelfryWorker(SimpleWorker):  # type: ignore[misc]
-    """RQ's worker that does its jobs itself. It runs the entry points of jobs.py, whatever a job in Redis names."""
+    """RQ's worker that runs its jobs in its own process, with checked jobs only."""
 
     job_class = BelfryJob
     max_connection_wait_time = 5.0  # seconds between attempts to reach Redis; RQ's own limit is a minute
     asked_to_stop = False
-    deadline: "Deadline | None" = None
+    deadline: Deadline | None = None
     dequeued = 0
     _busy = False
-    _leaving_until = 0.0  # `time.monotonic()`
+    _stop_ignored_until = 0.0  # `time.monotonic()`
 
     def request_stop(self, signum: int, frame: object) -> None:
-        """The work in hand is finished, however often somebody asks: Heroku sends SIGTERM to every process, and the
-        parent passes its own on, again and again.
+        """Stop after the current job, however often a signal comes: Heroku signals every process.
 
-        What is raised here may be taken for an error of the line that it broke in on, as by logging, which passes over
-        its own: so who asks tuning.stop_retry_seconds later is heard again. Until then it takes its leave of Redis.
+        An idle worker waits in a blocking call to Redis, which only an exception ends, so this raises StopRequested as
+        RQ does. The code that it interrupts may swallow the exception, as logging does; so a signal that comes
+        `tuning.stop_retry_seconds` later raises it again. In between the worker unregisters from Redis.
         """
         if not self.asked_to_stop:
             self.asked_to_stop = True
             self.handle_warm_shutdown_request()
-        self._stop_requested = True  # RQ itself would write to Redis first: it may be away, and a job in hand goes on
-        if not self._busy and time.monotonic() < self._leaving_until:
+        self._stop_requested = True  # RQ's handler writes to Redis first, which may be unavailable
+        if not self._busy and time.monotonic() < self._stop_ignored_until:
             return
-        self._leaving_until = time.monotonic() + tuning.stop_retry_seconds
+        self._stop_ignored_until = time.monotonic() + tuning.stop_retry_seconds
         if not self._busy:
             raise StopRequested
 
@@ -72,28 +72,28 @@ class BelfryWorker(SimpleWorker):  # type: ignore[misc]
         while True:
             try:
                 return super().dequeue_job_and_maintain_ttl(*arguments)
-            except UnicodeDecodeError as error:  # RQ has taken it out of the queue, and would end the worker for it
-                log.error("an entry of a queue is no job's id, and is dropped: %a", error.object[:100])
+            except UnicodeDecodeError as error:  # RQ has removed the entry, and would end the worker
+                log.error("an entry of a queue is not a job id and is dropped: %a", error.object[:100])
 
     def run_maintenance_tasks(self) -> None:
-        """Clean RQ's registries. What RQ cannot read there does not stop the worker."""
+        """Clean RQ's registries. Entries that RQ cannot read do not stop the worker."""
         try:
             super().run_maintenance_tasks()
         except (StopRequested, RedisConnectionError, RedisTimeoutError):
             raise
         except Exception:
             self.last_cleaned_at = now()
-            log.exception("RQ's registries cannot be cleaned up")
+            log.exception("RQ's registries could not be cleaned")
 
     def reorder_queues(self, reference_queue: Queue) -> None:
-        """The first queue comes first; but for one job in BULK_EVERY_NTH it comes last, so that it starves nobody."""
+        """Serve the first queue first, but last for one job in BULK_EVERY_NTH, so that others are not starved."""
         self.dequeued += 1
         first, *others = self.queues
         others_turn = self.dequeued % BULK_EVERY_NTH == BULK_EVERY_NTH - 1
         self._ordered_queues = [*others, first] if others_turn else [first, *others]
 
     def execute_job(self, job: Job, queue: Queue) -> None:
-        """Process a run and the small ones behind it in one batch, and whatever cannot be in one by RQ's life cycle."""
+        """Process a run and the small runs behind it as a batch; run all other jobs through RQ's life cycle."""
         self._busy = True
         try:
             failpoint("worker.dequeued")
@@ -116,20 +116,19 @@ class BelfryWorker(SimpleWorker):  # type: ignore[misc]
             self.deadline.set(job.timeout or settings.job_timeout_seconds)
 
     def _claim_batch(self, job: Job) -> list[int]:
-        """The runs that were claimed; [] for a slice, and where claiming fails: the job meets that error too, and RQ
-        records it."""
+        """Claim a batch; [] for a slice, and where claiming fails: the job then fails too, and RQ records it."""
         if job.func_name != "jobs.notify":
             return []
         try:
             return jobs.claim_batch(*job.args)
         except Exception as error:
-            log.warning("no batch is claimed: %s: %s", type(error).__name__, error)
+            log.warning("claiming a batch failed: %s: %s", type(error).__name__, error)
             return []
 
     def _execute_batch(self, job: Job, run_ids: list[int], queue: Queue) -> list[BelfryJob]:
-        """Process claimed runs together; the jobs of those that have to be processed one by one.
+        """Process a claimed batch; the jobs of the runs that must be processed one by one.
 
-        RQ's records are written once before and once after it. While Redis is away the work goes on without them.
+        RQ's records are written once before and once after it; without Redis the work continues without them.
         """
         job_ids = {queues.run_job_id(run_id): run_id for run_id in run_ids}
         record, timeout = BatchRecord(self, queue), job.timeout or settings.job_timeout_seconds
@@ -141,11 +140,11 @@ class BelfryWorker(SimpleWorker):  # type: ignore[misc]
             with self.death_penalty_class(timeout, JobTimeoutException, job_id=job.id):
                 results = jobs.run_batch(run_ids)
         except (JobTimeoutException, OperationalError, InterfaceError) as caught:
-            error = caught  # no fault of any single run: each is retried by RQ, or found by the sweeper
-            log.warning("%s runs together were interrupted: %s: %s", len(run_ids), type(error).__name__, error)
+            error = caught  # not the fault of one run: RQ retries each, or the sweeper finds it
+            log.warning("a batch of %s runs was interrupted: %s: %s", len(run_ids), type(error).__name__, error)
         except Exception as caught:
             log.warning(
-                "%s runs together failed, and are tried one by one: %s: %s",
+                "a batch of %s runs failed, so they are processed one by one: %s: %s",
                 len(run_ids), type(caught).__name__, caught,
             )  # fmt: skip
         left: list[BelfryJob] = []
@@ -170,19 +169,19 @@ class BelfryWorker(SimpleWorker):  # type: ignore[misc]
 
 @contextmanager
 def _without_redis() -> Iterator[None]:
-    """Go on where Redis is away: the database has the truth, and RQ's records catch up with the next job."""
+    """Continue where Redis is unavailable: PostgreSQL holds the truth, and RQ's records are corrected later."""
     try:
         yield
     except RedisError as error:
-        log.warning("Redis is out of reach, RQ's records are not written: %s", error)
+        log.warning("Redis is unavailable, RQ's records are not written: %s", error)
 
 
 def run_jobs(deadline: Deadline | None = None, burst: bool = False) -> bool:
-    """Run jobs until somebody asks to stop, or `max_jobs_per_process` are done; with `burst`, until there are no more.
+    """Run jobs until a signal, or until `max_jobs_per_process` are done; with `burst`, until the queues are empty.
 
-    Whether nobody asked to stop.
+    False after a signal.
     """
-    # Its own connection: RQ waits on it for minutes, and requests' short timeouts would cut that off.
+    # Its own connection: RQ waits on it for minutes, which the short time-outs of requests would end.
     connection = Redis.from_url(settings.redis_url, socket_connect_timeout=5)
     worker = None
     try:
@@ -202,9 +201,9 @@ def run_jobs(deadline: Deadline | None = None, burst: bool = False) -> bool:
                 if burst or worker.dequeued >= tuning.max_jobs_per_process:
                     return not worker.asked_to_stop
             except RedisError as error:
-                log.warning("Redis is out of reach: %s", error)
+                log.warning("Redis is unavailable: %s", error)
             if worker and worker.asked_to_stop:
                 return False
             time.sleep(1)
     except StopRequested:
-        return False  # while it waited for Redis
+        return False  # raised while waiting for Redis

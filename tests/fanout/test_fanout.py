@@ -126,7 +126,7 @@ def test_an_interrupted_work_item_changes_nothing_and_the_next_attempt_continues
 ):
     many = crowd(cast.server_id, 20)
     slices_of(10)
-    message_id, run_id = post(cast.subscriber, cast.general, "@vera")  # notified by the first work item; three slices follow
+    message_id, run_id = post(cast.subscriber, cast.general, "@vera")
     with monkeypatch.context() as patch:
         fail_at_slice(patch, part, error)
         with pytest.raises(type(error)):

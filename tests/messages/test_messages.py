@@ -173,11 +173,11 @@ def test_a_post_takes_one_statement_and_two_round_trips_to_redis(post, round_tri
     post("the first one connects, and asks who it is")
     round_trips |= {"sql": [], "redis": 0}
     assert post("gold").status_code == 201
-    assert round_trips == {"sql": ["WITH asker"], "redis": 2}
+    assert round_trips == {"sql": ["WITH viewer"], "redis": 2}
     round_trips |= {"sql": [], "redis": 0}
     post("gold", key="once")
-    kept = ["SELECT u.id,", "BEGIN TRANSACTION", "SELECT pg_try_advisory_xact_lock(hashtextextended(%(name)s,",
-            "SELECT request_hash,", "WITH asker", "INSERT INTO", "COMMIT"]  # fmt: skip
+    kept = ["SELECT usr.id,", "BEGIN TRANSACTION", "SELECT pg_try_advisory_xact_lock(hashtextextended(%(name)s,",
+            "SELECT request_hash,", "WITH viewer", "INSERT INTO", "COMMIT"]  # fmt: skip
     assert round_trips == {"sql": kept, "redis": 2}
     round_trips |= {"sql": [], "redis": 0}
     post("gold, @moira")

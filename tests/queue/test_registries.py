@@ -4,7 +4,6 @@ failures, retries and dead workers."""
 import os
 import signal
 
-import psutil
 import pytest
 from redis import Redis
 
@@ -18,6 +17,7 @@ from models import Run
 from tests.fanout_helpers import fail_always, notifications_that
 from tests.fanout_helpers import post as write
 from tests.processes import a_worker, wait_until
+from tests.worker.test_worker import horses_of
 
 pytestmark = pytest.mark.slow
 
@@ -172,15 +172,15 @@ def test_what_a_dead_worker_left_is_not_shown_as_started_once_it_is_done(cast, r
             _, run_id = write(cast.subscriber, cast.general)
             queues.enqueue_run(run_id)
             wait_until(lambda: in_registries()["started"] != set(), "the job to be started")
-            [child] = psutil.Process(process.pid).children()
-            os.kill(child.pid, signal.SIGKILL)
+            [horse] = horses_of(process.pid)
+            os.kill(horse, signal.SIGKILL)
         wait_until(lambda: Run.get_by_id(run_id).state == "succeeded", "another attempt", 60)
         wait_until(lambda: in_registries()["finished"] != set(), "it to be finished")
     assert_true(redis)
 
 
 def test_no_more_finished_jobs_are_kept_than_the_limit(cast, redis, monkeypatch):
-    monkeypatch.setattr(registries, "FINISHED_AT_MOST", 5)
+    monkeypatch.setattr(registries, "MAX_FINISHED_JOBS", 5)
     runs = [write(cast.subscriber, cast.general)[1] for _ in range(12)]
     queues.enqueue([WorkItem(run_id) for run_id in runs])
     work()

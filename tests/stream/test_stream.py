@@ -69,7 +69,7 @@ class Browser:
 def tell(person, channel_id: int, content: str = "gold breaks out") -> int:
     """Post and tell as a worker does; the message's id."""
     message_id = posted_and_told(person, channel_id, content)
-    publish.publish(told=True)
+    publish.publish(notified=True)
     return message_id
 
 
@@ -181,7 +181,7 @@ def test_what_is_committed_late_is_sent_late_and_holds_nothing_up(web, cast):
         message_id = tell(cast.subscriber, cast.general)
         listener.wait_for_unread(1)
         late.commit()
-        publish.publish(told=True)
+        publish.publish(notified=True)
         listener.wait_for_unread(2)
         assert listener.messages() == [message_id, early]
     with listening(web, cast.vip, since=listener.last_id()) as again:
@@ -230,7 +230,7 @@ def test_the_count_follows_what_happens_elsewhere(web, cast, api, how):
         elif how == "edited":
             wants_mentions_only(cast.vip, cast.general)
             edit(cast.subscriber, first, "gold")  # nobody is mentioned any more
-            publish.publish(told=True)
+            publish.publish(notified=True)
         elif how == "moved":
             assert admin.patch(f"/api/channels/{cast.general}", json={"private": True}).status_code == 200
         else:
@@ -271,7 +271,7 @@ def test_a_large_fan_out_is_sent_slice_by_slice(web, cast, slices_of):
         wait_until(lambda: last.kinds() == ["unread"], "the count")
         message_id, run_id = post(cast.subscriber, cast.general)
         run_to_end(run_id)
-        publish.publish(told=True)
+        publish.publish(notified=True)
         wait_until(lambda: last.messages() == first.messages() == [message_id], "both to be told")
     assert not parts_of(run_id)
 
@@ -450,7 +450,7 @@ def test_while_the_database_is_away_streams_wait(web, cast):
                 "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
                 " WHERE pid <> pg_backend_pid() AND datname = current_database() AND application_name = 'belfry'"
             )
-            publish.publish(told=True)
+            publish.publish(notified=True)
             time.sleep(0.05)
         db.close_all()
         db.connect(reuse_if_open=True)
@@ -467,7 +467,7 @@ def test_who_does_not_read_is_cut_off_and_goes_on_later(web, cast):
     with a_connection(web, cast.vip, f"Last-Event-ID: {listener.last_id()}", receives=4096) as deaf:
         assert deaf.recv(100).startswith(b"HTTP/1.1 200 OK")
         message_ids = at_once(cast.subscriber, cast.general, cast.vip, 900)
-        publish.publish(told=True)
+        publish.publish(notified=True)
         with listening(web, cast.subscriber) as other:
             tell(cast.vip, cast.general)
             other.wait_for_unread(1)  # nobody waits for the deaf one

@@ -57,8 +57,8 @@ def test_a_snapshot_shows_what_it_shows_to_postgresql(in_progress, more, transac
      "1-1:2:-", "1-1:2:-4", "1-1:2:-4-", "1-1:2:-4-2:1:", "-1:1:", "1-" + "9" * 30 + ":1:", "1-١:٢:", "1-1:2:'",
      HERE * 2, HERE + ".", HERE + ".!", HERE + "." + "A" * 65],
 )  # fmt: skip
-def test_what_was_never_given_out_is_no_position(text):
-    with pytest.raises(ValueError, match="is no position"):
+def test_other_text_is_not_a_cursor(text):
+    with pytest.raises(ValueError, match="is not a cursor"):
         StreamCursor.parse(text)
 
 
@@ -191,7 +191,7 @@ def test_a_message_to_thousands_is_one_row_of_the_log_and_one_query_for_all(cast
 def test_who_was_away_for_too_long_reads_the_inbox(cast):
     here, _ = _look(None)
     posted_and_told(cast.subscriber, cast.general, "gold")
-    long_ago = replace(here, taken=here.taken - updates.LOG_RETENTION_HOURS * 3600)
+    long_ago = replace(here, created_at=here.created_at - updates.LOG_RETENTION_HOURS * 3600)
     of_another_database = replace(here, snapshot="999999999:999999999:")
     for since in (long_ago, of_another_database):
         found = _look(since, cast.vip.id)[1]

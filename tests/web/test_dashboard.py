@@ -691,7 +691,7 @@ def test_redis_out_of_reach_is_said(app, admin, monkeypatch, path):
     page = admin.open(method, path, headers=BROWSER)
     assert page.status_code == 503
     assert page.mimetype == "text/html"
-    assert "Redis is out of reach" in page.text
+    assert "Redis is unavailable" in page.text
 
 
 def test_redis_lost_on_the_way_is_said(app, admin, monkeypatch):

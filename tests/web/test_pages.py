@@ -462,5 +462,5 @@ def test_what_went_wrong_is_a_page_too(browser, cast, monkeypatch):
     with monkeypatch.context() as patch:
         suicide = "SELECT pg_terminate_backend(pg_backend_pid())"
         patch.setattr(sessions, "find_session", lambda session_id: execute(suicide))
-        answers(503, "The database is out of reach")
+        answers(503, "The database is unavailable")
     answers(200, "#general")

@@ -175,7 +175,7 @@ def test_a_stream_goes_through_it_event_by_event(proxy, cast):
         )
         _read_until(stream, b"event: unread")
         posted_and_told(cast.subscriber, cast.general, "gold breaks out")
-        publish.publish(told=True)
+        publish.publish(notified=True)
         _read_until(stream, b"event: notification")
         _read_until(stream, b"event: ping")  # after 15 s in which nothing else was sent
 

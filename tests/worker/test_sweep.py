@@ -73,7 +73,7 @@ def test_a_clean_up_that_fails_stops_no_recovery_and_is_reported(api, cast, clie
     assert maintenance.sweep() == 1
     assert [job.args for job in queues.queue().jobs] == [[run_id]]
     part = {"idempotency_key": "idempotency_keys", "notification_log": "stream_log"}[table]
-    assert f"{part} has to wait for the next sweep" in caplog.text
+    assert f"{part} is delayed until the next sweep" in caplog.text
     status, ready = readiness(client)
     (warning,) = ready["warnings"]
     assert (status, warning.split(" has failed ")[0]) == (200, f"The worker's {part}")
@@ -85,7 +85,7 @@ def test_a_clean_up_that_fails_stops_no_recovery_and_is_reported(api, cast, clie
     assert (readiness(client)[1]["warnings"], keys_left()) == ([], 0)
     assert metric(api, cast, "belfry_sweep_part_failing") == {}
     succeeded = metric(api, cast, "belfry_sweep_part_last_success_timestamp_seconds")
-    assert set(maintenance.SWEEP_PARTS) - {"partitions"} <= set(succeeded)
+    assert set(maintenance.SWEEP_STEPS) - {"partitions"} <= set(succeeded)
 
 
 def test_recovery_that_fails_stops_no_other_part_and_is_an_error_once_lost_work_waits_too_long(cast, client, redis):

@@ -21,7 +21,7 @@ from belfry.web.problems import HttpProblem
 from belfry.web.rate_limit import limit_streams
 from models import User
 
-RETRY_MILLISECONDS = (1_000, 3_000)  # before a reader that was cut off comes back: not all of them at once
+RETRY_MILLISECONDS = (1_000, 3_000)  # before a client that was cut off comes back: not all of them at once
 HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-store, no-transform",
@@ -36,18 +36,18 @@ OF_OWN_ACCESS = ("api.revoke_own_token", "api.end_own_sessions")
 
 def register(app: Flask) -> None:
     """Announce what requests change, when they are through."""
-    app.after_request(_announce)
+    app.after_request(_publish_change)
 
 
-def _find_listener(token_hash: bytes) -> User | None:
-    """Find the token's user; in `g.may_listen` is whether they may listen. One query for those who may."""
+def _find_authorized_user(token_hash: bytes) -> User | None:
+    """Find the token's user; in `g.can_stream` is whether they may listen. One query for those who may."""
     listener = updates.authorized_clients([token_hash]).get(token_hash)
-    g.may_listen = listener is not None
+    g.can_stream = listener is not None
     return listener[0] if listener else tokens.authenticate_hash(token_hash)
 
 
 @api.get("/notifications/stream")
-@authenticated_by(_find_listener)
+@authenticated_by(_find_authorized_user)
 @limit_streams
 @endpoint()
 def stream() -> Response:
@@ -61,7 +61,7 @@ def stream() -> Response:
     token = bearer_token()
     current = None if token else auth.current_session()
     token_hash = current.session_hash if current else tokens.hash_token(token or "")
-    if not g.get("may_listen") and token_hash not in updates.authorized_clients([token_hash]):
+    if not g.get("can_stream") and token_hash not in updates.authorized_clients([token_hash]):
         if not servers.servers_of(user.id):
             raise Forbidden("Who is in no server is told of nothing.")
         raise SubscriptionRequired("Live updates need an active subscription.")
@@ -74,7 +74,7 @@ def stream() -> Response:
         raise HttpProblem(501, "The stream needs gunicorn, with TLS ended in front of it: the Procfile's `web`.")
     if hub().is_full():
         raise HttpProblem(503, "This process has as many streams as it can. Try again soon.")
-    reader = StreamClient(
+    client = StreamClient(
         connection,
         user,
         token_hash,
@@ -82,12 +82,12 @@ def stream() -> Response:
         since,
         chunked=request.environ["SERVER_PROTOCOL"] != "HTTP/1.0",
     )
-    answer.response = _hand_over(reader, connection)
+    answer.response = _detached_stream(client, connection)
     return answer
 
 
 def _since() -> StreamCursor | None:
-    """Where the reader was. An empty header is none. Raises Invalid for what is no position.
+    """Where the client was. An empty header is none. Raises Invalid for what is no position.
 
     Who signed it is looked at later: a browser does not come back after a 4xx, and open pages have positions of before
     SECRET_KEY was changed.
@@ -99,20 +99,20 @@ def _since() -> StreamCursor | None:
         raise Invalid({"Last-Event-ID": ["Is not one that was given out."]}) from None
 
 
-def _hand_over(reader: StreamClient, connection: ClientSocket) -> Iterator[bytes]:
+def _detached_stream(client: StreamClient, connection: ClientSocket) -> Iterator[bytes]:
     """The beginning of the stream, which gunicorn sends with its head; then the connection is the hub's.
 
-    gunicorn is left a socket without a connection, and an error that it takes for a reader who went away: it lets go,
+    gunicorn is left a socket without a connection, and an error that it takes for a client who went away: it lets go,
     and neither ends the answer nor closes what it does not have. A test holds the pinned version to that.
     """
     yield f"retry: {random.randint(*RETRY_MILLISECONDS)}\n\n".encode()  # noqa: S311
-    reader.unsent += connection.unsent
-    reader.take_over()
-    hub().add(reader)
+    client.unsent += connection.unsent
+    client.detach()
+    hub().add(client)
     raise ConnectionResetError(errno.ECONNRESET, "handed over")
 
 
-def _announce(answer: Response) -> Response:
+def _publish_change(answer: Response) -> Response:
     if request.method in READS or answer.status_code >= 400:
         return answer
     if request.endpoint in OF_ONESELF:

@@ -8,7 +8,7 @@ The pages are rq-dashboard's. What it leaves open is closed here, and its code s
   access to Redis wrote there.
 - It writes what jobs say into pages as it is. Texts are escaped in the JSON that its scripts show, the parts
   of an address are checked (it writes one into a script), and the policy admits no script but its own.
-- An unknown job is 404, one that cannot be requeued 409, Redis out of reach 503; there it has 500, or 200.
+- An unknown job is 404, one that cannot be requeued 409, Redis unavailable 503; there it has 500, or 200.
 """
 
 import re
@@ -140,7 +140,7 @@ def _trouble(error: Exception) -> Response:
         return _refuse(404, "There is no such job. Finished jobs are kept for a day, and at most 10,000 of a queue.")
     if isinstance(error, InvalidJobOperation):
         return _refuse(409, "This job has not failed, so it is not requeued.")
-    return _refuse(503, "Redis is out of reach. No run is lost: the database has them. Try again soon.")
+    return _refuse(503, "Redis is unavailable. No run is lost: the database has them. Try again soon.")
 
 
 for _kind in (NoSuchJobError, InvalidJobOperation, RedisError):
