@@ -141,7 +141,7 @@ def configure_connection(connection: psycopg.Connection[Any]) -> None:
     """Set SESSION on a new connection, in one round trip. Call it on each connection that the product opens.
 
     It is a statement and no `options` of the connection, which PgBouncer refuses. Behind PgBouncer in transaction mode
-    it reaches one server connection of many: docs/deployment.md says what to set there.
+    it reaches one server connection of many: docs/guides/deploy.md says what to set there.
     """
     parameters = ", ".join(f"set_config('{name}', '{value}', false)" for name, value in SESSION.items())
     connection.execute(f"SELECT {parameters}")

@@ -1,4 +1,4 @@
-"""Belfry works with exactly the rights in Redis that docs/deployment.md gives it."""
+"""Belfry works with exactly the rights in Redis that docs/guides/deploy.md gives it."""
 
 import os
 import re
@@ -22,7 +22,7 @@ from tools.dev import ROOT
 
 pytestmark = pytest.mark.slow
 
-GUIDE = ROOT / "docs" / "deployment.md"
+GUIDE = ROOT / "docs" / "guides" / "deploy.md"
 
 
 def documented_rights() -> list[str]:
