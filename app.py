@@ -22,7 +22,7 @@ import re
 import secrets
 import time
 
-from flask import Flask, Request, Response, current_app, g, request
+from flask import Flask, Request, Response, abort, current_app, g, request
 from flask.sessions import SecureCookieSession, SecureCookieSessionInterface
 from werkzeug.routing import IntegerConverter
 
@@ -42,6 +42,7 @@ from models import LARGEST_ID
 log = logging.getLogger(__name__)
 
 RETRY_AFTER_SECONDS = 5  # of a 503: a restart of PostgreSQL takes about that
+IMPOSSIBLE_ID = -1
 HSTS_SECONDS = 31_536_000  # a year, for which a browser comes by https:// only
 API_SUBJECTS = (messages, runs, inbox, accounts, servers, stream)  # importing them puts their endpoints on `api`
 
@@ -55,10 +56,16 @@ class _Sessions(SecureCookieSessionInterface):
 
 
 class _Id(IntegerConverter):
-    """`<id:...>`: a number that PostgreSQL's bigint can hold; a larger one is nothing's id, so it is a 404."""
+    """`<id:...>`: an id, IMPOSSIBLE_ID where PostgreSQL's bigint cannot hold it or no row has it."""
 
-    def __init__(self, url_map: object) -> None:
-        super().__init__(url_map, min=1, max=LARGEST_ID)  # type: ignore[arg-type]
+    def to_python(self, value: str) -> int:
+        return int(value) if len(value) <= 19 and 1 <= int(value) <= LARGEST_ID else IMPOSSIBLE_ID
+
+
+def _refuse_impossible_ids() -> None:
+    """404 for an id that cannot exist, on every method of its route: a converter that refused it would leave 405."""
+    if IMPOSSIBLE_ID in (request.view_args or {}).values():
+        abort(404)
 
 
 def create_app() -> Flask:
@@ -84,7 +91,7 @@ def create_app() -> Flask:
     app.after_request(_finish_response)
     rate_limit.register(app)
     app.before_request(_require_csrf_token)
-    stream.register(app)
+    app.before_request(_refuse_impossible_ids)
     app.teardown_request(_close_connection)
     app.register_blueprint(api)
     app.register_blueprint(health.blueprint)
@@ -119,7 +126,7 @@ def _authenticate() -> None:
     if token:
         token_hash = tokens.hash_token(token)
         view = current_app.view_functions.get(request.endpoint or "")
-        if hasattr(view, "asks_for_itself"):
+        if hasattr(view, "defers_token_check"):
             g.user = tokens.cached_user(token_hash)
             g.token_hash = token_hash if g.user else None
         g.user = g.user or getattr(view, "find_user", tokens.authenticate_hash)(token_hash)
@@ -139,8 +146,8 @@ def _is_api() -> bool:
 
 
 def _finish_response(answer: Response) -> Response:
-    if g.get("token_hash") and answer.status_code != 201:
-        tokens.evict(g.token_hash)  # who was refused before the token was asked for is not counted so twice
+    if g.get("token_hash"):
+        tokens.evict(g.token_hash)  # not checked by the view, so the next request reads it again
     answer.headers["X-Request-Id"] = g.request_id
     log.info(
         "%s %s %s in %.1f ms",

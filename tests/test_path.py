@@ -11,7 +11,7 @@ def test_posting_tells_those_who_should_know(api, cast, run_jobs):
     assert answer.headers["Location"] == f"/api/messages/{message['id']}"
     assert message["run"]["state"] == "queued"
     assert message["mentions"]["users"] == [{"id": cast.moderator.id, "username": "moira"}]
-    assert message["warnings"] == [{"code": "unknown_mention", "detail": "@bobby is nobody in this server"}]
+    assert message["warnings"] == [{"code": "unknown_mention", "detail": "@bobby is not a member of this server"}]
 
     assert run_jobs() == 0
 

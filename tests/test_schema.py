@@ -35,7 +35,7 @@ def test_what_is_told_pays_for_a_key_and_for_no_other_index():
     indexes = fetch_all("SELECT tablename, indexdef FROM pg_indexes WHERE tablename ~ '^notification(_before|$)'")
     keys = [index for index in indexes if index["indexdef"].endswith("btree (user_id, message_id)")]
     assert len({index["tablename"] for index in keys}) == len(keys) == 1 + len(there)
-    left = {one.name for one in there if one.below < used.below}
+    left = {one.name for one in there if one.upper < used.upper}
     assert {index["tablename"] for index in indexes if index not in keys} <= left
 
 

@@ -33,7 +33,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 
 
 def command(group: list[click.Command] | click.Group, name: str) -> Callable[[Callable[..., None]], click.Command]:
-    """A command that says what it refuses in one sentence, and exits 1; its connection is closed after it."""
+    """Register a command that prints the domain's errors as one sentence, exits with 1, and closes its connection."""
 
     def decorate(function: Callable[..., None]) -> click.Command:
         @wraps(function)
@@ -66,7 +66,7 @@ COMMANDS: list[click.Command] = []
 
 
 def register(app: Flask) -> None:
-    """Put the commands on the app."""
+    """Register the commands."""
     for one in COMMANDS:
         app.cli.add_command(one)
 
@@ -78,7 +78,7 @@ def _print_json(value: Any) -> None:
 @command(COMMANDS, "migrate")
 @json_option
 def migrate(as_json: bool) -> None:
-    """Bring the schema up to date. Safe to run twice, and by two at once."""
+    """Bring the schema up to date. Safe to run twice and concurrently."""
     applied = migrations.migrate()
     if as_json:
         _print_json({"applied": applied})

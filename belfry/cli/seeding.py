@@ -1,8 +1,8 @@
-"""A community to try things on: members with every kind of subscription, role and preference.
+"""Sample data: members with every kind of subscription, role and preference.
 
-The same numbers always make the same community, so that figures can be compared: of 100 members 78 are
-active or trialing, 4 are past due (half of them within the grace), 18 have ended or never began; every tenth
-has the role `vip`, every thousandth moderates; every eighth has asked for less in the first channel.
+The same numbers give the same data, so that figures can be compared. Of 100 members 78 are active or trialing, 4 are
+past due (half of them within the grace period), and 18 have ended or have no subscription. Every tenth has the role
+`vip`, every thousandth is a moderator, and every eighth restricts the first channel.
 """
 
 from collections.abc import Callable, Iterator
@@ -59,11 +59,11 @@ _MEMBERS = """
 
 
 def seed(members: int, channels: int, on_progress: Callable[[int], None] = lambda _: None) -> dict[str, Any]:
-    """Make a server with members `member-1`, `member-2`, …, and every admin in it.
+    """Create a server with members `member-1`, `member-2`, …, and every admin.
 
-    Channels: `general`; `announcements`, where only admins post; `vip`, private; then `channel-4` and on.
-    `on_progress` is called with the number of members just made. Answers {"server_id", "channel_ids",
-    "members", "usernames": up to five of them}.
+    Channels: `general`; `announcements`, where only admins post; `vip`, private; then `channel-4` and so on.
+    `on_progress` is called with the number of members just created. Returns {"server_id", "channel_ids", "members",
+    "usernames": up to five}.
     """
     with db.atomic():
         server = Server.create(name="Golden Signals")

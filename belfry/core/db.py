@@ -1,7 +1,7 @@
-"""A few helpers over peewee's connection for statements that are written as SQL.
+"""Helpers over peewee's connection for statements that are written as SQL.
 
-A query that needs one of PostgreSQL's own guarantees (a lock, a conflict clause, a statement that writes
-and counts) is written as SQL with named parameters; everything simple goes through the models.
+A query that needs one of PostgreSQL's own guarantees (a lock, a conflict clause, a statement that writes and counts) is
+written as SQL with named parameters. Simple queries use the models.
 """
 
 import os
@@ -24,17 +24,17 @@ from config import settings
 Row = dict[str, Any]
 
 IDLE_IN_TRANSACTION_SECONDS = 5
-"""How long a transaction may hear nothing from its process, at least. Between two statements lie a few milliseconds."""
+"""The shortest idle time-out of a transaction. A few milliseconds pass between two statements."""
 ROUND_TRIPS = 8
-"""So many round trips are waited for before a silent process is taken for dead. On a slow network, or with
-a slow database, each takes seconds; from the claim of a work item to its lock are four."""
+"""How many round trips are waited for before a silent process is taken for dead. On a slow network, or with a slow
+database, each takes seconds; there are four from the claim of a work item to its lock."""
 
 
 def idle_timeout(round_trip: float) -> dict[str, str]:
-    """PostgreSQL's parameters for a transaction that does not keep its locks when its process hangs.
+    """PostgreSQL's parameters for a transaction that must not keep its locks when its process hangs.
 
-    `round_trip` is how many seconds PostgreSQL took for an answer just now: the silence between two statements is at
-    least as long. No longer than a job may run, however long that was.
+    `round_trip` is how many seconds PostgreSQL just took to answer: at least as much passes between two statements. The
+    time-out is never longer than JOB_TIMEOUT_SECONDS.
     """
     seconds = max(IDLE_IN_TRANSACTION_SECONDS, min(ROUND_TRIPS * round_trip, settings.job_timeout_seconds))
     return {"idle_in_transaction_session_timeout": f"{seconds * 1000:.0f}ms"}
@@ -45,26 +45,26 @@ def _utc(value: Any) -> Any:
 
 
 def fetch_all(statement: str, parameters: Mapping[str, Any] | None = None) -> list[Row]:
-    """Run one statement; its rows as dicts, times in UTC. [] when there are none."""
+    """Execute a statement; its rows as dicts, with times in UTC. [] without rows."""
     cursor = db.execute_sql(statement, parameters)
-    result = cursor.pgresult  # its names alone: `cursor.description` makes an object of each column, with its type
+    result = cursor.pgresult  # the names only: `cursor.description` creates an object for each column
     names = [result.fname(number).decode() for number in range(result.nfields)]
     return [dict(zip(names, map(_utc, values), strict=True)) for values in cursor.fetchall()]
 
 
 def fetch_one(statement: str, parameters: Mapping[str, Any] | None = None) -> Row | None:
-    """The first row of one statement as a dict; None when there is none."""
+    """Execute a statement; its first row as a dict, None without rows."""
     found = fetch_all(statement, parameters)
     return found[0] if found else None
 
 
 def execute(statement: str, parameters: Mapping[str, Any] | None = None) -> int:
-    """Run one statement that returns no rows; the number of rows that it touched."""
+    """Execute a statement that returns no rows; the number of rows that it affected."""
     return int(db.execute_sql(statement, parameters).rowcount)
 
 
 def try_xact_lock(key: int) -> bool:
-    """Take an advisory lock until the transaction ends; False, and nobody waits, where another one has it."""
+    """Take an advisory lock until the transaction ends; False, without waiting, where another session has it."""
     held = fetch_one("SELECT pg_try_advisory_xact_lock(%(key)s) AS held", {"key": key})
     return bool(held and held["held"])
 
@@ -76,7 +76,7 @@ def set_config_sql(parameters: Mapping[str, str]) -> str:
 
 @contextmanager
 def timed_transaction() -> Iterator[float]:
-    """A transaction; yields how many seconds PostgreSQL took to answer BEGIN, which waits for nothing."""
+    """Begin a transaction; yields how many seconds PostgreSQL took to answer BEGIN, which waits for nothing."""
     began = time.perf_counter()
     with db.atomic():
         yield time.perf_counter() - began
@@ -86,8 +86,9 @@ def timed_transaction() -> Iterator[float]:
 def transaction(**parameters: str) -> Iterator[float]:
     """Begin a transaction that loses its locks when its process hangs. Yields as `timed_transaction`.
 
-    PostgreSQL rolls it back when the process sends nothing for IDLE_IN_TRANSACTION_SECONDS, or for ROUND_TRIPS where
-    those take longer. It notices a process that died at once. `parameters` are PostgreSQL's, for this transaction.
+    PostgreSQL rolls it back when the process is silent for IDLE_IN_TRANSACTION_SECONDS, or for ROUND_TRIPS round trips
+    where those take longer. When the process dies PostgreSQL notices at once. `parameters` are PostgreSQL's, for this
+    transaction.
     """
     with timed_transaction() as round_trip:
         fetch_one(f"SELECT {set_config_sql(idle_timeout(round_trip) | parameters)}")
@@ -97,9 +98,9 @@ _process = os.getpid()
 
 @contextmanager
 def database_connection() -> Iterator[None]:
-    """A database connection for a job or a sweep; the one that is open already, where there is one.
+    """Open a database connection for a job or a sweep, or use the one that is open.
 
-    A work-horse is a fork: what it inherited of the pool is its parent's, and is forgotten, not closed.
+    After a fork the inherited pool belongs to the parent: its connections are forgotten, not closed.
     """
     global _process
     if os.getpid() != _process:
@@ -114,11 +115,11 @@ def database_connection() -> Iterator[None]:
 
 
 def connect_parameters() -> dict[str, Any]:
-    """psycopg's, of DATABASE_URL: with time-outs where it says none."""
+    """The connection parameters of DATABASE_URL, with default time-outs."""
     parameters: dict[str, Any] = dict(conninfo_to_dict(settings.database_url))
     parameters.setdefault("connect_timeout", 5)
     parameters.setdefault("application_name", "belfry")
-    # A host that vanished is noticed within half a minute, not after the kernel's two hours.
+    # A host that has vanished is noticed within half a minute, instead of the kernel's two hours.
     parameters.setdefault("keepalives_idle", 10)
     parameters.setdefault("keepalives_interval", 5)
     parameters.setdefault("keepalives_count", 3)
@@ -127,61 +128,61 @@ def connect_parameters() -> dict[str, Any]:
 
 
 ISOLATION = "READ COMMITTED"
-"""Locks are waited for, and what is read afterwards must be what others committed meanwhile."""
+"""Statements wait for locks, and what they read afterwards must be what others have committed."""
 SESSION = {
     "default_transaction_isolation": ISOLATION,
-    "client_encoding": "UTF8",  # any other encoding has no room for some characters of a message
+    "client_encoding": "UTF8",  # other encodings cannot store all characters of a message
     "DateStyle": "ISO",  # the only style in which psycopg reads times with a time zone
 }
-"""PostgreSQL's parameters that the code is right only with, whatever the role or the database sets. Settings that make
-a statement fail with an error (time-outs, read-only transactions) or cost time only are the operator's to choose."""
+"""Parameters that the code relies on, whatever the role or the database sets. The operator may choose those that only
+cost time or make a statement fail with an error (time-outs, read-only transactions)."""
 
 
 def configure_connection(connection: psycopg.Connection[Any]) -> None:
     """Set SESSION on a new connection, in one round trip. Call it on each connection that the product opens.
 
-    It is a statement and no `options` of the connection, which PgBouncer refuses. Behind PgBouncer in transaction mode
-    it reaches one server connection of many: docs/guides/deploy.md says what to set there.
+    It is a statement and not the connection's `options`, which PgBouncer refuses. Behind PgBouncer in transaction mode
+    it reaches only one of many server connections: docs/guides/deploy.md says what to set there.
     """
     parameters = ", ".join(f"set_config('{name}', '{value}', false)" for name, value in SESSION.items())
     connection.execute(f"SELECT {parameters}")
 
 
 class _Adapter(Psycopg3Adapter):
-    """peewee's way to open a connection with psycopg 3; each new one is prepared."""
+    """peewee's adapter for psycopg 3, which configures each new connection."""
 
     def connect(self, *arguments: Any, **parameters: Any) -> psycopg.Connection[Any]:
         connection: psycopg.Connection[Any] = super().connect(*arguments, **parameters)  # type: ignore[no-untyped-call]
-        connection.autocommit = True  # as peewee sets it next: what is set here must not wait for a commit
+        connection.autocommit = True  # as peewee sets it next; what is set here must not wait for a commit
         configure_connection(connection)
         return connection
 
 
 class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
-    """peewee's pool, which hands out no connection that PostgreSQL has ended meanwhile, as when it restarted."""
+    """peewee's pool, which hands out no connection that PostgreSQL has ended, as in a restart."""
 
     psycopg3_adapter = _Adapter
 
     def _is_closed(self, conn: psycopg.Connection[Any]) -> bool:
         if conn.closed:
             return True
-        # Nothing is expected on a connection that nobody uses: what can be read is its end, or a word of it. peewee
-        # asks `SELECT 1`, a round trip for every request and job, and learns no more.
+        # An unused connection receives nothing, so that anything to read is its end or a notice of it.
+        # peewee executes `SELECT 1` instead, which costs each request and job a round trip.
         readable = select.poll()
         readable.register(conn.fileno(), select.POLLIN)
         return bool(readable.poll(0))
 
 
 def make_database() -> Pool:
-    """A pool of connections to DATABASE_URL, one for each thread that works; nothing is opened yet."""
+    """A pool of connections to DATABASE_URL, one for each thread; no connection is opened yet."""
     parameters = connect_parameters()
     return Pool(
         parameters.pop("dbname"),
-        max_connections=settings.web_threads + 3,  # the sweeper's, the live streams', and one for the commands
+        max_connections=settings.web_threads + 3,  # for the sweeper, the streams and the commands
         stale_timeout=300,
         timeout=5,
         prefer_psycopg3=True,
-        isolation_level=ISOLATION,  # is in each BEGIN, which reaches every server connection behind PgBouncer
+        isolation_level=ISOLATION,  # is part of each BEGIN, which reaches every server connection behind PgBouncer
         **parameters,
     )
 

@@ -1,8 +1,8 @@
-"""What the domain refuses, by the contract's codes. The web and the commands each say it in their own way."""
+"""The errors of the domain, by the contract's codes. The web and the commands present each in their own way."""
 
 
 class DomainError(Exception):
-    """A request that the rules do not allow. `code` is the contract's name; the text is for the person."""
+    """A request that the rules do not permit. `code` is the contract's code; `detail` is for the user."""
 
     code = "refused"
 
@@ -12,7 +12,7 @@ class DomainError(Exception):
 
 
 class Unauthenticated(DomainError):
-    """Nobody, as far as can be told: no token, or one that is unknown, was revoked or has expired."""
+    """The caller is unknown: no token, or one that is unknown, revoked or expired."""
 
     code = "unauthenticated"
 
@@ -24,7 +24,7 @@ class NotFound(DomainError):
 
 
 class Forbidden(DomainError):
-    """The caller may know of it, but it is not theirs to do."""
+    """The caller may know of it, but does not have the right."""
 
     code = "forbidden"
 
@@ -36,19 +36,19 @@ class SubscriptionRequired(Forbidden):
 
 
 class Conflict(DomainError):
-    """It cannot be done beside something that exists, or is under way."""
+    """It conflicts with something that exists or is in progress."""
 
     code = "conflict"
 
 
 class IdempotencyMismatch(DomainError):
-    """This key came before, with another body."""
+    """The idempotency key was used before with another body."""
 
     code = "idempotency_mismatch"
 
 
 class Invalid(DomainError):
-    """Well-formed, but a field is wrong. `errors` is {field: [why, ...]}."""
+    """The request is well-formed, but a field is invalid. `errors` is {field: [reason, ...]}."""
 
     code = "invalid"
 
@@ -58,5 +58,5 @@ class Invalid(DomainError):
 
 
 def truncate(text: str, characters: int) -> str:
-    """The text, or its first characters and `…` where it has more: what a caller sent is not sent back whole."""
+    """Shorten a text to its first characters and `…`, so that the caller's text is not sent back whole."""
     return text if len(text) <= characters else f"{text[:characters]}…"

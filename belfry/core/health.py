@@ -1,4 +1,4 @@
-"""Whether the parts that Belfry stands on answer."""
+"""Check whether the database, Redis, the migrations and the partitions are in order."""
 
 from collections.abc import Callable
 
@@ -18,7 +18,7 @@ def check_dependencies(redis_answers: Callable[[], bool]) -> dict[str, str]:
         missing = missing_migrations()
         if missing:
             parts["migrations"] = f"missing: {', '.join(missing)}"
-            parts["partitions"] = "unknown until the migrations are done"
+            parts["partitions"] = "unknown until the migrations are applied"
         elif gaps := partitions.missing_ranges(ahead=False):
             parts["partitions"] = f"{len(gaps)} missing: some messages notify nobody; the worker's log says why"
     except (OperationalError, InterfaceError, MaxConnectionsExceeded):

@@ -1,4 +1,4 @@
-"""`Idempotency-Key`: a request that comes again gets the first answer again, for a day."""
+"""`Idempotency-Key`: a repeated request gets the first response again, for one day."""
 
 import hashlib
 import json
@@ -9,12 +9,12 @@ from typing import Any
 from belfry.core.db import execute, fetch_one, idle_timeout, set_config_sql
 from belfry.core.errors import Conflict, IdempotencyMismatch
 
-RETENTION = "24 hours"  # that a key counts; belfry/worker/cleanup.py deletes what is older
+RETENTION = "24 hours"  # how long a key is kept; belfry/worker/cleanup.py deletes older ones
 
 
 @dataclass(frozen=True)
 class IdempotentRequest:
-    """A request that must have its effect once: whose, by which key, with what body, and how it is answered."""
+    """A request that must take effect once: its user, key and body, and how its response is made."""
 
     user_id: int
     key: str
@@ -23,15 +23,15 @@ class IdempotentRequest:
 
     @property
     def request_hash(self) -> bytes:
-        """What tells one body from another; the order of its fields does not."""
+        """A hash of a request's body, which does not depend on the order of its fields."""
         return hashlib.sha256(json.dumps(self.body, sort_keys=True).encode()).digest()
 
 
 def begin(once: IdempotentRequest, round_trip: float) -> str | None:
-    """The answer that this key was given before, or None: then the request is the first, and goes on.
+    """Lock a key until the transaction ends; the stored response, or None for the first request.
 
-    Holds the key until the transaction ends; `timed_transaction` began it, and gave the `round_trip`. Raises Conflict
-    while another request holds the key, and IdempotencyMismatch where it came before with another body.
+    `timed_transaction` began the transaction and yielded `round_trip`. Raises Conflict while another request holds the
+    key, and IdempotencyMismatch where the key was used with another body.
     """
     limit = set_config_sql(idle_timeout(round_trip))
     held = fetch_one(
@@ -39,7 +39,7 @@ def begin(once: IdempotentRequest, round_trip: float) -> str | None:
         {"name": f"idempotency {once.user_id} {once.key}"},
     )
     if not held or not held["held"]:
-        raise Conflict("A request with this Idempotency-Key is still under way.")
+        raise Conflict("A request with this Idempotency-Key is still in progress.")
     found = fetch_one(
         "SELECT request_hash, response FROM idempotency_key"
         f" WHERE user_id = %(user_id)s AND key = %(key)s AND created_at > now() - interval '{RETENTION}'",
@@ -48,12 +48,12 @@ def begin(once: IdempotentRequest, round_trip: float) -> str | None:
     if found is None:
         return None
     if bytes(found["request_hash"]) != once.request_hash:
-        raise IdempotencyMismatch("This Idempotency-Key came before, with another body.")
+        raise IdempotencyMismatch("This Idempotency-Key was used before with another body.")
     return str(found["response"])
 
 
 def save_response(once: IdempotentRequest, answered: Any) -> None:
-    """Keep the answer for the next time, in the transaction of what it answers, or once more when it changed."""
+    """Store the response in the transaction of the request, or replace it where it has changed."""
     execute(
         "INSERT INTO idempotency_key (user_id, key, request_hash, response)"
         " VALUES (%(user_id)s, %(key)s, %(request_hash)s, %(response)s)"

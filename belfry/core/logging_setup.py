@@ -1,7 +1,7 @@
-"""Logs for people (`text`) or machines (`json`), with the request's, run's and job's ids on every line.
+"""Logs as `text` or `json`, with the ids of the request, run and job on every line.
 
-What is logged may come from outside: a path, an error's text, an id. In both forms control characters are escaped, so
-that they can neither begin a line, nor command a terminal, nor change the order in which a line is read.
+A log message may contain text from outside: a path, an error, an id. Both formats escape control characters, so that
+such text cannot begin a line, control a terminal, or change the order in which a line is read.
 """
 
 import json
@@ -16,14 +16,14 @@ from typing import Any
 
 # C0, DEL and C1; marks that change the direction of text; line and paragraph separators; lone surrogates.
 _CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-_CONTINUED = "\n    "  # only the first line of an entry begins at the left edge, so nothing else can pass for an entry
+_CONTINUED = "\n    "  # only the first line of an entry begins at the left edge, so that no text can pass for an entry
 IDS = ("request_id", "run_id", "job_id")
 _context: ContextVar[dict[str, Any]] = ContextVar("belfry_log_context", default={})  # noqa: B039 - never mutated
 
 
 @contextmanager
 def context(**ids: Any) -> Iterator[None]:
-    """Put ids (of IDS; None is left out) on every line that is logged inside."""
+    """Add ids (of IDS; None is left out) to every line that is logged within the block."""
     token = bind(**ids)
     try:
         yield
@@ -32,7 +32,7 @@ def context(**ids: Any) -> Iterator[None]:
 
 
 def bind(**ids: Any) -> Any:
-    """Put ids on every line from here on; answers the token that `unbind` takes."""
+    """Add ids to every line from now on; the token for `unbind`."""
     return _context.set(_context.get() | {name: value for name, value in ids.items() if value is not None})
 
 
@@ -48,12 +48,12 @@ class _Filter(logging.Filter):
 
 
 def _escaped(text: str) -> str:
-    """The same on one line, control characters as in Python's literals."""
+    """The text on one line, with control characters as in Python's literals."""
     return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def _continued(text: str) -> str:
-    """A traceback as further lines of an entry."""
+    """A traceback as indented lines of an entry."""
     return _CONTINUED + _CONTINUED.join(map(_escaped, text.rstrip("\n").split("\n")))
 
 
@@ -61,7 +61,7 @@ class _Text(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         message, further = record.getMessage(), []
         if str(record.msg).endswith("\n%s") and isinstance(record.args, tuple) and record.args:
-            # RQ puts a traceback into the message, in this way.
+            # RQ adds a traceback to the message like this.
             message = str(record.msg).removesuffix("\n%s") % record.args[:-1]
             further.append(str(record.args[-1]))
         if record.exc_info:
@@ -90,7 +90,7 @@ class _Json(logging.Formatter):
 
 
 def configure(level: str, style: str) -> None:
-    """Log to standard error from here on, and nowhere else. Safe to call again."""
+    """Log only to standard error from now on. Safe to call again."""
     handler = logging.StreamHandler(sys.stderr)
     handler.addFilter(_Filter())
     formatter = _Json() if style == "json" else _Text()
@@ -102,5 +102,5 @@ def configure(level: str, style: str) -> None:
         logger = logging.getLogger(chatty)
         logger.handlers[:] = []
         logger.propagate = True
-    for access in logging.getLogger("gunicorn.access").handlers:  # where an operator has asked for that log
+    for access in logging.getLogger("gunicorn.access").handlers:  # where the operator asks for that log
         access.setFormatter(formatter)

@@ -1,4 +1,4 @@
-"""Bringing the database to the shape that this release needs, and asking whether it is there."""
+"""Migrate the database to the schema of this release, and check that it is there."""
 
 import logging
 import time
@@ -19,10 +19,10 @@ def _runner() -> Runner:
 
 
 def migrate() -> list[str]:
-    """Apply what is missing, in order; the names of those applied, [] when all were there.
+    """Apply the missing migrations in order; their names, [] where all were applied.
 
-    Two at once take turns: the second waits, and finds nothing left to do. It waits between statements, not in one: an
-    index that is made CONCURRENTLY waits for every statement that runs.
+    Concurrent calls take turns: the second waits and finds nothing to do. It waits between statements and not within
+    one, because `CREATE INDEX CONCURRENTLY` waits for every statement in progress.
     """
     with db.connection_context():
         while fetch_all("SELECT pg_try_advisory_lock(%(key)s) AS held", {"key": MIGRATION_LOCK}) == [{"held": False}]:
@@ -35,7 +35,7 @@ def migrate() -> list[str]:
 
 
 def missing_migrations() -> list[str]:
-    """The names of the migrations that this release has and the database has not."""
+    """The names of the migrations of this release that are not applied."""
     there = fetch_one("SELECT to_regclass('schema_migration') IS NOT NULL AS there")
     applied = set(_runner().applied()) if there and there["there"] else set()
     return [path.stem for path in sorted(MIGRATIONS.glob("[0-9]*.py")) if path.stem not in applied]

@@ -1,15 +1,15 @@
-"""How many files this process may have open, and what they are for: each connection is one."""
+"""The limits of connections and streams, which follow from how many files the process may open."""
 
 import resource
 
 from config import settings
 
-CONNECTIONS = 4_000  # that wait for their clients or for a thread; streams are counted apart
+CONNECTIONS = 4_000  # that are not streams
 OTHER_FILES = 200  # listeners, the database, Redis, logs, static files
 
 
 def connections_limit() -> int:
-    """How many connections that are not streams this process may have. Half of what is there, at most CONNECTIONS."""
+    """How many connections that are not streams the process may have: half of the limit, at most CONNECTIONS."""
     return min(CONNECTIONS, (_limit() - OTHER_FILES) // 2)
 
 
@@ -19,7 +19,7 @@ def streams_limit() -> int:
 
 
 def _limit() -> int:
-    """Raise the soft limit of open files to what is needed, as far as the hard limit allows; return it.
+    """Raise the soft limit of open files to what is needed, as far as the hard limit allows; the new limit.
 
     Most systems begin with a soft limit of 1,024.
     """

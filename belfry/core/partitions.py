@@ -1,18 +1,18 @@
-"""The table of notifications in parts, by ranges of message ids: made ahead of need, and dropped by retention.
+"""Partitions of the notifications by ranges of message ids: created ahead of need, dropped by retention.
 
-Each insert finds its place in the key of its partition, and that is the slower the more messages are in there: it
-touches a page for each recipient, in the end. So a partition is left when it is full, and the next one is empty.
+The more messages a partition's key holds, the slower an insert is, because in the end each recipient's row touches
+another page. So a partition that is full is left, and the next one begins empty.
 
-- A partition holds a million message ids at most, and always ends at a whole million: `notification_before_3000000`
-  has those below it. PARTITIONS_AHEAD of them are always there beyond the one in use.
-- The one in use is left early, when it is full or old: the next message's id is the next whole million. So ids grow
-  with time, and have gaps.
-- One that was left gets an index of what is unread in it: who has read nearly all of 100,000 is not counted row by row.
-  Nobody is told there any more, so nobody waits for it; the one in use has none.
-- Where one is missing (somebody detached or dropped it, or the sequence is far ahead), it is made at the next sweep.
-  Which there are is read from the catalogue's bounds, not from their names: another table may have the name.
-- RETENTION_DAYS after its newest message a partition is dropped whole: no row is deleted one by one. The lowest one has
-  no lower bound, and takes what is still written about messages that old, until the next one goes.
+- A partition holds at most a million message ids and ends at a multiple of a million: `notification_before_3000000`
+  holds those below 3,000,000. PARTITIONS_AHEAD partitions always exist beyond the one in use.
+- The one in use is left early when it is full or old: the next message's id is then the next multiple of a million. So
+  ids grow with time and have gaps.
+- A partition that was left gets an index of its unread notifications, so that counting reads only those. No new
+  notification pays for the index, because the partition in use has none.
+- A missing partition (detached, dropped, or the sequence was set far ahead) is created at the next sweep. Partitions
+  are recognised by their bounds in the catalogue, not by their names, which another table may have.
+- A partition is dropped as a whole RETENTION_DAYS after its newest message. The lowest one has no lower bound, and
+  stores what is still written about messages that old, until the next one is dropped.
 """
 
 import logging
@@ -39,25 +39,25 @@ log = logging.getLogger(__name__)
 
 PARTITION_SPAN = 1_000_000  # message ids
 PARTITIONS_AHEAD = 2
-ROW_BYTES = 60  # of a notification in its table, as measured; without its key
-INDEX_TIMEOUT_SECONDS = 600  # a million rows take a quarter of a second, but old snapshots are waited for
-ROLLOVERS_PER_RETENTION = 10  # a partition is left after this part of RETENTION_DAYS, so that not much is kept longer
+ROW_BYTES = 60  # bytes of a notification in its table without its key, as measured
+INDEX_TIMEOUT_SECONDS = 600  # a million rows take 0.25 s, but the statement waits for old snapshots
+ROLLOVERS_PER_RETENTION = 10  # a partition is left after this share of RETENTION_DAYS, so that little is kept longer
 
 
 @dataclass(frozen=True)
 class Partition:
-    """Notifications of the messages with `after_or_at <= id < below`; the lowest has no lower bound (None)."""
+    """The notifications of messages with `lower <= id < upper`; the lowest has no lower bound (None)."""
 
-    after_or_at: int | None
-    below: int
-    name: str = field(default="", compare=False)  # the table's; of one that is to be made there is none yet
+    lower: int | None
+    upper: int
+    name: str = field(default="", compare=False)  # of the table; empty for a partition that is to be created
 
 
 _BOUNDS = re.compile(r"FOR VALUES FROM \((?:MINVALUE|'?(-?[0-9]+)'?)\) TO \('?(-?[0-9]+)'?\)")
 
 
 def list_partitions() -> list[Partition]:
-    """All that have an upper bound, lowest first. A default partition is not among them."""
+    """All partitions with an upper bound, lowest first. A default partition is left out."""
     found = fetch_all(
         "SELECT quote_ident(cls.relname) AS name, pg_get_expr(cls.relpartbound, cls.oid) AS bounds"
         " FROM pg_inherits inh"
@@ -67,51 +67,48 @@ def list_partitions() -> list[Partition]:
     )
     bounds = [(one["name"], _BOUNDS.fullmatch(one["bounds"] or "")) for one in found]
     there = [Partition(int(two[1]) if two[1] else None, int(two[2]), name) for name, two in bounds if two]
-    return sorted(there, key=lambda one: one.below)
+    return sorted(there, key=lambda one: one.upper)
 
 
 def missing_ranges(newest: int | None = None, *, ahead: bool = True) -> list[Partition]:
-    """The ranges of message ids for which no partition is there: up to the next after `newest`, and between any two.
+    """The ranges of message ids that have no partition: up to the next after `newest`, and between any two.
 
-    `newest` is the sequence's value, which is read unless it is given. Without `ahead` only those that the next
-    message needs, or an older one.
+    `newest` is the sequence's value, which is read by default. Without `ahead`, only the ranges that the next message
+    or an older one needs.
     """
     next_message = (_newest_message() if newest is None else newest) + 1
     found: list[Partition] = []
     end: int | None = None
     for one in [*list_partitions(), Partition(next_message + 1, next_message + 1)]:
-        if one.after_or_at is not None and (end is None or end < one.after_or_at):
-            found.append(Partition(end, one.after_or_at))
-        end = one.below if end is None else max(end, one.below)
-    return [gap for gap in found if ahead or gap.after_or_at is None or gap.after_or_at <= next_message]
+        if one.lower is not None and (end is None or end < one.lower):
+            found.append(Partition(end, one.lower))
+        end = one.upper if end is None else max(end, one.upper)
+    return [gap for gap in found if ahead or gap.lower is None or gap.lower <= next_message]
 
 
 def oldest_retained_message_id() -> int:
-    """The message id from which on notifications are kept: those of older messages are gone, if there were any.
-
-    1 where there is no partition at all.
-    """
+    """The message id from which on notifications are kept; 1 without partitions."""
     there = list_partitions()
     if not there:
         return 1
-    return there[0].below if there[0].after_or_at is None else there[0].after_or_at
+    return there[0].upper if there[0].lower is None else there[0].lower
 
 
 def block_drops(*, writing: bool) -> None:
-    """Let no partition be dropped until the transaction ends; waits for a drop that is under way.
+    """Let no partition be dropped until the transaction ends; wait for a drop in progress.
 
-    It takes the lock on the table that reading or `writing` it takes anyway, before `oldest_retained_message_id` is
-    asked: a drop needs an exclusive lock on the table.
+    It takes the lock that reading or `writing` takes anyway, but before `oldest_retained_message_id` is read. A drop
+    needs an exclusive lock on the table.
     """
     mode = "ROW EXCLUSIVE" if writing else "ACCESS SHARE"
     execute(f"LOCK TABLE ONLY notification IN {mode} MODE")
 
 
 def maintain() -> None:
-    """Make what is missing, leave the one in use where it is full or old, and drop what is older than RETENTION_DAYS.
+    """Create missing partitions, leave the one in use where it is full or old, and drop those past RETENTION_DAYS.
 
-    Does nothing while another worker does it. Raises peewee's OperationalError where it would have to wait for a lock
-    for long, since others would wait behind it; what is made and left stays so where only the drop has to wait.
+    Does nothing while another worker does it. Raises peewee's OperationalError where it would wait long for a lock,
+    because others would wait behind it; where only the drop has to wait, the rest is committed.
     """
     with transaction(lock_timeout="500ms", statement_timeout="20s"):
         if not try_xact_lock(PARTITION_LOCK):
@@ -121,8 +118,8 @@ def maintain() -> None:
             _fill(gap, newest)
         there = list_partitions()
         used = _in_use(there)
-        for below in range(there[-1].below, used.below + PARTITIONS_AHEAD * PARTITION_SPAN, PARTITION_SPAN):
-            _create(Partition(below, below + PARTITION_SPAN))
+        for lower in range(there[-1].upper, used.upper + PARTITIONS_AHEAD * PARTITION_SPAN, PARTITION_SPAN):
+            _create(Partition(lower, lower + PARTITION_SPAN))
         if _is_full(used) or _is_old(used):
             _roll_over(used)
     if settings.retention_days:
@@ -130,12 +127,12 @@ def maintain() -> None:
             if try_xact_lock(PARTITION_LOCK):
                 there = list_partitions()
                 used = _in_use(there)
-                _drop([one for one in there if one.below < used.below and _is_expired(one)])
+                _drop([one for one in there if one.upper < used.upper and _is_expired(one)])
 
 
 def _in_use(there: list[Partition]) -> Partition:
     newest = _newest_message()
-    return next((one for one in there if one.below > newest), there[-1])
+    return next((one for one in there if one.upper > newest), there[-1])
 
 
 def _newest_message() -> int:
@@ -145,34 +142,35 @@ def _newest_message() -> int:
 
 
 def _fill(gap: Partition, newest: int) -> None:
-    """Make what one of `missing(newest)` needs: one partition, or two where the next message is in it.
+    """Create what one of `missing_ranges(newest)` needs: one partition, or two where the next message is in it.
 
-    That one has its whole million; what lies before it, since the sequence was set far ahead, is in another.
+    The next message's partition has its whole million; what lies before it, because the sequence was set far ahead, is
+    another partition.
     """
     next_message = newest + 1
-    if (gap.after_or_at is None or gap.after_or_at <= next_message) and next_message < gap.below:
+    if (gap.lower is None or gap.lower <= next_message) and next_message < gap.upper:
         start = next_message // PARTITION_SPAN * PARTITION_SPAN
-        below = start + PARTITION_SPAN if gap.below == next_message + 1 else min(start + PARTITION_SPAN, gap.below)
-        if gap.after_or_at is not None and start > gap.after_or_at:
-            _create(Partition(gap.after_or_at, start))
-            gap = Partition(start, gap.below)
-        gap = Partition(gap.after_or_at, below)
+        upper = start + PARTITION_SPAN if gap.upper == next_message + 1 else min(start + PARTITION_SPAN, gap.upper)
+        if gap.lower is not None and start > gap.lower:
+            _create(Partition(gap.lower, start))
+            gap = Partition(start, gap.upper)
+        gap = Partition(gap.lower, upper)
     _create(gap)
 
 
 def _create(new: Partition) -> None:
-    """Make a partition, or attach the table that has its name: one that was detached keeps who was notified.
+    """Create a partition, or attach the table that has its name: a detached one knows who was notified.
 
-    It is attached, not created as a part of the table: that would wait for everybody who reads or writes it. What has
-    the name and cannot be attached stays as it is, and the partition has another name.
+    It is attached, because creating it as a partition waits for all who read or write the table. A table that has the
+    name and cannot be attached is left alone, and the partition gets another name.
     """
-    lower = "MINVALUE" if new.after_or_at is None else new.after_or_at
-    bounds = f"FOR VALUES FROM ({lower}) TO ({new.below})"
-    wanted = name = f"notification_before_{new.below}"
+    lower = "MINVALUE" if new.lower is None else new.lower
+    bounds = f"FOR VALUES FROM ({lower}) TO ({new.upper})"
+    wanted = name = f"notification_before_{new.upper}"
     number = 1
     while _name_exists(name):
         if number == 1 and _attach(name, bounds):
-            log.warning("%s was no partition any more, and is attached again", name)
+            log.warning("%s was detached, and is attached again", name)
             return
         number += 1
         name = f"{wanted}_{number}"
@@ -189,12 +187,12 @@ def _name_exists(name: str) -> bool:
 
 
 def _attach(name: str, bounds: str) -> bool:
-    """Attach a table; False, and logged, where it does not fit. Raises OperationalError where that takes too long."""
+    """Attach a table; False, with a log entry, where it does not fit. Raises OperationalError after a time-out."""
     try:
         with db.atomic():
             execute(f"ALTER TABLE notification ATTACH PARTITION {name} {bounds}")
     except (ProgrammingError, IntegrityError, NotSupportedError) as error:
-        log.error("%s is in the way of a partition, which gets another name: %s", name, error)
+        log.error("the table %s has the name of a partition, which gets another name: %s", name, error)
         return False
     return True
 
@@ -219,32 +217,31 @@ def _is_full(used: Partition) -> bool:
 
 
 def _is_old(used: Partition) -> bool:
-    if not settings.retention_days or used.after_or_at is None:
+    if not settings.retention_days or used.lower is None:
         return False
     return bool(
         fetch_one(
             "SELECT 1 AS yes FROM ("
             " SELECT created_at FROM message WHERE id >= %(from)s ORDER BY id LIMIT 1) oldest"
             " WHERE created_at < now() - make_interval(hours => 24 * %(days)s / %(part)s)",
-            {"from": used.after_or_at, "days": settings.retention_days, "part": ROLLOVERS_PER_RETENTION},
+            {"from": used.lower, "days": settings.retention_days, "part": ROLLOVERS_PER_RETENTION},
         )
     )
 
 
 def _roll_over(used: Partition) -> None:
-    """Let the next message be the first of the next partition.
+    """Make the next message the first of the next partition.
 
-    The sequence is locked first, so that nobody draws an id between the look at it and its move: twice the same id
-    would be an error for whoever posts.
+    The sequence is locked first, so that no id is drawn between reading and moving it, which would give one id twice.
     """
     execute("ALTER SEQUENCE message_id_seq INCREMENT BY 1")
-    if _newest_message() < used.below:
-        execute(f"ALTER SEQUENCE message_id_seq RESTART WITH {used.below}")
-        log.info("%s is full or old: the next message has the id %s", used.name, used.below)
+    if _newest_message() < used.upper:
+        execute(f"ALTER SEQUENCE message_id_seq RESTART WITH {used.upper}")
+        log.info("%s is full or old: the next message has the id %s", used.name, used.upper)
 
 
 def partitions_missing_unread_index() -> list[str]:
-    """The partitions that were left and have no index of what is unread in them, or one that is not finished."""
+    """The partitions that were left and have no valid index of their unread notifications."""
     there = list_partitions()
     used = _in_use(there)
     found = fetch_all(
@@ -252,17 +249,17 @@ def partitions_missing_unread_index() -> list[str]:
         " LEFT JOIN pg_index idx ON idx.indexrelid = to_regclass(name || '_unread')"
         " WHERE idx.indisvalid IS NOT TRUE"
         " ORDER BY number",
-        {"left": [one.name for one in there if one.below < used.below and re.fullmatch("[a-z0-9_]+", one.name)]},
+        {"left": [one.name for one in there if one.upper < used.upper and re.fullmatch("[a-z0-9_]+", one.name)]},
     )
     return [one["name"] for one in found]
 
 
 def create_unread_index(name: str) -> bool:
-    """Make the index of what is unread in a partition that was left. Nobody who reads or writes waits meanwhile.
+    """Create the index of the unread notifications of a partition that was left, without delaying readers and writers.
 
-    So it is made CONCURRENTLY: out of a transaction, by a connection of its own, for its patience must not stay on one
-    that others get after us. Whoever makes it holds the partition's lock; where that ended half-way, what is left is
-    dropped, under that same lock, and made again. False, and logged, where something stands in its way.
+    It is created CONCURRENTLY: outside a transaction, on its own connection, whose time-outs must not stay on a
+    connection of the pool. A lock on the partition excludes other workers; an unfinished index is dropped under that
+    lock and created again. False, with a log entry, where a lock is not available.
     """
     index = f"{name}_unread"
     try:
@@ -275,16 +272,16 @@ def create_unread_index(name: str) -> bool:
                 if own.execute(
                     "SELECT FROM pg_index WHERE indexrelid = to_regclass(%s) AND NOT indisvalid", (index,)
                 ).rowcount:
-                    own.execute("SET LOCAL lock_timeout = '100ms'")  # whoever reads or writes waits behind us
+                    own.execute("SET LOCAL lock_timeout = '100ms'")  # readers and writers wait behind this
                     own.execute(f"DROP INDEX {index}")
             own.execute(
                 f"CREATE INDEX CONCURRENTLY IF NOT EXISTS {index} ON {name} (user_id, message_id) INCLUDE (reason)"
                 " WHERE read_at IS NULL AND dismissed_at IS NULL"
             )
     except psycopg.Error as error:
-        log.warning("the index of what is unread in %s has to wait: %s", name, error)
+        log.warning("the unread index of %s is delayed: %s", name, error)
         return False
-    log.info("made the index of what is unread in %s", name)
+    log.info("created the unread index of %s", name)
     return True
 
 
@@ -292,18 +289,18 @@ def _is_expired(one: Partition) -> bool:
     newest = fetch_one(
         "SELECT created_at < now() - make_interval(hours => 24 * %(days)s) AS over"
         " FROM message"
-        " WHERE id < %(below)s"
+        " WHERE id < %(upper)s"
         " ORDER BY id DESC"
         " LIMIT 1",
-        {"below": one.below, "days": settings.retention_days},
+        {"upper": one.upper, "days": settings.retention_days},
     )
     return newest is None or bool(newest["over"])
 
 
 def _drop(over: list[Partition]) -> None:
-    """Drop them, and put an empty one without a lower bound in their place: every message id has a partition always."""
+    """Drop partitions, and put an empty one without a lower bound in their place: every message id has a partition."""
     if len(over) < 2:
-        return  # the lowest one alone, which is already that
+        return  # only the lowest one, which is that already
     execute(f"DROP TABLE {', '.join(one.name for one in over)}")
-    _create(Partition(None, over[-1].below))
-    log.info("dropped the notifications of messages below %s: they are older than RETENTION_DAYS", over[-1].below)
+    _create(Partition(None, over[-1].upper))
+    log.info("dropped the notifications of messages below %s: they are older than RETENTION_DAYS", over[-1].upper)

@@ -1,4 +1,4 @@
-"""Connect to Redis: the connection that web processes, jobs and the sweeper share."""
+"""The connection to Redis that web processes, jobs and the sweeper share."""
 
 from functools import cache
 
@@ -11,7 +11,7 @@ from config import settings
 
 
 def redis_connection() -> Redis:
-    """The connection of web processes and jobs to Redis. Its timeouts are short: a request must not wait for it."""
+    """The connection to Redis. Its time-outs are short, because requests must not wait for Redis."""
     return _connection_to(settings.redis_url)
 
 
@@ -21,13 +21,13 @@ def _connection_to(url: str) -> Redis:
         url,
         socket_connect_timeout=0.5,
         socket_timeout=2,
-        retry=RedisRetry(NoBackoff(), 1),  # a connection that a restart of Redis left dead is made again once
+        retry=RedisRetry(NoBackoff(), 1),  # a connection that a restart of Redis has ended is opened again once
         health_check_interval=30,
     )
 
 
 def redis_answers() -> bool:
-    """Whether Redis is in reach."""
+    """Whether Redis answers."""
     try:
         return bool(redis_connection().ping())
     except RedisError:

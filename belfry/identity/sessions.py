@@ -1,11 +1,11 @@
-"""Sessions of browsers: one row each, and the row decides whether a cookie still counts.
+"""Sessions of browsers: one row each, which decides whether a cookie is valid.
 
 The cookie carries a random id of 256 bits; the row holds its SHA-256. A session ends with the first of:
 
 1. signing out, signing in again with the same cookie, or signing out everywhere: the row is deleted;
 2. the revocation or expiry of the token that opened it;
-3. IDLE_DAYS without a request (an open stream is no request), and AGE_DAYS after signing in;
-4. PER_TOKEN later sessions of the same token: the one that was idle for longest is deleted.
+3. IDLE_DAYS without a request (an open stream is not a request), and AGE_DAYS after signing in;
+4. PER_TOKEN later sessions of the same token: the one that was idle longest is deleted.
 """
 
 import secrets
@@ -17,13 +17,13 @@ from models import User
 
 IDLE_DAYS = 7
 AGE_DAYS = 31
-SEEN_MINUTES = 5  # between two writes of `last_seen_at`: not every request writes
+SEEN_MINUTES = 5  # between two updates of `last_seen_at`, so that not every request writes
 PER_TOKEN = 50
 SESSION_IS_OPEN_SQL = (
     f"(session.last_seen_at > now() - interval '{IDLE_DAYS} days'"
     f" AND session.created_at > now() - interval '{AGE_DAYS} days')"
 )
-"""Of a row of `session`: neither idle for too long nor too old."""
+"""Whether a `session` is neither idle nor too old."""
 
 _FIND_SQL = f"""
     SELECT usr.id, usr.username, usr.name, usr.email, usr.is_admin, usr.created_at,
@@ -36,7 +36,7 @@ _FIND_SQL = f"""
     AND {SESSION_IS_OPEN_SQL}
     AND {TOKEN_IS_VALID_SQL}
 """
-"""The open session with this hash, with its user and its token. Locks nothing."""
+"""The open session with this hash, with its user and token. Locks nothing."""
 
 _OPEN_SQL = f"""
     INSERT INTO session (session_hash, token_id)
@@ -46,7 +46,7 @@ _OPEN_SQL = f"""
     AND {TOKEN_IS_VALID_SQL}
     RETURNING token_id
 """
-"""A new session, if the token is valid. Shares a lock on the token's row, which its deletion waits for."""
+"""Insert a session, if the token is valid. Shares a lock on the token's row, for which its deletion waits."""
 
 _DELETE_SURPLUS_SQL = """
     DELETE FROM session
@@ -58,7 +58,7 @@ _DELETE_SURPLUS_SQL = """
         OFFSET %(kept)s
     )
 """
-"""A token's sessions beyond the ones seen last. Locks the deleted rows."""
+"""Delete a token's sessions beyond the ones seen last. Locks the deleted rows."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Session:
 
 
 def open_session(token: str) -> str | None:
-    """Start a session with a token; the session's id, for the cookie. None where the token is not valid."""
+    """Open a session with a token; the session's id for the cookie, None where the token is not valid."""
     session_id = secrets.token_urlsafe(32)
     opened = fetch_one(_OPEN_SQL, {"session_hash": hash_token(session_id), "token_hash": hash_token(token)})
     if opened is None:
@@ -83,7 +83,7 @@ def open_session(token: str) -> str | None:
 def find_session(session_id: str) -> Session | None:
     """Find the open session with this id, in one query; None where there is none, or it has ended.
 
-    Writes `last_seen_at` where that is older than SEEN_MINUTES.
+    Updates `last_seen_at` where it is older than SEEN_MINUTES.
     """
     session_hash = hash_token(session_id)
     found = fetch_one(_FIND_SQL, {"session_hash": session_hash})
@@ -99,12 +99,12 @@ def find_session(session_id: str) -> Session | None:
 
 
 def end_session(session_hash: bytes) -> None:
-    """End one session. One that has ended already is no error."""
+    """End one session. Does nothing where it has ended already."""
     execute("DELETE FROM session WHERE session_hash = %(session_hash)s", {"session_hash": session_hash})
 
 
 def end_all_sessions(user_id: int) -> int:
-    """End every session of a user; how many rows that were. The user's tokens stay valid."""
+    """End every session of a user; how many. The user's tokens stay valid."""
     return execute(
         "DELETE FROM session USING api_token token WHERE token.id = session.token_id AND token.user_id = %(user_id)s",
         {"user_id": user_id},
@@ -112,9 +112,9 @@ def end_all_sessions(user_id: int) -> int:
 
 
 def delete_idle_sessions(limit: int) -> int:
-    """Delete up to `limit` sessions that idleness has ended; how many that were.
+    """Delete up to `limit` idle sessions; how many.
 
-    Sessions that ended by age, or with their token, are not seen any more, so they are among these IDLE_DAYS later.
+    Sessions that ended by age, or with their token, are not used any more, so they are among these IDLE_DAYS later.
     """
     return execute(
         f"""

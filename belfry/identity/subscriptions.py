@@ -13,17 +13,17 @@ ACTIVE_SUBSCRIPTION_SQL = """(
         AND (sub.current_period_end IS NULL
              OR sub.current_period_end >= now() - make_interval(hours => 24 * %(grace_days)s)))
 )"""
-"""Whether `subscription sub` is active: true, false, or NULL without a subscription. Contract, section 4, rule 3:
+"""Whether `subscription sub` is active: true, false, or NULL without a subscription (contract, section 4, rule 3).
 
-- `active` and `trialing` count until a day after the period's end: the payment provider's news may be late;
-- `past_due` counts for PAST_DUE_GRACE_DAYS after it;
-- a period without an end does not end. The database's clock decides, in days of 24 hours.
+- `active` and `trialing` count until one day after the period's end, because the provider's message may be late.
+- `past_due` counts for PAST_DUE_GRACE_DAYS after it.
+- A period without an end does not end. The database's clock decides, in days of 24 hours.
 """
 
 
 def subscription_of(user_id: int) -> Row | None:
-    """{"status", "current_period_end", "updated_at"}; None where there never was one. Raises NotFound."""
-    found = fetch_one(  # as SQL: the first that every client asks, and peewee takes four times as long
+    """{"status", "current_period_end", "updated_at"}; None where there never was a subscription. Raises NotFound."""
+    found = fetch_one(  # as SQL: most clients request this first, and peewee takes four times as long
         "SELECT sub.user_id, sub.status, sub.current_period_end, sub.updated_at"
         " FROM user_account usr LEFT JOIN subscription sub ON sub.user_id = usr.id"
         " WHERE usr.id = %(user_id)s",
@@ -35,10 +35,7 @@ def subscription_of(user_id: int) -> Row | None:
 
 
 def set_subscription(user_id: int, status: str, current_period_end: datetime | None) -> Row:
-    """Set a person's subscription to what the payment provider says. The same again changes nothing.
-
-    Raises NotFound for the person.
-    """
+    """Set a user's subscription to what the payment provider says. Repeating it changes nothing. Raises NotFound."""
     find_user(user_id)
     found = fetch_one(
         "INSERT INTO subscription (user_id, status, current_period_end)"

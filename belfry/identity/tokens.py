@@ -11,23 +11,23 @@ from config import tuning
 from models import User
 
 TOKEN_IS_VALID_SQL = "(token.revoked_at IS NULL AND (token.expires_at IS NULL OR token.expires_at > now()))"  # noqa: S105
-"""Of a row of `api_token t`: neither revoked nor expired."""
-_cache: dict[bytes, User] = {}  # by a token's hash
-TOKEN_PREFIX = "belfry_"  # so that a leaked one can be recognised  # noqa: S105
+"""Whether an `api_token token` is neither revoked nor expired."""
+_cache: dict[bytes, User] = {}  # {token's hash: user}
+TOKEN_PREFIX = "belfry_"  # makes a leaked token recognisable  # noqa: S105
 
 
 def hash_token(token: str) -> bytes:
-    """What is stored of a token. It has 256 random bits: a plain hash is enough, and one lookup finds it."""
+    """The hash that is stored of a token. A token has 256 random bits, so a plain hash is safe."""
     return hashlib.sha256(token.encode("utf-8", "surrogatepass")).digest()
 
 
 def create_token(user: User, expires_at: datetime | None = None) -> tuple[Row, str]:
-    """A new token: what is stored of it, and the token itself, which cannot be had again.
+    """Create a token; (its stored row, the token, which cannot be read again).
 
-    Raises Forbidden for Belfry's own account: nobody signs in with it.
+    Raises Forbidden for Belfry's own account, with which nobody signs in.
     """
     if user.username == SYSTEM_USERNAME:
-        raise Forbidden("This account is Belfry's own: nobody signs in with it.")
+        raise Forbidden("This is Belfry's own account. It cannot sign in.")
     token = TOKEN_PREFIX + secrets.token_urlsafe(32)
     made = fetch_one(
         "INSERT INTO api_token (user_id, token_hash, expires_at)"
@@ -53,7 +53,7 @@ def list_tokens(user_id: int, *, after: int, limit: int, current: bytes = b"") -
 
 
 def revoke_token(user_id: int, token_id: int) -> None:
-    """End a token, now. Raises NotFound; ending one twice is no error."""
+    """Revoke a token at once. Does nothing where it is revoked already. Raises NotFound."""
     found = execute(
         "UPDATE api_token SET revoked_at = COALESCE(revoked_at, now()) WHERE id = %(id)s AND user_id = %(user_id)s",
         {"id": token_id, "user_id": user_id},
@@ -63,13 +63,13 @@ def revoke_token(user_id: int, token_id: int) -> None:
 
 
 def authenticate(token: str) -> User | None:
-    """Whose token this is; None where it is unknown, revoked or expired. One query."""
+    """Find the user of a token, in one query; None where it is unknown, revoked or expired."""
     return authenticate_hash(hash_token(token))
 
 
 def authenticate_hash(token_hash: bytes) -> User | None:
-    """As `authenticate`, for a session that keeps the hash."""
-    found = fetch_one(  # as SQL: every request asks this, and peewee would put it together anew each time
+    """As `authenticate`, by the token's hash."""
+    found = fetch_one(  # as SQL: every request executes this, and peewee would build it each time
         f"""
         SELECT usr.id, usr.username, usr.name, usr.email, usr.is_admin, usr.created_at
         FROM api_token token
@@ -89,7 +89,7 @@ def authenticate_hash(token_hash: bytes) -> User | None:
 
 
 def require_token(token_hash: bytes) -> User:
-    """Whose token this is. Raises Unauthenticated where `authenticate` finds nobody."""
+    """As `authenticate`, but raises Unauthenticated where there is no user."""
     user = authenticate_hash(token_hash)
     if user is None:
         raise Unauthenticated("This token is unknown, or it was revoked or has expired.")
@@ -97,14 +97,14 @@ def require_token(token_hash: bytes) -> User:
 
 
 def cached_user(token_hash: bytes) -> User | None:
-    """Whose token this was when it was last asked for; None where that is forgotten. No query.
+    """The cached user of a token, without a query; None where it is not cached.
 
-    It never becomes another's. Whether it is valid still, and what its person may, is not known by this: whoever goes
-    by it asks for that in the statement that does something, as `messages.post_message` does.
+    A token never changes its user. The cache does not know whether the token is still valid and what the user may do:
+    the statement that does something must check it, as `messages.post_message` does.
     """
     return _cache.get(token_hash)
 
 
 def evict(token_hash: bytes) -> None:
-    """Whoever comes with this token is asked for anew."""
+    """Remove a token from the cache."""
     _cache.pop(token_hash, None)

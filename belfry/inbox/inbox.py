@@ -1,10 +1,10 @@
-"""The inbox: what somebody was told, as it stands now.
+"""The inbox: a user's notifications as they are now.
 
-- Newest message first: the order of the key, so that a page reads its own rows and no others.
-- Title and text are made from the message when read: an edit is true everywhere at once.
-- What was deleted, what is in a channel that one may no longer see, and what an author wrote who may no longer
-  post there, is not shown and not counted: as long as that is so, for nothing is removed.
-- Everything is asked for one person: another person's notifications are simply not there.
+- Notifications are listed newest message first, in the order of the key, so that a page reads only its own rows.
+- Title and body are made from the message when they are read, so an edit shows at once.
+- Notifications of deleted messages, of channels that the user can no longer see, and of authors who may no longer post
+  there are neither shown nor counted while that is so. Nothing is removed.
+- Every statement is restricted to one user: notifications of other users do not exist.
 """
 
 from collections.abc import Collection, Sequence
@@ -32,22 +32,22 @@ _AUTHOR_CAN_POST_SQL = f"""
     AND {AUTHOR_CAN_POST_SQL}
     OFFSET 0  -- by their keys, whatever the estimates are: there are millions of accounts
 """
-"""One row, where the author of `g` still may post there. Of a message, or of all of an author's in a channel."""
+"""One row where the author of `msg` may still post there. `msg` is a message, or all of an author's in a channel."""
 
 _VISIBLE_SQL = """msg.deleted_at IS NULL
     AND msg.channel_id = ANY(%(channel_ids)s::bigint[])"""
 _OWN_SQL = "note.user_id = %(user_id)s AND note.dismissed_at IS NULL"
 _UNREAD_SQL = "note.read_at IS NULL"
-"""Said as a constant where it is meant, and never as a parameter: so the index of the unread ones is used."""
+"""A constant and never a parameter, so that the index of unread notifications is used."""
 
 
 def notification_id(user_id: int, message_id: int) -> str:
-    """The id by which the API names a notification: it holds both halves of the key."""
+    """The id of a notification in the API, which contains both parts of the key."""
     return f"{user_id}-{message_id}"
 
 
 def parse_notification_id(text: str) -> tuple[int, int]:
-    """(user id, message id). Raises ValueError for what is no notification's id."""
+    """Parse a notification's id: (user id, message id). Raises ValueError for any other text."""
     user_id, _, message_id = text.partition("-")
     if not all(number.isascii() and number.isdigit() and len(number) < 20 for number in (user_id, message_id)):
         raise ValueError("Must be the id of a notification, like 12-345.")
@@ -67,15 +67,15 @@ def _channels_of(user: User, channel_id: int | None) -> dict[int, Row]:
 def list_notifications(
     user: User, *, before: int | None, limit: int, unread: bool = False, channel_id: int | None = None
 ) -> list[Row]:
-    """The user's notifications of messages with an id below `before`, newest message first.
+    """List the user's notifications of messages with an id below `before`, newest message first.
 
-    Raises NotFound for a channel that the user may not see.
+    Raises NotFound for a channel that the user cannot see.
     """
     if channel_id is not None:
         get_visible_channel(user, channel_id)
     channels = _channels_of(user, channel_id)
-    # A bound and a limit as parameters are taken for a third and a tenth of all rows, as long as nothing is known of
-    # them: a plan for everybody looks dear then, and PostgreSQL plans each page anew, for longer than it reads.
+    # PostgreSQL takes a bound and a limit that are parameters for a third and a tenth of all rows. A generic plan then
+    # looks expensive, and each page is planned again, which takes longer than reading it.
     found = fetch_all(
         f"""
         SELECT note.message_id, note.created_at, note.read_at, note.reason::text AS reason,
@@ -107,11 +107,10 @@ def list_notifications(
 
 
 def notifications_for(log_rows: Collection[Row], members: Collection[Row]) -> list[Row]:
-    """What people were told by transactions, as far as their inbox shows it; by message id.
+    """The notifications that transactions wrote for users, as far as their inbox shows them, by message id.
 
-    Each telling is {"message_id", "notified_at", "xid"}, each member {"user_id", "server_id"}; what comes back is as of
-    `list_notifications`, with the "user_id". A member with a "from_xid" is not looked up for what only transactions
-    before it wrote.
+    A log row is {"message_id", "notified_at", "xid"}, a member {"user_id", "server_id"}. Rows are as those of
+    `list_notifications`, with "user_id". For a member with "from_xid", older transactions are not looked up.
     """
     found = fetch_all(
         f"""
@@ -203,7 +202,7 @@ def _serialize(user_id: int, notification: Row, channel: Row) -> Row:
 
 
 def unread_count(user: User) -> dict[str, Any]:
-    """{"unread", "mentions", "channels": [{"channel_id", "unread", "mentions"}]}: counted, not kept."""
+    """Count the unread notifications: {"unread", "mentions", "channels": [{"channel_id", "unread", "mentions"}]}."""
     per_channel = fetch_all(
         f"""
         WITH {VIEWER_CTE_SQL}
@@ -260,7 +259,7 @@ _LATER_CTE_SQL = """
         AND log.xid IS DISTINCT FROM up_to.xid
     ),
 """
-"""The transaction that wrote the notification `up_to` which a mark goes, and the edits that it did not see."""
+"""The transaction that wrote the notification `up_to`, and the edits that it did not see."""
 
 _IS_LATER_SQL = """(
     EXISTS (
@@ -272,9 +271,9 @@ _IS_LATER_SQL = """(
     )
     OR (note.xmin IN (SELECT xid FROM edited_later) AND note.message_id <> (SELECT message_id FROM up_to))
 )"""
-"""Whether a notification was written, or changed by an edit, later than the one `up_to` which a mark goes: a list that
-shows that one need not have shown it, though its id is lower. Nothing is locked. Of one that is unread, `xmin` is the
-transaction that told of it, or the edit that changed it: nothing else writes it."""
+"""Whether a notification was written, or changed by an edit, after the notification `up_to`: a list that shows that one
+may not have shown it, though its id is lower. Nothing is locked. `xmin` of an unread notification is the transaction
+that inserted it or the edit that changed it, because nothing else writes it."""
 
 
 def mark_read(
@@ -284,12 +283,12 @@ def mark_read(
     up_to: tuple[int, int] | None = None,
     channel_id: int | None = None,
 ) -> dict[str, int]:
-    """Mark the named notifications read, those up to one, or a channel's: exactly one of the three is given.
+    """Mark notifications read: the given ones, those up to one, or those of a channel. Exactly one is given.
 
-    With `up_to` only those are marked that any list contained which shows that one: one with a lower id that was
-    committed later stays unread. Where there is no such notification, that of the last message before it counts.
-    Answers {"marked", "unread"}. Ids of other people are passed over, and so is what is read already.
-    Raises NotFound for a channel that the user may not see, Invalid where `up_to` is another person's.
+    `up_to` marks only what every list that shows that notification contains: one with a lower id that was committed
+    later stays unread. Where there is no such notification, that of the last message before it counts. Returns
+    {"marked", "unread"}. Ids of other users, and notifications that are read, are skipped. Raises NotFound for a
+    channel that the user cannot see, Invalid where `up_to` is another user's.
     """
     if [ids, up_to, channel_id].count(None) != 2:
         raise ValueError("Exactly one of ids, up_to and channel_id is needed.")
@@ -301,7 +300,7 @@ def mark_read(
 
 
 def mark_all_read(user: User) -> dict[str, int]:
-    """Mark all notifications of a user read. Answers as `mark_read`."""
+    """Mark all notifications of a user read. Returns as `mark_read`."""
     return _mark_read(user)
 
 
@@ -355,7 +354,7 @@ def _mark_read(
 
 
 def dismiss(user: User, user_id: int, message_id: int) -> None:
-    """Take one notification out of the inbox, for good. Raises NotFound where it is not the user's, or not shown."""
+    """Remove one notification from the inbox for good. Raises NotFound where it is not the user's, or not shown."""
     touched = user.id == user_id and execute(
         "UPDATE notification note SET dismissed_at = now()"
         " FROM message msg"

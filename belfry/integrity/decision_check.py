@@ -1,15 +1,14 @@
-"""`verify --decisions`: recent decisions made again, and compared with the notifications, member by member.
+"""`verify --decisions`: repeat recent decisions, and compare them with the notifications member by member.
 
-A decision can be compared only as long as what it was made of is as it was. What was inserted or updated since has a
-time. What was removed leaves none, but changes how many members have which decision:
+A decision can be compared only while its inputs are unchanged. What was inserted or updated since has a time. What was
+removed has none, but changes how many members have which decision:
 
 1. A run is skipped whose message was deleted, edited or replayed since.
-2. A member is skipped whose own membership, subscription, preference, roles or rights changed since, or would change by
-   time alone (a period or a mute that ended); or whose subscription is past due: the grace is a setting.
-3. Where roles matter (a private channel, a mentioned role), a run is skipped as soon as anything of 2 applies to
-   anybody, a role was given to the channel, or the decisions now have other counts than those stored: then a role or a
-   member may have been removed. Without a removal or an addition that has a time, equal counts are equal decisions:
-   removing only takes access away, and nobody else gets it by that.
+2. A member is skipped whose own membership, subscription, preference, roles or rights changed since, or changed by time
+   alone (a period or a mute that ended), or whose subscription is past due, because the grace is a setting.
+3. Where roles matter (a private channel, a mentioned role), a run is skipped as soon as 2 applies to any member, a role
+   was given to the channel, or the counts of the decisions differ from those stored: then a role or a member may have
+   been removed. With equal counts nothing was removed, because a removal only takes access away.
 """
 
 from collections import Counter
@@ -63,7 +62,7 @@ _COMPARE = f"""
     LEFT JOIN changed ON changed.user_id = decided.user_id
     GROUP BY 1, 2, 3
 """
-"""The decisions of now beside the notifications, counted; one snapshot."""
+"""The decisions of now beside the notifications, counted, in one snapshot."""
 
 
 @dataclass
@@ -75,7 +74,7 @@ class _Progress:
 
 
 def check_decisions(report: Report, limit: int) -> None:
-    """Compare the newest `limit` runs of messages that succeeded, and say in the notes what was skipped, and why."""
+    """Compare the newest `limit` successful runs of messages, and note what was skipped and why."""
     progress = _Progress()
     found = fetch_all(_RUNS, {"limit": limit, "tolerance": TOLERANCE_SECONDS})
     for run in found:
@@ -88,7 +87,7 @@ def check_decisions(report: Report, limit: int) -> None:
     )
     report.notes += [f"decisions not compared: {number} runs {why}" for why, number in progress.skipped.items()]
     if progress.changed:
-        report.notes.append(f"decisions not compared: of {progress.changed} members of whom something changed since")
+        report.notes.append(f"decisions not compared: of {progress.changed} members whose inputs have changed since")
 
 
 def _compare(run: Row, subject: FanoutMessage, report: Report, progress: _Progress) -> None:
@@ -102,7 +101,7 @@ def _compare(run: Row, subject: FanoutMessage, report: Report, progress: _Progre
         for group in groups:
             now[group["decision"]] += group["members"]
         if now != stored or any(group["is_changed"] or group["is_opened"] for group in groups):
-            progress.skipped["for which roles count, since which something changed"] += 1
+            progress.skipped["that depend on roles, whose members or roles have changed since"] += 1
             return
     progress.runs += 1
     for group in groups:

@@ -1,7 +1,7 @@
-"""What the checks of `verify` share: the shape of a finding, and how a check is run.
+"""What the checks of `verify` share: the findings, and how a check is executed.
 
-A check is one SQL statement that returns (check, finding) and no row where everything is right. One statement sees one
-snapshot, so nothing that a running system changes meanwhile can look inconsistent, and nothing is locked.
+A check is one SQL statement that returns (check, finding), and no row where everything is right. One statement sees one
+snapshot, so changes of a running system cannot look inconsistent, and nothing is locked.
 """
 
 from collections.abc import Mapping
@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 from belfry.core.db import db, fetch_all, set_config_sql
 
 SHOWN = 100
-"""Findings of one check that are shown; of the others only how many there are."""
+"""How many findings of one check are shown; the others are counted."""
 TOLERANCE_SECONDS = 60
-"""How far two times may contradict each other without a finding: PostgreSQL's now() is the start of a transaction, not
-its commit, and a clock may be set back a little."""
+"""How far two times may contradict each other without a finding: PostgreSQL's now() is the begin of a transaction and
+not its commit, and a clock may be set back a little."""
 _RESOURCES = {
     "jit": "off",  # compiling takes longer than most of the checks
     "work_mem": "64MB",  # a hash of the members, and of the messages of a partition
@@ -31,14 +31,14 @@ class Finding(NamedTuple):
 
 @dataclass
 class Report:
-    """What `verify` found; and in `notes`, a sentence each, what it compared, and what it did not look at or show."""
+    """The findings of `verify`, and its notes: what it compared, skipped and did not show."""
 
     findings: list[Finding] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     _hidden: dict[str, int] = field(default_factory=dict)
 
     def add(self, found: list[Finding]) -> None:
-        """Add findings; of one check SHOWN at most are kept."""
+        """Add findings; at most SHOWN of one check are kept."""
         for one in found:
             if sum(other.check == one.check for other in self.findings) < SHOWN:
                 self.findings.append(one)
@@ -46,7 +46,7 @@ class Report:
                 self._hidden[one.check] = self._hidden.get(one.check, 0) + 1
 
     def run(self, statement: str, parameters: Mapping[str, Any] | None = None) -> None:
-        """Run the statement of one or more checks and add what it finds."""
+        """Execute the statement of one or more checks, and add its findings."""
         with db.atomic():
             fetch_all(f"SELECT {set_config_sql(_RESOURCES)}")
             found = fetch_all(
@@ -69,7 +69,7 @@ class Report:
                 self._hidden[name] = self._hidden.get(name, 0) + total - SHOWN
 
     def finish(self) -> "Report":
-        """Say how many findings are not shown."""
+        """Note how many findings are not shown."""
         self.notes += [
             f"not shown: {number} more findings of the check '{name}'" for name, number in self._hidden.items()
         ]

@@ -12,7 +12,7 @@ from belfry.integrity.findings import Finding, Report
 from models import LARGEST_ID
 
 OLD_SECONDS = 600
-"""A partition that has been in use for so long has PARTITIONS_AHEAD others after it, if a worker runs."""
+"""After this time in use, a partition has PARTITIONS_AHEAD others after it, if a worker runs."""
 _TOLERANCE = "make_interval(secs => %(tolerance)s)"
 KEPT_FROM = """(
         SELECT min(substring(part.relname FROM '^notification_before_([0-9]+)(?:_[0-9]+)?$')::bigint)
@@ -20,7 +20,7 @@ KEPT_FROM = """(
         JOIN pg_class part ON part.oid = link.inhrelid
         WHERE link.inhparent = 'notification'::regclass
     )"""
-"""As `partitions.oldest_retained_message_id`, within a statement: all of it sees the same partitions."""
+"""As `partitions.oldest_retained_message_id`, but within a statement, which sees the same partitions throughout."""
 
 _MENTION_IS_WRONG = """CASE note.reason
             WHEN 'mention' THEN note.user_id <> ALL(msg.mentioned_users)
@@ -39,7 +39,7 @@ FAULTS = {
     "nobody is notified of their own message": ("note.user_id = msg.author_id", "for its author"),
     "a test message notifies one user only": (
         "note.user_id <> msg.visible_to_user_id",
-        "for somebody else than its only recipient",
+        "for a user who is not its only recipient",
     ),
     "the times of a notification are in order": (
         f"""note.created_at < msg.earliest
@@ -56,11 +56,10 @@ FAULTS = {
         "for a mention that the message does not have, or without the mention that it has",
     ),
 }
-"""{check: (what is wrong with a notification, how it is called)}. Of each message one notification is named, for the
-first check that finds one.
+"""{check: (condition, description)}. One notification of each message is reported, for the first check that finds one.
 
-Of a message with one run the mentions are as they were when it ran. An edit that changes them has a run too, which
-gives unread notifications their reason, and leaves alone what was read."""
+A message with one run has the mentions of that run's time. An edit that changes them has a run too, which changes the
+reason of unread notifications only."""
 
 _RUNS = """
         SELECT message_id, count(*) AS runs, sum(notifications_inserted - notifications_retracted) AS made,
@@ -156,11 +155,11 @@ PARTITION_SQL = """
     AND msg.visible_to_user_id IS NULL
     AND counted.strangers > GREATEST(counted.members_total - present.members, 0)
 """
-"""One partition: its notifications are read once, each beside its message and its recipient's membership, and counted
-by message, reason and fault; the counts are compared with those of the runs.
+"""Check one partition: read its notifications once, each with its message and its recipient's membership, count them by
+message, reason and fault, and compare the counts with those of the runs.
 
-A recipient who is not a member may have left since. How many have, at most, is known: of the members that the run
-processed, those who are members still, and joined before it, have not."""
+A recipient who is not a member may have left since. At most so many have left: the members that the run processed,
+minus those who are still members and joined before it."""
 
 
 def _partition_sql(partition: Partition) -> str:
@@ -181,14 +180,13 @@ def _partition_sql(partition: Partition) -> str:
 def check_notifications(report: Report, since: int, on_partition: Callable[[int, int], None]) -> None:
     """Check the notifications of messages with an id from `since` on, partition by partition, the newest first.
 
-    `on_partition` is called after each with (how many are done, how many there are). A partition that is dropped before
-    its turn is skipped.
+    `on_partition` is called after each with (checked, all). A partition that is dropped before its turn is skipped.
     """
-    there = [one for one in reversed(list_partitions()) if one.below > since]
+    there = [one for one in reversed(list_partitions()) if one.upper > since]
     for number, partition in enumerate(there, 1):
-        lower = -LARGEST_ID if partition.after_or_at is None else partition.after_or_at
+        lower = -LARGEST_ID if partition.lower is None else partition.lower
         try:
-            report.run(_partition_sql(partition), {"lower": max(lower, since), "below": partition.below})
+            report.run(_partition_sql(partition), {"lower": max(lower, since), "below": partition.upper})
         except ProgrammingError:
             if partition in list_partitions():
                 raise
@@ -200,7 +198,7 @@ _BOUNDS = re.compile(r"FOR VALUES FROM \((?:MINVALUE|'(-?\d+)')\) TO \('(-?\d+)'
 
 
 def check_partitions(report: Report) -> None:
-    """Check that every message id has a partition, that those ahead are there, and that none is detached."""
+    """Check that every message id has a partition, that partitions exist ahead, and that none is detached."""
     found = fetch_all(
         """
         SELECT part.relname AS name, pg_get_expr(part.relpartbound, part.oid) AS bounds,
@@ -223,7 +221,7 @@ def check_partitions(report: Report) -> None:
         elif matched and re.fullmatch(rf"notification_before_{matched[2]}(_\d+)?", one["name"]):
             bounds.append((int(matched[1]) if matched[1] else None, int(matched[2])))
         else:
-            text = f"{one['name']} is attached to notification {one['bounds']}, which Belfry did not make"
+            text = f"{one['name']} is attached to notification {one['bounds']}, and Belfry did not create it"
             report.add([Finding("every partition was made by Belfry", text)])
     bounds.sort(key=lambda one: one[1])
     expected: int | None = None
@@ -236,7 +234,7 @@ def check_partitions(report: Report) -> None:
 
 
 def _check_ahead(report: Report, bounds: list[tuple[int | None, int]]) -> None:
-    """The next message needs a partition, and so do those that come before a worker looks again."""
+    """The next message needs a partition, and so do those before a worker's next check."""
     name = "there are partitions ahead"
     found = fetch_one("SELECT last_value + is_called::int AS id FROM message_id_seq")
     assert found is not None

@@ -1,13 +1,12 @@
-"""Checks of messages, runs and slices: that each is consistent in itself and with the others, and that the sweeper can
-find what is unfinished."""
+"""Check messages, runs and slices: each in itself, with the others, and that the sweeper can find unfinished ones."""
 from belfry.fanout.decision import DECISIONS, NOTIFY_DECISIONS
 from config import settings
 from models import MAX_ATTEMPTS, TABLES
 
 OVERDUE_SECONDS = 60
-"""Twice what recovery may take, after the longest that a job may run."""
+"""Twice the time of recovery, after the longest time of a job."""
 _LATEST_RETRY_SECONDS = 86_400 + settings.retry_base_delay_seconds * 3**MAX_ATTEMPTS
-"""No work item is due later than its longest retry interval; a day more, for a setting that was longer before."""
+"""No work item is due later than its longest retry interval, and one day, because the setting may have been longer."""
 _UNFINISHED = "run.state IN ('pending', 'queued', 'running')"
 _TOLERANCE = "make_interval(secs => %(tolerance)s)"
 
@@ -91,7 +90,7 @@ RUN_CHECKS = {
         " || COALESCE(run.finished_at::text, 'no time')",
     ),
 }
-"""{check: (the condition under which it finds a run, the finding)}."""
+"""{check: (the condition under which a run is wrong, the finding)}."""
 
 RUNS_SQL = f"""
     WITH wrong AS MATERIALIZED (
@@ -155,7 +154,7 @@ WORK_ITEMS_SQL = f"""
     WHERE (slice.sweep_after IS NULL AND run.state <> 'failed')
     OR slice.sweep_after > now() + interval '{_LATEST_RETRY_SECONDS} seconds'
 """
-"""Checks of what is in progress: of few runs, and of all slices."""
+"""Checks of what is in progress: few runs, and all slices."""
 
 _SERVER_OF_RUN = """
     run
@@ -206,8 +205,8 @@ MEMBERS_SQL = f"""
     AND (run.kind = 'edit' OR run.message_id >= %(kept_from)s)
     AND run.members_total < width_bucket(run.created_at - {_TOLERANCE}, srv.joined)
 """
-"""Who is a member now, and joined before the run, was one then: so at least so many were processed, or are still to be.
-More is possible, since people leave. A message that was deleted meanwhile ends its runs early."""
+"""A member who joined before the run was one at its time, so at least so many were processed or are left. More are
+possible, because members leave. A message that was deleted since ends its runs early."""
 
 MESSAGES_SQL = f"""
     SELECT 'every message has its run', 'message ' || msg.id || ' has no run: nobody is notified of it'
@@ -248,4 +247,4 @@ SEQUENCES_SQL = " UNION ALL ".join(
     """
     for name in (table._meta.table_name for table in TABLES if "id" in table._meta.fields)
 )
-"""A sequence is read as it is, and the table as it was a moment before: so the sequence is never behind by that."""
+"""A sequence is read as it is, and the table as it was a moment before, so that alone puts no sequence behind."""

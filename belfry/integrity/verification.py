@@ -1,7 +1,7 @@
-"""`verify`: whether the stored data is consistent, and follows the rules.
+"""`verify`: check that the stored data is consistent and follows the rules.
 
-The checks need no lock, and each statement sees one snapshot: they can run beside everything else.
-docs/reliability.md lists what each of them finds, and what none of them can find.
+The checks need no lock, and each statement sees one snapshot, so they can run at any time. docs/reliability.md lists
+what each of them finds, and what none of them can find.
 """
 
 from collections.abc import Callable
@@ -35,16 +35,15 @@ CHECKS = (
     "a notification is for a member of the server",
     *FAULTS,
 )
-"""The names of all checks but that of `--decisions`."""
+"""The names of all checks except that of `--decisions`."""
 DECISIONS_CHECK = decision_check.CHECK
 
 
 def check(*, since: int = 0, decisions: int = 0, on_partition: Callable[[int, int], None] = lambda *_: None) -> Report:
-    """Run all checks: the findings, and what was not checked.
+    """Run all checks; the findings and notes.
 
-    The notifications of messages with an id below `since` are not read. With `decisions` the decisions of so many of
-    the newest runs are made again and compared as well. `on_partition` is called with the progress over the
-    notifications: (partitions that are done, all of them).
+    Notifications of messages with an id below `since` are not read. `decisions` is the number of the newest runs whose
+    decisions are repeated and compared. `on_partition` is called with the progress: (checked partitions, all).
     """
     report, first = Report(), oldest_retained_message_id()
     for statement in (RUNS_SQL, WORK_ITEMS_SQL, MESSAGES_SQL, SEQUENCES_SQL):
@@ -63,5 +62,5 @@ def check(*, since: int = 0, decisions: int = 0, on_partition: Callable[[int, in
 
 
 def verify() -> list[str]:
-    """The findings of `check_dependencies`, a sentence each; [] when nothing is wrong."""
+    """The findings of `check`, one sentence each; [] where nothing is wrong."""
     return [finding.text for finding in check().findings]

@@ -1,4 +1,4 @@
-"""Read messages that are stored: one, a page of a channel, and as they are sent to a reader."""
+"""Read messages: one, a page of a channel, and as they are sent to a user."""
 
 from collections.abc import Iterable, Sequence
 
@@ -18,7 +18,7 @@ _VISIBLE = "msg.deleted_at IS NULL AND (msg.visible_to_user_id IS NULL OR msg.vi
 
 
 def find_message(user: User, message_id: int) -> tuple[Row, VisibleChannel]:
-    """A message as stored, and its channel. Raises NotFound where the user may not know of it, or it is deleted."""
+    """Find a message and its channel. Raises NotFound where the user cannot see it, or it is deleted."""
     found = fetch_one(
         f"SELECT {_COLUMNS} FROM message msg JOIN user_account usr ON usr.id = msg.author_id"
         f" WHERE msg.id = %(message_id)s AND {_VISIBLE}",
@@ -33,7 +33,7 @@ def find_message(user: User, message_id: int) -> tuple[Row, VisibleChannel]:
 
 
 def list_messages(user: User, channel_id: int, *, before: int | None, limit: int) -> list[Row]:
-    """A channel's messages, newest first, with an id below `before`. Raises NotFound for the channel."""
+    """List a channel's messages, newest first, with an id below `before`. Raises NotFound for the channel."""
     get_visible_channel(user, channel_id)
     return serialize_messages(user, stored_messages(user, channel_id, before=before, limit=limit))
 
@@ -41,9 +41,9 @@ def list_messages(user: User, channel_id: int, *, before: int | None, limit: int
 def stored_messages(
     user: User, channel_id: int, *, before: int | None = None, after: int | None = None, limit: int
 ) -> list[Row]:
-    """As stored, of a channel that the user may see: the newest below `before` or, given `after`, the oldest above it.
+    """Stored messages of a channel that the user can see.
 
-    In that order: newest first or, given `after`, oldest first.
+    The newest below `before`, newest first; or with `after`, the oldest above it, oldest first.
     """
     return fetch_all(
         f"SELECT {_COLUMNS} FROM message msg JOIN user_account usr ON usr.id = msg.author_id"
@@ -58,7 +58,7 @@ def stored_messages(
 
 
 def serialize_messages(reader: User, messages: Sequence[Row]) -> list[Row]:
-    """Stored messages as they are sent: with names, and the run for their author and for admins. Three queries."""
+    """Serialize stored messages, with names, and the run for the author and admins. Takes at most three queries."""
     if not messages:
         return []
     people = _names("SELECT id, username AS name FROM user_account", _all_ids(messages, "mentioned_users"))

@@ -1,4 +1,4 @@
-"""CommonMark as Belfry reads it: one parser for what is a mention and for what is shown, and bounds for its work."""
+"""CommonMark as Belfry reads it: one parser for mentions and for HTML, with bounds for its work."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -14,25 +14,25 @@ from markdown_it.rules_inline import StateInline
 from markdown_it.token import Token
 from markdown_it.utils import EnvType
 
-# The parser's work grows with length times depth, so depth has a maximum. A list may be twenty deep (each
-# level counts twice): the library's own maximum of 20 is too little for `- - - - - - - - - - cut here`, which
-# is a list ten deep. What lies deeper is not parsed, nor is what follows a list as deep as that, up to the
-# end of the text, and so it names nobody.
+# The parser's work grows with length times depth, so depth is bounded. A list may be twenty levels deep (each level
+# counts twice): the library's own maximum of 20 is too little for `- - - - - - - - - - cut here`, a list of ten
+# levels. What is nested deeper is not parsed, nor is what follows such a list up to the end of the text, so it
+# contains no mentions.
 MAX_NESTING = 40
 
-# The parser searches for the end of each block quote anew, down to the next empty line, and for the end of each
+# The parser searches for the end of each block quote again, down to the next empty line, and for the end of each
 # bracket, down to the end of the paragraph: `>#\n;\n` 2,000 times takes fifteen seconds without a limit. Therefore the
-# work is counted in steps: a character or a skipped token is one, a line that the parser looks at is ten, a character
-# that may begin markup is twelve more. Ordinary texts take 2 a character (`make drill ARGS="rendering"`), and only
-# a text that is searched again and again takes more than 131,000.
+# work is counted in steps: a character or a skipped token is one, a line that the parser reads is ten, a character
+# that may begin markup is twelve more. Ordinary texts take 2 steps a character (`make drill ARGS="rendering"`), and
+# only a text that is searched repeatedly takes more than 131,000.
 MAX_STEPS = 150_000
 _LINE_STEPS = 10
 _MARKS = "*_\\&<`@["
 _MARK_STEPS = 12
 
-# A link's destination that is not in `<>`: no white space, and round brackets in pairs, up to three levels deep, as
-# CommonMark asks for. The library allows 32 levels and reads each character in Python, again for each `](`: 10,000
-# characters of `![](` take it longer than MAX_STEPS do.
+# A link's destination without `<>`: no white space, and balanced round brackets, up to three levels deep, as
+# CommonMark requires. The library allows 32 levels and reads each character in Python, again for each `](`: 10,000
+# characters of `![](` exceed MAX_STEPS.
 _DESTINATION = r"(?:[^\x00-\x20\x7f()\\]++|\\[()\\]?)*+"
 for _ in range(3):
     _DESTINATION = rf"(?:[^\x00-\x20\x7f()\\]++|\\[()\\]?|\({_DESTINATION}\))*+"
@@ -40,7 +40,7 @@ _find_destination = re.compile(_DESTINATION).match
 
 
 class ParseBudgetExceeded(Exception):
-    """The text takes more steps than it may."""
+    """The text takes more than MAX_STEPS."""
 
 
 class BudgetSpent(ParseBudgetExceeded):
@@ -49,9 +49,9 @@ class BudgetSpent(ParseBudgetExceeded):
 
 @dataclass
 class Budget:
-    """Steps for several texts together: `left` of them, for so many `texts` to come.
+    """Steps for several texts: `left` of them, for `texts` texts that follow.
 
-    A fifth of it is theirs in equal parts, so that whatever the first ones take, a short text is read.
+    A fifth is reserved in equal shares, so that a short text is parsed whatever the first ones take.
     """
 
     left: int
@@ -61,17 +61,17 @@ class Budget:
         self._reserved = self.left // 5 // max(1, self.texts)
 
     def take(self, most: int) -> int:
-        """How many the next text may take, and no more than `most`."""
+        """The steps that the next text may take, at most `most`."""
         self.texts = max(0, self.texts - 1)
         return max(0, min(most, self.left - self.texts * self._reserved))
 
     def spend(self, steps: int) -> None:
-        """So many were taken, of what is not kept for those to come."""
+        """Subtract the steps that a text took, except those of its reserved share."""
         self.left = max(self.left - steps, self.texts * self._reserved)
 
 
 class _CountedInline(ParserInline):
-    """Counts how often a token is skipped in search of a bracket's end: once for each token after each bracket."""
+    """Count how often a token is skipped in search of a bracket's end: once for each token after each bracket."""
 
     def skipToken(self, state: StateInline) -> None:
         _count(state.env, 1)
@@ -85,7 +85,7 @@ def _count(env: EnvType, steps: int) -> None:
 
 
 def _count_line(state: StateBlock, start_line: int, end_line: int, silent: bool) -> bool:
-    """A block rule that matches nothing, and is asked first about each line whenever it is looked at."""
+    """A block rule that matches nothing. Tried first on each line, it counts the lines that the parser reads."""
     _count(state.env, _LINE_STEPS)
     return False
 
@@ -101,8 +101,8 @@ def _parse_destination(text: str, start: int, end: int) -> Any:
 
 
 def _parser() -> MarkdownIt:
-    # HTML is off because messages are displayed so: what looks like a tag is text. `text_join` is off because it
-    # would make an escaped `\@` and a `&#64;` the same as a plain `@`.
+    # HTML is off, so that what looks like a tag is text. `text_join` is off, because it would make an escaped `\@` and
+    # a `&#64;` the same as a plain `@`.
     parser = MarkdownIt("zero")
     parser.inline = _CountedInline()
     parser.configure("commonmark", {"html": False, "maxNesting": MAX_NESTING}).disable("text_join")
@@ -112,7 +112,7 @@ def _parser() -> MarkdownIt:
         parseLinkLabel=helpers.parseLinkLabel,
         parseLinkTitle=helpers.parseLinkTitle,
     )
-    # The rule lists are put together on first use; two threads at once could see them half full.
+    # The library builds the rule lists on first use; two threads could see them incomplete.
     parser.parse("x", {"steps": MAX_STEPS})
     return parser
 
@@ -121,10 +121,10 @@ _PARSER = _parser()
 
 
 def parse(content: str, budget: Budget | None = None) -> list[Token]:
-    """Parse the content into blocks; the `children` of those of type `inline` are its text.
+    """Parse content into blocks; the `children` of the blocks of type `inline` are its text.
 
-    The `budget` is that of the page that the content is part of; what the parser takes is spent of it. Raises
-    TooEntangled where that is more than MAX_STEPS, and BudgetSpent where it is more than the budget has.
+    `budget` is that of the page, and the parser's steps are subtracted from it. Raises ParseBudgetExceeded where the
+    text takes more than MAX_STEPS, and BudgetSpent where it takes more than the budget has left.
     """
     allowed = MAX_STEPS if budget is None else budget.take(MAX_STEPS)
     env = {"steps": allowed}
@@ -141,7 +141,7 @@ def parse(content: str, budget: Budget | None = None) -> list[Token]:
 
 
 def tokens_outside_quotes(tokens: Iterable[Token]) -> Iterable[Sequence[Token]]:
-    """The text of each block that is in no block quote, as tokens."""
+    """The text of each block outside block quotes, as tokens."""
     quotes = 0
     for token in tokens:
         if token.type == "blockquote_open":

@@ -1,7 +1,7 @@
-"""Who a message names: from its text to people and roles.
+"""Find and resolve the mentions of a message.
 
-Reading the text (`find_mentions`) and knowing the server (`resolve`) are apart: the caller looks up
-`possible_names` in between, in as many statements as it likes, and nothing here touches a database.
+Reading the text (`find_mentions`) and resolving its names (`resolve`) are separate steps: the caller looks
+`possible_names` up in between. Nothing here uses the database.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from belfry.messages import markdown
 
 EVERYONE = "everyone"
 
-# A whole valid username or role name, to be held against the lower-case name. It ends in a letter or a
-# digit: in a text a trailing `. - _` belongs to the sentence, so that a name ending in one could never be
-# mentioned, and is refused when somebody wants to bear it.
+# A whole valid username or role name, in lower case. It ends in a letter or a digit, because trailing `. - _` belong
+# to the sentence: a name that ends in one could never be mentioned, so it is refused
+# when it is created.
 SHORTEST, LONGEST = 3, 32
 NAME = re.compile(rf"\A[a-z0-9][a-z0-9_.-]{{{SHORTEST - 2},{LONGEST - 2}}}[a-z0-9]\Z")
 NAME_RULE = (
@@ -35,20 +35,19 @@ NOT_READ = "mentions_not_read"
 MORE_WARNINGS = "more_warnings"
 
 MAX_WARNINGS = 20
-_WARNING_CHARACTERS = 64  # of what it quotes: a run may be as long as the content
+_WARNING_CHARACTERS = 64  # that a warning quotes: a name may be as long as the content
 
-# `re.IGNORECASE` would let in the Kelvin sign and the long s: the classes are spelled out instead.
+# `re.IGNORECASE` matches the Kelvin sign and the long s, so the classes are spelled out.
 _MENTION = re.compile(r"(?:\A|(?<=[\s'\"(\[{/<>*_~|]))@(?P<run>[A-Za-z0-9][A-Za-z0-9_.-]*)")
 _PUNCTUATION = "._-"
 _REST_OF_ADDRESS = re.compile(r"@[A-Za-z0-9-]+\.[A-Za-z0-9]")
 
-# Stands for an `@` that is not one, and for all markup that may neither come before a mention nor go on
-# with a name.
+# Stands for an `@` that is not one, and for all markup that may not precede a mention or continue a name.
 _BOUNDARY = "`"
 _MARKUP = {
     "softbreak": "\n",
     "hardbreak": "\n",
-    # Underscores too, since `_` would go on with the name: in `_@bob_` the name ends at the markup.
+    # Underscores too, because `_` would continue the name: in `_@bob_` the name ends at the markup.
     "em_open": "*",
     "em_close": "*",
     "strong_open": "*",
@@ -60,19 +59,19 @@ _MARKUP = {
 
 @dataclass(frozen=True)
 class Candidate:
-    """An `@` and what follows it, which may turn out to name somebody."""
+    """An `@` and what follows it, which may be a mention."""
 
     text: str  # as written, with the @, without trailing punctuation
-    names: tuple[str, ...]  # what it can mean: lower case, longest first, each matching `NAME`
+    names: tuple[str, ...]  # possible names: lower case, longest first, each matching `NAME`
 
 
 NOT_READABLE = Candidate("", ())
-"""In place of all candidates of a content that cannot be parsed within the limits; `resolve` warns of it."""
+"""Replaces all candidates of a content that exceeds the parser's limits; `resolve` warns of it."""
 
 
 @dataclass(frozen=True)
 class MentionedUser:
-    """A member of the message's server. `sees_channel` is about the message's channel."""
+    """A member of the message's server. `sees_channel` refers to the message's channel."""
 
     id: int
     username: str
@@ -89,7 +88,7 @@ class MentionedRole:
 
 @dataclass(frozen=True)
 class MentionWarning:
-    """Why something that looks like a mention tells nobody, for the author to read."""
+    """Why a text that looks like a mention notifies nobody, for the author."""
 
     code: str
     detail: str
@@ -97,7 +96,7 @@ class MentionWarning:
 
 @dataclass(frozen=True)
 class AllowedMentions:
-    """All that the author wants pinged, by id; it narrows what the text says and adds nothing."""
+    """The ids that the author allows to be mentioned; it restricts the mentions of the text and adds none."""
 
     users: frozenset[int]
     roles: frozenset[int]
@@ -106,7 +105,7 @@ class AllowedMentions:
 
 @dataclass(frozen=True)
 class Mentions:
-    """Who is mentioned, each once, in order of appearance; `users` all see the channel."""
+    """The mentions, each once, in order of appearance; all `users` see the channel."""
 
     users: tuple[MentionedUser, ...]
     roles: tuple[MentionedRole, ...]
@@ -115,7 +114,7 @@ class Mentions:
 
     @property
     def names(self) -> frozenset[str]:
-        """What stands behind the `@` of those who are mentioned, in lower case."""
+        """The names behind the `@` of the mentions, in lower case."""
         people, roles = (person.username for person in self.users), (role.name for role in self.roles)
         return frozenset((*people, *roles, *([EVERYONE] if self.everyone else [])))
 
@@ -129,21 +128,22 @@ NO_MENTIONS = Mentions(users=(), roles=(), everyone=False, warnings=())
 
 
 def find_mentions(content: str) -> tuple[Candidate, ...]:
-    """What in `content`, read as CommonMark, may be a mention; in order of appearance, each distinct text
-    (whatever its case, as first written) once. Empty where there is none. Only NOT_READABLE where parsing the text
-    takes more than `markdown.MAX_STEPS`. Never raises.
+    """Find the possible mentions of a content, read as CommonMark: each distinct text once, in order of appearance.
 
-    - Only text counts, that of link labels, image descriptions, headings and lists too: no code, no link's
-      target or title, no autolink, nothing in a block quote.
-    - The `@` is written plainly: `\\@` and `&#64;` are how to write one that mentions nobody.
-    - Before it is the start of the block, white space, or one of `'"([{/<>*_~|`. Emphasis counts as the
-      character that it is written with; a code span, a link and an image count as none of these.
-    - The name is the longest run of ASCII letters, digits and `. - _` that starts with a letter or digit.
-      Trailing punctuation is not part of it. Escapes within it count as the characters they stand for.
-    - A run that another letter, digit or mark follows (`@bobé`) is a name in a larger alphabet than ours,
-      and one that `@host.tld` follows is an address: neither is a mention, nor is its beginning.
-    - A run may mean itself or any beginning of it that ends before one of `. - _` (`@bob.smith`: bob.smith,
-      else bob; `@bobby`: never bob), of 3 to 32 characters. One that can mean nothing is text.
+    Upper and lower case are the same. () without any; only NOT_READABLE where parsing takes more than
+    `markdown.MAX_STEPS`. Never raises.
+
+    - Only text counts, also in link labels, image descriptions, headings and lists: no code, no link target or title,
+      no autolink, nothing in a block quote.
+    - The `@` is written plainly: `\\@` and `&#64;` mention nobody.
+    - It stands at the start of a block, or after white space or one of `'"([{/<>*_~|`. Emphasis counts as the character
+      that it is written with; a code span, a link and an image do not count.
+    - The name is the longest sequence of ASCII letters, digits and `. - _` that starts with a letter or digit. Trailing
+      punctuation is not part of it. Escapes within it count as the characters that they stand for.
+    - A sequence that another letter, digit or mark follows (`@bobé`) is a word of another alphabet, and one that
+      `@host.tld` follows is an address: neither is a mention, nor is its beginning.
+    - A sequence may mean itself, or any beginning of it that ends before one of `. - _` and has 3 to 32 characters:
+      `@bob.smith` means bob.smith or else bob, and `@bobby` never bob.
     """
     if "@" not in content:  # as in most messages: the parser would take longer than the rest of a post
         return ()
@@ -159,7 +159,7 @@ def find_mentions(content: str) -> tuple[Candidate, ...]:
 
 
 def candidates_in(text: str) -> Iterator[tuple[int, Candidate]]:
-    """The candidates in the text of one block, as the `tokens_with_text` of it joined, and where the `@` of each is."""
+    """The candidates in the text of one block, joined from `tokens_with_text`, and the position of each `@`."""
     for match in _MENTION.finditer(text):
         if _continues_word(text, match.end()):
             continue
@@ -169,8 +169,7 @@ def candidates_in(text: str) -> Iterator[tuple[int, Candidate]]:
 
 
 def possible_names(candidates: Iterable[Candidate]) -> set[str]:
-    """All lower-case names that must be looked up, among people and roles alike, before `resolve`;
-    without `everyone`, which is nobody's."""
+    """The lower-case names to look up among users and roles before `resolve`; without `everyone`."""
     return {name for candidate in candidates for name in candidate.names} - {EVERYONE}
 
 
@@ -182,16 +181,16 @@ def resolve(
     may_ping_groups: bool,
     allowed: AllowedMentions | None = None,
 ) -> Mentions:
-    """Whom `candidates` mention. `people` and `roles` are this server's alone, by lower-case name;
-    `may_ping_groups` is true of admins and moderators; `allowed` None narrows nothing.
+    """Resolve candidates. `people` and `roles` are the server's, by lower-case name.
 
-    - A candidate means the longest of its names that exists, and no shorter one where that may not be
-      pinged. `everyone` always exists, and means everyone; a person comes before a role of the same name.
+    `may_ping_groups` is true for admins and moderators; `allowed` None restricts nothing.
+
+    - A candidate means the longest of its names that exists, and no shorter one where that may not be mentioned.
+      `everyone` always exists; a user comes before a role of the same name.
     - No name exists: `unknown_mention`.
-    - A person who cannot see the channel: `mention_without_access`, and not mentioned.
-    - A role or everyone, by one who may not: `mention_not_allowed`, and not mentioned.
-    - What `allowed` leaves out is left out without a warning. The warnings above are about the text, and are
-      the same whatever `allowed` says.
+    - A user who cannot see the channel: `mention_without_access`, and not mentioned.
+    - A role or everyone, by an author who may not: `mention_not_allowed`, and not mentioned.
+    - What `allowed` leaves out is left out without a warning. The warnings above do not depend on `allowed`.
     """
     mentioned: dict[int, MentionedUser] = {}
     groups: dict[int, MentionedRole] = {}
@@ -203,7 +202,7 @@ def resolve(
         if candidate is NOT_READABLE:
             warnings.add(NOT_READ, "", NOT_READ_DETAIL)
         elif name is None:
-            warnings.add(UNKNOWN, candidate.text, "{} is nobody in this server")
+            warnings.add(UNKNOWN, candidate.text, "{} is not a member of this server")
         elif name != EVERYONE and name in people:
             person = people[name]
             if person.sees_channel:
@@ -226,7 +225,7 @@ def resolve(
 
 
 class _Warnings:
-    """The first MAX_WARNINGS distinct warnings, and how many more there are."""
+    """The first MAX_WARNINGS distinct warnings, and the number of the others."""
 
     def __init__(self) -> None:
         self._seen: set[tuple[str, str]] = set()
@@ -247,10 +246,11 @@ class _Warnings:
 
 
 def tokens_with_text(tokens: Sequence[Token]) -> Iterator[tuple[Token, str]]:
-    """The text of one block as displayed, with a character for each piece of markup, and every `@` that does not
-    count gone: token by token, to be joined, so that a name which the parser took apart is whole again.
+    """The text of one block as displayed, token by token, to be joined.
 
-    A token of text gives as many characters as it has, and those within a link of its own address are left out.
+    Each piece of markup is one character, and every `@` that is not a mention is removed, so that a name which the
+    parser split is whole again. A text token has as many characters as its content; tokens within a link of their own
+    address are left out.
     """
     in_autolink = False
     for token in tokens:
@@ -270,15 +270,14 @@ def tokens_with_text(tokens: Sequence[Token]) -> Iterator[tuple[Token, str]]:
 
 
 def _continues_word(text: str, end: int) -> bool:
-    """Whether the run that ends at `end` is but the beginning of a word in another alphabet, or of an
-    address."""
+    """Whether the name that ends at `end` is only the beginning of a word in another alphabet, or of an address."""
     foreign = unicodedata.category(text[end : end + 1] or " ")[0] in "LNM"
     return foreign or _REST_OF_ADDRESS.match(text, end) is not None
 
 
 def _names(run: str) -> tuple[str, ...]:
-    """The names that a lower-case run without trailing punctuation may mean, longest first."""
-    # Looking no further than a name can be long keeps a text of one long run from being quadratic.
+    """The names that a lower-case text without trailing punctuation may mean, longest first."""
+    # The search is bounded by the longest name, so that one long text does not take quadratic time.
     ends = [at for at in range(min(len(run), LONGEST + 1)) if run[at] in _PUNCTUATION] + [len(run)]
     beginnings = dict.fromkeys(run[:end].rstrip(_PUNCTUATION) for end in reversed(ends))
     return tuple(name for name in beginnings if SHORTEST <= len(name) <= LONGEST)

@@ -1,4 +1,4 @@
-"""Messages: written, edited and deleted, each together with the run that its change needs."""
+"""Post, edit and delete messages, each together with the run that the change needs."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -30,7 +30,7 @@ from models import User
 
 @dataclass(frozen=True)
 class PostResult:
-    """What came of a request to post. `answer` is set where an earlier answer is given again."""
+    """The result of a post or an edit. `answer` is set where a stored response is repeated."""
 
     message: Row = field(default_factory=dict)
     run_id: int = 0
@@ -47,16 +47,16 @@ def post_message(
     run_state: str = "queued",
     token_hash: bytes | None = None,
 ) -> PostResult:
-    """Write a message and its run, both or neither. Enqueue the run after it, or leave it `pending`.
+    """Insert a message and its run, both or neither. The caller enqueues the run, or leaves it `pending`.
 
-    With `token_hash` the author is as `accounts.cached_user` has them, and whether that token is valid still, and what
-    its person may now, is asked here.
+    With `token_hash`, `author` is a cached user (`tokens.cached_user`), and the statement checks whether the token is
+    valid and what its user may do now.
 
-    Raises NotFound where the author may not see the channel, Forbidden and SubscriptionRequired where they
-    may not post, what `idempotency.begin` raises, and Unauthenticated for the token.
+    Raises NotFound where the author cannot see the channel, Forbidden and SubscriptionRequired where they may not post,
+    what `idempotency.begin` raises, and Unauthenticated for the token.
     """
     candidates = mentions.find_mentions(content)
-    if token_hash and (once or candidates):  # there is more to read than the one statement
+    if token_hash and (once or candidates):  # more statements follow in any case
         author, token_hash = tokens.require_token(token_hash), None
     with timed_transaction() if once else nullcontext(0.0) as round_trip:  # one statement needs no transaction
         if once and (answer := idempotency.begin(once, round_trip)):
@@ -77,7 +77,7 @@ def post_message(
             "edited_at": None,
             "mentions": found,
             "warnings": found.warnings,
-            "run": {"id": run_id, "state": run_state},  # as it is, a moment after the commit
+            "run": {"id": run_id, "state": run_state},  # the state right after the commit
         }
         if once:
             idempotency.save_response(once, message)
@@ -116,8 +116,8 @@ _INSERT_SQL = f"""
     SELECT written.id AS message_id, written.created_at, started.id AS run_id, viewer.username, viewer.name
     FROM written, started, viewer
 """
-"""Is the token valid, and may they? Then the message and its run, in one round trip, and in one transaction by itself.
-No row where it is not, or they may not."""
+"""Insert a message and its run, in one round trip and its own transaction. No row where the token is not valid, or the
+user may not post."""
 
 
 def _insert(
@@ -143,8 +143,8 @@ def _insert(
     )
     if written is None:
         author = tokens.require_token(token_hash) if token_hash else author
-        require_posting(author, get_visible_channel(author, channel_id))  # says why
-        raise Conflict("Who may post here was changed at the same time. Try again.")
+        require_posting(author, get_visible_channel(author, channel_id))  # raises the reason
+        raise Conflict("The permission to post here was changed at the same time. Try again.")
     return written
 
 
@@ -155,7 +155,7 @@ def resolve_mentions(
     may_ping_groups: bool,
     allowed: mentions.AllowedMentions | None,
 ) -> mentions.Mentions:
-    """Whom a content's candidates mention, among the channel's server's members and roles."""
+    """Resolve a content's candidates among the members and roles of the channel's server."""
     names = sorted(mentions.possible_names(candidates))
     people: dict[str, mentions.MentionedUser] = {}
     roles: dict[str, mentions.MentionedRole] = {}
@@ -200,9 +200,9 @@ def _allowed_json(allowed: mentions.AllowedMentions) -> dict[str, Any]:
 def _lock_to_change(
     user: User, message_id: int, require_right: Callable[[Row, VisibleChannel], None]
 ) -> tuple[Row, VisibleChannel]:
-    """`find_message`, with nobody telling of it or changing it until the transaction ends.
+    """`find_message`, with no work item processed and no other change until the transaction ends.
 
-    The right is asked for twice: before, so that who has none holds nobody up, and of the message as it is then.
+    The right is checked twice: before locking, so that a user without it delays nobody, and after, as it is then.
     """
     require_right(*find_message(user, message_id))
     lock_message_exclusive(message_id)
@@ -213,14 +213,14 @@ def _lock_to_change(
 
 
 def edit_message(editor: User, message_id: int, content: str) -> PostResult:
-    """Replace a message's content. `run_id` is 0 where the mentions stay as they were: nobody has to be told.
+    """Replace a message's content. `run_id` is 0 where the mentions do not change.
 
-    Otherwise a run of kind `edit` tells the newly mentioned, and takes back what is unread of those who are
-    mentioned no more. Raises NotFound; Forbidden for everybody but the author; what posting raises.
+    Otherwise a run of kind `edit` notifies the newly mentioned, and retracts unread notifications of removed mentions.
+    Raises NotFound; Forbidden unless the user is the author; what `post_message` raises.
     """
     def require_right(stored: Row, channel: VisibleChannel) -> None:
         if stored["author_id"] != editor.id:
-            raise Forbidden("Only its author edits a message.")
+            raise Forbidden("Only the author may edit a message.")
         require_posting(editor, channel)
 
     with transaction():
@@ -272,13 +272,13 @@ def _mention_diff(stored: Row, now: dict[str, Any]) -> dict[str, Any]:
 
 
 def delete_message(user: User, message_id: int) -> None:
-    """Take a message back. Its notifications are shown no more from this commit on, and no slice tells of it.
+    """Delete a message. From the commit on its notifications are not shown, and no work item notifies of it.
 
-    Raises NotFound; Forbidden for everybody but the author, a moderator and an admin.
+    Raises NotFound; Forbidden unless the user is the author, a moderator or an admin.
     """
     def require_right(stored: Row, channel: VisibleChannel) -> None:
         if stored["author_id"] != user.id and not channel.moderates:
-            raise Forbidden("Only its author, a moderator or an admin deletes a message.")
+            raise Forbidden("Only the author, a moderator or an admin may delete a message.")
 
     with transaction():
         _lock_to_change(user, message_id, require_right)

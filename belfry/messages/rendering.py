@@ -1,4 +1,4 @@
-"""A message's content as HTML that is safe to put into a page."""
+"""Render a message's content as HTML that is safe to put into a page."""
 
 import hashlib
 import sys
@@ -15,8 +15,8 @@ from belfry.messages.mentions import NO_MENTIONS, Mentions
 
 _PAGE_STEPS = 2 * markdown.MAX_STEPS  # for all messages of a page that are not in the cache
 
-# HTML has at most this many characters for each of the content's, and some more. Escaping alone can take five for one
-# (`&` is `&amp;`); `#` in each line takes thirteen, and links to one long address can take a thousand.
+# The HTML has at most this many characters for each of the content's, and some more. Escaping alone can take five
+# (`&` is `&amp;`), `#` in each line thirteen, and links to one long address a thousand.
 _MAX_GROWTH = 5
 _FREE_CHARACTERS = 1_000
 
@@ -25,7 +25,7 @@ _CACHE_BYTES = 16 * 1024 * 1024  # in each process
 _SCHEMES = ("http://", "https://", "mailto:")
 _REL = "nofollow noopener noreferrer ugc"
 
-# All the elements that there can be, beside `a` and `span`: what is not here has no way into a page.
+# All possible elements beside `a` and `span`. No other element gets into a page.
 _BLOCKS = {
     "paragraph": "p",
     "blockquote": "blockquote",
@@ -42,16 +42,16 @@ _TAGS = {
     "strong_close": "</strong>",
 }
 
-Marks = dict[int, list[tuple[int, str]]]  # by id of a token of text: tags, and before which of its characters
+Marks = dict[int, list[tuple[int, str]]]  # {id of a text token: tags, and the character before which each stands}
 
 
 class HtmlCache:
     """HTML by a digest of everything that it depends on, so that no entry is ever out of date.
 
-    Holds at most `max_bytes` of memory and drops what was not used for the longest time. Safe for use by threads.
+    Uses at most `max_bytes` of memory, and drops the entries that were not used for the longest time. Thread-safe.
     """
 
-    _ENTRY_BYTES = 250  # for the key, and for the entry in the dictionary
+    _ENTRY_BYTES = 250  # for the key and the dictionary's entry
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
@@ -66,7 +66,7 @@ class HtmlCache:
             return html
 
     def put(self, key: bytes, html: Markup) -> None:
-        """Keep an entry; one that is there already stays. One that is larger than the cache is not kept."""
+        """Add an entry; an existing one stays. An entry larger than the cache is not added."""
         with self._lock:
             if key in self._entries:
                 return
@@ -89,23 +89,23 @@ cache = HtmlCache(_CACHE_BYTES)
 
 
 def page_budget(messages: int) -> markdown.Budget:
-    """For rendering so many messages of one page."""
+    """A budget for rendering this number of messages of one page."""
     return markdown.Budget(_PAGE_STEPS, messages)
 
 
-def render_in_page(content: str, mentioned: Mentions, mine: Set[str], budget: markdown.Budget) -> Markup:
-    """Render as `render` does, from the cache where it can, which takes nothing of the page's budget.
+def render_in_page(content: str, mentioned: Mentions, reader_names: Set[str], budget: markdown.Budget) -> Markup:
+    """Render as `render` does, from the cache where possible, which does not use the page's budget.
 
-    Where the budget is spent the content is shown as it was written. That is not kept: the next page renders it.
+    Where the budget is spent the content is shown as plain text. That is not cached, so another page may render it.
     """
     names = mentioned.names
-    key = _key(content, names, mine & names)
+    key = _key(content, names, reader_names & names)
     html = cache.get(key)
     if html is not None:
         budget.take(0)
         return html
     try:
-        html = _render(content, names, mine, budget)
+        html = _render(content, names, reader_names, budget)
     except markdown.BudgetSpent:
         return _plain_text(content)
     except markdown.ParseBudgetExceeded:
@@ -114,42 +114,42 @@ def render_in_page(content: str, mentioned: Mentions, mine: Set[str], budget: ma
     return html
 
 
-def _key(content: str, names: Set[str], mine: Set[str]) -> bytes:
-    """A digest of the arguments. No name has a comma or a line break in it."""
-    text = f"{','.join(sorted(names))}\n{','.join(sorted(mine))}\n{content}"
+def _key(content: str, names: Set[str], reader_names: Set[str]) -> bytes:
+    """A digest of the arguments. Names contain no comma and no line break."""
+    text = f"{','.join(sorted(names))}\n{','.join(sorted(reader_names))}\n{content}"
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
 
-def render(content: str, mentioned: Mentions = NO_MENTIONS, mine: Set[str] = frozenset()) -> Markup:
-    """The content, read as CommonMark, as HTML. `mine` is what an `@` calls the reader by, in lower case: their
-    username, and where the caller wishes the roles that they have, and `everyone`. Never raises.
+def render(content: str, mentioned: Mentions = NO_MENTIONS, reader_names: Set[str] = frozenset()) -> Markup:
+    """Render content, read as CommonMark, as HTML. Never raises.
+
+    `reader_names` are the names that mention the reader, in lower case: their username, and if the caller wants, their
+    roles and `everyone`.
 
     - Elements are p, br, hr, em, strong, code, pre, ul, ol, li, blockquote, a and span. Tags in the content are text.
-    - A line's end is a line break, as one expects of a chat.
-    - A heading is `<p class="heading-1">` to `-6`: it is a page's outline that headings are for, and no message's.
-    - A link leads to http, https or mailto, and says `rel="nofollow noopener noreferrer ugc"`. Of any other the
+    - A line's end is a line break, as in other chats.
+    - A heading is `<p class="heading-1">` to `-6`, because headings belong to the page's outline.
+    - A link's target is http, https or mailto, with `rel="nofollow noopener noreferrer ugc"`. For any other target the
       label is shown with the target in brackets, as text. A link's title is not shown.
     - An image is a link to it with its description as the label: nothing is loaded from elsewhere.
-    - What of the text counts as a mention, as `find_mentions` has it, and is among `mentioned`, is in
-      `<span class="mention">`, and what calls the reader in `<span class="mention me">`.
-    - No other attribute exists but the number that a list starts with; none but `href` has anything of the content's.
-    - Shown as it was written is what takes more than `markdown.MAX_STEPS` to read, what is nested so deep that the
-      deepest would be left out, what would show nothing, such as a link's definition alone, and what would be more
-      than `_MAX_GROWTH` times as long as HTML.
+    - A mention of `mentioned` is in `<span class="mention">`, one of the reader in `<span class="mention me">`.
+    - There are no other attributes but the number that a list starts with; only `href` has a value from the content.
+    - Plain text is shown for content that takes more than `markdown.MAX_STEPS`, is nested so deep that parts would be
+      left out, would show nothing (a link's definition alone), or would be more than `_MAX_GROWTH` times as long.
     """
     try:
-        return _render(content, mentioned.names, mine)
+        return _render(content, mentioned.names, reader_names)
     except markdown.ParseBudgetExceeded:
         return _plain_text(content)
 
 
-def _render(content: str, names: Set[str], mine: Set[str], budget: markdown.Budget | None = None) -> Markup:
+def _render(content: str, names: Set[str], reader_names: Set[str], budget: markdown.Budget | None = None) -> Markup:
     """Render as `render` does. Raises what `markdown.parse` raises."""
     tokens = markdown.parse(content, budget)
     if any(token.level >= markdown.MAX_NESTING - 1 and token.nesting == 1 for token in tokens):
         return _plain_text(content)
     parts, left = [], _MAX_GROWTH * len(content) + _FREE_CHARACTERS
-    for part in _blocks(tokens, _marks(tokens, names, mine)):
+    for part in _blocks(tokens, _marks(tokens, names, reader_names)):
         left -= len(part)
         if left < 0:
             return _plain_text(content)
@@ -162,8 +162,8 @@ def _plain_text(content: str) -> Markup:
     return Markup("<p>") + Markup("<br>\n").join(content.split("\n")) + Markup("</p>\n")
 
 
-def _marks(tokens: Sequence[Token], names: Set[str], mine: Set[str]) -> Marks:
-    """The tags around the mentions. A mention lies in one token, or in several that are all of text."""
+def _marks(tokens: Sequence[Token], names: Set[str], reader_names: Set[str]) -> Marks:
+    """The tags around the mentions. A mention lies in one text token or in several adjacent ones."""
     marks: Marks = {}
     if not names:
         return marks
@@ -176,8 +176,8 @@ def _marks(tokens: Sequence[Token], names: Set[str], mine: Set[str]) -> Marks:
             if name is None:
                 continue
             for position, tag in (
-                (start, f'<span class="mention{" me" if name in mine else ""}">'),
-                (start + len(name), "</span>"),  # its last character, and the tag comes after it
+                (start, f'<span class="mention{" me" if name in reader_names else ""}">'),
+                (start + len(name), "</span>"),  # its last character; the tag follows it
             ):
                 while ends[at] <= position:
                     at += 1
@@ -196,7 +196,7 @@ def _blocks(tokens: Sequence[Token], marks: Marks) -> Iterator[str]:
             yield f"<pre><code>{escape(token.content)}</code></pre>\n"
         elif token.type == "hr":
             yield "<hr>\n"
-        elif token.hidden:  # a paragraph of a list whose items are close together
+        elif token.hidden:  # a paragraph of a list without empty lines
             continue
         elif kind == "heading":
             yield f'<p class="heading-{int(token.tag[1:])}">' if side == "open" else "</p>\n"
@@ -207,7 +207,7 @@ def _blocks(tokens: Sequence[Token], marks: Marks) -> Iterator[str]:
 
 
 def _inline(tokens: Sequence[Token], marks: Marks) -> Iterator[str]:
-    target, label = None, ""  # of the link that we are in
+    target, label = None, ""  # of the open link
     for token in tokens:
         if token.type == "link_open":
             target, label = str(token.attrGet("href") or ""), ""
@@ -230,7 +230,7 @@ def _inline(tokens: Sequence[Token], marks: Marks) -> Iterator[str]:
 
 
 def _link(target: str, label: str, *, own: bool = False) -> str:
-    """A link, or where it may not be one its label, with the target unless that is its `own` label."""
+    """A link; where the target is not allowed, its label, with the target unless that is its `own` label."""
     if not label.strip():
         label, own = str(escape(target)), True
     if target.lower().startswith(_SCHEMES):
@@ -239,7 +239,7 @@ def _link(target: str, label: str, *, own: bool = False) -> str:
 
 
 def _description(tokens: Sequence[Token], marks: Marks) -> str:
-    """An image's, without the markup in it."""
+    """The description of an image, without markup."""
     parts = []
     for token in tokens:
         if token.type == "image":
@@ -252,7 +252,7 @@ def _description(tokens: Sequence[Token], marks: Marks) -> str:
 
 
 def _text(token: Token, marks: Marks) -> str:
-    """A token's text with its mentions in their tags; empty for one of markup."""
+    """A token's text with its mentions in tags; empty for markup."""
     parts, at = [], 0
     for offset, tag in marks.get(id(token), ()):
         parts += [str(escape(token.content[at:offset])), tag]

@@ -1,16 +1,16 @@
-"""The channels that a page lists beside what it shows."""
+"""The channels in the sidebar of a page."""
 from belfry.core.db import Row, fetch_all
 from belfry.servers.visibility import nest_server, visible_channels
 from models import User
 
-MAX_OTHER_CHANNELS = 200  # channels of servers that an admin is not in
+MAX_OTHER_CHANNELS = 200  # of servers that an admin is not a member of
 
 
 def sidebar_channels(user: User, viewed_id: int | None = None) -> tuple[list[Row], bool]:
-    """As of `visible_channels`, by id, and whether there are more that the user may see.
+    """Channels as `visible_channels` returns them, by id, and whether there are more that the user can see.
 
-    - Members: all that they may see.
-    - Admins, who may see every channel: those of their servers, the one in view, and MAX_OTHER_CHANNELS more.
+    - Members: all that they can see.
+    - Admins, who can see every channel: those of their servers, the viewed one, and MAX_OTHER_CHANNELS more.
     """
     if not user.is_admin:
         return visible_channels(user), False

@@ -1,4 +1,4 @@
-"""Whom one may mention in a channel: as one types the beginning of a name."""
+"""Suggest mentions in a channel while a user types the beginning of a name."""
 from belfry.core.db import Row, fetch_all
 from belfry.messages.mentions import EVERYONE
 from belfry.servers.visibility import VisibleChannel
@@ -51,10 +51,10 @@ def _users_sql(who: str, user_id: str) -> str:
 
 
 def suggest_mentions(channel: VisibleChannel, prefix: str, limit: int) -> list[Row]:
-    """Up to `limit` of whom a mention can reach: {"kind", "id", "username", "name"}, whose username begins so.
+    """At most `limit` possible mentions whose name begins with `prefix`: {"kind", "id", "username", "name"}.
 
-    - Members who see the channel, by username; upper and lower case are the same.
-    - Where the asking one moderates, before them: `everyone` (its id is None), and the server's roles.
+    - Members who see the channel, by username, in any case.
+    - For moderators also, and first: `everyone` (its id is None) and the server's roles.
     """
     prefix = prefix.lower()
     parameters = {

@@ -1,9 +1,9 @@
-"""Test notifications: a real message and a real run, to see whether the whole path works.
+"""Test notifications: a real message and a real run, to check the whole path.
 
-- `me`: a message from Belfry itself that only the caller can see and is told of.
-- `channel`: an ordinary message of the caller's in the channel; everybody else there is told.
-- Without a channel it is the first one of a server that the caller is in; where there is none at all,
-  a server `Belfry test` is made, with the caller in it, so that a fresh installation can be tried.
+- `me`: a message from Belfry itself that only the caller can see and is notified of.
+- `channel`: an ordinary message of the caller in the channel, which notifies the other members.
+- Without a channel it is the first one of a server that the caller is a member of. Where there is none, a server
+  `Belfry test` is created with the caller as its member, so that a new installation can be tried.
 """
 from belfry.core.db import db, fetch_one
 from belfry.core.errors import Invalid
@@ -18,12 +18,14 @@ AUDIENCES = ("me", "channel")
 
 
 def send_test(caller: User, channel_id: int | None, content: str | None, audience: str) -> int:
-    """Write the message and its run, of kind `test`; the run's id. Raises NotFound for the channel,
-    Invalid where the caller would not be told because they are not in its server."""
+    """Insert the message and its run, of kind `test`; the run's id.
+
+    Raises NotFound for the channel, Invalid where the caller is not a member of its server and would not be notified.
+    """
     with db.atomic():
         channel = get_visible_channel(caller, channel_id or _first_channel(caller))
         if audience == "me" and not is_member(caller.id, channel.server_id):
-            raise Invalid({"channel_id": ["You are in no server with this channel: nobody would be told."]})
+            raise Invalid({"channel_id": ["You are not a member of its server, so nobody would be notified."]})
         text = content or (
             f"Test notification for @{caller.username}" if audience == "me" else "Test notification for this channel"
         )
@@ -52,7 +54,7 @@ def send_test(caller: User, channel_id: int | None, content: str | None, audienc
 
 
 def _sender() -> int:
-    """The account that Belfry's own messages come from. It has no token: nobody can sign in with it."""
+    """The account that sends Belfry's own messages. It has no token, so nobody can sign in with it."""
     fetch_one(
         "INSERT INTO user_account (username, name) VALUES (%(sender)s, 'Belfry')"
         " ON CONFLICT (username) DO NOTHING RETURNING id",

@@ -1,4 +1,4 @@
-"""A stretch of a channel, as somebody who scrolls sees it."""
+"""Load the part of a channel that a page shows."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from belfry.servers.visibility import VisibleChannel
 from models import User
 
 PAGE_SIZE = 50  # messages
-PAGE_CHARACTERS = 100_000  # of content in a stretch: what ten messages of the greatest length have
+PAGE_CHARACTERS = 100_000  # of content in a page: as many as ten messages of the greatest length have
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,11 @@ def load_page(
     around: int | None = None,
     limit: int = PAGE_SIZE,
 ) -> MessagePage:
-    """Up to `limit` messages of a channel, and fewer where they have more than PAGE_CHARACTERS together:
+    """Load up to `limit` messages of a channel, fewer where they have more than PAGE_CHARACTERS in total.
 
-    - with `around`: that message, as many above it as below it, whether or not it is there itself;
-    - with `after`: the oldest with a higher id;
-    - else the newest, with `before` of those with a lower id.
+    - With `around`: that message, and as many before it as after it, whether or not it exists.
+    - With `after`: the oldest with a higher id.
+    - Otherwise the newest, with `before` those with a lower id.
     """
     if around is not None:
         half = limit // 2
@@ -56,6 +56,6 @@ def load_page(
 
 
 def _fit(messages: Sequence[Row], limit: int, characters: int) -> list[Row]:
-    """The first of the messages, at most `limit`, whose content has at most so many characters together."""
+    """The first messages, at most `limit`, whose content has at most this many characters in total."""
     lengths = accumulate(len(message["content"]) for message in messages[:limit])
     return list(messages[: sum(length <= characters for length in lengths)])

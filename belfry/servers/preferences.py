@@ -1,4 +1,4 @@
-"""What somebody wants to hear of one channel. No row means everything."""
+"""A user's preference for a channel. No row means all messages."""
 
 from datetime import datetime
 
@@ -9,7 +9,7 @@ from models import User
 
 
 def preference_of(user: User, channel_id: int) -> Row:
-    """{"level", "muted_until"}. Creates nothing. Raises NotFound for a channel that one may not see."""
+    """{"level", "muted_until"}; the defaults where none is stored. Raises NotFound for an invisible channel."""
     get_visible_channel(user, channel_id)
     found = fetch_one(
         "SELECT level, muted_until FROM preference"
@@ -20,7 +20,7 @@ def preference_of(user: User, channel_id: int) -> Row:
 
 
 def set_preference(user: User, channel_id: int, level: str, muted_until: datetime | None) -> Row:
-    """Set both at once; the preference as it is then. Raises NotFound as above."""
+    """Set level and mute; the stored preference. Raises NotFound for a channel that the user cannot see."""
     get_visible_channel(user, channel_id)
     execute(
         "INSERT INTO preference (channel_id, user_id, level, muted_until)"

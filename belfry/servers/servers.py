@@ -1,4 +1,4 @@
-"""Servers, and who and what is in them: members, roles, channels."""
+"""Servers, and their members, roles and channels."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +12,7 @@ from models import Channel, Role, Server
 
 
 def find_server(server_id: int) -> Server:
-    """Raises NotFound."""
+    """Find a server. Raises NotFound."""
     server = Server.get_or_none(Server.id == server_id)
     if server is None:
         raise NotFound(f"There is no server {server_id}.")
@@ -20,12 +20,12 @@ def find_server(server_id: int) -> Server:
 
 
 def list_servers(*, after: int, limit: int) -> list[Server]:
-    """Servers by id, above id `after`."""
+    """List servers by id, above id `after`."""
     return list(Server.select().where(Server.id > after).order_by(Server.id).limit(limit))
 
 
 def list_members(server_id: int, *, after: int, limit: int) -> list[Row]:
-    """Members by user id: {"user": {...}, "roles": [{"id", "name"}], "joined_at"}. Raises NotFound."""
+    """List members by user id: {"user": {...}, "roles": [{"id", "name"}], "joined_at"}. Raises NotFound."""
     find_server(server_id)
     found = fetch_all(
         """
@@ -52,11 +52,10 @@ def list_members(server_id: int, *, after: int, limit: int) -> list[Row]:
 
 
 def put_member(server_id: int, user_id: int, role_ids: Sequence[int] | None = None) -> Row:
-    """Make somebody a member with exactly these roles (None: with those that they have).
+    """Add a member, or change their roles to exactly these (None: keep them).
 
-    The same again changes nothing; two at once take turns at the member's row.
-
-    Raises NotFound for server or user, Invalid for a role of another server.
+    Repeating it changes nothing; concurrent calls take turns at the member's row. Raises NotFound for server or user,
+    Invalid for a role of another server.
     """
     find_server(server_id)
     find_user(user_id)
@@ -86,26 +85,26 @@ def put_member(server_id: int, user_id: int, role_ids: Sequence[int] | None = No
 
 
 def remove_member(server_id: int, user_id: int) -> None:
-    """Their roles in the server go with them. Raises NotFound."""
+    """Remove a member, with their roles in the server. Raises NotFound."""
     if not execute(
         "DELETE FROM member WHERE server_id = %(server_id)s AND user_id = %(user_id)s",
         {"server_id": server_id, "user_id": user_id},
     ):
-        raise NotFound(f"User {user_id} is no member of server {server_id}.")
+        raise NotFound(f"User {user_id} is not a member of server {server_id}.")
 
 
 def create_role(server_id: int, name: str, moderator: bool) -> Role:
-    """Raises NotFound for the server, Conflict where the name is taken in it."""
+    """Create a role. Raises NotFound for the server, Conflict where the name is taken in it."""
     find_server(server_id)
     try:
         with db.atomic():
             return Role.create(server=server_id, name=name, moderator=moderator)
     except IntegrityError:
-        raise Conflict(f"There is a role {name} in this server already.") from None
+        raise Conflict(f"This server has a role {name} already.") from None
 
 
 def list_roles(server_id: int, *, after: int, limit: int) -> list[Role]:
-    """Roles of a server by id. Raises NotFound."""
+    """List the roles of a server by id. Raises NotFound."""
     find_server(server_id)
     return list(
         Role.select().where((Role.server == server_id) & (Role.id > after)).order_by(Role.id).limit(limit)
@@ -113,23 +112,23 @@ def list_roles(server_id: int, *, after: int, limit: int) -> list[Role]:
 
 
 def delete_role(server_id: int, role_id: int) -> None:
-    """It goes from its members and channels as well. Raises NotFound."""
+    """Delete a role, also from members and channels. Raises NotFound."""
     if not Role.delete().where((Role.id == role_id) & (Role.server == server_id)).execute():
         raise NotFound(f"There is no role {role_id} in server {server_id}.")
 
 
 def create_channel(server_id: int, name: str, private: bool, posting: str) -> Channel:
-    """Raises NotFound for the server, Conflict where the name is taken in it."""
+    """Create a channel. Raises NotFound for the server, Conflict where the name is taken in it."""
     find_server(server_id)
     try:
         with db.atomic():
             return Channel.create(server=server_id, name=name, private=private, posting=posting)
     except IntegrityError:
-        raise Conflict(f"There is a channel {name} in this server already.") from None
+        raise Conflict(f"This server has a channel {name} already.") from None
 
 
 def list_channels(server_id: int, *, after: int, limit: int) -> list[Channel]:
-    """All channels of a server by id. Raises NotFound."""
+    """List all channels of a server by id. Raises NotFound."""
     find_server(server_id)
     return list(
         Channel.select(Channel, Server)
@@ -149,21 +148,21 @@ def update_channel(channel_id: int, changes: dict[str, Any]) -> None:
             if changes:
                 Channel.update(changes).where(Channel.id == channel_id).execute()
     except IntegrityError:
-        raise Conflict(f"There is a channel {changes.get('name')} in this server already.") from None
+        raise Conflict(f"This server has a channel {changes.get('name')} already.") from None
 
 
 def delete_channel(channel_id: int) -> None:
-    """Raises NotFound, and Conflict where something was ever posted in it: that is kept."""
+    """Delete a channel. Raises NotFound, and Conflict where it has messages, which are kept."""
     try:
         with db.atomic():
             if not Channel.delete().where(Channel.id == channel_id).execute():
                 raise NotFound(f"There is no channel {channel_id}.")
     except IntegrityError:
-        raise Conflict("Messages were posted in this channel. Make it private instead.") from None
+        raise Conflict("This channel has messages, which are kept. Make it private instead.") from None
 
 
 def channel_roles(channel_id: int) -> list[Row]:
-    """The roles that open a channel: [{"id", "name", "moderator"}]. Raises NotFound."""
+    """The roles that open a private channel: [{"id", "name", "moderator"}]. Raises NotFound."""
     if not Channel.select().where(Channel.id == channel_id).exists():
         raise NotFound(f"There is no channel {channel_id}.")
     return fetch_all(
@@ -174,7 +173,7 @@ def channel_roles(channel_id: int) -> list[Row]:
 
 
 def set_channel_roles(channel_id: int, role_ids: Sequence[int]) -> list[Row]:
-    """Let exactly these roles open a channel. Raises NotFound, and Invalid for a role of another server."""
+    """Set the roles that open a private channel. Raises NotFound, and Invalid for a role of another server."""
     try:
         with db.atomic():
             channel = fetch_one("SELECT server_id FROM channel WHERE id = %(id)s FOR NO KEY UPDATE", {"id": channel_id})
@@ -194,7 +193,7 @@ def set_channel_roles(channel_id: int, role_ids: Sequence[int]) -> list[Row]:
 
 
 def servers_of(user_id: int) -> list[Row]:
-    """The servers that somebody is in: [{"id", "name"}], by id."""
+    """The servers that a user is a member of: [{"id", "name"}], by id."""
     return fetch_all(
         "SELECT srv.id, srv.name FROM server srv JOIN member mem ON mem.server_id = srv.id"
         " WHERE mem.user_id = %(user_id)s ORDER BY srv.id",
@@ -203,7 +202,7 @@ def servers_of(user_id: int) -> list[Row]:
 
 
 def roles_of(user_id: int, server_id: int) -> list[str]:
-    """The names of the roles that somebody has in a server."""
+    """The names of a user's roles in a server."""
     found = fetch_all(
         "SELECT role.name FROM role JOIN member_role mr ON mr.role_id = role.id"
         " WHERE mr.server_id = %(server_id)s AND mr.user_id = %(user_id)s ORDER BY role.name",

@@ -1,9 +1,9 @@
-"""Who may know of a channel, and post in it.
+"""Who can see a channel and post in it: the only place where these rules are written.
 
-- Members see their server's open channels, and the private ones that a role of theirs opens.
-- Admins see every channel. (They are told only of those that their roles open, like everybody.)
-- What one may not see does not exist: NotFound, the same as for an unknown id.
-- Seeing does not need a subscription; posting, and being told, do.
+- Members see the open channels of their server, and the private ones that one of their roles opens.
+- Admins see every channel, but like all members are notified only of channels that their roles open.
+- A channel that a user cannot see does not exist for them: NotFound, as for an unknown id.
+- Seeing a channel does not need a subscription; posting and being notified do.
 """
 
 from dataclasses import dataclass
@@ -16,10 +16,10 @@ from models import User
 
 
 def can_see_channel_sql(user_id: str, is_admin: str) -> str:
-    """Whether channel `c` may be seen by the user whom two SQL expressions name.
+    """Whether the user that two SQL expressions name can see channel `chan`.
 
-    Each is looked up by the key, for the OFFSET: else PostgreSQL reads all members there are into a hash, as soon as it
-    takes the channels or authors in question for many.
+    OFFSET 0 makes PostgreSQL look each row up by its key. Otherwise it reads all members into a hash as soon as it
+    expects many channels or authors.
     """
     return f"""(
     {is_admin}
@@ -40,16 +40,16 @@ AUTHOR_CAN_POST_SQL = f"""(
     OR author.is_admin
     OR (chan.posting = 'members' AND {can_see_channel_sql("msg.author_id", "author.is_admin")})
 )"""
-"""Of message `g` in channel `c` by author `a`: whether they still see the channel and may post in it.
+"""Whether `author` can still see channel `chan` and post message `msg` in it.
 
-A subscription that has ended since does not count: what was posted while it lasted is owed to the others. A test
-message for one person is Belfry's own.
+A subscription that has ended since does not count: other members keep what was posted while it was active. A test
+message for one user is Belfry's own.
 """
 
 
 @dataclass(frozen=True)
 class VisibleChannel:
-    """A channel, as somebody who may see it does. `moderates`: an admin, or in a moderating role."""
+    """A channel as a user sees it. `moderates`: the user is an admin or has a moderating role."""
 
     id: int
     name: str
@@ -66,8 +66,8 @@ def _parameters(user: User) -> Row:
 
 
 VIEWER_CTE_SQL = "viewer AS MATERIALIZED (SELECT %(user_id)s::bigint AS id, %(is_admin)s::boolean AS is_admin)"
-"""Who asks, as a query before another one, and no parameter of it: by an admin's `true` PostgreSQL would find a plan
-that is good for nobody else, and plan the statement anew each time, which may take as long as all the rest."""
+"""The user who asks, as a CTE and not as a parameter. PostgreSQL finds a plan for an admin's `true` that no other user
+can use, and would plan the statement again each time, which may take longer than executing it."""
 
 VISIBLE_CHANNEL_SQL = f"""
     SELECT chan.id, chan.name, chan.private, chan.posting, chan.server_id, srv.name AS server_name,
@@ -87,20 +87,19 @@ VISIBLE_CHANNEL_SQL = f"""
     JOIN server srv ON srv.id = chan.server_id
     WHERE {can_see_channel_sql("viewer.id", "viewer.is_admin")}
 """
-"""The row of a SeenChannel; none where `viewer` (VIEWER_CTE_SQL, or the like) may not know of the channel. For
-`access_parameters`."""
+"""The row of a VisibleChannel; none where `viewer` cannot see the channel. For `access_parameters`."""
 
 CAN_POST_SQL = "((seen.posting = 'members' OR viewer.is_admin) AND seen.subscribed)"
-"""Of a row of VISIBLE_CHANNEL_SQL as `seen`, and its `viewer`: whether `require_posting` raises nothing."""
+"""Whether `viewer` may post in `seen`, a row of VISIBLE_CHANNEL_SQL: then `require_posting` raises nothing."""
 
 
 def access_parameters(user: User, channel_id: int) -> Row:
-    """What VISIBLE_CHANNEL_SQL and an `viewer` ask for."""
+    """The parameters of VISIBLE_CHANNEL_SQL and VIEWER_CTE_SQL."""
     return {**_parameters(user), "channel_id": channel_id}
 
 
 def get_visible_channel(user: User, channel_id: int) -> VisibleChannel:
-    """The channel. Raises NotFound where there is none that the user may know of."""
+    """Find a channel that the user can see. Raises NotFound."""
     found = fetch_one(f"WITH {VIEWER_CTE_SQL} {VISIBLE_CHANNEL_SQL}", access_parameters(user, channel_id))
     if found is None:
         raise NotFound(f"There is no channel {channel_id}.")
@@ -108,15 +107,15 @@ def get_visible_channel(user: User, channel_id: int) -> VisibleChannel:
 
 
 def require_posting(user: User, channel: VisibleChannel) -> None:
-    """Raises Forbidden where the channel is for admins to post in, SubscriptionRequired without one."""
+    """Raises Forbidden where only admins may post, SubscriptionRequired without an active subscription."""
     if channel.posting == "admins" and not user.is_admin:
-        raise Forbidden(f"Only admins post in #{channel.name}.")
+        raise Forbidden(f"Only admins can post in #{channel.name}.")
     if not channel.subscribed:
         raise SubscriptionRequired("Posting needs an active subscription.")
 
 
 def receives_notifications_in(user: User, channel_id: int) -> bool:
-    """Whether the user is told of a channel as far as that is its server's to say: admins see more than that."""
+    """Whether the user's membership and roles let them be notified of a channel; admins see more channels than that."""
     return bool(
         fetch_one(
             "SELECT 1 AS yes FROM channel chan WHERE chan.id = %(channel_id)s"
@@ -127,13 +126,13 @@ def receives_notifications_in(user: User, channel_id: int) -> bool:
 
 
 def nest_server(channel: Row) -> Row:
-    """A channel's row in which {"id", "name"} as "server" stand for "server_id" and "server_name", which it loses."""
+    """A channel's row with {"id", "name"} as "server" in place of "server_id" and "server_name"."""
     server = {"id": channel.pop("server_id"), "name": channel.pop("server_name")}
     return {**channel, "server": server}
 
 
 def visible_channels(user: User, *, after: int = 0, limit: int | None = None) -> list[Row]:
-    """Channels that the user may see, by id, above id `after`: {"id", "name", "private", "posting", "server"}."""
+    """List channels that the user can see, by id, above id `after`: {"id", "name", "private", "posting", "server"}."""
     return [
         nest_server(channel)
         for channel in fetch_all(
@@ -154,7 +153,7 @@ def visible_channels(user: User, *, after: int = 0, limit: int | None = None) ->
 
 
 def author_can_post(message_id: int) -> bool:
-    """Whether a message's author still may post where it stands. While not, nobody's inbox shows it."""
+    """Whether the author of a message may still post in its channel. Otherwise no inbox shows the message."""
     return bool(
         fetch_one(
             "SELECT 1 AS yes FROM message msg JOIN channel chan ON chan.id = msg.channel_id JOIN user_account author"
@@ -165,7 +164,7 @@ def author_can_post(message_id: int) -> bool:
 
 
 def is_member(user_id: int, server_id: int) -> bool:
-    """Whether somebody is in a server."""
+    """Whether a user is a member of a server."""
     return bool(
         fetch_one(
             "SELECT 1 AS yes FROM member WHERE server_id = %(server_id)s AND user_id = %(user_id)s",

@@ -1,7 +1,7 @@
-"""Signing in with a browser: /login and /logout, and pages that say why not.
+"""Sign in and out with a browser: /login and /logout, and error pages.
 
-The signed cookie carries the id of a session and a CSRF token; whether the session is open is decided by its row
-(belfry/identity/sessions.py). Every sign-in makes a new id, and ends the session that the cookie had.
+The signed cookie carries the id of a session and a CSRF token. The session's row (belfry/identity/sessions.py) decides
+whether it is open. Each sign-in creates a new id, and ends the session that the cookie had.
 """
 
 import hmac
@@ -24,15 +24,15 @@ blueprint = Blueprint("sign_in", __name__)
 
 @blueprint.get("/login")
 def login() -> Response:
-    """The form. Those who are signed in see who they are, too, and can sign out."""
+    """The form. A signed-in user also sees their name, and can sign out."""
     return page(200, "Sign in", form=True)
 
 
 @blueprint.post("/login")
 def submit_login() -> AnyResponse:
-    """Start a session: 303 to `next` where that is a path of this site. 401 for a token that is nobody's."""
+    """Open a session: 303 to `next` where that is a path of this site. 401 for an invalid token."""
     if not _csrf_holds():
-        return page(403, "Sign in", "This form was too old. Please try again.", form=True)
+        return page(403, "This form has expired. Try again.", "This form was too old. Please try again.", form=True)
     session_id = sessions.open_session(request.form.get("token", "").strip())
     if session_id is None:
         return page(401, "Sign in", "This token is unknown, or it was revoked or has expired.", form=True)
@@ -44,9 +44,9 @@ def submit_login() -> AnyResponse:
 
 @blueprint.post("/logout")
 def logout() -> AnyResponse:
-    """End the session; with `everywhere=1` every session of its user: 303 to /login."""
+    """End the session, or with `everywhere=1` all sessions of the user: 303 to /login."""
     if not _csrf_holds():
-        return page(403, "Sign out", "This form was too old. Please try again.")
+        return page(403, "This form has expired. Try again.", "This form was too old. Please try again.")
     user = signed_in()
     if user and request.form.get("everywhere") == "1":
         sessions.end_all_sessions(user.id)
@@ -65,29 +65,29 @@ def _end_current_session() -> None:
 
 
 def _csrf_holds() -> bool:
-    """Whether the form was given out in this session."""
+    """Whether the form was made for this session."""
     return csrf_matches(request.form.get("csrf", ""))
 
 
 def csrf_token() -> str:
-    """What proves that a page of this session asked; made where there is none yet."""
+    """The session's CSRF token, which is created where there is none."""
     token: str = session.setdefault("csrf", secrets.token_urlsafe(32))
     return token
 
 
 def csrf_matches(given: str) -> bool:
-    """Whether this is the session's CSRF token. False where none was given out."""
+    """Whether this is the session's CSRF token. False where the session has none."""
     ours: str = session.get("csrf", "")
     return bool(ours) and hmac.compare_digest(ours.encode(), given.encode("utf-8", "surrogatepass"))
 
 
 def _local(path: str) -> str:
-    """The path, if no browser can take it for another site's, else the page's."""
+    """The path, if no browser can take it for another site's, otherwise the page's."""
     return path if re.fullmatch(r"/[^\\\s\x00-\x1f\x7f]*", path) and "//" not in path else "/"
 
 
 def page(status: int, title: str, detail: str = "", *, form: bool = False) -> Response:
-    """What there is to say, who is signed in with the way out, and where asked for the form to sign in."""
+    """A page with a message, the signed-in user with a button to sign out, and on request the form to sign in."""
     text = render_template(
         "login.html",
         title=title,
@@ -101,7 +101,7 @@ def page(status: int, title: str, detail: str = "", *, form: bool = False) -> Re
 
 
 def current_session() -> Session | None:
-    """The open session of this request's cookie; None where there is none. One query a request at most."""
+    """The open session of this request's cookie, None without one. At most one query a request."""
     if "session" not in g:
         session_id = session.get("id")
         g.session = sessions.find_session(session_id) if session_id else None
@@ -110,6 +110,6 @@ def current_session() -> Session | None:
 
 
 def signed_in() -> User | None:
-    """Whose session this is; None for nobody's, and once it has ended."""
+    """The user of the session, None without an open one."""
     current = current_session()
     return current.user if current else None

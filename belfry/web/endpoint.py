@@ -1,4 +1,4 @@
-"""What every JSON endpoint does the same way: who asks, what is taken, what is given, page by page."""
+"""What all JSON endpoints share: authentication, loading and dumping, publishing changes, pages of lists."""
 
 import base64
 import binascii
@@ -14,6 +14,7 @@ from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from belfry.core.errors import DomainError, Invalid, Unauthenticated
 from belfry.identity.tokens import require_token
+from belfry.stream.publish import publish
 from belfry.web.problems import HttpProblem
 from models import LARGEST_ID, User
 from schemas import Page
@@ -23,11 +24,37 @@ View = TypeVar("View", bound=Callable[..., Any])
 BODY_BYTES = 64 * 1024
 READS = ("GET", "HEAD", "OPTIONS")
 api = Blueprint("api", __name__, url_prefix="/api")
+Publishes = Callable[..., dict[str, Any] | None]
+"""What a write publishes to the streams (belfry/stream/publish.py), by the parameters of its path."""
+
+
+def nothing(**_: int) -> None:
+    """Publish nothing: a job publishes it, or no stream shows it."""
+
+
+def own_counts(**_: int) -> dict[str, Any]:
+    """The unread counts of the caller have changed."""
+    return {"user_id": current_user().id}
+
+
+def own_access(**_: int) -> dict[str, Any]:
+    """Tokens or sessions of the caller have ended."""
+    return {"access": current_user().id}
+
+
+def access(user_id: int | None = None, **_: int) -> dict[str, Any]:
+    """What a user may see has changed, or what any user may see."""
+    return {"access": user_id or True}
+
+
+def deleted_message(message_id: int) -> dict[str, Any]:
+    """A message was deleted."""
+    return {"message_id": message_id}
 
 
 @dataclass(frozen=True)
 class ApiResponse:
-    """What a view gives back where the value alone does not say it."""
+    """The result of a view with a status or headers of its own."""
 
     value: Any = None
     status: int | None = None
@@ -36,36 +63,39 @@ class ApiResponse:
 
 @dataclass(frozen=True)
 class Contract:
-    """What an endpoint takes and gives; `belfry/web/openapi.py` writes the API document from it."""
+    """What an endpoint takes and returns, from which `belfry/web/openapi.py` writes the API document."""
 
     body: type[Schema] | None
     query: type[Schema] | None
-    gives: type[Schema] | None
+    response: type[Schema] | None
     status: int
     many: bool
     admin: bool
     optional_body: bool
+    publishes: Publishes | None
 
 
 def endpoint(
     *,
     body: type[Schema] | None = None,
     query: type[Schema] | None = None,
-    gives: type[Schema] | None = None,
+    response: type[Schema] | None = None,
     status: int = 200,
     admin: bool = False,
     optional_body: bool = False,
+    publishes: Publishes | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Response]]:
     """Make a view of a function.
 
-    It is called with the address's parts, and with `body` and `query` as loaded where there is a schema for
-    them. What it returns (a value, an Answer, or for a `Page` query a list of items and the next cursor) is
-    dumped by `gives`. Raises, as the one error shape: 401 without a valid token; 403 for `admin` endpoints;
-    415, 400 and 422 for bodies.
+    It is called with the path's parameters, and with `body` and `query` as loaded where there is a schema for them. Its
+    result (a value, an ApiResponse, or for a `Page` query a list of items and the next cursor) is dumped by `response`.
+    `publishes` is called with the path's parameters after success, and returns the change for the streams, None for
+    none; every endpoint that writes must give it. Errors: 401 without a valid token; 403 for `admin` endpoints; 415,
+    400 and 422 for bodies.
     """
     paged = query is not None and issubclass(query, Page)
     load_body, load_query = body() if body else None, query() if query else None
-    dump = gives() if gives else None
+    dump = response() if response else None
 
     def decorate(view: Callable[..., Any]) -> Callable[..., Response]:
         @wraps(view)
@@ -80,28 +110,35 @@ def endpoint(
                     parts["body"] = _load(load_body, _json_body(optional_body))
                 given = view(**parts)
             except (DomainError, HttpProblem, HTTPException):
-                if g.get("token_hash"):  # a token that has ended since it was remembered is reported first: 401
+                if g.get("token_hash"):  # a token that has ended since it was cached is reported first: 401
                     require_token(g.token_hash)
                 raise
+            if publishes and (change := publishes(**(request.view_args or {}))):
+                publish(**change)
             if isinstance(given, Response):
                 return given
             answer = given if isinstance(given, ApiResponse) else ApiResponse(given)
             return _respond(answer, status, dump, paged)
 
-        wrapped.contract = Contract(body, query, gives, status, paged, admin, optional_body)  # type: ignore[attr-defined]
+        wrapped.contract = Contract(body, query, response, status, paged, admin, optional_body, publishes)  # type: ignore[attr-defined]
         return wrapped
 
     return decorate
 
 
 def defers_token_check(view: View) -> View:
-    """Whose token it is, may be as remembered: then it is in `g.token_hash`, and the view asks whether it is valid."""
-    view.asks_for_itself = True  # type: ignore[attr-defined]
+    """Accept a cached user for the token: the view checks `g.token_hash`, and then calls `mark_token_checked`."""
+    view.defers_token_check = True  # type: ignore[attr-defined]
     return view
 
 
+def mark_token_checked() -> None:
+    """Record that the statement of a view with `defers_token_check` has found the token valid."""
+    g.token_hash = None
+
+
 def authenticated_by(find_user: Callable[[bytes], User | None]) -> Callable[[View], View]:
-    """Find the user of a request with a token by this function of the token's hash, which the view learns more from."""
+    """Find the user of a request with a token by this function of the token's hash."""
 
     def mark(view: View) -> View:
         view.find_user = find_user  # type: ignore[attr-defined]
@@ -111,7 +148,7 @@ def authenticated_by(find_user: Callable[[bytes], User | None]) -> Callable[[Vie
 
 
 def current_user() -> User:
-    """Who is asking. Raises Unauthenticated for nobody."""
+    """The user of the request. Raises Unauthenticated without one."""
     user: User | None = g.get("user")
     if user is None:
         raise Unauthenticated("Send a valid token: Authorization: Bearer TOKEN.")
@@ -119,13 +156,13 @@ def current_user() -> User:
 
 
 def require_admin() -> None:
-    """Raises 403 for everybody but admins, Unauthenticated for nobody."""
+    """Raises 403 unless the user is an admin, Unauthenticated without one."""
     if not current_user().is_admin:
         raise HttpProblem(403, "Only admins may do this.")
 
 
 def bearer_token() -> str | None:
-    """The request's token; None where there is none."""
+    """The request's bearer token; None without one."""
     match = re.fullmatch(r"bearer +(\S+) *", request.headers.get("Authorization", ""), re.IGNORECASE)
     return match[1] if match else None
 
@@ -135,7 +172,7 @@ def _refuse_constant(name: str) -> None:
 
 
 def _object_without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object with these fields. Raises ValueError where a field is given twice: only one of them would count."""
+    """A JSON object. Raises ValueError for a repeated field, of which only one would count."""
     found = dict(pairs)
     if len(found) < len(pairs):
         raise ValueError("a field is given twice")
@@ -144,7 +181,7 @@ def _object_without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _json_body(optional: bool) -> dict[str, Any]:
     raw = request.get_data(cache=True)
-    if len(raw) > BODY_BYTES:  # of a chunked body Werkzeug reads so far and no further, and says nothing
+    if len(raw) > BODY_BYTES:  # Werkzeug silently stops reading a chunked body there
         raise RequestEntityTooLarge
     if not raw and optional:
         return {}
@@ -176,7 +213,7 @@ def _load(schema: Schema, data: dict[str, Any]) -> Any:
 
 
 def _flat(messages: Any, prefix: str = "") -> dict[str, list[str]]:
-    """marshmallow's nested messages as {"a.b.0": ["why", ...]}; a message about the whole is `_schema`."""
+    """marshmallow's nested messages as {"a.b.0": ["reason", ...]}; a message about the whole object is `_schema`."""
     if isinstance(messages, list):
         return {prefix or "_schema": [str(message) for message in messages]}
     flat: dict[str, list[str]] = {}
@@ -199,17 +236,17 @@ def _respond(answer: ApiResponse, status: int, dump: Schema | None, paged: bool)
 
 
 def json_response(text: str, status: int, headers: dict[str, str] | None = None) -> Response:
-    """JSON that is text already."""
+    """A response of JSON text."""
     return Response(text + "\n", status, headers, mimetype="application/json")
 
 
 def paginate(
     query: dict[str, Any], fetch: Callable[[int | None, int], Sequence[T]], key: Callable[[T], int]
 ) -> tuple[list[T], str | None]:
-    """One page and the cursor of the next, or None on the last.
+    """One page of a list, and the cursor of the next page, None on the last.
 
-    `fetch(position, limit)` gets the last key of the page before (None on the first). Raises Invalid for a
-    cursor that is broken.
+    `fetch(position, limit)` gets the key of the previous page's last item, None on the first page. Raises Invalid for
+    an invalid cursor.
     """
     position = _read_cursor(query["cursor"]) if query["cursor"] is not None else None
     found = list(fetch(position, query["limit"] + 1))
@@ -229,4 +266,4 @@ def _read_cursor(cursor: str) -> int:
             return int(match[1])
     except (binascii.Error, ValueError):
         pass
-    raise Invalid({"cursor": ["Is not one that was given out."]})
+    raise Invalid({"Invalid cursor.": ["Is not one that was given out."]})

@@ -21,13 +21,21 @@ import selectors
 import socket
 import time
 from collections import deque
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
+from gunicorn.http.errors import (
+    ExpectationFailed,
+    LimitRequestHeaders,
+    LimitRequestLine,
+    ParseException,
+    UnsupportedTransferCoding,
+)
 from gunicorn.workers.gthread import STOP_KEEPALIVE_LINGER, ThreadWorker
 
 from belfry.core.open_files import connections_limit
-from belfry.web.connection import Connection
+from belfry.web.connection import ClientSocket, Connection
 from belfry.web.problems import HttpProblem, problem
 
 log = logging.getLogger(__name__)
@@ -43,6 +51,14 @@ STREAM_PATH = "/api/notifications/stream"
 STREAM_OPENINGS = 0.25  # of the threads
 REPORT_SECONDS = 60  # between two warnings that connections are closed for others
 OUT_OF_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+PARSE_STATUS = {LimitRequestLine: 414, LimitRequestHeaders: 431, UnsupportedTransferCoding: 501, ExpectationFailed: 417}
+PARSE_DETAILS = {
+    400: "The request is not valid HTTP.",
+    414: "The request line is too long.",
+    417: "Only `Expect: 100-continue` is supported.",
+    431: "The header fields are too large.",
+    501: "This transfer coding is not supported.",
+}
 
 
 class WebWorker(ThreadWorker):  # type: ignore[misc]
@@ -193,15 +209,20 @@ class WebWorker(ThreadWorker):  # type: ignore[misc]
             conn.deadline = conn.last_deadline
         self._count(conn)
 
+    def handle_error(self, req: Any, client: ClientSocket, addr: Any, exc: BaseException) -> None:
+        """Answer a request that gunicorn's parser refuses with the one error shape, instead of gunicorn's HTML."""
+        if not isinstance(exc, ParseException):
+            super().handle_error(req, client, addr, exc)
+            return
+        self.log.warning("Invalid request from %s: %s", addr[0] if addr else "", exc)
+        status = next((status for kind, status in PARSE_STATUS.items() if isinstance(exc, kind)), 400)
+        with suppress(OSError):
+            client.sendall(_refusal(status, PARSE_DETAILS[status]))
+
     def _refuse(self, conn: Connection, refusal: HttpProblem) -> None:
         self._forget(conn)
-        answer = problem(refusal.status, refusal.detail)
-        head = (
-            f"HTTP/1.1 {answer.status}\r\nConnection: close\r\nContent-Type: {answer.content_type}\r\n"
-            f"Content-Length: {answer.content_length}\r\n\r\n"
-        )
         try:
-            conn.sock.sendall(head.encode() + answer.get_data())
+            conn.sock.sendall(_refusal(refusal.status, refusal.detail))
         except OSError:
             self._drop(conn)
             return
@@ -251,3 +272,13 @@ class WebWorker(ThreadWorker):  # type: ignore[misc]
         self._wait(conn, time.monotonic() + seconds)
         if received:
             self._receive(conn, received)
+
+
+def _refusal(status: int, detail: str) -> bytes:
+    """A whole response that refuses a request and ends the connection."""
+    answer = problem(status, detail, code="malformed_request" if status == 400 else None)
+    head = (
+        f"HTTP/1.1 {answer.status}\r\nConnection: close\r\nContent-Type: {answer.content_type}\r\n"
+        f"Content-Length: {answer.content_length}\r\n\r\n"
+    )
+    return head.encode() + answer.get_data()

@@ -101,14 +101,14 @@ def _operation(view: Any, contract: Contract, path: str) -> dict[str, Any]:
 
 
 def _success(contract: Contract) -> dict[str, Any]:
-    if contract.gives is None:
+    if contract.response is None:
         return {"description": "Done."}
-    schema: Any = contract.gives
+    schema: Any = contract.response
     if contract.many:
         schema = {
             "type": "object",
             "properties": {
-                "items": {"type": "array", "items": contract.gives},
+                "items": {"type": "array", "items": contract.response},
                 "next": {"type": ["string", "null"]},
             },
         }

@@ -95,7 +95,7 @@ def _maintain_partitions() -> bool | None:
     gaps = partitions.missing_ranges()
     for gap in gaps:
         log.error("message ids from %s to below %s have no partition: their runs fail until it is created",
-                  gap.after_or_at or "the lowest", gap.below)  # fmt: skip
+                  gap.lower or "the lowest", gap.upper)  # fmt: skip
     if not gaps and time.monotonic() - _partitions_checked_at < tuning.partition_check_seconds:
         return None
     _partitions_checked_at = time.monotonic()

@@ -230,9 +230,9 @@ def test_who_is_in_no_server_is_told_so(visit, cast) -> None:
 def test_who_may_not_post_reads_why(visit, cast, who) -> None:
     page = visit(address(cast, cast.announcements), cast.everybody[who])
     expect(page.locator("#may-not-post")).to_have_text(
-        "Only admins post in #announcements. You can read this channel."
+        "Only admins can post in #announcements. You can read this channel."
         if who == "subscriber"
-        else "Only admins post in #announcements. Notifications need an active subscription; reading does not."
+        else "Only admins can post in #announcements. Notifications need an active subscription; reading does not."
     )
     expect(composer(page)).to_have_count(0)
 

@@ -133,7 +133,7 @@ def test_who_moderates_may_mention_groups(visit, cast) -> None:
 def test_a_mention_that_reaches_nobody_is_said(page) -> None:
     composer(page).fill("hello @bobby")
     composer(page).press("Enter")
-    expect(status_of(page)).to_have_text("@bobby is nobody in this server")
+    expect(status_of(page)).to_have_text("@bobby is not a member of this server")
     expect(status_of(page)).not_to_have_class("wrong")
     composer(page).press_sequentially("x")
     expect(status_of(page)).to_be_empty()
@@ -229,5 +229,5 @@ def test_a_channel_that_is_closed_meanwhile_is_said(page, faults, cast, api) -> 
     assert api(cast.admin).patch(f"/api/channels/{cast.general}", json={"posting": "admins"}).status_code == 200
     composer(page).fill("hello")
     composer(page).press("Enter")
-    expect(status_of(page)).to_contain_text("Only admins post in #general")
+    expect(status_of(page)).to_contain_text("Only admins can post in #general")
     expect(composer(page)).to_have_value("hello")

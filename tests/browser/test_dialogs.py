@@ -30,7 +30,7 @@ def test_every_setting_says_what_it_does(visit, cast) -> None:
     button.click()
     dialog = opened(page, "Notifications from #general")
     effect = dialog.get_by_role("status")
-    expect(effect).to_have_text("You are told of every message here.")
+    expect(effect).to_have_text("You are notified of every message here.")
     expect(dialog.get_by_label("every message")).to_be_checked()
     assert stored(cast.vip) is None
 
@@ -42,7 +42,7 @@ def test_every_setting_says_what_it_does(visit, cast) -> None:
 
     choose("mentions only", "only of messages that mention you", "Mentions only", "mentions")
     choose("nothing", "a mention does not get through either", "Nothing", "none")
-    choose("every message", "You are told of every message here.", "All messages", "all")
+    choose("every message", "You are notified of every message here.", "All messages", "all")
 
     unmute = dialog.get_by_role("button", name="Unmute")
     expect(unmute).to_be_hidden()
@@ -52,7 +52,7 @@ def test_every_setting_says_what_it_does(visit, cast) -> None:
         expect(button).to_contain_text(re.compile("Muted until .*[0-9]:[0-9]{2}"))
         assert stored(cast.vip) == ("all", True)
         unmute.click()
-        expect(effect).to_have_text("You are told of every message here.")
+        expect(effect).to_have_text("You are notified of every message here.")
         expect(dialog.get_by_role("button", name="For an hour")).to_be_focused()
         assert stored(cast.vip) == ("all", False)
     dialog.get_by_role("button", name="For a day").click()

@@ -128,7 +128,7 @@ def test_explain_says_why_not(command, api, cast, run_jobs):
     assert "lars: not notified: no_subscription." in command("explain", "1", "lars").stdout
     found = json.loads(command("explain", "1", "vera", "--json").stdout)
     assert found["decision"] == "message"
-    assert "Nobody with id 6 is a member" in command("explain", "1", "stan", code=1).output
+    assert "There is no member 6 in" in command("explain", "1", "stan", code=1).output
 
 
 def test_migrate_can_be_run_again(command):

@@ -555,7 +555,7 @@ def test_a_period_or_a_mute_that_ended_since_is_no_finding(cast):
     execute("SELECT pg_sleep(1.2)")
     report = check(decisions=10)
     assert report.findings == []
-    assert "decisions not compared: of 2 members of whom something changed since" in report.notes
+    assert "decisions not compared: of 2 members whose inputs have changed since" in report.notes
 
 
 def test_replays_retries_and_failures_leave_nothing_to_find(cast):

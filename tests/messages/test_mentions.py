@@ -161,8 +161,8 @@ def test_every_valid_name_can_be_mentioned(name: str) -> None:
 
 
 def test_words_of_the_warnings() -> None:
-    assert details_of("@bobby") == ["@bobby is nobody in this server"]
-    assert details_of("@BoBBy.x.") == ["@BoBBy.x is nobody in this server"]
+    assert details_of("@bobby") == ["@bobby is not a member of this server"]
+    assert details_of("@BoBBy.x.") == ["@BoBBy.x is not a member of this server"]
     assert details_of("@carol") == ["@carol cannot see this channel"]
     for content in ("@everyone", "@vip"):
         assert details_of(content) == [f"only admins and moderators may mention {content}"]
@@ -173,7 +173,7 @@ def test_twenty_warnings_are_shown_and_how_many_more_there_are() -> None:
         warnings = mentions_in(" ".join(f"@x{number:04}" for number in range(count))).warnings
         assert [warning.detail for warning in warnings[20:]] == [f"{rest} more warnings are not shown" for rest in more]
         assert [warning.code for warning in warnings] == ["unknown_mention"] * 20 + ["more_warnings"] * len(more)
-        assert warnings[19].detail == "@x0019 is nobody in this server"
+        assert warnings[19].detail == "@x0019 is not a member of this server"
 
 
 def test_a_warning_is_counted_once_whoever_is_mentioned_how_often() -> None:
@@ -192,7 +192,7 @@ def test_the_author_is_warned_where_the_text_cannot_be_read_within_the_limits() 
 
 def test_a_warning_quotes_a_long_run_in_short() -> None:
     [detail] = details_of("@abcd." + "x" * 9_000)
-    assert detail == f"@abcd.{'x' * 58}… is nobody in this server"
+    assert detail == f"@abcd.{'x' * 58}… is not a member of this server"
 
 
 def test_everyone_is_nobodys_name() -> None:
@@ -417,7 +417,7 @@ def oracle(text: str) -> Mentions:
         else:
             if possible and run.lower() not in unknown:
                 unknown.add(run.lower())
-                warnings.append(MentionWarning("unknown_mention", f"@{run} is nobody in this server"))
+                warnings.append(MentionWarning("unknown_mention", f"@{run} is not a member of this server"))
     if len(warnings) > 20:
         warnings[20:] = [MentionWarning("more_warnings", f"{len(warnings) - 20} more warnings are not shown")]
     return Mentions(tuple(users), tuple(roles), everyone, tuple(warnings))

@@ -49,7 +49,7 @@ def test_the_answer_to_a_post_is_that_of_the_contract(cast, post):
         "author": {"id": cast.subscriber.id, "username": "sam", "name": "Sam"},
         "content": "gold breaks out, @moira, @bobby", "created_at": created_at, "edited_at": None,
         "mentions": {"users": [{"id": cast.moderator.id, "username": "moira"}], "roles": [], "everyone": False},
-        "warnings": [{"code": "unknown_mention", "detail": "@bobby is nobody in this server"}],
+        "warnings": [{"code": "unknown_mention", "detail": "@bobby is not a member of this server"}],
         "run": {"id": run, "state": "queued", "url": f"/api/runs/{run}"},
     }  # fmt: skip
     assert json.dumps(message) == json.dumps(expected)  # the order of the members too

@@ -77,9 +77,9 @@ def mentions_in(html: str) -> list[str]:
     return [text_of(span) for span in re.findall(r"<span[^>]*>[^<]*</span>", html)]
 
 
-def body(content: str, mentioned: Mentions = MENTIONED, mine: frozenset[str] = frozenset()) -> str:
+def body(content: str, mentioned: Mentions = MENTIONED, reader_names: frozenset[str] = frozenset()) -> str:
     """The HTML of one paragraph, without its tags."""
-    return str(render(content, mentioned, mine)).removeprefix("<p>").removesuffix("</p>\n")
+    return str(render(content, mentioned, reader_names)).removeprefix("<p>").removesuffix("</p>\n")
 
 
 @pytest.fixture(autouse=True)
@@ -191,7 +191,7 @@ def test_no_mention_in_a_quote_or_in_code() -> None:
 
 
 def test_what_calls_the_reader() -> None:
-    assert body("@Bob @bob.smith @everyone", mine=frozenset({"bob", "everyone"})) == (
+    assert body("@Bob @bob.smith @everyone", reader_names=frozenset({"bob", "everyone"})) == (
         '<span class="mention me">@Bob</span> <span class="mention">@bob.smith</span> '
         '<span class="mention me">@everyone</span>'
     )
@@ -390,11 +390,13 @@ def test_a_page_of_what_people_write_is_rendered_whole() -> None:
 # -- The cache
 
 
-def in_page(content: str, mentioned: Mentions = NO_MENTIONS, mine: frozenset[str] = frozenset()) -> tuple[str, int]:
+def in_page(
+    content: str, mentioned: Mentions = NO_MENTIONS, reader_names: frozenset[str] = frozenset()
+) -> tuple[str, int]:
     """The HTML on a page of its own, and how many steps of the page's budget it took."""
     budget = page_budget(1)
     before = budget.left
-    return str(render_in_page(content, mentioned, mine, budget)), before - budget.left
+    return str(render_in_page(content, mentioned, reader_names, budget)), before - budget.left
 
 
 def test_the_second_view_takes_no_steps() -> None:
@@ -408,10 +410,10 @@ def test_each_reader_sees_their_own_marks_and_each_version_its_own_text() -> Non
     only_bob = Mentions(PEOPLE[:1], (), False, ())
     for content in ("@bob @alice", "@bob @alice!"):
         for mentioned in (MENTIONED, only_bob, NO_MENTIONS):
-            for mine in ({"bob"}, {"alice"}, {"alice", "vip"}, {"nobody"}):
+            for reader_names in ({"bob"}, {"alice"}, {"alice", "vip"}, {"nobody"}):
                 for _ in range(2):
-                    html, _ = in_page(content, mentioned, frozenset(mine))
-                    assert html == render(content, mentioned, frozenset(mine))
+                    html, _ = in_page(content, mentioned, frozenset(reader_names))
+                    assert html == render(content, mentioned, frozenset(reader_names))
 
 
 def test_readers_who_are_not_mentioned_share_an_entry() -> None:

@@ -286,7 +286,7 @@ def test_ready_says_which_part_is_not(client, redis_away, database_away):
     try:
         assert readiness(client) == {
             "migrations": ["missing: 0002_slices"],
-            "partitions": ["unknown until the migrations are done"],
+            "partitions": ["unknown until the migrations are applied"],
         }
     finally:
         execute("UPDATE schema_migration SET name = '0002_slices' WHERE name = 'another'")

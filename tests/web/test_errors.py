@@ -467,3 +467,27 @@ def test_a_name_without_a_visible_character_is_refused(api, cast, name):
     for path in ("/api/servers", f"/api/servers/{cast.server_id}/channels"):
         answer = api(cast.admin).post(path, json={"name": name})
         assert assert_problem(answer, 422, "invalid")["errors"]["name"] == ["Must have a visible character."]
+
+
+@pytest.mark.parametrize("impossible", ["0", str(2**63), "9" * 40])
+@pytest.mark.parametrize("method", ["GET", "PATCH", "DELETE"])
+def test_an_id_that_cannot_exist_is_404_on_every_method_of_its_route(api, cast, impossible, method):
+    for path in ("channels", "messages"):
+        answer = api(cast.admin).open(method, f"/api/{path}/{impossible}", json={"name": "x"})
+        assert_problem(answer, 404, "not_found")
+
+
+def test_every_endpoint_that_writes_says_what_it_publishes(app):
+    for rule in app.url_map.iter_rules():
+        contract = getattr(app.view_functions[rule.endpoint], "contract", None)
+        if contract and rule.methods - {"GET", "HEAD", "OPTIONS"}:
+            assert contract.publishes is not None, rule
+
+
+def test_a_request_line_that_is_too_long_has_the_one_error_shape(web):
+    with socket.create_connection(web, timeout=30) as connection:
+        connection.sendall(b"GET /" + b"a" * 8_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        answer = http.client.HTTPResponse(connection)
+        answer.begin()
+        assert (answer.status, answer.headers["Content-Type"]) == (414, "application/problem+json")
+        assert json.load(answer)["code"] == "uri_too_long"

@@ -176,7 +176,7 @@ def test_who_may_not_post_reads_why(browser, cast):
 
     assert why(cast.subscriber, cast.general) is None
     assert why(cast.admin, cast.announcements) is None
-    assert why(cast.subscriber, cast.announcements).startswith("Only admins post in #announcements.")
+    assert why(cast.subscriber, cast.announcements).startswith("Only admins can post in #announcements.")
     assert why(cast.lapsed, cast.general).startswith("Posting needs an active subscription.")
 
 
@@ -294,13 +294,13 @@ def test_what_the_setting_does_is_said(browser, api, cast):
 
     sam = api(cast.subscriber)
     path = f"/api/channels/{cast.general}/preference"
-    assert effect(cast.subscriber, cast.general) == "You are told of every message here"
+    assert effect(cast.subscriber, cast.general) == "You are notified of every message here"
     sam.put(path, json={"level": "mentions"})
     assert effect(cast.subscriber, cast.general).startswith("You are told only of messages that mention you")
     sam.put(path, json={"muted_until": "2090-01-02T03:04:00Z"})
     assert effect(cast.subscriber, cast.general).startswith("Until 02 Jan 2090, 03:04 UTC only a mention")
     sam.put(path, json={"muted_until": "2000-01-02T03:04:00Z"})
-    assert effect(cast.subscriber, cast.general) == "You are told of every message here"
+    assert effect(cast.subscriber, cast.general) == "You are notified of every message here"
     assert "active subscription" in effect(cast.lapsed, cast.general)
     assert "no role of yours opens this channel" in effect(cast.admin, cast.vault)
 

@@ -98,7 +98,7 @@ class _Inbox:
     def fill(self) -> None:
         execute("TRUNCATE notification")
         partitions.maintain()
-        first = partitions.list_partitions()[-1].below  # beyond what is there
+        first = partitions.list_partitions()[-1].upper  # beyond what is there
         number = -(-self.messages // PER_PARTITION)
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(lambda one: self._fill_one(first, one), range(number)))

@@ -130,7 +130,7 @@ def _fill(stage: Stage, channel_id: int, members: int, rows: int) -> tuple[int, 
     """Make so many rows, all read, in partitions; how many there are, and the seconds it took."""
     execute("TRUNCATE notification")
     partitions.maintain()
-    first = partitions.list_partitions()[-1].below  # beyond what is there
+    first = partitions.list_partitions()[-1].upper  # beyond what is there
     told = members * 7 // 10
     number = max(1, round(rows / (told * PER_PARTITION)))
     say(f"making {number * told * PER_PARTITION:,} notifications in {number} partitions …")

@@ -56,7 +56,7 @@ def fill(members: int = MEMBERS, rows: int = ROWS) -> int:
         "SELECT id, message_id, notifications_inserted FROM run WHERE id = %(id)s", {"id": posted.run_id}
     )
     assert template is not None
-    first = partitions.list_partitions()[-1].below
+    first = partitions.list_partitions()[-1].upper
     number = max(1, round(rows / (template["notifications_inserted"] * PER_PARTITION)))
     notifications = number * PER_PARTITION * template["notifications_inserted"]
     say(f"  making {notifications:,} notifications in {number} partitions …")

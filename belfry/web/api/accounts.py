@@ -1,4 +1,4 @@
-"""Oneself, one's tokens and sessions; and, for admins, people, their tokens and subscriptions."""
+"""The caller's account, tokens and sessions; for admins, users with their tokens and subscriptions."""
 
 from typing import Any
 
@@ -8,13 +8,13 @@ from belfry.messages.suggestions import suggest_mentions
 from belfry.servers import servers
 from belfry.servers.visibility import get_visible_channel, visible_channels
 from belfry.web import auth
-from belfry.web.endpoint import ApiResponse, api, bearer_token, current_user, endpoint, paginate
+from belfry.web.endpoint import ApiResponse, access, api, bearer_token, current_user, endpoint, own_access, paginate
 
 
 @api.get("/me")
-@endpoint(gives=schemas.Me)
+@endpoint(response=schemas.Me)
 def me() -> Any:
-    """Who one is, whether one's subscription counts, and which servers one is in."""
+    """Get the caller's account, with the state of their subscription and their servers."""
     user = current_user()
     return {
         **user.__data__,
@@ -24,9 +24,9 @@ def me() -> Any:
 
 
 @api.get("/me/tokens")
-@endpoint(query=schemas.Page, gives=schemas.OwnToken)
+@endpoint(query=schemas.Page, response=schemas.OwnToken)
 def list_own_tokens(query: dict[str, Any]) -> Any:
-    """List one's own tokens, without the tokens themselves."""
+    """List the caller's tokens, without the tokens themselves."""
     user, token, session = current_user(), bearer_token(), auth.current_session()
     current = tokens.hash_token(token) if token else session.token_hash if session else b""
     return paginate(
@@ -37,23 +37,23 @@ def list_own_tokens(query: dict[str, Any]) -> Any:
 
 
 @api.delete("/me/tokens/<id:token_id>")
-@endpoint(status=204)
+@endpoint(status=204, publishes=own_access)
 def revoke_own_token(token_id: int) -> None:
-    """Revoke one of one's own tokens, now, with the sessions and streams that it opened."""
+    """Revoke one of the caller's tokens at once, with the sessions and streams that it opened."""
     tokens.revoke_token(current_user().id, token_id)
 
 
 @api.delete("/me/sessions")
-@endpoint(status=204)
+@endpoint(status=204, publishes=own_access)
 def end_own_sessions() -> None:
-    """Sign out everywhere: end all of one's sessions in browsers. Tokens stay valid."""
+    """Sign out everywhere: end all browser sessions of the caller. Tokens stay valid."""
     sessions.end_all_sessions(current_user().id)
 
 
 @api.get("/channels")
-@endpoint(query=schemas.Page, gives=schemas.Channel)
+@endpoint(query=schemas.Page, response=schemas.Channel)
 def list_own_channels(query: dict[str, Any]) -> Any:
-    """The channels that one may see."""
+    """List the channels that the caller can see."""
     return paginate(
         query,
         lambda after, limit: visible_channels(current_user(), after=after or 0, limit=limit),
@@ -62,17 +62,17 @@ def list_own_channels(query: dict[str, Any]) -> Any:
 
 
 @api.get("/channels/<id:channel_id>/mention-suggestions")
-@endpoint(query=schemas.MentionSuggestionQuery, gives=schemas.MentionSuggestionList)
+@endpoint(query=schemas.MentionSuggestionQuery, response=schemas.MentionSuggestionList)
 def list_mention_suggestions(channel_id: int, query: dict[str, Any]) -> Any:
-    """Whom one may mention in a channel, by the beginning of a username; for moderators, groups as well."""
+    """Suggest mentions in a channel by the beginning of a username; for moderators, roles and everyone as well."""
     channel = get_visible_channel(current_user(), channel_id)
     return {"items": suggest_mentions(channel, query["q"], query["limit"]), "next": None}
 
 
 @api.get("/users")
-@endpoint(query=schemas.UserPage, gives=schemas.User, admin=True)
+@endpoint(query=schemas.UserPage, response=schemas.User, admin=True)
 def list_users(query: dict[str, Any]) -> Any:
-    """Everybody, or the one with a username."""
+    """List all users, or the one with a username."""
     return paginate(
         query,
         lambda after, limit: users.list_users(after=after or 0, limit=limit, username=query["username"]),
@@ -81,45 +81,45 @@ def list_users(query: dict[str, Any]) -> Any:
 
 
 @api.post("/users")
-@endpoint(body=schemas.UserIn, gives=schemas.User, status=201, admin=True)
+@endpoint(body=schemas.UserIn, response=schemas.User, status=201, admin=True, publishes=access)
 def create_user(body: dict[str, Any]) -> ApiResponse:
-    """A new person."""
+    """Create a user."""
     user = users.create_user(**body)
     return ApiResponse(users.find_user(user.id), headers={"Location": f"/api/users/{user.id}"})
 
 
 @api.get("/users/<id:user_id>")
-@endpoint(gives=schemas.User, admin=True)
+@endpoint(response=schemas.User, admin=True)
 def get_user(user_id: int) -> Any:
-    """One person."""
+    """Get a user."""
     return users.find_user(user_id)
 
 
 @api.patch("/users/<id:user_id>")
-@endpoint(body=schemas.UserChange, gives=schemas.User, admin=True)
+@endpoint(body=schemas.UserChange, response=schemas.User, admin=True, publishes=access)
 def update_user(user_id: int, body: dict[str, Any]) -> Any:
-    """Change a person's name or e-mail address, or make them an admin."""
+    """Change a user's name or e-mail address, or make them an admin."""
     return users.update_user(user_id, body)
 
 
 @api.get("/users/<id:user_id>/subscription")
-@endpoint(gives=schemas.Subscription, admin=True)
+@endpoint(response=schemas.Subscription, admin=True)
 def get_subscription(user_id: int) -> Any:
-    """A person's subscription; null where there never was one."""
+    """Get a user's subscription; null where there never was one."""
     return subscriptions.subscription_of(user_id)
 
 
 @api.put("/users/<id:user_id>/subscription")
-@endpoint(body=schemas.SubscriptionIn, gives=schemas.Subscription, admin=True)
+@endpoint(body=schemas.SubscriptionIn, response=schemas.Subscription, admin=True, publishes=access)
 def put_subscription(user_id: int, body: dict[str, Any]) -> Any:
-    """Say what the payment provider says. The same again changes nothing."""
+    """Set a user's subscription to what the payment provider says. Repeating it changes nothing."""
     return subscriptions.set_subscription(user_id, body["status"], body["current_period_end"])
 
 
 @api.get("/users/<id:user_id>/tokens")
-@endpoint(query=schemas.Page, gives=schemas.Token, admin=True)
+@endpoint(query=schemas.Page, response=schemas.Token, admin=True)
 def list_tokens(user_id: int, query: dict[str, Any]) -> Any:
-    """A person's tokens, without the tokens themselves."""
+    """List a user's tokens, without the tokens themselves."""
     return paginate(
         query,
         lambda after, limit: tokens.list_tokens(user_id, after=after or 0, limit=limit),
@@ -128,15 +128,15 @@ def list_tokens(user_id: int, query: dict[str, Any]) -> Any:
 
 
 @api.post("/users/<id:user_id>/tokens")
-@endpoint(body=schemas.TokenIn, gives=schemas.Token, status=201, admin=True, optional_body=True)
+@endpoint(body=schemas.TokenIn, response=schemas.Token, status=201, admin=True, optional_body=True, publishes=access)
 def create_token(user_id: int, body: dict[str, Any]) -> Any:
-    """A new token. It is shown this once."""
+    """Create a token. It is returned only this once."""
     stored, token = tokens.create_token(users.find_user(user_id), body["expires_at"])
     return {**stored, "token": token}
 
 
 @api.delete("/users/<id:user_id>/tokens/<id:token_id>")
-@endpoint(status=204, admin=True)
+@endpoint(status=204, admin=True, publishes=access)
 def revoke_token(user_id: int, token_id: int) -> None:
-    """End a token, now."""
+    """Revoke a token at once."""
     tokens.revoke_token(user_id, token_id)

@@ -1,4 +1,4 @@
-"""The inbox, and what somebody wants to hear of a channel."""
+"""The caller's inbox, and their preference for a channel."""
 
 from typing import Any
 
@@ -6,14 +6,14 @@ import schemas
 from belfry.inbox import inbox
 from belfry.inbox.inbox import parse_notification_id
 from belfry.servers import preferences
-from belfry.web.endpoint import api, current_user, endpoint, paginate
+from belfry.web.endpoint import api, current_user, endpoint, nothing, own_counts, paginate
 from belfry.web.problems import HttpProblem
 
 
 @api.get("/notifications")
-@endpoint(query=schemas.NotificationQuery, gives=schemas.Notification)
+@endpoint(query=schemas.NotificationQuery, response=schemas.Notification)
 def list_notifications(query: dict[str, Any]) -> Any:
-    """One's own notifications, newest message first."""
+    """List the caller's notifications, newest message first."""
     return paginate(
         query,
         lambda before, limit: inbox.list_notifications(
@@ -24,16 +24,16 @@ def list_notifications(query: dict[str, Any]) -> Any:
 
 
 @api.get("/notifications/unread-count")
-@endpoint(gives=schemas.UnreadCount)
+@endpoint(response=schemas.UnreadCount)
 def unread_count() -> Any:
-    """How many are unread: in all, of them mentions, and by channel. Exact, however many."""
+    """Count the unread notifications: in total, mentions, and by channel. The counts are exact."""
     return inbox.unread_count(current_user())
 
 
 @api.post("/notifications/read")
-@endpoint(body=schemas.MarkRead, gives=schemas.Marked)
+@endpoint(body=schemas.MarkRead, response=schemas.Marked, publishes=own_counts)
 def mark_read(body: dict[str, Any]) -> Any:
-    """Mark some, those up to one, a channel's, or all as read."""
+    """Mark notifications read: the given ones, those up to one, those of a channel, or all."""
     if body.get("all"):
         return inbox.mark_all_read(current_user())
     return inbox.mark_read(
@@ -42,9 +42,9 @@ def mark_read(body: dict[str, Any]) -> Any:
 
 
 @api.delete("/notifications/<notification_id>")
-@endpoint(status=204)
+@endpoint(status=204, publishes=own_counts)
 def dismiss(notification_id: str) -> None:
-    """Take one out of the inbox, for good."""
+    """Remove a notification from the inbox for good."""
     try:
         user_id, message_id = parse_notification_id(notification_id)
     except ValueError:
@@ -53,14 +53,14 @@ def dismiss(notification_id: str) -> None:
 
 
 @api.get("/channels/<id:channel_id>/preference")
-@endpoint(gives=schemas.Preference)
+@endpoint(response=schemas.Preference)
 def get_preference(channel_id: int) -> Any:
-    """What one wants to hear of a channel; everything, if one never said."""
+    """Get the caller's preference for a channel; level `all` where none is stored."""
     return preferences.preference_of(current_user(), channel_id)
 
 
 @api.put("/channels/<id:channel_id>/preference")
-@endpoint(body=schemas.PreferenceIn, gives=schemas.Preference)
+@endpoint(body=schemas.PreferenceIn, response=schemas.Preference, publishes=nothing)
 def put_preference(channel_id: int, body: dict[str, Any]) -> Any:
-    """Say what one wants to hear of a channel: the level, and until when it is muted."""
+    """Set the caller's preference for a channel: its level, and the time until which it is muted."""
     return preferences.set_preference(current_user(), channel_id, body["level"], body["muted_until"])

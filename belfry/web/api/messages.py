@@ -1,4 +1,4 @@
-"""Messages: post, read, edit, delete, and why somebody was, or was not, told."""
+"""Messages: post, read, edit, delete, and explain who was notified."""
 
 import re
 from contextlib import suppress
@@ -13,7 +13,18 @@ from belfry.core.idempotency import IdempotentRequest, save_response
 from belfry.messages import explanation, history, messages
 from belfry.messages.mentions import AllowedMentions
 from belfry.queue.queues import enqueue_run, queue_is_full
-from belfry.web.endpoint import ApiResponse, api, current_user, defers_token_check, endpoint, json_response, paginate
+from belfry.web.endpoint import (
+    ApiResponse,
+    api,
+    current_user,
+    defers_token_check,
+    deleted_message,
+    endpoint,
+    json_response,
+    mark_token_checked,
+    nothing,
+    paginate,
+)
 from belfry.web.rate_limit import limit_messages
 
 _message = schemas.Message()
@@ -35,9 +46,9 @@ def _once(body: dict[str, Any]) -> IdempotentRequest | None:
 @api.post("/messages")
 @defers_token_check
 @limit_messages
-@endpoint(body=schemas.MessageIn, gives=schemas.Message, status=201)
+@endpoint(body=schemas.MessageIn, response=schemas.Message, status=201, publishes=nothing)
 def post_message(body: dict[str, Any]) -> ApiResponse | Response:
-    """Post a message. Everyone who should know is told by a run, which this answer does not wait for."""
+    """Post a message. A run notifies the members; the response does not wait for it."""
     allowed = body["allowed_mentions"]
     once = _once(body)
     pending = queue_is_full()
@@ -52,6 +63,7 @@ def post_message(body: dict[str, Any]) -> ApiResponse | Response:
         run_state="pending" if pending else "queued",
         token_hash=g.token_hash,
     )
+    mark_token_checked()
     if posted.answer is not None:
         location = f"/api/messages/{json.loads(posted.answer)['id']}"
         return json_response(posted.answer, 201, {"Location": location, "Idempotency-Replayed": "true"})
@@ -59,15 +71,15 @@ def post_message(body: dict[str, Any]) -> ApiResponse | Response:
     if not pending and not enqueue_run(posted.run_id):
         message["run"]["state"] = "pending"
         if once:
-            with suppress(OperationalError, InterfaceError):  # the message is posted, whatever becomes of this
+            with suppress(OperationalError, InterfaceError):  # the message is posted in any case
                 save_response(once, message)
     return ApiResponse(message, headers={"Location": f"/api/messages/{message['id']}"})
 
 
 @api.get("/channels/<id:channel_id>/messages")
-@endpoint(query=schemas.Page, gives=schemas.Message)
+@endpoint(query=schemas.Page, response=schemas.Message)
 def list_messages(channel_id: int, query: dict[str, Any]) -> Any:
-    """A channel's messages, newest first."""
+    """List a channel's messages, newest first."""
     return paginate(
         query,
         lambda before, limit: history.list_messages(current_user(), channel_id, before=before, limit=limit),
@@ -76,18 +88,21 @@ def list_messages(channel_id: int, query: dict[str, Any]) -> Any:
 
 
 @api.get("/messages/<id:message_id>")
-@endpoint(gives=schemas.Message)
+@endpoint(response=schemas.Message)
 def get_message(message_id: int) -> Any:
-    """One message, as it is now."""
+    """Get a message as it is now."""
     stored, _ = history.find_message(current_user(), message_id)
     return history.serialize_messages(current_user(), [stored])[0]
 
 
 @api.patch("/messages/<id:message_id>")
 @limit_messages
-@endpoint(body=schemas.MessageChange, gives=schemas.Message)
+@endpoint(body=schemas.MessageChange, response=schemas.Message, publishes=nothing)
 def edit_message(message_id: int, body: dict[str, Any]) -> Any:
-    """Edit one's own message. Whom it mentions now is told; who is mentioned no more loses what is unread."""
+    """Edit one's own message.
+
+    Newly mentioned members are notified. Unread notifications of removed mentions are retracted.
+    """
     posted = messages.edit_message(current_user(), message_id, body["content"])
     message = posted.message
     if posted.run_id:
@@ -97,14 +112,14 @@ def edit_message(message_id: int, body: dict[str, Any]) -> Any:
 
 
 @api.delete("/messages/<id:message_id>")
-@endpoint(status=204)
+@endpoint(status=204, publishes=deleted_message)
 def delete_message(message_id: int) -> None:
-    """Take a message back: its author, a moderator or an admin. Nobody is shown its notifications any more."""
+    """Delete a message: the author, a moderator or an admin. Its notifications are not shown any more."""
     messages.delete_message(current_user(), message_id)
 
 
 @api.get("/messages/<id:message_id>/explain")
-@endpoint(query=schemas.ExplainQuery, gives=schemas.Explanation)
+@endpoint(query=schemas.ExplainQuery, response=schemas.Explanation)
 def explain(message_id: int, query: dict[str, Any]) -> Any:
-    """Why a member was, or was not, told: about oneself, or for admins about anybody."""
+    """Explain why a user was or was not notified: the caller, or for admins any user."""
     return explanation.explain(current_user(), message_id, query["user_id"] or current_user().id)

@@ -1,4 +1,4 @@
-"""Runs: how a fan-out goes, replays, and test notifications."""
+"""Runs: their progress and statistics, replays, and test notifications."""
 
 from typing import Any
 
@@ -7,18 +7,18 @@ from belfry.core.db import Row
 from belfry.fanout import runs
 from belfry.messages import test_notifications
 from belfry.queue.queues import enqueue_run
-from belfry.web.endpoint import ApiResponse, api, current_user, endpoint, paginate
+from belfry.web.endpoint import ApiResponse, api, current_user, endpoint, nothing, paginate
 from models import User
 
-HIDDEN_ERROR = "The last attempt failed. Admins can see why."
+HIDDEN_ERROR = "The last attempt failed. Admins can see the error."
 
 
-def describe_run(run: Row, reader: User | None = None) -> Row:
-    """A stored run as it is sent. What went wrong can name hosts and statements: its text is for admins.
+def describe_run(run: Row, viewer: User | None = None) -> Row:
+    """Serialize a run. Its error may name hosts and statements, so only admins see it.
 
-    `reader` None is an operator, or an admin's endpoint.
+    `viewer` None is an operator, or an admin's endpoint.
     """
-    shown = {"error": HIDDEN_ERROR} if run["error"] and reader and not reader.is_admin else {}
+    shown = {"error": HIDDEN_ERROR} if run["error"] and viewer and not viewer.is_admin else {}
     return {
         **run,
         **shown,
@@ -28,16 +28,16 @@ def describe_run(run: Row, reader: User | None = None) -> Row:
 
 
 @api.get("/runs/<id:run_id>")
-@endpoint(gives=schemas.Run)
+@endpoint(response=schemas.Run)
 def get_run(run_id: int) -> Any:
-    """How the fan-out of a message goes, or went: for its author, and for admins."""
+    """Get the progress and statistics of a run: the message's author and admins."""
     return describe_run(runs.find_run(run_id, current_user()), current_user())
 
 
 @api.get("/runs")
-@endpoint(query=schemas.RunQuery, gives=schemas.Run, admin=True)
+@endpoint(query=schemas.RunQuery, response=schemas.Run, admin=True)
 def list_runs(query: dict[str, Any]) -> Any:
-    """All runs, newest first."""
+    """List all runs, newest first."""
     return paginate(
         query,
         lambda before, limit: [
@@ -51,9 +51,9 @@ def list_runs(query: dict[str, Any]) -> Any:
 
 
 @api.post("/runs/<id:run_id>/replay")
-@endpoint(body=schemas.ReplayIn, gives=schemas.Replay, status=202, admin=True, optional_body=True)
+@endpoint(body=schemas.ReplayIn, response=schemas.Replay, status=202, admin=True, optional_body=True, publishes=nothing)
 def replay(run_id: int, body: dict[str, Any]) -> Any:
-    """Decide again about everybody by the rules of now: what would be (200), or is being (202), added."""
+    """Repeat a run by the rules of now. 200 says what would be inserted, 202 what a new run is inserting."""
     replayed = runs.replay(run_id, dry_run=body["dry_run"])
     new_run = replayed["run_id"]
     if new_run is None:
@@ -65,9 +65,16 @@ def replay(run_id: int, body: dict[str, Any]) -> Any:
 
 
 @api.post("/test-notifications")
-@endpoint(body=schemas.TestNotificationIn, gives=schemas.Run, status=202, admin=True, optional_body=True)
+@endpoint(
+    body=schemas.TestNotificationIn,
+    response=schemas.Run,
+    status=202,
+    admin=True,
+    optional_body=True,
+    publishes=nothing,
+)
 def test_notification(body: dict[str, Any]) -> ApiResponse:
-    """Send a test notification through the real queue: to oneself, or to a channel."""
+    """Send a test notification through the real queue, to the caller or to a channel."""
     run_id = test_notifications.send_test(current_user(), body["channel_id"], body["content"], body["audience"])
     enqueue_run(run_id)
     return ApiResponse(describe_run(runs.find_run(run_id)), headers={"Location": f"/api/runs/{run_id}"})

@@ -1,18 +1,18 @@
-"""Servers, their members, roles and channels: for admins, but for a channel itself."""
+"""Servers, their members, roles and channels: for admins, except reading one channel."""
 
 from typing import Any
 
 import schemas
 from belfry.servers import servers
 from belfry.servers.visibility import VisibleChannel, get_visible_channel
-from belfry.web.endpoint import ApiResponse, api, current_user, endpoint, paginate, require_admin
+from belfry.web.endpoint import ApiResponse, access, api, current_user, endpoint, paginate, require_admin
 from models import Server
 
 
 @api.get("/servers")
-@endpoint(query=schemas.Page, gives=schemas.Server, admin=True)
+@endpoint(query=schemas.Page, response=schemas.Server, admin=True)
 def list_servers(query: dict[str, Any]) -> Any:
-    """All servers."""
+    """List all servers."""
     return paginate(
         query,
         lambda after, limit: servers.list_servers(after=after or 0, limit=limit),
@@ -21,24 +21,24 @@ def list_servers(query: dict[str, Any]) -> Any:
 
 
 @api.post("/servers")
-@endpoint(body=schemas.ServerIn, gives=schemas.Server, status=201, admin=True)
+@endpoint(body=schemas.ServerIn, response=schemas.Server, status=201, admin=True, publishes=access)
 def create_server(body: dict[str, Any]) -> ApiResponse:
-    """A new server, with nobody in it."""
+    """Create a server without members."""
     server = servers.find_server(Server.create(**body).id)
     return ApiResponse(server, headers={"Location": f"/api/servers/{server.id}"})
 
 
 @api.get("/servers/<id:server_id>")
-@endpoint(gives=schemas.Server, admin=True)
+@endpoint(response=schemas.Server, admin=True)
 def get_server(server_id: int) -> Any:
-    """One server."""
+    """Get a server."""
     return servers.find_server(server_id)
 
 
 @api.get("/servers/<id:server_id>/members")
-@endpoint(query=schemas.Page, gives=schemas.Member, admin=True)
+@endpoint(query=schemas.Page, response=schemas.Member, admin=True)
 def list_members(server_id: int, query: dict[str, Any]) -> Any:
-    """A server's members and their roles."""
+    """List a server's members with their roles."""
     return paginate(
         query,
         lambda after, limit: servers.list_members(server_id, after=after or 0, limit=limit),
@@ -47,30 +47,30 @@ def list_members(server_id: int, query: dict[str, Any]) -> Any:
 
 
 @api.post("/servers/<id:server_id>/members")
-@endpoint(body=schemas.MemberIn, gives=schemas.Member, status=201, admin=True)
+@endpoint(body=schemas.MemberIn, response=schemas.Member, status=201, admin=True, publishes=access)
 def add_member(server_id: int, body: dict[str, Any]) -> Any:
-    """Make somebody a member, with exactly these roles; without `role_ids` those of a member stay."""
+    """Add a member with exactly these roles; without `role_ids` a member keeps theirs."""
     return servers.put_member(server_id, body["user_id"], body["role_ids"])
 
 
 @api.put("/servers/<id:server_id>/members/<id:user_id>")
-@endpoint(body=schemas.MemberRoles, gives=schemas.Member, admin=True)
+@endpoint(body=schemas.MemberRoles, response=schemas.Member, admin=True, publishes=access)
 def put_member(server_id: int, user_id: int, body: dict[str, Any]) -> Any:
-    """The same, by address: a member with exactly these roles."""
+    """Add a member, or set their roles, by the user's id."""
     return servers.put_member(server_id, user_id, body["role_ids"])
 
 
 @api.delete("/servers/<id:server_id>/members/<id:user_id>")
-@endpoint(status=204, admin=True)
+@endpoint(status=204, admin=True, publishes=access)
 def remove_member(server_id: int, user_id: int) -> None:
-    """Take somebody out of a server; their roles in it go with them."""
+    """Remove a member, with their roles in the server."""
     servers.remove_member(server_id, user_id)
 
 
 @api.get("/servers/<id:server_id>/roles")
-@endpoint(query=schemas.Page, gives=schemas.Role, admin=True)
+@endpoint(query=schemas.Page, response=schemas.Role, admin=True)
 def list_roles(server_id: int, query: dict[str, Any]) -> Any:
-    """A server's roles."""
+    """List a server's roles."""
     return paginate(
         query,
         lambda after, limit: servers.list_roles(server_id, after=after or 0, limit=limit),
@@ -79,23 +79,23 @@ def list_roles(server_id: int, query: dict[str, Any]) -> Any:
 
 
 @api.post("/servers/<id:server_id>/roles")
-@endpoint(body=schemas.RoleIn, gives=schemas.Role, status=201, admin=True)
+@endpoint(body=schemas.RoleIn, response=schemas.Role, status=201, admin=True, publishes=access)
 def create_role(server_id: int, body: dict[str, Any]) -> Any:
-    """A new role. Moderators mention roles and everyone, and delete messages."""
+    """Create a role. Moderators may mention roles and everyone, and delete messages."""
     return servers.create_role(server_id, body["name"], body["moderator"])
 
 
 @api.delete("/servers/<id:server_id>/roles/<id:role_id>")
-@endpoint(status=204, admin=True)
+@endpoint(status=204, admin=True, publishes=access)
 def delete_role(server_id: int, role_id: int) -> None:
-    """Take a role away, from its members and channels as well."""
+    """Delete a role, also from members and channels."""
     servers.delete_role(server_id, role_id)
 
 
 @api.get("/servers/<id:server_id>/channels")
-@endpoint(query=schemas.Page, gives=schemas.Channel, admin=True)
+@endpoint(query=schemas.Page, response=schemas.Channel, admin=True)
 def list_channels(server_id: int, query: dict[str, Any]) -> Any:
-    """All channels of a server."""
+    """List all channels of a server."""
     return paginate(
         query,
         lambda after, limit: servers.list_channels(server_id, after=after or 0, limit=limit),
@@ -104,9 +104,9 @@ def list_channels(server_id: int, query: dict[str, Any]) -> Any:
 
 
 @api.post("/servers/<id:server_id>/channels")
-@endpoint(body=schemas.ChannelIn, gives=schemas.Channel, status=201, admin=True)
+@endpoint(body=schemas.ChannelIn, response=schemas.Channel, status=201, admin=True, publishes=access)
 def create_channel(server_id: int, body: dict[str, Any]) -> ApiResponse:
-    """A new channel: open or private, for members or for admins to post in."""
+    """Create a channel: open or private, and for members or only admins to post in."""
     channel = servers.create_channel(server_id, body["name"], body["private"], body["posting"])
     return ApiResponse(channel, headers={"Location": f"/api/channels/{channel.id}"})
 
@@ -116,39 +116,39 @@ def _describe(channel: VisibleChannel) -> dict[str, Any]:
 
 
 @api.get("/channels/<id:channel_id>")
-@endpoint(gives=schemas.Channel)
+@endpoint(response=schemas.Channel)
 def get_channel(channel_id: int) -> Any:
-    """One channel, for whoever may see it."""
+    """Get a channel that the caller can see."""
     return _describe(get_visible_channel(current_user(), channel_id))
 
 
 def _administered(channel_id: int) -> None:
-    """Raises NotFound for a channel that the caller may not see, 403 for one that is not theirs to change."""
+    """Raises NotFound for a channel that the caller cannot see, 403 for one that they may not change."""
     get_visible_channel(current_user(), channel_id)
     require_admin()
 
 
 @api.patch("/channels/<id:channel_id>")
-@endpoint(body=schemas.ChannelChange, gives=schemas.Channel)
+@endpoint(body=schemas.ChannelChange, response=schemas.Channel, publishes=access)
 def update_channel(channel_id: int, body: dict[str, Any]) -> Any:
-    """Rename a channel, make it private or open, or say who posts in it. Admins."""
+    """Rename a channel, make it private or open, or change who may post in it."""
     _administered(channel_id)
     servers.update_channel(channel_id, body)
     return _describe(get_visible_channel(current_user(), channel_id))
 
 
 @api.delete("/channels/<id:channel_id>")
-@endpoint(status=204)
+@endpoint(status=204, publishes=access)
 def delete_channel(channel_id: int) -> None:
-    """Take away a channel in which nothing was ever posted. Admins."""
+    """Delete a channel without messages."""
     _administered(channel_id)
     servers.delete_channel(channel_id)
 
 
 @api.get("/channels/<id:channel_id>/roles")
-@endpoint(query=schemas.Page, gives=schemas.Role)
+@endpoint(query=schemas.Page, response=schemas.Role)
 def list_channel_roles(channel_id: int, query: dict[str, Any]) -> Any:
-    """The roles that open a private channel. Admins."""
+    """List the roles that open a private channel."""
     _administered(channel_id)
     return paginate(
         query,
@@ -160,8 +160,8 @@ def list_channel_roles(channel_id: int, query: dict[str, Any]) -> Any:
 
 
 @api.put("/channels/<id:channel_id>/roles")
-@endpoint(body=schemas.ChannelRoles, gives=schemas.RoleList)
+@endpoint(body=schemas.ChannelRoles, response=schemas.RoleList, publishes=access)
 def put_channel_roles(channel_id: int, body: dict[str, Any]) -> Any:
-    """Let exactly these roles open a channel. Admins."""
+    """Set the roles that open a private channel."""
     _administered(channel_id)
     return {"items": servers.set_channel_roles(channel_id, body["role_ids"]), "next": None}

@@ -1,6 +1,6 @@
-"""The page, for people with a browser: the channels, their messages, and the inbox.
+"""The web page: channels, messages and the inbox, for browsers.
 
-What is here is read without JavaScript. static/page/ adds to the same HTML what is live and what writes, over the API.
+The HTML is readable without JavaScript. static/page/ adds live updates and writing, over the API.
 """
 
 from collections.abc import Set
@@ -30,12 +30,13 @@ from belfry.servers.visibility import (
     visible_channels,
 )
 from belfry.stream import updates
+from belfry.stream.publish import publish
 from belfry.web import auth
 from belfry.web.endpoint import READS
 from belfry.web.problems import HttpProblem
 from models import LARGEST_ID, User
 
-PARTS = ("pages.messages", "pages.notifications")  # of a page, which its scripts ask for
+PARTS = ("pages.messages", "pages.notifications")  # for the parts of a page that its scripts fetch
 POLICY = auth.POLICY + (
     "; script-src 'self'; connect-src 'self'; require-trusted-types-for 'script'; trusted-types 'none'"
 )
@@ -45,19 +46,19 @@ blueprint = Blueprint("pages", __name__)
 
 @blueprint.before_request
 def _admit() -> AnyResponse | None:
-    """Nobody is sent to sign in; a script is told so, and what writes has come from a form of this session."""
+    """Redirect to /login without a session; scripts get 401. A write must come from a form of this session."""
     if g.user is None:
         if request.endpoint in PARTS or request.method not in READS:
             raise HttpProblem(401, "You are signed out.")
         return redirect(url_for("sign_in.login", next=request.full_path.rstrip("?")), 303)
     if request.method not in READS and not auth.csrf_matches(request.form.get("csrf", "")):
-        raise HttpProblem(403, "This form was too old. Please go back and try again.")
+        raise HttpProblem(403, "This form has expired. Go back and try again.")
     return None
 
 
 @blueprint.after_request
 def _protect(answer: Response) -> Response:
-    """Nothing runs but what is served here; and what went wrong is a page as well."""
+    """Allow only the scripts that are served here, and show errors as pages."""
     if answer.mimetype == "application/problem+json":
         problem = answer.get_json()
         answer.set_data(render_template("refused.html", problem=problem))
@@ -70,7 +71,7 @@ def _protect(answer: Response) -> Response:
 
 @blueprint.get("/")
 def home() -> AnyResponse | str:
-    """303 to the first channel that one may see."""
+    """303 to the first channel that the user can see."""
     channels = visible_channels(g.user, limit=1)
     return redirect(_address(channels[0]), 303) if channels else _page("nowhere.html")
 
@@ -94,29 +95,29 @@ def channel(server_id: int, channel_id: int) -> str:
 
 @blueprint.get("/servers/<id:server_id>/channels/<id:channel_id>/messages")
 def messages(server_id: int, channel_id: int) -> str:
-    """The messages alone, as the channel's page has them."""
+    """Only the messages of a channel's page."""
     seen = _channel(server_id, channel_id)
     return render_template("messages.html", channel=seen, **_message_page(seen))
 
 
 @blueprint.get("/inbox")
 def inbox_page() -> str:
-    """What one was told, newest first: all or what is `unread`, from the top or `before` one."""
+    """The inbox, newest first: all notifications or the `unread` ones, from the top or `before` one."""
     return _page("inbox.html", **_notifications())
 
 
 @blueprint.get("/inbox/notifications")
 def notifications() -> str:
-    """The notifications alone, as the inbox has them."""
+    """Only the notifications of the inbox."""
     return render_template("notifications.html", csrf=auth.csrf_token(), **_notifications())
 
 
 @blueprint.post("/inbox/read")
 def mark_read() -> AnyResponse:
-    """Mark one notification read, or all: 303 to the inbox. 422 where neither is said, or both: nothing is all."""
+    """Mark one notification read, or all: 303 to the inbox. 422 unless exactly one of the two is given."""
     name, everything = request.form.get("id"), request.form.get("all") == "1"
     if (name is not None) == everything:
-        raise HttpProblem(422, "Say which notification to mark as read, or that all are meant.")
+        raise HttpProblem(422, "Give one notification to mark as read, or `all`.")
     if everything:
         inbox.mark_all_read(g.user)
     else:
@@ -124,11 +125,12 @@ def mark_read() -> AnyResponse:
             inbox.mark_read(g.user, ids=[parse_notification_id(name or "")])
         except ValueError:
             raise NotFound("There is no such notification.") from None
+    publish(user_id=g.user.id)
     return redirect(url_for("pages.inbox_page"), 303)
 
 
 def _page(template: str, **context: Any) -> str:
-    """A whole page: with the channels, what is unread in them, and whether the reader may hear the live stream."""
+    """A whole page, with the channels, their unread counts, and whether the user may use the stream."""
     count, current = inbox.unread_count(g.user), auth.current_session()
     by_channel = {channel["channel_id"]: channel for channel in count["channels"]}
     servers: dict[int, Row] = {}
@@ -161,17 +163,17 @@ def _channel(server_id: int, channel_id: int) -> VisibleChannel:
 
 
 def _id(text: str) -> int | None:
-    """A message's id. None for what could not be one."""
+    """Parse a message's id; None for any other text."""
     return min(int(text), LARGEST_ID - 1) if text.isascii() and text.isdigit() and len(text) < 20 else None
 
 
 def _position(name: str) -> int | None:
-    """A message's id in the address. None where there is none, or nothing that could be one."""
+    """A message's id in the query; None without one, or for any other text."""
     return _id(request.args.get(name, ""))
 
 
 def _message_page(seen: VisibleChannel) -> Row:
-    """The messages that the address asks for, and by which names they may call the reader."""
+    """The messages that the query asks for, and the names that mention the reader."""
     roles = roles_of(g.user.id, seen.server_id)
     found = load_page(g.user, seen, before=_position("before"), after=_position("after"), around=_position("around"))
     return {
@@ -196,21 +198,21 @@ def _posting_denied_reason(user: User, seen: VisibleChannel) -> str | None:
 
 
 def _effects(user: User, seen: VisibleChannel) -> dict[str, str]:
-    """What each setting of a channel does, in a sentence: by its level, with ` muted` while it is, until `TIME`.
+    """What each preference does, in a sentence, by level, with ` muted` while the channel is muted until `TIME`.
 
-    Where nothing is told whatever is set, all of them say so.
+    Where no preference leads to notifications, all say so.
     """
     if not seen.subscribed:
-        nothing = "You are told of nothing, whatever you choose here: that needs an active subscription."
+        nothing = "You get no notifications, whatever you choose here, without an active subscription."
     elif not receives_notifications_in(user, seen.id):
-        nothing = "You are told of nothing here, whatever you choose: no role of yours opens this channel."
+        nothing = "You get no notifications here, whatever you choose: none of your roles opens this channel."
     else:
         return PREFERENCE_HELP
     return dict.fromkeys(PREFERENCE_HELP, nothing)
 
 
 def _effect(preference: Row, effects: dict[str, str]) -> str:
-    """What the setting does now, for who reads without JavaScript."""
+    """What the current preference does, for reading without JavaScript."""
     until = preference["muted_until"]
     if until is None or until <= datetime.now(UTC):
         return effects[preference["level"]]
@@ -218,18 +220,18 @@ def _effect(preference: Row, effects: dict[str, str]) -> str:
 
 
 PREFERENCE_HELP = {
-    "all": "You are told of every message here.",
-    "mentions": "You are told only of messages that mention you, a role of yours, or everyone.",
-    "none": "You are told of nothing here; a mention does not get through either.",
-    "all muted": "Until TIME only a mention of your name gets through; after that, every message again.",
-    "mentions muted": "Until TIME only a mention of your name gets through; after that, all that mention you again.",
-    "none muted": "You are told of nothing here; a mention does not get through either.",
+    "all": "You are notified of every message here.",
+    "mentions": "You are notified only of messages that mention you, one of your roles, or everyone.",
+    "none": "You get no notifications here, not even for mentions.",
+    "all muted": "Until TIME you are notified only if you are mentioned by name; after that, of every message.",
+    "mentions muted": "Until TIME you are notified only if you are mentioned by name; after that, of all mentions.",
+    "none muted": "You get no notifications here, not even for mentions.",
 }
 
 
 @blueprint.app_template_filter("utc")
 def _utc(time: datetime) -> str:
-    """For reading without JavaScript; with it, each reader's own time takes its place."""
+    """For reading without JavaScript, which replaces it by the reader's own time."""
     return f"{time.astimezone(UTC):%d %b %Y, %H:%M} UTC"
 
 
