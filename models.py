@@ -2,7 +2,7 @@
 
 The database refuses what the rules forbid: a role of another server, a second subscription, a second
 notification for one person and message. Times are `timestamptz` in UTC. Text with a fixed set of values
-has a CHECK; the four reasons for which somebody is told are a type of their own, `reason`.
+has a CHECK; the four reasons of a notification are a type, `reason`.
 """
 
 from datetime import UTC, datetime
@@ -53,7 +53,7 @@ class TimeField(Field):
 
 
 class ReasonField(Field):
-    """Why somebody was told: the database's own type, which knows no other reasons."""
+    """Why a user was notified: a type of the database, which has no other values."""
 
     field_type = "reason"
 
@@ -286,12 +286,11 @@ class Slice(Table):
 
 
 class Notification(Table):
-    """One row per person and message, and where people are told no other index: each is paid for by every recipient.
+    """One row for each user and message. The partition in use has no index but its key: each recipient pays for one.
 
-    Partitioned by ranges of `message_id` (belfry/core/partitions.py): the key of the partition in use stays small.
-    No foreign keys, for the same reason (they halve the rate): people and messages are never removed from
-    their tables, so nothing can dangle. Title and text are made from the message when read. `dismissed_at`
-    rather than a DELETE, so that a run that is repeated cannot tell the person again.
+    Partitioned by ranges of `message_id` (belfry/core/partitions.py), so that the key of the partition in use stays
+    small. There are no foreign keys, which halve the rate: users and messages are never deleted, so no row can dangle. Title and body are made from the message when they are read. A removed notification is marked by
+    `dismissed_at` and not deleted, so that a repeated run cannot notify the user again.
     """
 
     user_id = BigIntegerField()

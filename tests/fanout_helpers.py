@@ -91,7 +91,7 @@ def post(author: Person, channel_id: int, content: str = "gold breaks out") -> t
     return posted.message["id"], posted.run_id
 
 
-def posted_and_told(author: Person, channel_id: int, content: str) -> int:
+def post_and_notify(author: Person, channel_id: int, content: str) -> int:
     message_id, run_id = post(author, channel_id, content)
     assert run_to_end(run_id) == "succeeded"
     return message_id
@@ -117,7 +117,7 @@ def run_of(run_id: int) -> dict[str, Any]:
     return runs.find_run(run_id)
 
 
-def told(message_id: int) -> dict[int, str]:
+def notified(message_id: int) -> dict[int, str]:
     """Who has a notification of a message, and for what reason."""
     return {found.user_id: found.reason for found in Notification.select().where(Notification.message_id == message_id)}
 

@@ -67,7 +67,7 @@ def entitled(subscription: Subscription | None, now: datetime, grace: timedelta)
 
 
 def decision(community: Community, number: int, now: datetime) -> str:
-    """The one reason why this member is, or is not, told. The order of the lines is the contract's."""
+    """The one reason why this member is, or is not, notified. The order of the lines is the contract's."""
     member = community.members[number]
     wish = member.preference or Preference()
     muted = wish.muted_until is not None and wish.muted_until > now

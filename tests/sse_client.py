@@ -1,4 +1,4 @@
-"""A reader of the live stream, as a browser's EventSource is one; but it comes back only when told to."""
+"""A reader of the live stream, as a browser's EventSource is one; but it comes back only when notified to."""
 
 import http.client
 import json

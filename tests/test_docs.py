@@ -60,7 +60,7 @@ def test_every_command_is_in_the_readme_and_has_help():
 
 
 def test_every_address_is_in_the_readme_and_in_the_map_of_app_py(app):
-    documented = README.split("## The API by example", 1)[1].split("### Who is told", 1)[0]
+    documented = README.split("## The API by example", 1)[1].split("### Who is notified", 1)[0]
     addresses = {
         (method, re.sub(r"\{\w+\}", "{id}", re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule.rule)))
         for rule in app.url_map.iter_rules()

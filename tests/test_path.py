@@ -1,8 +1,8 @@
-"""The whole path inside one process: a message is posted, its job runs, and the right people are told."""
+"""The whole path inside one process: a message is posted, its job runs, and the right people are notified."""
 from models import Notification
 
 
-def test_posting_tells_those_who_should_know(api, cast, run_jobs):
+def test_posting_notifies_the_right_members(api, cast, run_jobs):
     answer = api(cast.subscriber).post(
         "/api/messages", json={"channel_id": cast.general, "content": "gold breaks out, @moira and @bobby"}
     )
@@ -20,8 +20,8 @@ def test_posting_tells_those_who_should_know(api, cast, run_jobs):
     assert run["progress"] == {"done": 5, "total": 5}
     decisions = {decision: members for decision, members in run["stats"]["decisions"].items() if members}
     assert decisions == {"author": 1, "mention": 1, "message": 2, "no_subscription": 1}
-    told = {(row.user_id, row.reason) for row in Notification.select()}
-    assert told == {(cast.admin.id, "message"), (cast.moderator.id, "mention"), (cast.vip.id, "message")}
+    notified = {(row.user_id, row.reason) for row in Notification.select()}
+    assert notified == {(cast.admin.id, "message"), (cast.moderator.id, "mention"), (cast.vip.id, "message")}
 
     inbox = api(cast.moderator).get("/api/notifications").get_json()
     assert [item["title"] for item in inbox["items"]] == ["You were mentioned in Golden Signals #general"]

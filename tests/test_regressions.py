@@ -29,7 +29,7 @@ def post(api, author: Person, channel_id: int, content: str = "gold breaks out")
     return answer.get_json()
 
 
-def told(message: dict) -> dict[int, str]:
+def notified(message: dict) -> dict[int, str]:
     found = Notification.select().where(Notification.message_id == message["id"])
     return {notification.user_id: notification.reason for notification in found}
 
@@ -56,7 +56,7 @@ def test_a_task_that_fails_is_not_reported_as_success(api, cast, run_jobs, monke
     run = api(cast.admin).get(message["run"]["url"]).get_json()
     assert run["state"] == "queued"
     assert "division by zero" in run["error"]
-    assert told(message) == {}
+    assert notified(message) == {}
     queue = queues.queue()
     assert len(queue.scheduled_job_registry) == 1, "its retry is on its way"
     assert len(queue.finished_job_registry) == 0
@@ -81,18 +81,18 @@ def test_notifications_are_not_lost_when_the_queue_cannot_be_reached(api, cast, 
     execute("UPDATE run SET sweep_after = now() - interval '1 minute'")
     assert maintenance.sweep() == 1
     assert run_jobs() == 0
-    assert told(message).keys() == {cast.admin.id, cast.moderator.id, cast.vip.id}
+    assert notified(message).keys() == {cast.admin.id, cast.moderator.id, cast.vip.id}
 
 
 def test_notifications_are_not_lost_with_the_queues_contents(api, cast, run_jobs, redis):
     message = post(api, cast.subscriber, cast.general)
     redis.flushdb()
     assert run_jobs() == 0
-    assert told(message) == {}
+    assert notified(message) == {}
     execute("UPDATE run SET sweep_after = now() - interval '1 minute'")
     assert maintenance.sweep() == 1
     assert run_jobs() == 0
-    assert len(told(message)) == 3
+    assert len(notified(message)) == 3
 
 
 def test_a_run_that_is_repeated_makes_no_duplicates(api, cast, run_jobs):
@@ -106,7 +106,7 @@ def test_a_run_that_is_repeated_makes_no_duplicates(api, cast, run_jobs):
     )
     jobs.notify(message["run"]["id"])
     assert api(cast.subscriber).get(message["run"]["url"]).get_json()["stats"]["inserted"] == 0
-    assert len(told(message)) == Notification.select().count() == 3
+    assert len(notified(message)) == Notification.select().count() == 3
     assert inbox_of(api, cast.vip) == before
 
 
@@ -121,7 +121,7 @@ def test_the_database_itself_refuses_a_second_notification(api, cast, run_jobs):
     assert again == 0
 
 
-def test_recipients_are_not_told_ten_at_a_time_with_pauses(cast, monkeypatch):
+def test_recipients_are_not_notified_ten_at_a_time_with_pauses(cast, monkeypatch):
     for number in range(30):
         put_member(cast.server_id, make_person(f"reader-{number}").id, [])
     posted = messages.post_message(cast.subscriber.user, cast.general, "gold")
@@ -135,20 +135,20 @@ def test_recipients_are_not_told_ten_at_a_time_with_pauses(cast, monkeypatch):
     assert Notification.select().count() == 33
 
 
-# Who is told ----------------------------------------------------------------------------------------------
+# Who is notified ----------------------------------------------------------------------------------------------
 
 
-def test_the_author_is_not_told(api, cast, run_jobs):
-    message = post(api, cast.moderator, cast.general, "@moira tells @everyone and herself")
+def test_the_author_is_not_notified(api, cast, run_jobs):
+    message = post(api, cast.moderator, cast.general, "@moira notifies @everyone and herself")
     run_jobs()
-    assert cast.moderator.id not in told(message)
+    assert cast.moderator.id not in notified(message)
     assert inbox_of(api, cast.moderator) == []
 
 
 def test_admins_without_a_subscription_are_not_dropped(api, cast, run_jobs):
     message = post(api, cast.subscriber, cast.general)
     run_jobs()
-    assert told(message)[cast.admin.id] == "message"
+    assert notified(message)[cast.admin.id] == "message"
 
 
 def test_nobody_is_left_without_a_row_in_the_inbox_for_want_of_a_device(api, cast, run_jobs):
@@ -165,7 +165,7 @@ def test_a_missing_preference_does_not_mean_something_else_than_the_default(api,
     set_preference(cast.moderator.user, cast.general, default["level"], default["muted_until"])
     message = post(api, cast.subscriber, cast.general)
     run_jobs()
-    assert told(message)[cast.vip.id] == told(message)[cast.moderator.id] == "message"
+    assert notified(message)[cast.vip.id] == notified(message)[cast.moderator.id] == "message"
 
 
 @pytest.mark.parametrize("status", ["active", "trialing", "past_due"])
@@ -173,7 +173,7 @@ def test_a_period_that_ended_long_ago_does_not_count_as_subscribed(api, cast, ru
     set_subscription(cast.vip.id, status, datetime.now(UTC) - timedelta(days=400))
     message = post(api, cast.subscriber, cast.general, "@vera")
     run_jobs()
-    assert cast.vip.id not in told(message)
+    assert cast.vip.id not in notified(message)
     refused = api(cast.vip).post("/api/messages", json={"channel_id": cast.general, "content": "gold"})
     assert (refused.status_code, refused.get_json()["code"]) == (403, "subscription_required")
 
@@ -187,25 +187,25 @@ def test_nobody_is_mentioned_by_a_piece_of_a_name_or_of_an_address(api, cast, ru
     message = post(api, cast.moderator, cast.general, content)
     assert message["mentions"] == {"users": [], "roles": [], "everyone": False}
     run_jobs()
-    assert {told(message)[reader.id] for reader in readers} == {"message"}
+    assert {notified(message)[reader.id] for reader in readers} == {"message"}
 
 
-def test_a_private_channel_is_not_told_to_everyone(api, cast, run_jobs):
+def test_a_private_channel_notifies_only_its_members(api, cast, run_jobs):
     keeper = joined(cast, "victor")
     put_member(cast.server_id, keeper.id, [cast.vip_role])
     message = post(api, cast.vip, cast.vault, "@moira @ada, look")
     run_jobs()
-    assert told(message) == {keeper.id: "message"}
+    assert notified(message) == {keeper.id: "message"}
 
 
 # What is shown --------------------------------------------------------------------------------------------
 
 
-def test_a_message_that_is_deleted_is_not_told(api, cast, run_jobs):
+def test_a_deleted_message_notifies_nobody(api, cast, run_jobs):
     message = post(api, cast.subscriber, cast.general)
     assert api(cast.subscriber).delete(f"/api/messages/{message['id']}").status_code == 204
     run_jobs()
-    assert told(message) == {}
+    assert notified(message) == {}
 
 
 def test_a_message_that_is_deleted_later_is_not_shown_any_more(api, cast, run_jobs):
@@ -217,7 +217,7 @@ def test_a_message_that_is_deleted_later_is_not_shown_any_more(api, cast, run_jo
     assert api(cast.vip).get("/api/notifications/unread-count").get_json()["unread"] == 0
 
 
-def test_a_message_that_is_edited_is_not_told_as_it_was(api, cast, run_jobs):
+def test_an_edited_message_is_shown_as_it_is_now(api, cast, run_jobs):
     message = post(api, cast.subscriber, cast.general, "gold at 1900")
     run_jobs()
     assert inbox_of(api, cast.vip)[0]["body"] == "Sam: gold at 1900"

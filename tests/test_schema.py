@@ -29,7 +29,7 @@ def test_no_column_forgets_its_offset():
     assert wrong == []
 
 
-def test_what_is_told_pays_for_a_key_and_for_no_other_index():
+def test_the_partition_in_use_has_no_index_but_its_key():
     there = partitions.list_partitions()
     used = partitions._in_use(there)
     indexes = fetch_all("SELECT tablename, indexdef FROM pg_indexes WHERE tablename ~ '^notification(_before|$)'")

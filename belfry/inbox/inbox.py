@@ -120,7 +120,7 @@ def notifications_for(log_rows: Collection[Row], members: Collection[Row]) -> li
                 chan.id, chan.name, chan.private, chan.server_id, srv.name AS server_name
             FROM (
                 SELECT message_id, max(xid) AS last_xid,
-                    array_agg(notified_at) AS notified_at  -- each slice told at its own time
+                    array_agg(notified_at) AS notified_at  -- each slice has its own time
                 FROM unnest(%(message_ids)s::bigint[], %(notified_at)s::timestamptz[], %(xids)s::bigint[])
                     AS log (message_id, notified_at, xid)
                 GROUP BY message_id

@@ -266,4 +266,4 @@ def _read_cursor(cursor: str) -> int:
             return int(match[1])
     except (binascii.Error, ValueError):
         pass
-    raise Invalid({"Invalid cursor.": ["Is not one that was given out."]})
+    raise Invalid({"cursor": ["Invalid cursor."]})

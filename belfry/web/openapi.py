@@ -38,7 +38,7 @@ def document() -> dict[str, Any]:
         title="Belfry",
         version=VERSION,
         openapi_version="3.1.0",
-        info={"description": "Messages, and everyone who should know is told: exactly those, once each."},
+        info={"description": "Message posting and notification fan-out API."},
         plugins=[MarshmallowPlugin(schema_name_resolver=_name)],
         security=[{"token": []}],
     )

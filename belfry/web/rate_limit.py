@@ -103,7 +103,7 @@ def register(app: Flask) -> None:
 
 
 def _count() -> None:
-    """Raises 429 where there were too many; what is told of it is in `g.limit`."""
+    """Count a request; `g.limit` gets the values of the response's headers. Raises 429 beyond the limit."""
     if request.endpoint in _UNCOUNTED:
         return
     if g.user is None:

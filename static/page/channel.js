@@ -10,8 +10,8 @@ import { tellOfNew } from './toast.js';
 import './unread.js';
 import * as why from './why.js';
 
-// Between two looks at a channel of which no notification tells; at others, for what is told to nobody: one's own
-// messages of another window, edits and deletions. Never all pages at once.
+// Milliseconds between two fetches of a channel without notifications for the reader, and of other channels, for
+// messages that notify nobody, such as one's own.
 const QUIET = 15_000;
 const ANYWAY = 60_000;
 const me = document.body.dataset.user;
@@ -35,7 +35,7 @@ for (const dialog of document.querySelectorAll('dialog')) {
   dialog.addEventListener('click', ({ target }) => target === dialog && dialog.close()); // beside it
 }
 
-// How the telling of one's own messages goes: of those that come now, and of those that are not through yet.
+// The progress of the author's own messages: of new ones, and of those whose run is not finished.
 function watchRuns(items, isNew) {
   for (const item of items) {
     const button = item.querySelector('button.run');

@@ -7,7 +7,7 @@ const ADDRESS = '/api/notifications/stream';
 const SILENCE = 45_000; // three pings that did not come: the connection is dead, and nobody has said so
 const POLL = 30_000;
 const AGAIN = 5_000; // and the longer, the more often it was refused
-const TOGETHER = 3_000; // what all pages are told at once, they do in the course of so long
+const TOGETHER = 3_000; // ms over which pages spread what all of them are sent at once
 const HIDDEN = 10_000; // A page in the background lets go: browsers open six connections to a site, for all of its tabs.
 
 export const live = new EventTarget();

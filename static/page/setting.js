@@ -28,7 +28,7 @@ function mutedUntil() {
   return time > new Date() ? time : null;
 }
 
-// Whether a message may come of which no notification tells.
+// Whether messages may arrive without a notification.
 export const isQuiet = () => 'notNotified' in dialog.dataset || dialog.dataset.level !== 'all' || Boolean(mutedUntil());
 
 function show() {

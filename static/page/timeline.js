@@ -9,7 +9,7 @@ const nothing = document.getElementById('nothing');
 const toNewest = document.getElementById('to-newest');
 export const address = log.dataset.address;
 const GAP = 300; // milliseconds between two looks
-const awaited = new Set(); // ids of which a notification tells
+const awaited = new Set(); // ids of announced messages
 
 export const timeline = new EventTarget(); // `added`: the elements `items`, which `isNew` are, or old ones
 export const channelId = Number(log.dataset.channel);
@@ -22,7 +22,7 @@ export const isAtEnd = () => reachesNewest() && Math.abs(log.scrollTop) < 48;
 // The ids of the messages that the list has, the oldest first.
 export const listedIds = () => [...list.children].map(idOf);
 
-// Whether a message is told of that is not in the list: looking for it went wrong, or is under way.
+// Whether an announced message is not in the list: fetching it failed, or is in progress.
 export const isBehind = () => awaited.size > 0;
 
 const idOf = (item) => Number(item?.dataset.id ?? 0);

@@ -96,7 +96,7 @@ def address(cast: Cast, channel_id: int, rest: str = "") -> str:
 
 
 def wait_until_live(page: Page) -> None:
-    """Returns when the page hears the stream: what is told from now on, it must show."""
+    """Returns when the page hears the stream: what is notified from now on, it must show."""
     expect(page.locator("#connection")).to_have_attribute("data-state", "live")
 
 

@@ -103,7 +103,7 @@ def site(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def worker() -> Iterator[Process]:
-    """A worker, for tests in which somebody is told."""
+    """A worker, for tests in which somebody is notified."""
     with a_worker() as process:
         yield process
 

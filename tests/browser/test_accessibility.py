@@ -56,7 +56,7 @@ def test_channel_and_inbox(visit, worker, faults, cast, post, screen, color_sche
     composer(page).fill("hello @bobby")
     page.get_by_role("button", name="Send").click()
     expect(page.locator("#compose-status")).to_contain_text("nobody")
-    check(page, "a warning, and how many were told")
+    check(page, "a warning, and how many were notified")
 
     page.get_by_role("button", name=re.compile("^Notifications from")).click()
     page.get_by_role("button", name="For an hour").click()
@@ -69,7 +69,7 @@ def test_channel_and_inbox(visit, worker, faults, cast, post, screen, color_sche
     page.keyboard.press("Escape")
     page.get_by_role("button", name="Recipients").click()
     expect(page.locator("#run-state")).to_contain_text("were notified")
-    check(page, "who was told")
+    check(page, "who was notified")
     page.keyboard.press("Escape")
     if screen is PHONE:
         page.get_by_role("button", name="Channels").click()
@@ -89,7 +89,7 @@ def test_an_admins_question_and_a_long_channel(visit, cast, post, screen, color_
     ids = [post(f"number {number}") for number in range(60)]
     path = address(cast, cast.general, f"?around={ids[5]}#message-{ids[5]}")
     page = visit(path, cast.admin, color_scheme=color_scheme, **screen)
-    check(page, "old messages, and those that are not told yet")
+    check(page, "old messages, and those that are not notified yet")
     message(page, ids[5]).get_by_role("button", name="Recipients").click()
     expect(page.locator("#run-state")).to_contain_text("Waiting")
     check(page, "under way")

@@ -1,4 +1,4 @@
-"""Two people, two windows: what is written in one is told in the other, by the bell, the counts and a toast."""
+"""Two people, two windows: what is written in one is notified in the other, by the bell, the counts and a toast."""
 
 import re
 from statistics import median
@@ -176,24 +176,24 @@ def test_who_reads_in_a_busy_channel_has_read_it(visit, worker, cast, post) -> N
     expect(bell(page)).to_be_hidden()
 
 
-def test_a_toast_leads_to_the_message_and_goes_when_told_to(visit, worker, cast, post) -> None:
+def test_a_toast_leads_to_the_message_and_can_be_closed(visit, worker, cast, post) -> None:
     page = visit("/inbox", cast.vip)
     page.get_by_role("link", name="#announcements").click()
     wait_until_live(page)
     toast = page.locator("#toast")
 
-    def tell(text: str) -> int:
+    def notify(text: str) -> int:
         number = post(text)
         expect(toast).to_contain_text(text)
         return number
 
-    tell("away by the button")
+    notify("away by the button")
     toast.get_by_role("button", name="Dismiss").click()
     expect(toast).to_be_empty()
-    tell("away by the keyboard")
+    notify("away by the keyboard")
     page.keyboard.press("Escape")
     expect(toast).to_be_empty()
-    number = tell("go there, @vera")
+    number = notify("go there, @vera")
     expect(toast).to_contain_text("You were mentioned in Golden Signals #general")
     toast.get_by_role("link").click()
     page.wait_for_url(f"**/channels/{cast.general}#message-{number}")

@@ -32,7 +32,7 @@ def written(post) -> list[int]:
 
 @contextmanager
 def written_late(author: Person, channel_id: int) -> Iterator[int]:
-    """A message that has its id, and that nobody sees before this is over; then it is told."""
+    """A message that has its id, and that nobody sees before this is over; then it is notified."""
     written, go_on, posted = threading.Event(), threading.Event(), []
 
     def write() -> None:
@@ -113,7 +113,7 @@ def test_a_link_leads_to_an_old_message_and_on_to_the_newest(visit, cast, writte
     expect(message(page, written[-1])).to_be_in_viewport()
 
 
-def test_who_has_written_much_that_is_not_told_yet_asks_little(visit, cast, written) -> None:
+def test_the_page_of_an_author_of_many_messages_sends_few_requests(visit, cast, written) -> None:
     page = visit("/docs", cast.subscriber)
     asked = watch_requests(page, "fetch")
     page.goto(address(cast, cast.general))
@@ -184,7 +184,7 @@ def test_what_comes_while_all_is_looked_at_anew_stays(visit, worker, cast, post,
     assert shown(page) == [edited, late, following, newest]
 
 
-def test_a_muted_channel_is_live_without_being_told(visit, worker, cast, post, api) -> None:
+def test_a_muted_channel_is_live_without_notifications(visit, worker, cast, post, api) -> None:
     api(cast.vip).put(f"/api/channels/{cast.general}/preference", json={"level": "none"})
     page = visit("/login", cast.vip)
     page.clock.install()
@@ -205,7 +205,7 @@ def test_an_admin_hears_of_what_no_role_of_theirs_opens(visit, cast, post) -> No
     expect(message(page, number)).to_be_in_viewport()
 
 
-def test_a_page_that_is_told_of_all_does_not_look_with_each_ping(visit, cast, post) -> None:
+def test_a_page_with_all_notifications_does_not_poll_with_each_ping(visit, cast, post) -> None:
     post("look")
     page = visit("/login", cast.vip)
     begin = 'event: unread\ndata: {"unread": 0, "mentions": 0, "channels": []}\n\n'
@@ -218,7 +218,7 @@ def test_a_page_that_is_told_of_all_does_not_look_with_each_ping(visit, cast, po
     assert len(asked()) == 1
 
 
-def test_who_is_in_no_server_is_told_so(visit, cast) -> None:
+def test_a_user_without_a_server_is_shown_a_page_that_says_so(visit, cast) -> None:
     page = visit("/", cast.stranger)
     expect(page.get_by_role("heading", name="No channels yet")).to_be_visible()
     expect(page.get_by_text("in no server")).to_be_visible()

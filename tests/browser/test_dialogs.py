@@ -1,4 +1,4 @@
-"""The three dialogs of a channel: what to be notified of, who was told, and why."""
+"""The three dialogs of a channel: what to be notified of, who was notified, and why."""
 
 import re
 
@@ -93,7 +93,7 @@ def test_morning_is_the_next_one(visit, cast) -> None:
     assert 0 < ahead <= 25
 
 
-def test_what_is_set_is_what_one_is_told(visit, worker, cast, post) -> None:
+def test_the_preference_decides_the_notifications(visit, worker, cast, post) -> None:
     page = visit(address(cast, cast.general), cast.vip)
     page.get_by_role("button", name="Notifications from #general:").click()
     page.get_by_label("mentions only").check()
@@ -124,16 +124,16 @@ def test_a_setting_that_cannot_be_kept_is_said_and_not_shown(visit, faults, cast
         ("admin", "vault", "no role of yours opens this channel"),
     ],
 )
-def test_who_is_told_of_nothing_reads_so(visit, cast, who, channel, says) -> None:
+def test_a_user_without_notifications_is_shown_the_reason(visit, cast, who, channel, says) -> None:
     page = visit(address(cast, getattr(cast, channel)), cast.everybody[who])
     page.get_by_role("button", name=re.compile("^Notifications from #")).click()
     expect(page.locator("#effect")).to_contain_text(says)
 
 
-# Who was told -----------------------------------------------------------------------------------------------
+# Recipients -----------------------------------------------------------------------------------------------
 
 
-def test_the_telling_is_seen_under_way_and_then_counted(visit, cast, post) -> None:
+def test_a_runs_progress_is_shown_and_then_its_counts(visit, cast, post) -> None:
     number = post("gold breaks out, @vera")
     page = visit(address(cast, cast.general), cast.subscriber)
     expect(message(page, number).get_by_role("progressbar")).to_be_visible()
@@ -225,7 +225,7 @@ def test_an_admin_asks_about_anybody(visit, cast, post, run_jobs) -> None:
     expect(answer).to_have_text("There is nobody called @nobody.")
 
 
-def test_somebody_outside_of_the_server_was_not_told(visit, faults, cast, post) -> None:
+def test_a_user_outside_the_server_was_not_notified(visit, faults, cast, post) -> None:
     faults.expect("status of 404")
     number = post("hello")
     page = visit(address(cast, cast.general), cast.admin)

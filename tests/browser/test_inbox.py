@@ -14,52 +14,52 @@ def item(page: Page, message_id: int) -> Locator:
 
 
 @pytest.fixture
-def told(post, cast, run_jobs) -> list[int]:
-    """Three messages of which vera was told, the last one mentioning her; their ids."""
+def notified(post, cast, run_jobs) -> list[int]:
+    """Three messages of which vera was notified, the last one mentioning her; their ids."""
     ids = [post("gold breaks out"), post("silver follows", cast.announcements, cast.admin), post("look, @vera")]
     run_jobs()
     return ids
 
 
-def test_one_is_marked_read_and_then_all(visit, cast, told) -> None:
+def test_one_is_marked_read_and_then_all(visit, cast, notified) -> None:
     page = visit("/inbox", cast.vip)
-    assert shown(page) == told[::-1]
+    assert shown(page) == notified[::-1]
     expect(bell(page)).to_have_text("3")
-    expect(item(page, told[2]).locator(".tag")).to_have_text("you")
-    item(page, told[1]).get_by_role("button", name="Mark read").click()
+    expect(item(page, notified[2]).locator(".tag")).to_have_text("you")
+    item(page, notified[1]).get_by_role("button", name="Mark read").click()
     expect(bell(page)).to_have_text("2")
-    expect(item(page, told[1]).get_by_role("button")).to_have_count(0)
-    expect(item(page, told[1]).get_by_role("link")).to_be_focused()  # the button is gone, and the place is kept
+    expect(item(page, notified[1]).get_by_role("button")).to_have_count(0)
+    expect(item(page, notified[1]).get_by_role("link")).to_be_focused()  # the button is gone, and the place is kept
 
     page.get_by_role("link", name="Unread", exact=True).click()
     page.wait_for_url("**/inbox?unread=1")
     expect(page.get_by_role("link", name="Unread", exact=True)).to_have_attribute("aria-current", "page")
-    assert shown(page) == [told[2], told[0]]
-    item(page, told[2]).get_by_role("button", name="Mark read").click()
-    wait_until(lambda: shown(page) == [told[0]], "one that is unread")
-    expect(item(page, told[0]).get_by_role("link")).to_be_focused()
+    assert shown(page) == [notified[2], notified[0]]
+    item(page, notified[2]).get_by_role("button", name="Mark read").click()
+    wait_until(lambda: shown(page) == [notified[0]], "one that is unread")
+    expect(item(page, notified[0]).get_by_role("link")).to_be_focused()
     page.get_by_role("button", name="Mark all read").click()
     expect(page.get_by_text("Nothing unread.")).to_be_visible()
     expect(page.get_by_role("button", name="Mark all read")).to_be_disabled()
     expect(bell(page)).to_be_hidden()
     expect(page).to_have_title("Inbox – Belfry")
     page.get_by_role("link", name="All", exact=True).click()
-    wait_until(lambda: shown(page) == told[::-1], "all of them")
+    wait_until(lambda: shown(page) == notified[::-1], "all of them")
     expect(page.get_by_role("button", name=re.compile("Mark read"))).to_have_count(0)
 
 
 @pytest.mark.parametrize("status", [429, 503])
-def test_what_cannot_be_marked_by_a_script_is_by_its_form(visit, faults, cast, told, status) -> None:
+def test_what_cannot_be_marked_by_a_script_is_by_its_form(visit, faults, cast, notified, status) -> None:
     faults.expect(f"status of {status}")
     faults.allow(f"answer {status}")
     page = visit("/inbox", cast.vip)
     page.route("**/api/notifications/read", lambda route: route.fulfill(status=status, json={"detail": "Not now."}))
-    item(page, told[1]).get_by_role("button", name="Mark read").click()
-    expect(item(page, told[1]).get_by_role("button")).to_have_count(0)
+    item(page, notified[1]).get_by_role("button", name="Mark read").click()
+    expect(item(page, notified[1]).get_by_role("button")).to_have_count(0)
     expect(bell(page)).to_have_text("2")  # and not none
 
 
-def test_a_count_that_fails_marks_no_more_than_was_asked(visit, faults, cast, told) -> None:
+def test_a_count_that_fails_marks_no_more_than_was_asked(visit, faults, cast, notified) -> None:
     faults.expect("status of 429")
     page = visit("/inbox", cast.vip)
     page.route("**/api/notifications/unread-count", lambda route: route.fulfill(status=429, json={}))
@@ -68,12 +68,12 @@ def test_a_count_that_fails_marks_no_more_than_was_asked(visit, faults, cast, to
     page.reload()
     marked = []
     page.on("request", lambda request: marked.append(request.url) if request.method == "POST" else None)
-    item(page, told[1]).get_by_role("button", name="Mark read").click()
-    expect(item(page, told[1]).get_by_role("button")).to_have_count(0)
+    item(page, notified[1]).get_by_role("button", name="Mark read").click()
+    expect(item(page, notified[1]).get_by_role("button")).to_have_count(0)
     assert [url.rsplit("/", 2)[-2:] for url in marked] == [["notifications", "read"]]
 
 
-def test_what_is_told_meanwhile_comes_in(visit, worker, cast, told, post) -> None:
+def test_a_new_notification_appears(visit, worker, cast, notified, post) -> None:
     page = visit("/inbox", cast.vip)
     wait_until_live(page)
     page.get_by_role("button", name="Mark all read").click()
@@ -90,27 +90,27 @@ def test_what_comes_in_crowds_is_asked_for_a_few_times(visit, worker, cast, post
     asked = watch_requests(page, "xhr")
     for number in range(60):
         last = post(f"number {number}")
-        page.wait_for_timeout(30)  # each is told by itself
+        page.wait_for_timeout(30)  # each is notified by itself
     expect(item(page, last)).to_be_visible()
     expect(bell(page)).to_have_text("60")
     assert len(asked()) < 12
 
 
-def test_the_way_to_a_message_older_than_the_channels_page(visit, cast, told, post, run_jobs) -> None:
+def test_the_way_to_a_message_older_than_the_channels_page(visit, cast, notified, post, run_jobs) -> None:
     for number in range(60):
         post(f"number {number}")
     run_jobs()
-    page = visit(f"/inbox?before={told[2] + 1}", cast.vip)
-    item(page, told[2]).get_by_role("link").click()
-    page.wait_for_url(f"**?around={told[2]}#message-{told[2]}")
-    expect(message(page, told[2])).to_be_in_viewport()
-    expect(message(page, told[2]).locator(".tag")).to_have_text("mentions you")
-    expect(message(page, told[2]).locator(".mention.me")).to_have_text("@vera")
+    page = visit(f"/inbox?before={notified[2] + 1}", cast.vip)
+    item(page, notified[2]).get_by_role("link").click()
+    page.wait_for_url(f"**?around={notified[2]}#message-{notified[2]}")
+    expect(message(page, notified[2])).to_be_in_viewport()
+    expect(message(page, notified[2]).locator(".tag")).to_have_text("mentions you")
+    expect(message(page, notified[2]).locator(".mention.me")).to_have_text("@vera")
 
 
-def test_seeing_a_message_reads_it(visit, cast, told) -> None:
+def test_seeing_a_message_reads_it(visit, cast, notified) -> None:
     page = visit("/inbox", cast.vip)
-    item(page, told[1]).get_by_role("link").click()
+    item(page, notified[1]).get_by_role("link").click()
     expect(bell(page)).to_have_text("2")
     page.get_by_role("link", name="#general").click()
     expect(bell(page)).to_be_hidden()

@@ -85,7 +85,7 @@ def come_back(page: Page, web: Web) -> None:
     page.context.set_offline(False)
 
 
-def told(person: Person) -> int:
+def notified(person: Person) -> int:
     return Notification.select().where(Notification.user_id == person.id).count()
 
 
@@ -99,7 +99,7 @@ def test_offline_and_back(visit, web, worker, faults, cast, post) -> None:
     go_offline(page, web)
     elsewhere = [post("one"), post("two, @vera")]
     here = [post(f"three {number}", cast.announcements, cast.admin) for number in range(3)]
-    wait_until(lambda: told(cast.vip) == 6, "vera to be told")
+    wait_until(lambda: notified(cast.vip) == 6, "vera to be notified")
     page.wait_for_timeout(300)
     assert shown(page) == [before]
     expect(bell(page)).to_be_hidden()
@@ -161,7 +161,7 @@ def test_a_connection_that_breaks_goes_on_where_it_was(visit, web, worker, fault
         if number % 3 == 0:
             web.gate.shut()
             post(text)
-            wait_until(lambda: told(cast.vip) == number, "vera to be told")  # noqa: B023
+            wait_until(lambda: notified(cast.vip) == number, "vera to be notified")  # noqa: B023
             web.gate.open()
         else:
             post(text)

@@ -83,8 +83,8 @@ def test_send_test_notification_works_on_a_fresh_installation(command, run_jobs)
     shown = json.loads(command("runs", "show", str(sent["id"]), "--json").stdout)
     assert shown["state"] == "succeeded"
     assert shown["stats"]["notified"] == shown["stats"]["audience"] == 1
-    told = Notification.get()
-    assert told.user_id == User.get(User.username == "gil").id
+    notified = Notification.get()
+    assert notified.user_id == User.get(User.username == "gil").id
     assert "notified at" in command("explain", str(sent["message_id"]), "gil").stdout
 
 

@@ -11,7 +11,7 @@ from belfry.core.db import SESSION, configure_connection, connect_parameters, db
 from belfry.fanout import claims, fanout
 from belfry.fanout.claims import WorkItem
 from config import settings
-from tests.fanout_helpers import post, told
+from tests.fanout_helpers import notified, post
 from tests.processes import wait_until
 
 
@@ -51,7 +51,7 @@ def test_a_message_deleted_while_its_run_waits_for_it_notifies_nobody(cast, data
         wait_until(lambda: fetch_one(waiting), "the run to wait for the message")
         deleting.commit()
     thread.join()
-    assert told(message_id) == {}
+    assert notified(message_id) == {}
 
 
 @pytest.mark.parametrize(

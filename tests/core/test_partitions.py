@@ -57,7 +57,7 @@ def bounds():
 
 
 def post(cast, content="gold", days_ago=0):
-    """A message by the subscriber to everybody, told; its id."""
+    """A message by the subscriber to everybody, notified; its id."""
     posted = messages.post_message(User.get_by_id(cast.subscriber.id), cast.general, content)
     assert run_to_end(posted.run_id) == "succeeded"
     if days_ago:
@@ -73,7 +73,7 @@ def begin_partition(full_at):
     full_at(1_000_000)
 
 
-def told_of(message_id):
+def notified_of(message_id):
     found = fetch_all("SELECT user_id FROM notification WHERE message_id = %(id)s ORDER BY 1", {"id": message_id})
     return [one["user_id"] for one in found]
 
@@ -97,7 +97,7 @@ def test_a_full_one_is_left_and_the_next_message_begins_the_next(api, cast, full
     second = api(cast.subscriber).post("/api/messages", json={"channel_id": cast.general, "content": "more"})
     assert (first, second.get_json()["id"]) == (1, 1_000_000)
     assert run_jobs() == 0
-    assert told_of(1) == told_of(1_000_000) != []
+    assert notified_of(1) == notified_of(1_000_000) != []
     page = api(cast.vip).get("/api/notifications").get_json()["items"]
     assert [one["message_id"] for one in page] == [1_000_000, 1]
     full_at(137)
@@ -140,7 +140,7 @@ def test_a_million_messages_fill_one_too(cast):
     assert [post(cast), post(cast)] == [999_999, 1_000_000]
     partitions.maintain()
     assert bounds()[-1] == 4_000_000
-    assert [len(told_of(999_999)), len(told_of(1_000_000))] == [3, 3]
+    assert [len(notified_of(999_999)), len(notified_of(1_000_000))] == [3, 3]
 
 
 def test_who_is_just_posting_is_not_waited_for_for_long(cast, full_at, in_another_session, override, caplog):
@@ -204,7 +204,7 @@ def test_what_is_older_than_the_retention_is_dropped_and_nothing_else(cast, keep
     new = post(cast)
     keeping(30)
     partitions.maintain()
-    assert [told_of(old), *map(len, map(told_of, [*mixed, new]))] == [[], 3, 3, 3]
+    assert [notified_of(old), *map(len, map(notified_of, [*mixed, new]))] == [[], 3, 3, 3]
     assert partitions.list_partitions()[:2] == [Partition(None, 1_000_000), Partition(1_000_000, 2_000_000)]
     assert partitions.oldest_retained_message_id() == 1_000_000
     before = bounds()
@@ -213,7 +213,7 @@ def test_what_is_older_than_the_retention_is_dropped_and_nothing_else(cast, keep
     assert verify() == []
     execute("UPDATE message SET created_at = now() - interval '31 days' WHERE id = %(id)s", {"id": mixed[1]})
     partitions.maintain()
-    assert told_of(mixed[0]) == [] != told_of(new)
+    assert notified_of(mixed[0]) == [] != notified_of(new)
     assert partitions.oldest_retained_message_id() == 2_000_000
 
 
@@ -231,12 +231,12 @@ def test_of_what_is_not_kept_it_is_said_so(api, cast, keeping, full_at):
     assert "not kept" not in api(cast.admin).get(about.replace(f"/{old}/", f"/{new}/")).get_json()["detail"]
     run_id = fetch_one("SELECT id FROM run WHERE message_id = %(id)s", {"id": old})["id"]
     replayed = api(cast.admin).post(f"/api/runs/{run_id}/replay", json={"dry_run": False})
-    assert replayed.status_code == 409, "everybody would be told a second time"
+    assert replayed.status_code == 409, "everybody would be notified a second time"
     assert "RETENTION_DAYS" in replayed.get_json()["detail"]
     assert stats(run_id)["notified"] == 3, "its run still says how many they were"
 
 
-def test_a_replay_that_comes_after_the_drop_tells_nobody_a_second_time(api, cast, keeping, full_at):
+def test_a_replay_after_the_drop_notifies_nobody_twice(api, cast, keeping, full_at):
     old = post(cast, days_ago=40)
     crowd(cast.server_id, 1)
     begin_partition(full_at)
@@ -248,7 +248,7 @@ def test_a_replay_that_comes_after_the_drop_tells_nobody_a_second_time(api, cast
     partitions.maintain()
     assert claims.claim_batch(replayed["run"]["id"], [], 20_000) == [], "it is done by itself"
     assert run_to_end(replayed["run"]["id"]) == "succeeded"
-    assert told_of(old) == []
+    assert notified_of(old) == []
     assert verify() == []
 
 
@@ -294,7 +294,7 @@ def test_a_replay_under_way_keeps_its_partition_and_notifies_nobody_twice(
     api, cast, keeping, full_at, slices_of, in_slices
 ):
     old, run_id = old_message_with_a_replay(api, cast, full_at)
-    before = told_of(old)
+    before = notified_of(old)
     part = WorkItem(run_id)
     if in_slices:
         slices_of(2)
@@ -302,11 +302,11 @@ def test_a_replay_under_way_keeps_its_partition_and_notifies_nobody_twice(
         part = parts_of(run_id)[-1]
     keeping(30)
     in_a_thread_that_waits_for_members(lambda: do(part), drop_or_wait)
-    assert [user for user in told_of(old) if user in before] == before, "it is still known who was notified"
-    assert len(told_of(old)) == len(before) + 1
+    assert [user for user in notified_of(old) if user in before] == before, "it is still known who was notified"
+    assert len(notified_of(old)) == len(before) + 1
     assert run_to_end(run_id) == "succeeded"
     partitions.maintain()
-    assert told_of(old) == []
+    assert notified_of(old) == []
     assert verify() == []
 
 
@@ -315,7 +315,7 @@ def test_what_a_replay_would_add_is_counted_before_or_after_a_drop_but_not_in_be
     keeping(30)
     counted = []
     in_a_thread_that_waits_for_members(lambda: counted.append(runs.replay(run_id, dry_run=True)), drop_or_wait)
-    assert [(one["inserted"], one["unchanged"]) for one in counted] == [(1, len(told_of(old)))]
+    assert [(one["inserted"], one["unchanged"]) for one in counted] == [(1, len(notified_of(old)))]
 
 
 def test_a_message_that_is_retried_after_its_replay_was_dropped_notifies_nobody_twice(api, cast, keeping, full_at):
@@ -332,10 +332,10 @@ def test_a_message_that_is_retried_after_its_replay_was_dropped_notifies_nobody_
     execute("UPDATE member SET joined_at = now() - interval '50 days'")
     keeping(30)
     partitions.maintain()
-    assert told_of(old) == []
+    assert notified_of(old) == []
     assert claims.claim_batch(run_id, [], 20_000) == [], "it is done by itself"
     assert run_to_end(run_id) == "succeeded"
-    assert told_of(old) == []
+    assert notified_of(old) == []
     assert verify() == []
 
 
@@ -351,7 +351,7 @@ def test_what_is_no_partition_of_ours_is_passed_over_and_what_goes_wrong_stops_n
     execute("ALTER SEQUENCE message_id_seq RESTART WITH 3000000")
     try:
         assert len(partitions.list_partitions()) == 4
-        assert len(told_of(post(cast))) == 3
+        assert len(notified_of(post(cast))) == 3
         maintenance.sweep()  # what is in the default partition is in the way of the one that is missing
         assert "partitions failed" in caplog.text
     finally:
@@ -392,7 +392,7 @@ def test_where_the_sequence_is_far_ahead_one_sweep_makes_the_partitions(api, cas
     maintenance.sweep()
     assert_missing(api, cast, client, 0)
     assert run_to_end(run_id) == "succeeded"
-    assert (message_id, len(told_of(message_id))) == (ahead, 3)
+    assert (message_id, len(notified_of(message_id))) == (ahead, 3)
     assert len(bounds()) <= 8
     assert bounds()[-1] >= ahead // 1_000_000 * 1_000_000 + 2_000_000
     assert verify() == []
@@ -420,14 +420,14 @@ def test_a_partition_that_was_detached_is_attached_again_with_what_is_in_it(
     api, cast, client, looked_after, caplog
 ):
     first = post(cast)
-    before = told_of(first)
+    before = notified_of(first)
     execute("ALTER TABLE notification DETACH PARTITION notification_before_1000000")
     _, run_id = failing_post(cast)
     assert_missing(api, cast, client, 1)
     maintenance.sweep()
     assert_missing(api, cast, client, 0)
     assert "notification_before_1000000 was detached" in caplog.text
-    assert told_of(first) == before
+    assert notified_of(first) == before
     assert run_to_end(run_id) == "succeeded"
     assert bounds() == [1, 1_000_000, 2_000_000, 3_000_000]
     assert verify() == []
@@ -442,7 +442,7 @@ def test_one_that_was_detached_and_does_not_fit_any_more_is_left_and_said_to_be_
         maintenance.sweep()
         assert "notification_before_1000000 has the name of a partition" in caplog.text
         assert_missing(api, cast, client, 0)
-        assert len(told_of(post(cast))) == 3
+        assert len(notified_of(post(cast))) == 3
     finally:
         execute("DROP TABLE notification_before_1000000")
 
@@ -478,7 +478,7 @@ def test_what_cannot_be_made_is_said_so(api, cast, client, looked_after, caplog)
         execute("DROP TABLE notification_rest")
 
 
-def test_an_old_message_can_still_be_edited_and_whom_it_newly_mentions_is_told(api, cast, keeping, full_at):
+def test_an_edit_of_an_old_message_notifies_the_newly_mentioned(api, cast, keeping, full_at):
     old = post(cast, days_ago=40)
     begin_partition(full_at)
     post(cast, days_ago=31)
@@ -489,11 +489,11 @@ def test_an_old_message_can_still_be_edited_and_whom_it_newly_mentions_is_told(a
     edited = api(cast.subscriber).patch(f"/api/messages/{old}", json={"content": "gold @vera"})
     assert edited.status_code == 200, edited.get_json()
     assert run_to_end(edited.get_json()["run"]["id"]) == "succeeded"
-    assert told_of(old) == [cast.vip.id]
+    assert notified_of(old) == [cast.vip.id]
     assert verify() == []
     keeping(30)
     partitions.maintain()
-    assert told_of(old) == [], "it went with the next partition"
+    assert notified_of(old) == [], "it went with the next partition"
 
 
 def test_somebody_who_reads_for_long_delays_a_drop_and_nothing_else(cast, keeping, full_at, in_another_session):
@@ -505,12 +505,12 @@ def test_somebody_who_reads_for_long_delays_a_drop_and_nothing_else(cast, keepin
     with in_another_session("SELECT count(*) FROM notification"):
         with pytest.raises(OperationalError, match="lock timeout"):
             partitions.maintain()
-        assert len(told_of(1)) == 3
+        assert len(notified_of(1)) == 3
         assert bounds()[-1] == 4_000_000
         assert post(cast) == 2_000_000, "the next one is begun"
     full_at(1_000_000)
     partitions.maintain()
-    assert told_of(1) == []
+    assert notified_of(1) == []
 
 
 def test_what_was_there_before_partitions_stays(cast):

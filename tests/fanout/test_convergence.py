@@ -20,7 +20,7 @@ from belfry.messages import messages
 from belfry.servers import servers
 from belfry.servers.preferences import set_preference
 from models import User
-from tests.fanout_helpers import crowd, do, parts_of, post, posted_and_told, run_to_end, told, wants_mentions_only
+from tests.fanout_helpers import crowd, do, notified, parts_of, post, post_and_notify, run_to_end, wants_mentions_only
 from tests.overrides import overridden
 from tests.people import Cast, make_cast
 
@@ -91,8 +91,8 @@ def test_the_last_revision_decides_whatever_the_order_of_the_jobs(data):
         for attempt in taken:
             fanout.process_work_item(*attempt)
 
-        written_so = posted_and_told(author, cast.general, text)
-        assert told(message_id) == told(written_so)
+        written_so = post_and_notify(author, cast.general, text)
+        assert notified(message_id) == notified(written_so)
         assert verify() == []
         messages.delete_message(author.user, message_id)
         for person in cast.everybody.values():
@@ -145,7 +145,7 @@ def test_the_last_revision_decides_with_concurrent_edits_and_workers(cast, slice
     for thread in threads:
         thread.join()
     assert broken == []
-    assert told(message_id) == told(posted_and_told(cast.moderator, cast.general, texts[-1]))
+    assert notified(message_id) == notified(post_and_notify(cast.moderator, cast.general, texts[-1]))
     assert verify() == []
 
 
@@ -158,10 +158,10 @@ def test_a_deletion_ends_every_run_of_the_message(cast, slices_of):
         part = parts_of(run_id)[0]
         fanout.process_work_item(part, claims.claim(part))
     messages.delete_message(cast.moderator.user, message_id)
-    before = told(message_id)
+    before = notified(message_id)
     for run_id in (second, first):
         assert run_to_end(run_id) == "succeeded"
-    assert told(message_id) == before, "nobody more is told"
+    assert notified(message_id) == before, "nobody more is notified"
     assert verify() == []
     for person in cast.everybody.values():
         assert inbox.list_notifications(person.user, before=None, limit=100) == []

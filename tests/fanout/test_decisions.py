@@ -129,7 +129,7 @@ def mentions_of(community: Community) -> dict[str, Any]:
     }
 
 
-def told() -> dict[int, str]:
+def notified() -> dict[int, str]:
     return {found["user_id"]: found["reason"] for found in fetch_all("SELECT user_id, reason::text FROM notification")}
 
 
@@ -213,7 +213,7 @@ def test_the_oracle_agrees_for_any_slice_size(data, fanout_slice_size):
             assert decision_for(subject, number) == expected.get(number)
 
         counted = run("test" if community.only_for else "message")
-        assert told() == expected_notifications
+        assert notified() == expected_notifications
         assert counted == {**statistics(expected), "inserted": len(expected_notifications), "retracted": 0}
 
 
@@ -251,7 +251,7 @@ def test_after_an_edit_the_notifications_are_those_of_the_new_text(data, fanout_
         edited = replace(first, named=other.named, named_roles=other.named_roles, everyone=other.everyone)
         store(first)
         run("message")
-        before = told()
+        before = notified()
 
         execute(
             "UPDATE message SET mentioned_users = %(mentioned_users)s::bigint[],"
@@ -262,7 +262,7 @@ def test_after_an_edit_the_notifications_are_those_of_the_new_text(data, fanout_
 
         expected = decisions(edited, now)
         after = {number: reason for number, reason in expected.items() if reason in NOTIFY_DECISIONS}
-        assert told() == after
+        assert notified() == after
         inserted, retracted = after.keys() - before.keys(), before.keys() - after.keys()
         assert counted == {**statistics(expected), "inserted": len(inserted), "retracted": len(retracted)}
 
@@ -441,7 +441,7 @@ SUBSCRIPTIONS = [
 
 
 @pytest.mark.parametrize(
-    ("status", "end", "expected"), SUBSCRIPTIONS, ids=[f"{status}-{end}-{told}" for status, end, told in SUBSCRIPTIONS]
+    ("status", "end", "expected"), SUBSCRIPTIONS, ids=[f"{status}-{end}-{decided}" for status, end, decided in SUBSCRIPTIONS]
 )
 def test_subscription(status, end, expected):
     Case(expected, subscribed(status, end), {}).check()
@@ -469,5 +469,5 @@ def test_a_test_message_for_one_person_has_an_audience_of_one():
         )
         store(community)
         assert run("test")["audience"] == 1
-        assert told() == {WHO: "mention_everyone"} == decisions(community, now)
+        assert notified() == {WHO: "mention_everyone"} == decisions(community, now)
         assert decision_for(load_fanout_message(MESSAGE), MEMBERS[1]) is None

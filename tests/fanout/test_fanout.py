@@ -25,13 +25,13 @@ from tests.fanout_helpers import (
     do,
     fail_at_slice,
     is_slice,
+    notified,
     parts_of,
     post,
     run_of,
     run_to_end,
     statements,
     stats,
-    told,
     unread,
     wants_mentions_only,
 )
@@ -49,7 +49,7 @@ def test_each_member_is_counted_once_over_many_slices(cast, slices_of, members):
         assert run_to_end(run_id) == "succeeded"
     assert sum(map(is_slice, seen)) == -(-25 // members)
     assert stats(run_id) == EVERYBODY | {"audience": 25, "notified": 23, "message": 23, "inserted": 23}
-    assert told(message_id).keys() == {cast.admin.id, cast.moderator.id, cast.vip.id, *many}
+    assert notified(message_id).keys() == {cast.admin.id, cast.moderator.id, cast.vip.id, *many}
     run = run_of(run_id)
     assert (run["state"], run["attempts"], run["members_processed"], run["members_total"]) == ("succeeded", 1, 25, 25)
     assert run["started_at"] <= run["finished_at"]
@@ -81,11 +81,11 @@ def test_mentioned_members_are_notified_first_and_counted_once(cast, slices_of, 
     slices_of(6)
     message_id, run_id = post(cast.moderator, cast.general, mention)
     advance(run_id)
-    first = told(message_id)
+    first = notified(message_id)
     assert first
     assert set(first.values()) <= {"mention", "mention_role"}
     run_to_end(run_id)
-    in_the_end = told(message_id)
+    in_the_end = notified(message_id)
     assert first == {user: reason for user, reason in in_the_end.items() if reason != "message"}
     assert len(in_the_end) == stats(run_id)["notified"] == stats(run_id)["inserted"]
     assert (stats(run_id)["audience"], run_of(run_id)["members_total"]) == (25, 25)
@@ -99,12 +99,12 @@ def test_members_of_a_mentioned_role_are_notified_first_up_to_one_slice(cast, sl
     slices_of(4)
     message_id, run_id = post(cast.moderator, cast.general, "@vip and @crowd-20")
     advance(run_id)
-    first = told(message_id)
+    first = notified(message_id)
     assert len(first) == 4
     assert first[many[19]] == "mention", "who is named comes before who has a role"
     assert run_to_end(run_id) == "succeeded"
     assert stats(run_id)["mention_role"] == 10
-    assert (stats(run_id)["audience"], stats(run_id)["inserted"]) == (25, len(told(message_id)))
+    assert (stats(run_id)["audience"], stats(run_id)["inserted"]) == (25, len(notified(message_id)))
 
 
 def test_a_member_notified_first_is_not_decided_again_after_a_preference_change(cast, slices_of):
@@ -114,7 +114,7 @@ def test_a_member_notified_first_is_not_decided_again_after_a_preference_change(
     advance(run_id)
     set_preference(cast.vip.user, cast.general, "none", None)
     assert run_to_end(run_id) == "succeeded"
-    assert (stats(run_id)["mention"], stats(run_id).get("channel_off"), told(message_id)[cast.vip.id]) == (
+    assert (stats(run_id)["mention"], stats(run_id).get("channel_off"), notified(message_id)[cast.vip.id]) == (
         1, None, "mention",
     )  # fmt: skip
 
@@ -134,14 +134,14 @@ def test_an_interrupted_work_item_changes_nothing_and_the_next_attempt_continues
 
     run = run_of(run_id)
     assert (run["state"], run["members_processed"]) == ("running", {1: 0, 2: 1, 3: 10}[part])
-    assert len(told(message_id)) == stats(run_id)["notified"] == stats(run_id)["inserted"]
+    assert len(notified(message_id)) == stats(run_id)["notified"] == stats(run_id)["inserted"]
     assert verify() == []
 
     with statements() as seen:
         assert run_to_end(run_id) == "succeeded"
     assert sum(map(is_slice, seen)) == 5 - part, "it goes on where it stopped"
     assert stats(run_id) == EVERYBODY | {"audience": 25, "notified": 23, "message": 22, "mention": 1, "inserted": 23}
-    assert told(message_id).keys() == {cast.admin.id, cast.moderator.id, cast.vip.id, *many}
+    assert notified(message_id).keys() == {cast.admin.id, cast.moderator.id, cast.vip.id, *many}
     assert run_of(run_id)["attempts"] == 2
     assert verify() == []
 
@@ -177,7 +177,7 @@ def test_many_workers_on_one_run_notify_and_count_each_member_once(cast, slices_
 
     assert sum(in_threads(all_of_them, 4)) >= 15
     assert stats(run_id) == EVERYBODY | {"audience": 100, "notified": 98, "message": 97, "mention": 1, "inserted": 98}
-    assert len(told(message_id)) == Notification.select().count() == 98
+    assert len(notified(message_id)) == Notification.select().count() == 98
     run = run_of(run_id)
     assert (run["state"], run["members_processed"], run["members_total"]) == ("succeeded", 100, 100)
     assert verify() == []
@@ -230,7 +230,7 @@ def test_deleting_a_message_ends_its_run_and_notifies_nobody_else(cast, slices_o
     assert run_to_end(run_id) == "succeeded"
     assert stats(run_id) == so_far
     assert (run_of(run_id)["members_processed"], run_of(run_id)["members_total"]) == (10, 10)
-    assert len(told(message_id)) == so_far["inserted"]
+    assert len(notified(message_id)) == so_far["inserted"]
     assert unread(cast.admin) == 0
 
 
@@ -239,7 +239,7 @@ def test_a_message_deleted_before_its_run_notifies_nobody(cast):
     messages.delete_message(cast.subscriber.user, message_id)
     assert run_to_end(run_id) == "succeeded"
     assert stats(run_id) == {"audience": 0, "notified": 0, "inserted": 0, "retracted": 0}
-    assert told(message_id) == {}
+    assert notified(message_id) == {}
 
 
 # Test messages --------------------------------------------------------------------------------------------
@@ -254,7 +254,7 @@ def test_a_test_message_notifies_and_is_visible_to_its_sender_only(api, cast, ru
     run = api(caller).get(answer.headers["Location"]).get_json()
     assert (run["state"], run["kind"], run["progress"]) == ("succeeded", "test", {"done": 1, "total": 1})
     message_id = run["message_id"]
-    assert told(message_id) == {caller.id: "mention"}
+    assert notified(message_id) == {caller.id: "mention"}
 
     for person in (caller, cast.admin, cast.moderator, cast.subscriber):
         listed = api(person).get(f"/api/channels/{cast.general}/messages").get_json()["items"]

@@ -23,7 +23,7 @@ from belfry.queue import queues
 from belfry.servers import servers
 from belfry.worker import maintenance
 from models import Notification, Run, Server
-from tests.fanout_helpers import advance, crowd, parts_of, run_of, told
+from tests.fanout_helpers import advance, crowd, notified, parts_of, run_of
 from tests.fanout_helpers import post as write
 from tests.people import Person
 from tests.processes import a_doomed_worker, a_gate, a_slow_database, a_web_process, a_worker, strike, wait_until
@@ -75,7 +75,7 @@ def test_no_notification_is_lost_when_a_worker_is_killed_during_a_job(cast, doom
         wait_until(lambda: not first.running(), "the worker to die")
         with a_worker():
             finished(run_id)
-    assert told(message_id).keys() == {cast.admin.id, cast.moderator.id, cast.vip.id}
+    assert notified(message_id).keys() == {cast.admin.id, cast.moderator.id, cast.vip.id}
 
 
 def test_another_worker_continues_a_slice_and_repeats_no_other(cast, doomed):
@@ -88,7 +88,7 @@ def test_another_worker_continues_a_slice_and_repeats_no_other(cast, doomed):
         assert run_of(run_id)["members_processed"] < 405
         with a_worker(FANOUT_SLICE_SIZE="50"):
             finished(run_id)
-    assert told(message_id).keys() == {cast.admin.id, cast.moderator.id, cast.vip.id, *many}
+    assert notified(message_id).keys() == {cast.admin.id, cast.moderator.id, cast.vip.id, *many}
     assert (run_of(run_id)["members_processed"], run_of(run_id)["attempts"]) == (405, 2)
 
 
@@ -106,7 +106,7 @@ def test_a_message_that_kills_every_worker_fails_and_delays_no_other(api, cast):
             queues.enqueue_run(poison)
             other, healthy = enqueue(cast.subscriber, cast.general)
             finished(healthy)
-            assert len(told(other)) == 3
+            assert len(notified(other)) == 3
             wait_until(lambda: state_of(poison) == "failed", "the poison to be given up", 120)
             failed = api(cast.admin).get("/api/runs?state=failed").get_json()["items"]
             assert [run["id"] for run in failed] == [poison]
@@ -116,7 +116,7 @@ def test_a_message_that_kills_every_worker_fails_and_delays_no_other(api, cast):
     queues.enqueue(recovery.retry_failed([poison]))
     with a_worker():
         finished(poison)
-    assert len(told(message_id)) == 3
+    assert len(notified(message_id)) == 3
 
 
 # Hanging --------------------------------------------------------------------------------------------------
@@ -148,7 +148,7 @@ def test_a_worker_that_hangs_is_overtaken_and_writes_nothing_later(cast, doomed,
         assert contents_of(stuck) == before
         assert hanging.running()
         finished(run_id)
-    assert len(told(message_id)) == 3
+    assert len(notified(message_id)) == 3
 
 
 def contents_of(run_id: int) -> tuple[Any, int]:
@@ -187,7 +187,7 @@ def test_slow_statements_do_not_fail_a_run(cast):
         wait_until(lambda: state_of(run_id) in ("succeeded", "failed"), "the run to end", 120)
         assert first.running()
         assert second.running()
-    assert (run_of(run_id)["state"], len(told(message_id))) == ("succeeded", 3)
+    assert (run_of(run_id)["state"], len(notified(message_id))) == ("succeeded", 3)
     assert run_of(run_id)["attempts"] == 1
     assert verify() == []
 
@@ -213,7 +213,7 @@ def test_posts_while_redis_is_down_are_accepted_and_fan_out_after_it_returns_emp
             for _, message in posted:
                 wait_until(lambda run=message["run"]: state_of(run["id"]) == "succeeded", "the runs to succeed", 60)
     everybody = {cast.admin.id, cast.moderator.id, cast.vip.id}
-    assert all(told(message["id"]).keys() == everybody for _, message in posted)
+    assert all(notified(message["id"]).keys() == everybody for _, message in posted)
     assert Notification.select().count() == 300
     assert verify() == []
 
@@ -264,12 +264,12 @@ def test_several_workers_share_a_fan_out_and_a_small_message_does_not_wait(cast)
         wait_until(lambda: run_of(large)["members_processed"] > 200, "the fan-out to be under way")
         small_message, small = enqueue(cast.subscriber, elsewhere, "@vera")
         wait_until(lambda: state_of(small) == "succeeded", "the small one to succeed")
-        assert run_of(large)["members_processed"] < 3_005, "it was told in the midst of the other"
+        assert run_of(large)["members_processed"] < 3_005, "it was notified in the midst of the other"
         finished(large)
         for worker in (first, second):
             assert len({line["job_id"] for line in worker.lines() if line.get("run_id") == large}) > 5
-    assert told(small_message) == {cast.vip.id: "mention"}
-    assert len(told(large_message)) == len(many) + 3
+    assert notified(small_message) == {cast.vip.id: "mention"}
+    assert len(notified(large_message)) == len(many) + 3
     assert verify() == []
 
 
@@ -288,7 +288,7 @@ def test_after_sigterm_during_a_fan_out_another_worker_continues(cast):
     with a_worker(FANOUT_SLICE_SIZE="50"):
         finished(run_id)
     assert (run_of(run_id)["members_processed"], run_of(run_id)["attempts"]) == (3_005, 1), "nothing was done again"
-    assert len(told(message_id)) == 3_003
+    assert len(notified(message_id)) == 3_003
 
 
 # A full queue ---------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from belfry.inbox import inbox
 from belfry.inbox.inbox import dismiss
 from belfry.messages.test_notifications import send_test
 from belfry.servers.preferences import set_preference
-from tests.fanout_helpers import contents, crowd, post, read_everything, run_of, run_to_end, stats, told, unread
+from tests.fanout_helpers import contents, crowd, notified, post, read_everything, run_of, run_to_end, stats, unread
 
 
 def replayed(run_id: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -34,13 +34,13 @@ def test_a_replay_without_changes_writes_nothing(cast, slices_of):
 def test_a_replay_notifies_a_member_who_subscribed_since(cast):
     message_id, run_id = post(cast.subscriber, cast.general)
     run_to_end(run_id)
-    before = told(message_id)
+    before = notified(message_id)
     set_subscription(cast.lapsed.id, "active", None)
     announced, counted = replayed(run_id)
     assert (announced["inserted"], announced["unchanged"], counted["inserted"]) == (1, 3, 1)
     assert announced["decisions_before"]["no_subscription"] == 1
     assert announced["decisions_after"]["no_subscription"] == 0
-    assert told(message_id) == before | {cast.lapsed.id: "message"}
+    assert notified(message_id) == before | {cast.lapsed.id: "message"}
 
 
 def test_a_replay_retracts_nothing(cast):
@@ -50,7 +50,7 @@ def test_a_replay_retracts_nothing(cast):
     set_subscription(cast.lapsed.id, "active", None)  # one member to notify, so that a run is created
     announced, counted = replayed(run_id)
     assert (announced["inserted"], announced["unchanged"], counted["notified"]) == (1, 3, 3)
-    assert told(message_id).keys() == {cast.admin.id, cast.moderator.id, cast.vip.id, cast.lapsed.id}
+    assert notified(message_id).keys() == {cast.admin.id, cast.moderator.id, cast.vip.id, cast.lapsed.id}
 
 
 def test_a_replay_does_not_change_read_and_dismissed_notifications(cast):
@@ -81,7 +81,7 @@ def test_a_replay_of_a_test_message_notifies_nobody_else(cast):
     run_to_end(run_id)
     announced = runs.replay(run_id, dry_run=False)
     assert (announced["inserted"], announced["unchanged"], announced["run_id"]) == (0, 1, None)
-    assert told(run_of(run_id)["message_id"]) == {cast.admin.id: "mention"}
+    assert notified(run_of(run_id)["message_id"]) == {cast.admin.id: "mention"}
 
 
 def test_a_replay_of_a_run_that_has_not_begun_notifies_nobody_twice(cast, slices_of):
@@ -90,4 +90,4 @@ def test_a_replay_of_a_run_that_has_not_begun_notifies_nobody_twice(cast, slices
     again = runs.replay(run_id, dry_run=False)["run_id"]
     for one in (again, run_id):
         assert run_to_end(one) == "succeeded"
-    assert (stats(again)["inserted"], stats(run_id)["inserted"], len(told(message_id))) == (3, 0, 3)
+    assert (stats(again)["inserted"], stats(run_id)["inserted"], len(notified(message_id))) == (3, 0, 3)

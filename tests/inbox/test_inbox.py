@@ -1,4 +1,4 @@
-"""The inbox: what somebody was told, as it is now, and what they want to hear of a channel."""
+"""The inbox: what somebody was notified, as it is now, and what they want to hear of a channel."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from belfry.inbox.inbox import mark_read
 from belfry.servers import servers
 from config import settings
 from models import Message, Notification, Preference
-from tests.fanout_helpers import edit, post, posted_and_told, run_to_end, statements
+from tests.fanout_helpers import edit, post, post_and_notify, run_to_end, statements
 from tests.people import make_person
 from tests.web.test_errors import assert_problem
 
@@ -22,8 +22,8 @@ NOTHING = {"unread": 0, "mentions": 0, "channels": []}
 
 
 @pytest.fixture
-def tell(api, cast, run_jobs):
-    """`tell("text", channel_id, author)` posts, by default sam in #general, and runs the job; the message's id."""
+def notify(api, cast, run_jobs):
+    """`notify("text", channel_id, author)` posts, by default sam in #general, and runs the job; the message's id."""
 
     def post(content, channel_id=None, author=None):
         message = {"channel_id": channel_id or cast.general, "content": content}
@@ -53,8 +53,8 @@ def bodies(items):
 # What it shows --------------------------------------------------------------------------------------------
 
 
-def test_a_notification_is_that_of_the_contract(cast, tell, inbox):
-    message = tell("gold breaks out")
+def test_a_notification_is_that_of_the_contract(cast, notify, inbox):
+    message = notify("gold breaks out")
     (item,) = inbox(cast.vip)
     expected = {
         "id": f"{cast.vip.id}-{message}", "type": "message", "reason": "message",
@@ -67,26 +67,26 @@ def test_a_notification_is_that_of_the_contract(cast, tell, inbox):
     assert TIME.fullmatch(item["created_at"])
 
 
-def test_a_mention_says_so_and_why(cast, tell, inbox):
-    tell("@vera @vip @everyone", author=cast.admin)
+def test_a_mention_says_so_and_why(cast, notify, inbox):
+    notify("@vera @vip @everyone", author=cast.admin)
     reasons = {"vip": "mention", "moderator": "mention_everyone"}
     for name, reason in reasons.items():
         (item,) = inbox(cast.everybody[name])
         assert (item["type"], item["reason"]) == ("mention", reason)
         assert item["title"] == "You were mentioned in Golden Signals #general"
-    tell("@vip", author=cast.admin)
+    notify("@vip", author=cast.admin)
     assert [item["reason"] for item in inbox(cast.vip)] == ["mention_role", "mention"]
 
 
-def test_what_is_long_is_cut_at_a_hundred_characters(cast, tell, inbox):
+def test_what_is_long_is_cut_at_a_hundred_characters(cast, notify, inbox):
     for letter in ("x", "語", "😀"):
-        tell(letter * 100)
-        tell(letter * 101)
+        notify(letter * 100)
+        notify(letter * 101)
         assert bodies(inbox(cast.vip, "limit=2")) == [letter * 100 + "…", letter * 100]
 
 
-def test_names_are_shown_as_they_are_now(api, cast, tell, inbox):
-    tell("hello")
+def test_names_are_shown_as_they_are_now(api, cast, notify, inbox):
+    notify("hello")
     api(cast.admin).patch(f"/api/channels/{cast.general}", json={"name": "<b>lobby</b>"})
     api(cast.admin).patch(f"/api/users/{cast.subscriber.id}", json={"name": "{{ Sammy }}"})
     (item,) = inbox(cast.vip)
@@ -94,8 +94,8 @@ def test_names_are_shown_as_they_are_now(api, cast, tell, inbox):
     assert item["body"] == "{{ Sammy }}: hello"
 
 
-def test_edited_and_deleted_messages_are_shown_as_they_are_now(api, cast, tell, inbox, unread):
-    first, second = tell("first"), tell("second @vera")
+def test_edited_and_deleted_messages_are_shown_as_they_are_now(api, cast, notify, inbox, unread):
+    first, second = notify("first"), notify("second @vera")
     api(cast.subscriber).patch(f"/api/messages/{first}", json={"content": "first, corrected"})
     assert bodies(inbox(cast.vip)) == ["second @vera", "first, corrected"]
     api(cast.subscriber).delete(f"/api/messages/{second}")  # before any job has run
@@ -104,27 +104,27 @@ def test_edited_and_deleted_messages_are_shown_as_they_are_now(api, cast, tell, 
     assert unread(cast.vip)["unread"] == 1
 
 
-def test_newest_first_and_pages_stay_put(api, cast, tell):
+def test_newest_first_and_pages_stay_put(api, cast, notify):
     for number in range(5):
-        tell(f"{number}")
+        notify(f"{number}")
     seen, query = [], "limit=2"
     while query:
         page = api(cast.vip).get(f"/api/notifications?{query}").get_json()
         seen += bodies(page["items"])
         query = page["next"] and f"limit=2&cursor={page['next']}"
-        tell("a new one, meanwhile")
+        notify("a new one, meanwhile")
     assert seen == ["4", "3", "2", "1", "0"]
 
 
-def test_filters(api, cast, tell, inbox):
-    tell("one")
-    tell("two", cast.announcements, cast.admin)
-    tell("three", cast.vault, cast.vip)
+def test_filters(api, cast, notify, inbox):
+    notify("one")
+    notify("two", cast.announcements, cast.admin)
+    notify("three", cast.vault, cast.vip)
     api(cast.admin).put(f"/api/channels/{cast.vault}/roles", json={"role_ids": [cast.moderators_role]})
-    tell("four")
+    notify("four")
     api(cast.moderator).post("/api/notifications/read", json={"ids": [f"{cast.moderator.id}-1"]})
     everything = ["four", "Ada: two", "one"]
-    assert bodies(inbox(cast.moderator)) == everything  # of the vault nobody was told who could not see it then
+    assert bodies(inbox(cast.moderator)) == everything  # of the vault nobody was notified who could not see it then
     assert bodies(inbox(cast.moderator, "unread=0")) == everything
     assert bodies(inbox(cast.moderator, "unread=1")) == ["four", "Ada: two"]
     assert bodies(inbox(cast.moderator, f"channel_id={cast.general}")) == ["four", "one"]
@@ -135,11 +135,11 @@ def test_filters(api, cast, tell, inbox):
 # How many -------------------------------------------------------------------------------------------------
 
 
-def test_the_unread_are_counted_by_channel(api, cast, tell, unread):
+def test_the_unread_are_counted_by_channel(api, cast, notify, unread):
     assert unread(cast.vip) == NOTHING
-    tell("one")
-    tell("two @vera")
-    tell("three", cast.announcements, cast.admin)
+    notify("one")
+    notify("two @vera")
+    notify("three", cast.announcements, cast.admin)
     assert unread(cast.vip) == {
         "unread": 3,
         "mentions": 1,
@@ -176,8 +176,8 @@ def read(api):
     return lambda person, **which: api(person).post("/api/notifications/read", json=which)
 
 
-def test_reading_by_ids(cast, tell, inbox, read):
-    one, two = tell("one"), tell("two")
+def test_reading_by_ids(cast, notify, inbox, read):
+    one, two = notify("one"), notify("two")
     assert read(cast.vip, ids=[f"{cast.vip.id}-{one}"] * 3).get_json() == {"marked": 1, "unread": 1}
     read_at = inbox(cast.vip)[1]["read_at"]
     assert TIME.fullmatch(read_at)
@@ -186,8 +186,8 @@ def test_reading_by_ids(cast, tell, inbox, read):
     assert read(cast.vip, ids=[f"{cast.vip.id}-{two}"]).get_json() == {"marked": 1, "unread": 0}
 
 
-def test_reading_up_to_one(cast, tell, inbox, read):
-    ids = [tell(f"{number}") for number in range(3)]
+def test_reading_up_to_one(cast, notify, inbox, read):
+    ids = [notify(f"{number}") for number in range(3)]
     assert read(cast.vip, up_to=f"{cast.vip.id}-{ids[1]}").get_json() == {"marked": 2, "unread": 1}
     assert bodies(inbox(cast.vip, "unread=1")) == ["2"]
 
@@ -198,12 +198,12 @@ def test_reading_up_to_one_leaves_what_was_committed_after_it_and_has_a_lower_id
     with psycopg.connect(settings.database_url) as late:
         late.execute("INSERT INTO notification VALUES (%s, %s, now(), NULL, NULL, 'message')", [cast.vip.id, late_id])
         late.execute("INSERT INTO notification_log (message_ids) VALUES (%s)", [[late_id]])
-        early_id = posted_and_told(cast.subscriber, cast.general, "early")
+        early_id = post_and_notify(cast.subscriber, cast.general, "early")
         [shown] = inbox(cast.vip)
         late.commit()
     assert read(cast.vip, up_to=shown["id"]).get_json() == {"marked": 1, "unread": 1}
     assert bodies(inbox(cast.vip, "unread=1")) == ["late"]
-    last_id = posted_and_told(cast.subscriber, cast.general, "last")
+    last_id = post_and_notify(cast.subscriber, cast.general, "last")
     assert early_id < last_id
     assert read(cast.vip, up_to=f"{cast.vip.id}-{last_id}").get_json() == {"marked": 2, "unread": 0}
 
@@ -231,35 +231,35 @@ def test_reading_up_to_one_of_several_that_were_written_together_reads_all_befor
 
 def test_reading_up_to_one_leaves_an_older_one_that_an_edit_made_a_mention_after_it(cast, read):
     """It was read, and is unread again; the list that showed `up_to` had it as no mention."""
-    first, second = [posted_and_told(cast.subscriber, cast.general, "gold") for _ in range(2)]
+    first, second = [post_and_notify(cast.subscriber, cast.general, "gold") for _ in range(2)]
     assert read(cast.vip, ids=[f"{cast.vip.id}-{first}"]).get_json() == {"marked": 1, "unread": 1}
     edit(cast.subscriber, first, "gold for @vera")
     assert read(cast.vip, up_to=f"{cast.vip.id}-{second}").get_json() == {"marked": 1, "unread": 1}
-    third = posted_and_told(cast.subscriber, cast.general, "gold")
+    third = post_and_notify(cast.subscriber, cast.general, "gold")
     assert read(cast.vip, up_to=f"{cast.vip.id}-{third}").get_json() == {"marked": 2, "unread": 0}
 
 
 def test_reading_up_to_one_takes_as_many_statements_whatever_there_is(cast, read):
     asked = []
     for number in (1, 5):
-        last = [posted_and_told(cast.subscriber, cast.general, "gold") for _ in range(number)][-1]
+        last = [post_and_notify(cast.subscriber, cast.general, "gold") for _ in range(number)][-1]
         with statements() as seen:
             assert read(cast.vip, up_to=f"{cast.vip.id}-{last}").get_json()["marked"] == number
         asked.append(len(seen))
     assert asked[0] == asked[1]
 
 
-def test_reading_a_channel_and_everything(cast, tell, read):
-    tell("one")
-    tell("two", cast.announcements, cast.admin)
-    tell("three", cast.announcements, cast.admin)
+def test_reading_a_channel_and_everything(cast, notify, read):
+    notify("one")
+    notify("two", cast.announcements, cast.admin)
+    notify("three", cast.announcements, cast.admin)
     assert read(cast.vip, channel_id=cast.announcements).get_json() == {"marked": 2, "unread": 1}
     assert read(cast.vip, all=True).get_json() == {"marked": 1, "unread": 0}
     assert read(cast.vip, all=True).get_json() == {"marked": 0, "unread": 0}
 
 
-def test_reading_takes_exactly_one_of_the_four(cast, tell, read, unread, subtests):
-    tell("one")
+def test_reading_takes_exactly_one_of_the_four(cast, notify, read, unread, subtests):
+    notify("one")
     own = f"{cast.vip.id}-1"
     for which in (
         {}, {"ids": [own], "all": True}, {"up_to": own, "channel_id": cast.general}, {"all": True, "up_to": own},
@@ -273,8 +273,8 @@ def test_reading_takes_exactly_one_of_the_four(cast, tell, read, unread, subtest
     assert unread(cast.vip)["unread"] == 1
 
 
-def test_another_persons_notifications_are_not_there(api, cast, tell, inbox, read, unread):
-    tell("one")
+def test_another_persons_notifications_are_not_there(api, cast, notify, inbox, read, unread):
+    notify("one")
     theirs = inbox(cast.vip)[0]["id"]
     mo = cast.moderator
     assert read(mo, ids=[theirs]).get_json() == {"marked": 0, "unread": 1}
@@ -287,9 +287,9 @@ def test_another_persons_notifications_are_not_there(api, cast, tell, inbox, rea
     assert unread(cast.vip)["unread"] == 1
 
 
-def test_what_is_dismissed_is_gone_for_good(api, cast, tell, inbox, read, unread, run_jobs):
-    tell("one")
-    tell("two @vera")
+def test_what_is_dismissed_is_gone_for_good(api, cast, notify, inbox, read, unread, run_jobs):
+    notify("one")
+    notify("two @vera")
     address = f"/api/notifications/{cast.vip.id}-2"
     answer = api(cast.vip).delete(address)
     assert (answer.status_code, answer.data) == (204, b"")
@@ -311,11 +311,11 @@ def test_what_is_dismissed_is_gone_for_good(api, cast, tell, inbox, read, unread
 # Access that was lost -------------------------------------------------------------------------------------
 
 
-def test_losing_a_channel_hides_what_one_was_told_of_it(api, cast, tell, inbox, read, unread):
+def test_losing_a_channel_hides_its_notifications(api, cast, notify, inbox, read, unread):
     vic = make_person("vic")
     servers.put_member(cast.server_id, vic.id, [cast.vip_role])
-    tell("in the open")
-    tell("in the vault @vic", cast.vault, cast.vip)
+    notify("in the open")
+    notify("in the vault @vic", cast.vault, cast.vip)
     assert unread(vic)["unread"] == 2
     servers.put_member(cast.server_id, vic.id, [])
     assert bodies(inbox(vic)) == ["in the open"]
@@ -327,15 +327,15 @@ def test_losing_a_channel_hides_what_one_was_told_of_it(api, cast, tell, inbox, 
     assert bodies(inbox(vic, "unread=1")) == ["Vera: in the vault @vic"]
 
 
-def test_leaving_the_server_empties_the_inbox_of_it(api, cast, tell, inbox, unread):
-    tell("hello @vera")
+def test_leaving_the_server_empties_the_inbox_of_it(api, cast, notify, inbox, unread):
+    notify("hello @vera")
     api(cast.admin).delete(f"/api/servers/{cast.server_id}/members/{cast.vip.id}")
     assert inbox(cast.vip) == []
     assert unread(cast.vip) == NOTHING
 
 
-def test_a_channel_made_private_hides_what_was_told_of_it(api, cast, tell, inbox, unread):
-    tell("hello")
+def test_making_a_channel_private_hides_its_notifications(api, cast, notify, inbox, unread):
+    notify("hello")
     api(cast.admin).patch(f"/api/channels/{cast.general}", json={"private": True})
     assert inbox(cast.vip) == []
     assert unread(cast.vip) == NOTHING
@@ -351,14 +351,14 @@ LOST = {
 
 
 @pytest.mark.parametrize("lost", list(LOST))
-def test_what_its_author_may_no_longer_post_is_hidden_until_they_may_again(api, cast, tell, inbox, unread, read, lost):
+def test_messages_of_an_author_without_the_right_to_post_are_hidden_meanwhile(api, cast, notify, inbox, unread, read, lost):
     admin, vic = make_person("alma", admin=True), make_person("vic")
     servers.put_member(cast.server_id, vic.id, [cast.vip_role])
     channel, author = {"role": (cast.vault, cast.vip), "admin": (cast.announcements, cast.admin)}.get(
         lost, (cast.general, cast.subscriber)
     )
-    tell("by somebody else", cast.vault, admin)
-    message = tell("@vic and all", channel, author)
+    notify("by somebody else", cast.vault, admin)
+    message = notify("@vic and all", channel, author)
     before = bodies(inbox(vic)), unread(vic)
     assert len(before[0]) == 2
 
@@ -375,16 +375,16 @@ def test_what_its_author_may_no_longer_post_is_hidden_until_they_may_again(api, 
     assert (bodies(inbox(vic)), unread(vic)) == before
 
 
-def test_what_an_author_wrote_while_they_paid_stays(api, cast, tell, inbox):
-    tell("while it lasted")
+def test_what_an_author_wrote_while_they_paid_stays(api, cast, notify, inbox):
+    notify("while it lasted")
     api(cast.admin).put(f"/api/users/{cast.subscriber.id}/subscription", json={"status": "canceled"})
     assert bodies(inbox(cast.vip)) == ["while it lasted"]
 
 
-def test_a_lapsed_subscriber_keeps_what_they_were_told(api, cast, tell, inbox):
-    tell("while it lasted")
+def test_a_lapsed_subscriber_keeps_their_notifications(api, cast, notify, inbox):
+    notify("while it lasted")
     api(cast.admin).put(f"/api/users/{cast.vip.id}/subscription", json={"status": "canceled"})
-    tell("and afterwards")
+    notify("and afterwards")
     assert bodies(inbox(cast.vip)) == ["while it lasted"]
 
 
@@ -397,7 +397,7 @@ def test_asking_for_a_preference_creates_none(api, cast):
     assert Preference.select().count() == 0
 
 
-def test_a_preference_is_set_whole_and_counts(api, cast, tell, inbox):
+def test_a_preference_is_set_whole_and_counts(api, cast, notify, inbox):
     vera, path = api(cast.vip), f"/api/channels/{cast.general}/preference"
     until = (datetime.now(UTC) + timedelta(hours=1)).replace(microsecond=0)
     muted = {"level": "mentions", "muted_until": until.isoformat().replace("+00:00", "Z")}
@@ -407,11 +407,11 @@ def test_a_preference_is_set_whole_and_counts(api, cast, tell, inbox):
     assert Preference.select().count() == 1
     elsewhere = until.astimezone(timezone(timedelta(hours=5, minutes=45))).isoformat()
     assert vera.put(path, json={"level": "mentions", "muted_until": elsewhere}).get_json() == muted
-    tell("@everyone", author=cast.admin)
-    tell("@vera")
+    notify("@everyone", author=cast.admin)
+    notify("@vera")
     assert bodies(inbox(cast.vip)) == ["@vera"]
     assert vera.put(path, json={"level": "none"}).get_json() == {"level": "none", "muted_until": None}
-    tell("@vera again")
+    notify("@vera again")
     assert bodies(inbox(cast.vip)) == ["@vera"]
     assert vera.put(path, json={}).get_json() == {"level": "all", "muted_until": None}
     assert api(cast.moderator).get(path).get_json()["level"] == "all"

@@ -1,12 +1,12 @@
-"""The inbox page by page: nothing missed or twice while more is told, read and dismissed; what may be asked for; and
-the same number of SQL statements however much there is."""
+"""The inbox page by page: nothing is missed or repeated while it changes, and each request takes a fixed number of SQL
+statements."""
 
 import threading
 
 import pytest
 
 from belfry.core.db import db, execute
-from tests.fanout_helpers import post, posted_and_told, run_to_end, statements
+from tests.fanout_helpers import post, post_and_notify, run_to_end, statements
 from tests.inbox.test_unread import COUNT
 from tests.web.test_errors import assert_problem
 
@@ -14,7 +14,7 @@ MANY = 10_000
 
 
 def fill(cast, number):
-    """The vip has so many, half of general and half of the vault, all unread, as they are told."""
+    """The vip has so many, half of general and half of the vault, all unread, as they are notified."""
     execute(
         "WITH made AS ("
         "  INSERT INTO message (channel_id, author_id, content)"
@@ -34,23 +34,23 @@ def fill(cast, number):
 
 @pytest.fixture
 def meanwhile(cast):
-    """While the test runs, one message after the other is posted and told."""
-    stop, told, broken = threading.Event(), [], []
+    """While the test runs, one message after the other is posted and notified."""
+    stop, notified, broken = threading.Event(), [], []
 
-    def tell():
+    def notify():
         try:
             with db.connection_context():
                 while not stop.is_set():
-                    told.append(posted_and_told(cast.subscriber, cast.general, "@vera @everyone"))
+                    notified.append(post_and_notify(cast.subscriber, cast.general, "@vera @everyone"))
         except BaseException as error:
             broken.append(error)
 
-    thread = threading.Thread(target=tell)
+    thread = threading.Thread(target=notify)
     yield thread
     stop.set()
     thread.join()
     assert broken == []
-    assert len(told) > 5, "they were told in between"
+    assert len(notified) > 5, "they were notified in between"
 
 
 def numbers(page):
@@ -83,9 +83,9 @@ def test_from_page_to_page_nothing_is_missed_or_twice(api, cast, meanwhile, quer
     assert len(seen) > len(there) * 0.6
 
 
-def test_what_is_told_late_of_an_older_message_stands_in_its_place(api, cast):
+def test_a_late_notification_of_an_older_message_is_listed_in_its_place(api, cast):
     older, run_id = post(cast.subscriber, cast.general, "older")
-    newer = [posted_and_told(cast.subscriber, cast.general, f"{n}") for n in range(3)]
+    newer = [post_and_notify(cast.subscriber, cast.general, f"{n}") for n in range(3)]
     first = api(cast.vip).get("/api/notifications?limit=2").get_json()
     assert numbers(first) == [newer[2], newer[1]]
     assert run_to_end(run_id) == "succeeded"

@@ -1,5 +1,5 @@
-"""Unread counts cannot drift: whatever is posted, told, read, edited, deleted and withheld, in whatever order and at
-once, what is counted is what is shown, and what a model in plain Python says."""
+"""Unread counts cannot drift: after any sequence of posts, edits, reads and deletions the counts are what the inbox shows
+and what a model in plain Python says."""
 
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -93,7 +93,7 @@ class Unread(RuleBasedStateMachine):
         self.world.people[cast.moderator.id].roles = {cast.moderators_role}
         for person in (cast.vip, *persons[-2:]):
             self.world.people[person.id].roles = {cast.vip_role}
-        for person in (cast.vip, cast.moderator, persons[-2]):  # whom an edit tells, and takes it back from
+        for person in (cast.vip, cast.moderator, persons[-2]):  # whom an edit notifies, and takes it back from
             for channel_id in self.world.channels:
                 self._prefer(person.id, channel_id, "mentions", None)
         self.turns = cycle(self.persons)
@@ -143,12 +143,12 @@ class Unread(RuleBasedStateMachine):
 
     # Messages and their fan-outs ---------------------------------------------------------------------------
 
-    @rule(data=st.data(), tell=st.booleans())
-    def post(self, data: Any, tell: bool) -> None:
+    @rule(data=st.data(), notify=st.booleans())
+    def post(self, data: Any, notify: bool) -> None:
         channel_id = self.somewhere(data)
         may = [one for one in self.persons if not self.world.refusal_to_post(one, channel_id)]
         run_id = self._post(self.one_of(data, "who", may, self.persons), channel_id, *self.a_text(data))
-        if tell and run_id:
+        if notify and run_id:
             self._do_whole(run_id)
 
     def _post(self, author: int, channel_id: int, content: str, wanted: Mentions) -> int:
@@ -165,8 +165,8 @@ class Unread(RuleBasedStateMachine):
         return int(posted["run"]["id"])
 
     @precondition(lambda self: self.world.messages)
-    @rule(data=st.data(), tell=st.booleans())
-    def edit(self, data: Any, tell: bool) -> None:
+    @rule(data=st.data(), notify=st.booleans())
+    def edit(self, data: Any, notify: bool) -> None:
         may = [
             id_
             for id_, one in self.world.messages.items()
@@ -184,7 +184,7 @@ class Unread(RuleBasedStateMachine):
             if added != Mentions() or removed != Mentions():
                 run_id = answer.get_json()["run"]["id"]
                 self.world.runs[run_id] = Run(message_id, "edit", added, removed)
-                if tell:
+                if notify:
                     self._do_whole(run_id)
 
     @precondition(lambda self: self.world.messages)
@@ -250,7 +250,7 @@ class Unread(RuleBasedStateMachine):
         answer = self.ask(number).post("/api/notifications/read", json=which)
         assert answer.status_code == 200, answer.get_json()
         for message_id in marked:
-            self.world.told[number, message_id].read = True
+            self.world.notified[number, message_id].read = True
         assert answer.get_json() == {"marked": len(marked), "unread": self.world.unread(number)["unread"]}
 
     @precondition(lambda self: self.world.messages)
@@ -284,16 +284,16 @@ class Unread(RuleBasedStateMachine):
         number = self.reader(data)
         self._read(number, {"all": True}, list(self.world.shown(number, unread=True)))
 
-    @precondition(lambda self: self.world.told)
+    @precondition(lambda self: self.world.notified)
     @rule(data=st.data())
     def dismiss(self, data: Any) -> None:
         shown = [(number, message_id) for number in self.persons for message_id in self.world.shown(number)]
-        number, message_id = self.one_of(data, "which", shown, self.world.told)
+        number, message_id = self.one_of(data, "which", shown, self.world.notified)
         answer = self.ask(number).delete(f"/api/notifications/{number}-{message_id}")
         is_shown = (number, message_id) in shown
         assert answer.status_code == (204 if is_shown else 404)
         if is_shown:
-            self.world.told[number, message_id].dismissed = True
+            self.world.notified[number, message_id].dismissed = True
 
     @rule(data=st.data(), level=st.sampled_from(["all", "mentions", "none"]), hours=st.sampled_from([None, -1, 1]))
     def prefer(self, data: Any, level: str, hours: int | None) -> None:

@@ -53,7 +53,7 @@ def stored_world(cast: Cast) -> World:
             one["id"]: Message(one["channel_id"], one["author_id"], Mentions(), one["deleted_at"] is not None)
             for one in fetch_all("SELECT id, channel_id, author_id, deleted_at FROM message")
         },
-        told={
+        notified={
             (one["user_id"], one["message_id"]): Notification(
                 one["reason"], one["read_at"] is not None, one["dismissed_at"] is not None
             )
@@ -114,7 +114,7 @@ class _Crowd:
     def messages(self) -> list[dict[str, Any]]:
         return fetch_all("SELECT id, author_id FROM message WHERE deleted_at IS NULL ORDER BY id DESC LIMIT 6")
 
-    def tell(self, rng: random.Random) -> None:
+    def notify(self, rng: random.Random) -> None:
         author, channel_id = rng.choice(self.persons), rng.choice([self.cast.general, self.cast.vault])
         self.send(author, "POST", "/api/messages", {"channel_id": channel_id, "content": rng.choice(TEXTS)})
         left = fetch_all(
@@ -193,8 +193,8 @@ def test_what_is_counted_is_what_is_shown_with_everything_at_once(app, cast, sli
     slices_of(3)
     crowd = _Crowd(app, cast, seed)
     for number in range(10):
-        crowd.tell(random.Random(number))
-    deeds = (crowd.tell, crowd.tell, crowd.read, crowd.read, crowd.change, crowd.govern)
+        crowd.notify(random.Random(number))
+    deeds = (crowd.notify, crowd.notify, crowd.read, crowd.read, crowd.change, crowd.govern)
     threads = [threading.Thread(target=crowd.work, args=(what, number)) for number, what in enumerate(deeds)]
     for thread in threads:
         thread.start()

@@ -52,7 +52,7 @@ class Message:
 
 @dataclass
 class Run:
-    """`slices` is None before its own part is done; of each that is left (after, up to, those told first)."""
+    """`slices` is None before its own part is done; of each that is left (after, up to, those notified first)."""
 
     message: int
     kind: str
@@ -78,7 +78,7 @@ class World:
     fanout_slice_size: int
     messages: dict[int, Message] = field(default_factory=dict)
     runs: dict[int, Run] = field(default_factory=dict)  # unfinished
-    told: dict[tuple[int, int], Notification] = field(default_factory=dict)  # by person and message
+    notified: dict[tuple[int, int], Notification] = field(default_factory=dict)  # by person and message
     transaction: int = 0  # of the fan-outs, one after the other
 
     # Who may what ------------------------------------------------------------------------------------------
@@ -141,11 +141,11 @@ class World:
             assert run.slices is not None
             up_to, first = run.slices.pop(after)
             self._take_back_from_who_left(run, after, up_to)
-            self._tell(run, [one for one in members if after < one <= up_to and one not in first], now)
+            self._notify(run, [one for one in members if after < one <= up_to and one not in first], now)
         elif message.deleted or len(members) <= self.fanout_slice_size:
             run.slices = {}
             self._take_back_from_who_left(run, 0, FOREVER)
-            self._tell(run, members, now)
+            self._notify(run, members, now)
         else:
             named = [one for one in members if one in message.mentions.people]
             by_role = [one for one in members if self.people[one].roles & message.mentions.roles]
@@ -155,16 +155,16 @@ class World:
                 begins: (ends, {one for one in first if begins < one <= ends})
                 for begins, ends in zip(begin, [*begin[1:], FOREVER], strict=True)
             }
-            self._tell(run, first, now)
+            self._notify(run, first, now)
         if not run.slices:
             del self.runs[run_id]
 
     def read_up_to(self, number: int, last: int) -> list[int]:
         """What a mark up to a message reads: of what is older only what no later transaction wrote or changed."""
-        own = [id_ for user_id, id_ in self.told if user_id == number and id_ <= last]
+        own = [id_ for user_id, id_ in self.notified if user_id == number and id_ <= last]
         newest = max(own, default=0)
-        latest = self.told[number, newest].transaction if own else 0
-        unread = [(one, self.told[number, one]) for one in self.shown(number, unread=True) if one <= last]
+        latest = self.notified[number, newest].transaction if own else 0
+        unread = [(one, self.notified[number, one]) for one in self.shown(number, unread=True) if one <= last]
         return [
             id_ for id_, one in unread if id_ == newest or (one.transaction <= latest and one.changed <= latest)
         ]
@@ -172,42 +172,42 @@ class World:
     def do_whole(self, run_id: int, now: object) -> None:
         """All members at once, however many."""
         run = self.runs.pop(run_id)
-        self._tell(run, self.members(), now)
+        self._notify(run, self.members(), now)
 
-    def _tell(self, run: Run, numbers: list[int], now: object) -> None:
+    def _notify(self, run: Run, numbers: list[int], now: object) -> None:
         message = self.messages[run.message]
         for number in () if message.deleted else numbers:
             decision = self.decision(number, message, now)
-            there = self.told.get((number, run.message))
+            there = self.notified.get((number, run.message))
             if run.kind == "edit":
-                self._tell_of_edit(run, number, decision, there)
+                self._notify_of_edit(run, number, decision, there)
             elif decision in oracle.NOTIFY_DECISIONS and there is None:
-                self.told[number, run.message] = Notification(decision, transaction=self.transaction)
+                self.notified[number, run.message] = Notification(decision, transaction=self.transaction)
 
-    def _tell_of_edit(self, run: Run, number: int, decision: str, there: Notification | None) -> None:
-        """An edit tells the newly mentioned only, and takes back what is unread of those mentioned no more."""
-        telling, roles = decision in oracle.NOTIFY_DECISIONS, self.people[number].roles
+    def _notify_of_edit(self, run: Run, number: int, decision: str, there: Notification | None) -> None:
+        """An edit notifies the newly mentioned only, and takes back what is unread of those mentioned no more."""
+        notifying, roles = decision in oracle.NOTIFY_DECISIONS, self.people[number].roles
         newly, no_more = run.added.name(number, roles), run.removed.name(number, roles)
         if there and there.reason == "mention_role" and run.removed.roles and decision != "mention_role":
             no_more = True  # they may have lost the role since
         if not newly and not no_more:
             return
         if there is None:
-            if newly and telling and decision != "message":
-                self.told[number, run.message] = Notification(decision, transaction=self.transaction)
-        elif telling:
+            if newly and notifying and decision != "message":
+                self.notified[number, run.message] = Notification(decision, transaction=self.transaction)
+        elif notifying:
             if there.reason == "message" != decision:
                 there.read = False
             if there.reason != decision:
                 there.reason, there.changed = decision, self.transaction
         elif no_more and not there.read and not there.dismissed:
-            del self.told[number, run.message]
+            del self.notified[number, run.message]
 
     def _take_back_from_who_left(self, run: Run, after: int, up_to: int) -> None:
         """An edit withdraws what is unread of a mention that is gone, wherever the mentioned are by now."""
         message, removed = self.messages[run.message], run.removed
         for number, person in self.people.items():
-            there = self.told.get((number, run.message))
+            there = self.notified.get((number, run.message))
             if message.deleted or person.member or there is None or not after < number <= up_to:
                 continue
             concerned = number in removed.people or bool(removed.roles) or removed.everyone
@@ -217,13 +217,13 @@ class World:
                 "mention_everyone": not message.mentions.everyone,
             }
             if concerned and gone.get(there.reason) and not there.read and not there.dismissed:
-                del self.told[number, run.message]
+                del self.notified[number, run.message]
 
     def replay_adds(self, message_id: int, now: object) -> int:
-        """How many a replay would tell."""
+        """How many a replay would notify."""
         message = self.messages[message_id]
         return sum(
-            self.decision(number, message, now) in oracle.NOTIFY_DECISIONS and (number, message_id) not in self.told
+            self.decision(number, message, now) in oracle.NOTIFY_DECISIONS and (number, message_id) not in self.notified
             for number in self.members()
         )
 
@@ -233,7 +233,7 @@ class World:
         """Their notifications by message, newest first."""
         found = {}
         for message_id in sorted(self.messages, reverse=True):
-            message, one = self.messages[message_id], self.told.get((number, message_id))
+            message, one = self.messages[message_id], self.notified.get((number, message_id))
             if one is None or one.dismissed or (unread and one.read) or message.deleted:
                 continue
             if channel_id not in (None, message.channel) or not self.sees(number, message.channel):

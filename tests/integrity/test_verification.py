@@ -18,7 +18,7 @@ from belfry.messages.test_notifications import send_test
 from belfry.servers import servers
 from belfry.servers.preferences import set_preference
 from models import Message
-from tests.fanout_helpers import advance, crowd, parts_of, post, posted_and_told, run_to_end, wants_mentions_only
+from tests.fanout_helpers import advance, crowd, parts_of, post, post_and_notify, run_to_end, wants_mentions_only
 from tools.dev import ROOT
 
 WHOLE = "UPDATE run SET {} WHERE id = 1"
@@ -290,7 +290,7 @@ def world(cast, slices_of):
     """Runs 1 to 4: a message that everybody was notified of, a test message, a message to more members that is in
     progress, and one that is queued; all of it valid, the first two a day old."""
     a_day_passes()
-    posted_and_told(cast.subscriber, cast.general, "gold, @vera")
+    post_and_notify(cast.subscriber, cast.general, "gold, @vera")
     run_to_end(send_test(cast.admin.user, cast.general, None, "me"))
     crowd(cast.server_id, 15)
     a_day_passes()
@@ -385,7 +385,7 @@ def test_a_refused_state_that_was_there_before_the_constraints_is_found(world, s
 
 
 def test_a_mention_that_the_message_has_no_more_is_found_only_while_it_is_unread(world):
-    message_id = posted_and_told(world.subscriber, world.general, "@vera")
+    message_id = post_and_notify(world.subscriber, world.general, "@vera")
     run_to_end(edit_message(world.subscriber.user, message_id, "nobody").run_id)
     execute(f"UPDATE notification SET reason = 'mention' WHERE message_id = {message_id}")
     assert [finding.check for finding in check().findings] == [REASON]
@@ -439,7 +439,7 @@ def test_members_who_left_hide_so_many_recipients_who_are_no_members(world):
 @pytest.mark.usefixtures("_partitions")
 def test_the_first_partitions_can_be_left_out(world):
     execute("ALTER SEQUENCE message_id_seq RESTART WITH 1000000; DELETE FROM notification WHERE message_id = 1")
-    later = posted_and_told(world.subscriber, world.general, "silver")
+    later = post_and_notify(world.subscriber, world.general, "silver")
     assert len(check().findings) == 1
     report = check(since=later)
     assert report.findings == []
@@ -478,7 +478,7 @@ def decided(cast):
     """One message in a community whose rules give several decisions: who is whom, and the message's id."""
     wants_mentions_only(cast.moderator, cast.general)
     a_day_passes()
-    message_id = posted_and_told(cast.subscriber, cast.general, "gold, @vera")
+    message_id = post_and_notify(cast.subscriber, cast.general, "gold, @vera")
     assert findings_of_decisions() == []
     return cast, message_id
 
@@ -536,7 +536,7 @@ def test_what_changed_since_a_decision_is_no_finding(decided, change):
 
 def test_a_private_channel_and_its_roles_that_changed_since_are_no_finding(cast):
     a_day_passes()
-    posted_and_told(cast.vip, cast.vault, "gold, @vip")
+    post_and_notify(cast.vip, cast.vault, "gold, @vip")
     assert findings_of_decisions() == []
     servers.put_member(cast.server_id, cast.moderator.id, [cast.moderators_role, cast.vip_role])
     assert findings_of_decisions() == []
@@ -551,7 +551,7 @@ def test_a_period_or_a_mute_that_ended_since_is_no_finding(cast):
     subscriptions.set_subscription(cast.vip.id, "active", soon - timedelta(hours=24))
     set_preference(cast.moderator.user, cast.general, "all", soon)
     a_day_passes()
-    posted_and_told(cast.subscriber, cast.general, "gold")
+    post_and_notify(cast.subscriber, cast.general, "gold")
     execute("SELECT pg_sleep(1.2)")
     report = check(decisions=10)
     assert report.findings == []

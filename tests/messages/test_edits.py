@@ -1,4 +1,4 @@
-"""Edits: who is told, who is told no more, in whatever order the jobs run."""
+"""Edits: who is notified, who is notified no more, in whatever order the jobs run."""
 
 import threading
 import time
@@ -22,54 +22,54 @@ from tests.fanout_helpers import (
     do,
     edit,
     notifications_that,
+    notified,
     parts_of,
     post,
-    posted_and_told,
+    post_and_notify,
     read_everything,
     run_of,
     run_to_end,
     stats,
-    told,
     unread,
     wants_mentions_only,
 )
 
 
-def test_an_edit_that_adds_a_mention_tells_the_newly_mentioned_only(cast):
+def test_an_edit_that_adds_a_mention_notifies_the_newly_mentioned_only(cast):
     wants_mentions_only(cast.vip, cast.general)
     wants_mentions_only(cast.moderator, cast.general)
-    message_id = posted_and_told(cast.subscriber, cast.general, "gold, @lars")
-    assert told(message_id) == {cast.admin.id: "message"}
-    set_subscription(cast.lapsed.id, "active", None)  # would be told of it now, and is not concerned
+    message_id = post_and_notify(cast.subscriber, cast.general, "gold, @lars")
+    assert notified(message_id) == {cast.admin.id: "message"}
+    set_subscription(cast.lapsed.id, "active", None)  # would be notified of it now, and is not concerned
     edited = edit(cast.subscriber, message_id, "gold, @lars and @vera")
-    assert told(message_id) == {cast.admin.id: "message", cast.vip.id: "mention"}
+    assert notified(message_id) == {cast.admin.id: "message", cast.vip.id: "mention"}
     assert (edited["inserted"], edited["retracted"]) == (1, 0)
 
 
 @pytest.mark.parametrize("mention", ["@vip", "@everyone"])
-def test_an_edit_that_adds_a_group_tells_those_in_it(cast, mention):
+def test_an_edit_that_adds_a_group_notifies_those_in_it(cast, mention):
     wants_mentions_only(cast.vip, cast.general)
-    message_id = posted_and_told(cast.moderator, cast.general, "gold")
-    assert cast.vip.id not in told(message_id)
+    message_id = post_and_notify(cast.moderator, cast.general, "gold")
+    assert cast.vip.id not in notified(message_id)
     edit(cast.moderator, message_id, f"gold, {mention}")
-    assert told(message_id)[cast.vip.id] == {"@vip": "mention_role", "@everyone": "mention_everyone"}[mention]
+    assert notified(message_id)[cast.vip.id] == {"@vip": "mention_role", "@everyone": "mention_everyone"}[mention]
 
 
-def test_a_mention_that_is_added_tells_nobody_whom_the_rules_keep_out(cast):
+def test_an_added_mention_notifies_nobody_whom_the_rules_exclude(cast):
     set_preference(cast.vip.user, cast.general, "none", None)
-    message_id = posted_and_told(cast.subscriber, cast.general, "gold")
-    before = told(message_id)
+    message_id = post_and_notify(cast.subscriber, cast.general, "gold")
+    before = notified(message_id)
     assert edit(cast.subscriber, message_id, "@vera @lars @sam")["inserted"] == 0
-    assert told(message_id) == before
+    assert notified(message_id) == before
 
 
-def test_who_was_told_plainly_and_is_mentioned_now_has_a_mention_unread_again(cast):
-    message_id = posted_and_told(cast.subscriber, cast.general, "gold")
+def test_a_plain_notification_becomes_an_unread_mention(cast):
+    message_id = post_and_notify(cast.subscriber, cast.general, "gold")
     read_everything(cast.moderator)
     read_everything(cast.vip)
     edited = edit(cast.subscriber, message_id, "gold, @moira")
     assert (edited["inserted"], edited["retracted"]) == (0, 0)
-    assert told(message_id)[cast.moderator.id] == "mention"
+    assert notified(message_id)[cast.moderator.id] == "mention"
     assert unread_count(cast.moderator.user)["mentions"] == unread(cast.moderator) == 1
     assert unread(cast.vip) == 0, "nobody else is bothered again"
     (shown,) = inbox.list_notifications(cast.moderator.user, before=None, limit=10)
@@ -78,9 +78,9 @@ def test_who_was_told_plainly_and_is_mentioned_now_has_a_mention_unread_again(ca
 
 def test_an_edit_that_removes_a_mention_withdraws_what_is_unread_and_was_for_the_mention_alone(cast):
     wants_mentions_only(cast.vip, cast.general)
-    message_id = posted_and_told(cast.subscriber, cast.general, "@vera @moira")
+    message_id = post_and_notify(cast.subscriber, cast.general, "@vera @moira")
     edited = edit(cast.subscriber, message_id, "nobody")
-    assert told(message_id) == {cast.admin.id: "message", cast.moderator.id: "message"}
+    assert notified(message_id) == {cast.admin.id: "message", cast.moderator.id: "message"}
     assert (edited["inserted"], edited["retracted"]) == (0, 1)
     assert unread(cast.vip) == 0
     assert unread_count(cast.moderator.user)["mentions"] == 0
@@ -88,22 +88,22 @@ def test_an_edit_that_removes_a_mention_withdraws_what_is_unread_and_was_for_the
 
 def test_who_is_still_mentioned_in_another_way_keeps_the_notification(cast):
     wants_mentions_only(cast.vip, cast.general)
-    message_id = posted_and_told(cast.moderator, cast.general, "@vera @vip @everyone")
+    message_id = post_and_notify(cast.moderator, cast.general, "@vera @vip @everyone")
     for content, reason in (
         ("@vip @everyone", "mention_role"),
         ("@everyone", "mention_everyone"),
         ("@vera", "mention"),
     ):
         assert edit(cast.moderator, message_id, content)["retracted"] == 0
-        assert told(message_id)[cast.vip.id] == reason
+        assert notified(message_id)[cast.vip.id] == reason
     assert edit(cast.moderator, message_id, "nobody")["retracted"] == 1
-    assert cast.vip.id not in told(message_id)
+    assert cast.vip.id not in notified(message_id)
 
 
 @pytest.mark.parametrize(("members", "mention"), [(100, "@vera"), (2, "@vera"), (100, "@vip"), (2, "@everyone")])
 def test_who_has_left_the_server_loses_an_unread_mention_too(cast, slices_of, members, mention):
     slices_of(members)
-    message_id = posted_and_told(cast.moderator, cast.general, mention)
+    message_id = post_and_notify(cast.moderator, cast.general, mention)
     servers.remove_member(cast.server_id, cast.vip.id)
     edited = edit(cast.moderator, message_id, "nobody")
     assert edited["retracted"] == 1
@@ -113,26 +113,26 @@ def test_who_has_left_the_server_loses_an_unread_mention_too(cast, slices_of, me
 
 
 def test_who_has_left_the_server_keeps_what_was_no_mention_or_is_read(cast):
-    plain = posted_and_told(cast.subscriber, cast.general, "@moira")
-    read = posted_and_told(cast.subscriber, cast.general, "@vera")
+    plain = post_and_notify(cast.subscriber, cast.general, "@moira")
+    read = post_and_notify(cast.subscriber, cast.general, "@vera")
     inbox.mark_read(cast.vip.user, ids=[(cast.vip.id, read)])
     servers.remove_member(cast.server_id, cast.vip.id)
     for message_id in (plain, read):
         edit(cast.subscriber, message_id, "nobody")
-    assert (told(plain)[cast.vip.id], told(read)[cast.vip.id]) == ("message", "mention")
+    assert (notified(plain)[cast.vip.id], notified(read)[cast.vip.id]) == ("message", "mention")
 
 
 def test_what_was_read_is_not_withdrawn(cast):
     wants_mentions_only(cast.vip, cast.general)
-    message_id = posted_and_told(cast.subscriber, cast.general, "@vera")
+    message_id = post_and_notify(cast.subscriber, cast.general, "@vera")
     read_everything(cast.vip)
     assert edit(cast.subscriber, message_id, "nobody")["retracted"] == 0
-    assert told(message_id)[cast.vip.id] == "mention"
+    assert notified(message_id)[cast.vip.id] == "mention"
     assert unread(cast.vip) == 0
 
 
 def test_who_read_a_mention_that_is_gone_has_not_to_read_it_again(cast):
-    message_id = posted_and_told(cast.subscriber, cast.general, "@moira")
+    message_id = post_and_notify(cast.subscriber, cast.general, "@moira")
     read_everything(cast.moderator)
     edit(cast.subscriber, message_id, "nobody")
     assert unread(cast.moderator) == 0
@@ -140,7 +140,7 @@ def test_who_read_a_mention_that_is_gone_has_not_to_read_it_again(cast):
 
 def test_an_edit_that_is_run_twice_changes_nothing_more(cast):
     wants_mentions_only(cast.vip, cast.general)
-    message_id = posted_and_told(cast.subscriber, cast.general, "@ada")
+    message_id = post_and_notify(cast.subscriber, cast.general, "@ada")
     posted = messages.edit_message(cast.subscriber.user, message_id, "@moira @vera")
     run_to_end(posted.run_id)
     read_everything(cast.moderator)
@@ -153,7 +153,7 @@ def test_an_edit_that_is_run_twice_changes_nothing_more(cast):
 
 
 def test_an_edit_that_changes_no_mention_makes_no_run(cast):
-    message_id = posted_and_told(cast.subscriber, cast.general, "@moira is right")
+    message_id = post_and_notify(cast.subscriber, cast.general, "@moira is right")
     before = contents()
     assert messages.edit_message(cast.subscriber.user, message_id, "@moira is wrong, `@vera`").run_id == 0
     after = contents()
@@ -162,18 +162,18 @@ def test_an_edit_that_changes_no_mention_makes_no_run(cast):
 
 
 @pytest.mark.parametrize("edit_first", [False, True], ids=["in order", "the edit's run first"])
-def test_an_edit_before_the_first_run_tells_as_if_it_had_been_written_so(cast, edit_first):
+def test_an_edit_before_the_first_run_counts_as_the_original_text(cast, edit_first):
     wants_mentions_only(cast.vip, cast.general)
     wants_mentions_only(cast.moderator, cast.general)
     message_id, first = post(cast.subscriber, cast.general, "@vera")
     second = messages.edit_message(cast.subscriber.user, message_id, "@moira").run_id
     for run_id in (second, first) if edit_first else (first, second):
         assert run_to_end(run_id) == "succeeded"
-    assert told(message_id) == {cast.admin.id: "message", cast.moderator.id: "mention"}
+    assert notified(message_id) == {cast.admin.id: "message", cast.moderator.id: "mention"}
     assert unread(cast.moderator) == 1
 
 
-def test_an_edit_half_way_through_the_first_run_tells_as_if_it_had_been_written_so(cast, slices_of):
+def test_an_edit_during_the_first_run_counts_as_the_original_text(cast, slices_of):
     many = crowd(cast.server_id, 8)
     slices_of(6)
     for person in (cast.vip, cast.moderator):
@@ -186,22 +186,22 @@ def test_an_edit_half_way_through_the_first_run_tells_as_if_it_had_been_written_
         assert run_to_end(run_id) == "succeeded"
         assert stats(run_id)["audience"] == 13
     expected = dict.fromkeys([cast.admin.id, cast.subscriber.id, *many], "message") | {many[0]: "mention"}
-    assert told(message_id) == expected
+    assert notified(message_id) == expected
 
 
 def test_an_edit_leaves_alone_whom_it_does_not_concern(cast):
-    message_id = posted_and_told(cast.subscriber, cast.general, "@ada and @moira")
+    message_id = post_and_notify(cast.subscriber, cast.general, "@ada and @moira")
     set_preference(cast.vip.user, cast.general, "none", None)
     set_preference(cast.moderator.user, cast.general, "none", None)
-    before = told(message_id)
+    before = notified(message_id)
     edited = edit(cast.subscriber, message_id, "@ada, @moira and @lars")
-    assert (edited["inserted"], edited["retracted"], told(message_id)) == (0, 0, before)
+    assert (edited["inserted"], edited["retracted"], notified(message_id)) == (0, 0, before)
     assert unread(cast.vip) == unread(cast.moderator) == 1
 
 
 def test_an_edit_that_only_adds_a_mention_withdraws_nothing(cast):
     # FAULT in the product: `APPLY_EDIT_SQL` withdraws from whomever the edit concerns, those it adds as well.
-    message_id = posted_and_told(cast.moderator, cast.general, "gold")
+    message_id = post_and_notify(cast.moderator, cast.general, "gold")
     set_preference(cast.vip.user, cast.general, "mentions", None)
     set_preference(cast.subscriber.user, cast.general, "none", None)
     assert unread(cast.subscriber) == 1
@@ -211,9 +211,9 @@ def test_an_edit_that_only_adds_a_mention_withdraws_nothing(cast):
 
 def test_a_dismissed_notification_does_not_come_back_by_edits(cast):
     # FAULT in the product: `APPLY_EDIT_SQL` deletes unread rows, dismissed ones too, and with them what keeps
-    # the person from being told again.
+    # the person from being notified again.
     wants_mentions_only(cast.vip, cast.general)
-    message_id = posted_and_told(cast.subscriber, cast.general, "@vera")
+    message_id = post_and_notify(cast.subscriber, cast.general, "@vera")
     dismiss(cast.vip.user, cast.vip.id, message_id)
     edit(cast.subscriber, message_id, "nobody")
     edit(cast.subscriber, message_id, "@vera")
@@ -221,7 +221,7 @@ def test_a_dismissed_notification_does_not_come_back_by_edits(cast):
 
 
 def test_a_dismissed_notification_that_becomes_a_mention_stays_dismissed(cast):
-    message_id = posted_and_told(cast.subscriber, cast.general, "gold")
+    message_id = post_and_notify(cast.subscriber, cast.general, "gold")
     dismiss(cast.vip.user, cast.vip.id, message_id)
     edit(cast.subscriber, message_id, "@vera")
     assert inbox.list_notifications(cast.vip.user, before=None, limit=10) == []
@@ -229,29 +229,29 @@ def test_a_dismissed_notification_that_becomes_a_mention_stays_dismissed(cast):
 
 
 @pytest.mark.parametrize("members", [100, 2], ids=["one part", "slices"])
-def test_an_edit_waits_for_what_is_being_told_and_takes_it_back(cast, slices_of, members):
+def test_an_edit_waits_for_the_fan_out_and_retracts(cast, slices_of, members):
     wants_mentions_only(cast.vip, cast.general)
     slices_of(members)
     message_id, run_id = post(cast.subscriber, cast.general, "gold")
     if members == 2:
-        advance(run_id)  # so that it is her slice that tells her, and not the first part
+        advance(run_id)  # so that it is her slice that notifies her, and not the first part
     execute(f"UPDATE message SET mentioned_users = '{{{cast.vip.id}}}'")
     parts = parts_of(run_id)
 
-    def tell() -> None:
+    def notify() -> None:
         with db.connection_context():
             for part in parts:
                 do(part)
 
-    telling = threading.Thread(target=tell)
+    notifying = threading.Thread(target=notify)
     with notifications_that("PERFORM pg_sleep(0.5);"):
-        telling.start()
+        notifying.start()
         time.sleep(0.2)
         edited = messages.edit_message(cast.subscriber.user, message_id, "@moira").run_id
         run_to_end(edited)
-        telling.join()
+        notifying.join()
     run_to_end(run_id)
-    assert told(message_id) == {cast.admin.id: "message", cast.moderator.id: "mention"}
+    assert notified(message_id) == {cast.admin.id: "message", cast.moderator.id: "mention"}
 
 
 def test_an_edit_does_not_wait_for_the_slices_that_come_after_it(cast, slices_of):
@@ -262,12 +262,12 @@ def test_an_edit_does_not_wait_for_the_slices_that_come_after_it(cast, slices_of
     advance(run_id)
     left = parts_of(run_id)
 
-    def tell() -> None:
+    def notify() -> None:
         with db.connection_context():
             while left:
                 do(left.pop())
 
-    workers = [threading.Thread(target=tell) for _ in range(2)]
+    workers = [threading.Thread(target=notify) for _ in range(2)]
     with notifications_that("PERFORM pg_sleep(0.1);"):
         for worker in workers:
             worker.start()
@@ -281,7 +281,7 @@ def test_an_edit_does_not_wait_for_the_slices_that_come_after_it(cast, slices_of
 
 
 def test_who_may_not_change_a_message_does_not_wait_for_it_nor_holds_anybody_up(cast, in_another_session):
-    message_id = posted_and_told(cast.subscriber, cast.general, "gold")
+    message_id = post_and_notify(cast.subscriber, cast.general, "gold")
     execute("SET lock_timeout = '2s'")
     with in_another_session(f"SELECT pg_advisory_xact_lock_shared({claims.MESSAGE_LOCK}, {message_id})"):
         for person in (cast.vip, cast.stranger):
@@ -293,7 +293,7 @@ def test_who_may_not_change_a_message_does_not_wait_for_it_nor_holds_anybody_up(
 
 
 def test_the_right_to_change_a_message_is_asked_for_again_when_nobody_else_is_at_it(cast, at_failpoint):
-    message_id = posted_and_told(cast.subscriber, cast.general, "gold")
+    message_id = post_and_notify(cast.subscriber, cast.general, "gold")
     at_failpoint("message.locked", lambda: execute("UPDATE message SET deleted_at = now()"))
     with pytest.raises(NotFound):
         messages.edit_message(cast.subscriber.user, message_id, "silver")

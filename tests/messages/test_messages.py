@@ -81,7 +81,7 @@ def test_groups_are_mentioned_by_those_who_may(api, cast, post):
 
 def test_who_cannot_see_the_channel_is_not_mentioned(cast, post):
     answer = post("@sam, @ada, @stan", cast.vip, cast.vault).get_json()
-    assert answer["mentions"]["users"] == []  # an admin sees the vault, but is told only of what a role opens
+    assert answer["mentions"]["users"] == []  # an admin sees the vault, but is notified only of what a role opens
     codes = [warning["code"] for warning in answer["warnings"]]
     assert codes == ["mention_without_access", "mention_without_access", "unknown_mention"]
 
@@ -333,7 +333,7 @@ def test_the_first_answer_stays_whatever_became_of_the_message(api, cast, post, 
     assert post("hello", key="once").data == first.data
 
 
-def test_the_order_of_the_members_does_not_tell_bodies_apart_but_their_values_do(api, cast):
+def test_the_order_of_the_fields_does_not_distinguish_bodies_but_their_values_do(api, cast):
     def send(body):
         arguments = {"content_type": "application/json", "headers": {"Idempotency-Key": "once"}}
         return api(cast.subscriber).post("/api/messages", data=body, **arguments)

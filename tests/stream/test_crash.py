@@ -15,7 +15,7 @@ from belfry.core.db import ISOLATION, db
 from belfry.stream import resuming, updates
 from belfry.stream.cursor import StreamCursor
 from config import settings
-from tests.fanout_helpers import posted_and_told
+from tests.fanout_helpers import post_and_notify
 from tests.people import make_cast
 from tests.processes import a_web_process, wait_until
 from tests.sse_client import Listener
@@ -116,7 +116,7 @@ def test_a_position_of_before_a_crash_reads_the_inbox(database, crash):
             break
     else:
         pytest.fail("no transaction id came again")
-    posted_and_told(cast.subscriber, cast.general, "gold")
+    post_and_notify(cast.subscriber, cast.general, "gold")
     database.use_up(100)
     with updates.take_snapshot() as now:
         assert now.next_transaction > here.next_transaction
@@ -133,5 +133,5 @@ def test_a_running_web_process_notices_a_crash_and_sends_its_clients_to_the_inbo
         database.crash_of_a_backend()
         db.connect(reuse_if_open=True)
         wait_until(lambda: "reset" in listener.kinds(), "the reset")
-        message_id = posted_and_told(cast.subscriber, cast.general, "gold")
+        message_id = post_and_notify(cast.subscriber, cast.general, "gold")
         wait_until(lambda: listener.messages() == [message_id], "what is announced after it")

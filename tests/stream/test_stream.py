@@ -20,7 +20,7 @@ from belfry.stream import publish
 from config import settings
 from models import ApiToken
 from schemas import Notification
-from tests.fanout_helpers import crowd, edit, parts_of, post, posted_and_told, run_to_end, wants_mentions_only
+from tests.fanout_helpers import crowd, edit, parts_of, post, post_and_notify, run_to_end, wants_mentions_only
 from tests.people import csrf_of
 from tests.processes import RedisGate, a_gate, a_web_process, wait_until
 from tests.sse_client import Listener
@@ -66,9 +66,9 @@ class Browser:
         self._post("/logout", self._csrf, **fields)
 
 
-def tell(person, channel_id: int, content: str = "gold breaks out") -> int:
-    """Post and tell as a worker does; the message's id."""
-    message_id = posted_and_told(person, channel_id, content)
+def notify(person, channel_id: int, content: str = "gold breaks out") -> int:
+    """Post and notify as a worker does; the message's id."""
+    message_id = post_and_notify(person, channel_id, content)
     publish.publish(notified=True)
     return message_id
 
@@ -81,11 +81,11 @@ def listening(web: str, person, **options: str) -> Listener:
 
 
 def test_a_stream_begins_with_the_count_and_goes_on_with_what_happens(web, cast):
-    tell(cast.subscriber, cast.general)
+    notify(cast.subscriber, cast.general)
     with listening(web, cast.vip) as listener:
         assert listener.kinds() == ["unread"]
         assert listener.unread() == 1
-        message_id = tell(cast.subscriber, cast.general, "gold, @vera")
+        message_id = notify(cast.subscriber, cast.general, "gold, @vera")
         listener.wait_for_unread(2)
         assert listener.kinds() == ["unread", "notification", "unread"]
         [shown, _] = list_notifications(cast.vip.user, before=None, limit=9)
@@ -98,7 +98,7 @@ def test_a_stream_begins_with_the_count_and_goes_on_with_what_happens(web, cast)
         }
 
 
-def test_the_head_of_the_answer_tells_proxies_not_to_hold_it_back(web, cast):
+def test_the_head_of_the_response_disables_buffering_in_proxies(web, cast):
     with listening(web, cast.vip) as listener:
         headers = listener.answer.headers
         assert headers["Content-Type"] == "text/event-stream; charset=utf-8"
@@ -114,9 +114,9 @@ def test_everybody_is_sent_their_own_and_nobody_anything_else(web, cast):
         listening(web, cast.moderator) as moderator,
         listening(web, cast.subscriber) as author,
     ):
-        first = tell(cast.subscriber, cast.general)
-        second = tell(cast.admin, cast.vault)
-        third = tell(cast.subscriber, cast.general)
+        first = notify(cast.subscriber, cast.general)
+        second = notify(cast.admin, cast.vault)
+        third = notify(cast.subscriber, cast.general)
         wait_until(lambda: third in vip.messages() and third in moderator.messages(), "the last message")
         wait_until(lambda: third in admin.messages(), "the last message")
         assert vip.messages() == [first, second, third]
@@ -126,7 +126,7 @@ def test_everybody_is_sent_their_own_and_nobody_anything_else(web, cast):
 
 def test_every_window_of_one_person_is_sent_the_same(web, cast):
     with listening(web, cast.vip) as one, listening(web, cast.vip) as other:
-        tell(cast.subscriber, cast.general)
+        notify(cast.subscriber, cast.general)
         mark_all_read(cast.vip.user)
         publish.publish(user_id=cast.vip.id)
         for listener in (one, other):
@@ -139,13 +139,13 @@ def test_every_window_of_one_person_is_sent_the_same(web, cast):
 
 def test_who_comes_back_is_sent_what_they_missed_and_nothing_twice(web, cast):
     with listening(web, cast.vip) as listener:
-        tell(cast.subscriber, cast.general)
+        notify(cast.subscriber, cast.general)
         listener.wait_for_unread(1)
-    missed = [tell(cast.subscriber, cast.general) for _ in range(3)]
+    missed = [notify(cast.subscriber, cast.general) for _ in range(3)]
     with listening(web, cast.vip, since=listener.last_id()) as again:
         assert again.messages() == missed
         assert again.unread() == 4
-        after = tell(cast.subscriber, cast.general)
+        after = notify(cast.subscriber, cast.general)
         again.wait_for_unread(5)
         assert again.messages() == [*missed, after]
     with listening(web, cast.vip, since=again.last_id()) as once_more:
@@ -155,18 +155,18 @@ def test_who_comes_back_is_sent_what_they_missed_and_nothing_twice(web, cast):
 def test_who_broke_off_in_the_midst_of_several_goes_on_in_their_midst(web, cast):
     with listening(web, cast.vip) as listener:
         pass
-    told = [tell(cast.subscriber, cast.general) for _ in range(4)]
+    notified = [notify(cast.subscriber, cast.general) for _ in range(4)]
     with listening(web, cast.vip, since=listener.last_id()) as all_:
         notifications = [event for event in all_.events if event.kind == "notification"]
     for number, event in enumerate(notifications, 1):
         with listening(web, cast.vip, since=event.id) as rest:
-            assert rest.messages() == told[number:]
+            assert rest.messages() == notified[number:]
 
 
 def test_a_stream_goes_on_in_another_process(web, cast):
     with listening(web, cast.vip) as listener:
         pass
-    message_id = tell(cast.subscriber, cast.general)
+    message_id = notify(cast.subscriber, cast.general)
     with a_web_process() as other, listening(other, cast.vip, since=listener.last_id()) as again:
         assert again.messages() == [message_id]
 
@@ -178,7 +178,7 @@ def test_what_is_committed_late_is_sent_late_and_holds_nothing_up(web, cast):
             "INSERT INTO notification (user_id, message_id, reason) VALUES (%s, %s, 'message')", [cast.vip.id, early]
         )
         late.execute("INSERT INTO notification_log (message_ids) VALUES (%s)", [[early]])
-        message_id = tell(cast.subscriber, cast.general)
+        message_id = notify(cast.subscriber, cast.general)
         listener.wait_for_unread(1)
         late.commit()
         publish.publish(notified=True)
@@ -189,7 +189,7 @@ def test_what_is_committed_late_is_sent_late_and_holds_nothing_up(web, cast):
 
 
 def test_a_position_of_which_nothing_is_known_any_more_sends_to_the_inbox(web, cast):
-    tell(cast.subscriber, cast.general)
+    notify(cast.subscriber, cast.general)
     with listening(web, cast.vip, since="1700000000-700:700:") as listener:
         assert listener.kinds() == ["reset", "unread"]
     with listening(web, cast.vip, since=listener.last_id()) as again:
@@ -198,7 +198,7 @@ def test_a_position_of_which_nothing_is_known_any_more_sends_to_the_inbox(web, c
 
 def test_a_made_up_position_sends_to_the_inbox_and_is_no_error(web, cast):
     """A browser does not come back after an error; and after a change of SECRET_KEY all of them have such positions."""
-    tell(cast.subscriber, cast.general)
+    notify(cast.subscriber, cast.general)
     with listening(web, cast.vip) as listener:
         for since in (f"{int(time.time())}-3:3:", listener.last_id()[:-1]):
             with listening(web, cast.vip, since=since) as made_up:
@@ -217,8 +217,8 @@ def test_a_made_up_position_sends_to_the_inbox_and_is_no_error(web, cast):
 def test_the_count_follows_what_happens_elsewhere(web, cast, api, how):
     """Each by the request that does it, of another process: the announcement goes through Redis."""
     with listening(web, cast.vip) as listener:
-        first = tell(cast.subscriber, cast.general, "gold, @vera")
-        second = tell(cast.admin, cast.vault, "gold")
+        first = notify(cast.subscriber, cast.general, "gold, @vera")
+        second = notify(cast.admin, cast.vault, "gold")
         listener.wait_for_unread(2)
         vip, admin = api(cast.vip), api(cast.admin)
         if how == "read":
@@ -241,10 +241,10 @@ def test_the_count_follows_what_happens_elsewhere(web, cast, api, how):
 
 
 def test_the_count_is_the_count_after_a_storm(web, cast, api):
-    """Told, read, edited, deleted, while streams come and go: what was last sent is what there is."""
+    """Notified, read, edited, deleted, while streams come and go: what was last sent is what there is."""
     with listening(web, cast.vip) as listener:
         for number in range(20):
-            message_id = tell(cast.subscriber, cast.general, "gold, @vera" if number % 3 else "gold")
+            message_id = notify(cast.subscriber, cast.general, "gold, @vera" if number % 3 else "gold")
             if number % 5 == 1:
                 mark_read(cast.vip.user, up_to=(cast.vip.id, message_id))
                 publish.publish(user_id=cast.vip.id)
@@ -272,7 +272,7 @@ def test_a_large_fan_out_is_sent_slice_by_slice(web, cast, slices_of):
         message_id, run_id = post(cast.subscriber, cast.general)
         run_to_end(run_id)
         publish.publish(notified=True)
-        wait_until(lambda: last.messages() == first.messages() == [message_id], "both to be told")
+        wait_until(lambda: last.messages() == first.messages() == [message_id], "both to be notified")
     assert not parts_of(run_id)
 
 
@@ -287,7 +287,7 @@ def test_a_large_fan_out_is_sent_slice_by_slice(web, cast, slices_of):
         ("stranger", 403, "forbidden"),
     ],
 )
-def test_who_cannot_be_told_cannot_listen(web, cast, who, status, code):
+def test_a_user_who_cannot_be_notified_gets_no_stream(web, cast, who, status, code):
     listener = Listener(web, cast.everybody[who].token if who else None)
     assert (listener.answer.status, listener.problem["code"]) == (status, code)
 
@@ -333,7 +333,7 @@ def test_signing_out_ends_the_streams_of_that_session_alone(web, cast):
         wait_until(lambda: "unread" in one.kinds() and "unread" in other.kinds(), "both to listen")
         windows[0].sign_out()
         one.wait_for_end()
-        tell(cast.subscriber, cast.general)
+        notify(cast.subscriber, cast.general)
         other.wait_for_unread(1)
         by_token.wait_for_unread(1)
 
@@ -349,7 +349,7 @@ def test_signing_out_everywhere_ends_the_streams_of_all_sessions(web, cast):
         windows[0].sign_out(everywhere="1")
         one.wait_for_end()
         other.wait_for_end()
-        tell(cast.subscriber, cast.general)
+        notify(cast.subscriber, cast.general)
         by_token.wait_for_unread(1)
 
 
@@ -366,7 +366,7 @@ def test_revoking_ones_own_token_ends_its_streams_and_those_of_its_sessions(web,
         assert api(cast.vip).delete(f"/api/me/tokens/{token.id}").status_code == 204
         revoked.wait_for_end()
         by_session.wait_for_end()
-        tell(cast.subscriber, cast.general)
+        notify(cast.subscriber, cast.general)
         by_another.wait_for_unread(1)
 
 
@@ -382,7 +382,7 @@ def test_a_reader_who_is_gone_is_forgotten(web, cast):
     for _ in range(3):
         listening(web, cast.vip).close()
     with listening(web, cast.vip) as listener:
-        tell(cast.subscriber, cast.general)
+        notify(cast.subscriber, cast.general)
         listener.wait_for_unread(1)
 
 
@@ -403,20 +403,20 @@ def test_while_redis_is_away_and_after_it_nothing_is_lost(web, gate, cast):
     with listening(web, cast.vip) as listener:
         gate.shut()
         try:
-            during = posted_and_told(cast.subscriber, cast.general, "gold")  # nobody announces it
+            during = post_and_notify(cast.subscriber, cast.general, "gold")  # nobody announces it
             listener.wait_for_unread(1)
             with listening(web, cast.subscriber) as other:
                 assert other.unread() == 0
         finally:
             gate.open()
-        after = tell(cast.subscriber, cast.general)
+        after = notify(cast.subscriber, cast.general)
         listener.wait_for_unread(2)
         assert listener.messages() == [during, after]
 
 
 def test_an_announcement_that_is_lost_does_no_harm(web, cast):
     with listening(web, cast.vip) as listener:
-        posted_and_told(cast.subscriber, cast.general, "gold")  # and no word of it
+        post_and_notify(cast.subscriber, cast.general, "gold")  # and no word of it
         listener.wait_for_unread(1)
 
 
@@ -425,7 +425,7 @@ def test_an_announcement_that_nobody_understands_stops_nothing(web, cast, redis,
     """As of a later version, while both are at work."""
     with listening(web, cast.vip) as listener:
         redis.publish(publish.live_channel(), announced)
-        tell(cast.subscriber, cast.general)
+        notify(cast.subscriber, cast.general)
         listener.wait_for_unread(1)
         with listening(web, cast.subscriber) as other:
             assert other.unread() == 0
@@ -436,7 +436,7 @@ def test_a_reader_who_cannot_be_looked_up_stops_nobody(cast):
     with a_web_process(through=("tests.faults.poisoned",)) as web, listening(web, cast.vip) as listener:
         with Listener(web, cast.admin.token, since="1-7777:7777:") as poisoned:
             poisoned.wait_for_end()
-        tell(cast.subscriber, cast.general)
+        notify(cast.subscriber, cast.general)
         listener.wait_for_unread(1)
         assert not listener.ended.is_set()
         with listening(web, cast.subscriber):
@@ -454,7 +454,7 @@ def test_while_the_database_is_away_streams_wait(web, cast):
             time.sleep(0.05)
         db.close_all()
         db.connect(reuse_if_open=True)
-        message_id = tell(cast.subscriber, cast.general)
+        message_id = notify(cast.subscriber, cast.general)
         listener.wait_for_unread(1)
         assert listener.messages() == [message_id]
         assert not listener.ended.is_set()
@@ -469,10 +469,10 @@ def test_who_does_not_read_is_cut_off_and_goes_on_later(web, cast):
         message_ids = at_once(cast.subscriber, cast.general, cast.vip, 900)
         publish.publish(notified=True)
         with listening(web, cast.subscriber) as other:
-            tell(cast.vip, cast.general)
+            notify(cast.vip, cast.general)
             other.wait_for_unread(1)  # nobody waits for the deaf one
-            message_ids.append(tell(cast.subscriber, cast.general))
-            tell(cast.vip, cast.general)
+            message_ids.append(notify(cast.subscriber, cast.general))
+            notify(cast.vip, cast.general)
             other.wait_for_unread(2)
         received = rest_of(deaf)
     assert received.count(b"event: notification") < 900
@@ -487,7 +487,7 @@ def test_who_missed_very_much_reads_the_inbox(web, cast):
     with listening(web, cast.vip, since=listener.last_id()) as again:
         assert again.kinds() == ["reset", "unread"]
         assert again.unread() == 1_001
-        message_id = tell(cast.subscriber, cast.general)
+        message_id = notify(cast.subscriber, cast.general)
         again.wait_for_unread(1_002)
         assert again.messages() == [message_id]
 
@@ -517,7 +517,7 @@ def rest_of(connection: socket.socket) -> bytes:
 
 
 def at_once(author, channel_id: int, reader, number: int) -> list[int]:
-    """So many messages, of which one transaction tells one reader; their ids."""
+    """So many messages, of which one transaction notifies one reader; their ids."""
     [(message_ids,)] = db.execute_sql(
         """
         WITH posted AS (
@@ -525,7 +525,7 @@ def at_once(author, channel_id: int, reader, number: int) -> list[int]:
             SELECT %(channel_id)s, %(author_id)s, repeat('gold ', 20) FROM generate_series(1, %(number)s)
             RETURNING id
         ),
-        told AS (
+        notified AS (
             INSERT INTO notification (user_id, message_id, reason) SELECT %(user_id)s, id, 'message' FROM posted
         ),
         logged AS (INSERT INTO notification_log (message_ids) SELECT array_agg(id) FROM posted)
@@ -537,7 +537,7 @@ def at_once(author, channel_id: int, reader, number: int) -> list[int]:
 
 
 def test_an_old_proxy_gets_the_stream_without_chunks(web, cast):
-    """nginx asks by HTTP/1.0 unless told otherwise."""
+    """nginx asks by HTTP/1.0 unless notified otherwise."""
     with a_connection(web, cast.vip, version="1.0") as connection, connection.makefile("rb") as lines:
         head = list(iter(lines.readline, b"\r\n"))
         assert head[0].startswith(b"HTTP/1.0 200") or head[0].startswith(b"HTTP/1.1 200")
@@ -582,7 +582,7 @@ def test_all_streams_take_one_thread(web, cast):
     try:
         answers = [Listener(web, cast.lapsed.token).answer.status for _ in range(20)]
         assert answers == [403] * 20
-        tell(cast.subscriber, cast.general)
+        notify(cast.subscriber, cast.general)
         for listener in listeners:
             listener.wait_for_unread(1)
     finally:

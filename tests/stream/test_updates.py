@@ -16,7 +16,7 @@ from belfry.stream import cursor, resuming, updates
 from belfry.stream.cursor import StreamCursor
 from belfry.stream.updates import updates_since
 from config import settings as belfry
-from tests.fanout_helpers import crowd, edit, post, posted_and_told, run_to_end, statements
+from tests.fanout_helpers import crowd, edit, post, post_and_notify, run_to_end, statements
 from tests.people import make_cast
 
 HERE = "1795611700-772:781:774,779"
@@ -113,7 +113,7 @@ def _messages(found: updates.Updates, user_id: int) -> list[int]:
 
 def test_what_is_new_is_as_the_inbox_shows_it(cast):
     here, _ = _look(None)
-    message_id = posted_and_told(cast.subscriber, cast.general, "gold, @vera")
+    message_id = post_and_notify(cast.subscriber, cast.general, "gold, @vera")
     _, found = _look(here, cast.vip.id, cast.admin.id, cast.lapsed.id, cast.subscriber.id)
     assert {user_id: _messages(found, user_id) for user_id in found.notifications} == {
         cast.vip.id: [message_id],
@@ -131,7 +131,7 @@ def test_what_the_inbox_does_not_show_is_not_sent(cast, gone):
     author, channel_id, reader = (
         (cast.admin, cast.vault, cast.vip) if gone == "role" else (cast.vip, cast.general, cast.subscriber)
     )
-    message_id = posted_and_told(author, channel_id, "gold")
+    message_id = post_and_notify(author, channel_id, "gold")
     assert _messages(_look(here, reader.id)[1], reader.id)
     if gone == "deleted":
         delete_message(cast.vip.user, message_id)
@@ -148,13 +148,13 @@ def test_what_the_inbox_does_not_show_is_not_sent(cast, gone):
 
 def test_who_was_sent_everything_is_sent_nothing_more(cast):
     here, _ = _look(None)
-    posted_and_told(cast.subscriber, cast.general, "gold")
+    post_and_notify(cast.subscriber, cast.general, "gold")
     there, found = _look(here, cast.vip.id)
     assert _messages(found, cast.vip.id)
     assert not _look(there, cast.vip.id)[1].notifications
 
 
-def test_a_replay_is_no_news_for_those_who_were_told(cast):
+def test_a_replay_sends_nothing_to_notified_users(cast):
     set_preference(cast.vip.user, cast.general, "none", None)
     _, run_id = post(cast.subscriber, cast.general)
     run_to_end(run_id)
@@ -165,7 +165,7 @@ def test_a_replay_is_no_news_for_those_who_were_told(cast):
 
 
 def test_an_edit_says_that_counts_have_changed(cast):
-    message_id = posted_and_told(cast.subscriber, cast.general, "gold")
+    message_id = post_and_notify(cast.subscriber, cast.general, "gold")
     here, _ = _look(None)
     edit(cast.subscriber, message_id, "gold, @vera")
     there, found = _look(here, cast.vip.id)
@@ -180,7 +180,7 @@ def test_a_message_to_thousands_is_one_row_of_the_log_and_one_query_for_all(cast
     with statements() as few:
         _connected(here, *people[:2])
     for _ in range(3):
-        posted_and_told(cast.subscriber, cast.general, "gold")
+        post_and_notify(cast.subscriber, cast.general, "gold")
     assert db.execute_sql("SELECT count(*) FROM notification_log").fetchone() == (3,)
     with statements() as many:
         found = _connected(here, *people)
@@ -190,7 +190,7 @@ def test_a_message_to_thousands_is_one_row_of_the_log_and_one_query_for_all(cast
 
 def test_who_was_away_for_too_long_reads_the_inbox(cast):
     here, _ = _look(None)
-    posted_and_told(cast.subscriber, cast.general, "gold")
+    post_and_notify(cast.subscriber, cast.general, "gold")
     long_ago = replace(here, created_at=here.created_at - updates.LOG_RETENTION_HOURS * 3600)
     of_another_database = replace(here, snapshot="999999999:999999999:")
     for since in (long_ago, of_another_database):
@@ -199,19 +199,19 @@ def test_who_was_away_for_too_long_reads_the_inbox(cast):
         assert not found.notifications
 
 
-def test_what_is_told_in_other_servers_costs_nothing(cast, override):
+def test_notifications_in_other_servers_cost_nothing(cast, override):
     here, _ = _look(None)
     for _ in range(3):
-        posted_and_told(cast.subscriber, cast.general, "gold")
+        post_and_notify(cast.subscriber, cast.general, "gold")
     override(stream_max_lookups=0, resume_max_lookups=0)
     found = _look(here, cast.stranger.id)[1]
     assert not found.overflow
     assert not found.notifications
 
 
-def test_an_admin_who_left_the_server_is_sent_what_they_were_told(cast):
+def test_an_admin_who_left_the_server_is_sent_their_notifications(cast):
     here, _ = _look(None)
-    message_id = posted_and_told(cast.subscriber, cast.general, "gold")
+    message_id = post_and_notify(cast.subscriber, cast.general, "gold")
     servers.remove_member(cast.server_id, cast.admin.id)
     assert _messages(_look(here, cast.admin.id)[1], cast.admin.id) == [message_id]
 
@@ -219,7 +219,7 @@ def test_an_admin_who_left_the_server_is_sent_what_they_were_told(cast):
 def test_what_is_overflow_is_not_looked_up(cast, override):
     here, _ = _look(None)
     for _ in range(3):
-        posted_and_told(cast.subscriber, cast.general, "gold")
+        post_and_notify(cast.subscriber, cast.general, "gold")
     override(stream_max_lookups=5)
     assert not _connected(here, cast.vip.id).overflow
     assert _connected(here, cast.vip.id, cast.admin.id).overflow
@@ -231,16 +231,16 @@ def test_what_came_with_a_copy_of_another_database_stands_in_nobodys_way(cast):
         " SELECT (pg_current_xact_id()::text::bigint + n)::text::xid8, '{1}' FROM generate_series(2, 3000) n"
     )
     assert updates.purge_log(5_000) == 2_999
-    posted_and_told(cast.subscriber, cast.general, "gold")
+    post_and_notify(cast.subscriber, cast.general, "gold")
     assert updates.purge_log(5_000) == 0
     assert db.execute_sql("SELECT count(*) FROM notification_log").fetchone() == (1,)
 
 
-def test_a_message_told_in_many_slices_is_looked_up_once(cast, slices_of, override):
+def test_a_message_of_many_slices_is_looked_up_once(cast, slices_of, override):
     people = crowd(cast.server_id, 30)
     slices_of(3)
     here, _ = _look(None)
-    message_id = posted_and_told(cast.subscriber, cast.general, "gold")
+    message_id = post_and_notify(cast.subscriber, cast.general, "gold")
     assert db.execute_sql("SELECT count(*) > 10 FROM notification_log").fetchone() == (True,)
     override(stream_max_lookups=30)
     found = _look(here, *people)[1]
@@ -251,9 +251,9 @@ def test_a_position_of_long_ago_is_not_read_to_the_end(cast, override):
     override(stream_max_log_rows=2)
     here, _ = _look(None)
     for _ in range(2):
-        posted_and_told(cast.subscriber, cast.general, "gold")
+        post_and_notify(cast.subscriber, cast.general, "gold")
     assert not _connected(here, cast.vip.id).overflow
-    posted_and_told(cast.subscriber, cast.general, "gold")
+    post_and_notify(cast.subscriber, cast.general, "gold")
     assert _connected(here, cast.vip.id).overflow
     assert not _connected(here).overflow  # nobody to look for
 
@@ -263,7 +263,7 @@ def test_of_those_who_come_back_the_log_is_read_once_and_no_further_than_its_bou
     positions = []
     for _ in range(8):
         positions.append(given_back(_look(None)[0]))
-        posted_and_told(cast.subscriber, cast.general, "gold")
+        post_and_notify(cast.subscriber, cast.general, "gold")
     clients = [(person.id, position) for position in positions for person in (cast.vip, cast.admin)]
     with statements() as one:
         _back(clients[-1])
@@ -298,7 +298,7 @@ def test_clients_that_come_back_are_looked_up_within_a_bound_and_the_others_late
     override(resume_max_lookups=4)
     here, _ = _look(None)
     for _ in range(3):
-        posted_and_told(cast.subscriber, cast.general, "gold")
+        post_and_notify(cast.subscriber, cast.general, "gold")
     since, nothing = given_back(here), given_back(_look(None)[0])
     clients = [(cast.vip.id, since), (cast.vip.id, nothing), (cast.admin.id, since), (cast.moderator.id, since)]
     found = _back(*clients)
@@ -310,7 +310,7 @@ def test_clients_that_come_back_are_looked_up_within_a_bound_and_the_others_late
 def test_a_client_that_missed_more_than_its_part_reads_the_inbox_and_is_not_looked_up(cast, monkeypatch):
     here, _ = _look(None)
     for _ in range(3):
-        posted_and_told(cast.subscriber, cast.general, "gold")
+        post_and_notify(cast.subscriber, cast.general, "gold")
     client = (cast.vip.id, given_back(here))
     assert not _back(client, most=3)[client].overflow
     monkeypatch.setattr(resuming.inbox, "notifications_for", None)
@@ -320,7 +320,7 @@ def test_a_client_that_missed_more_than_its_part_reads_the_inbox_and_is_not_look
 def test_a_position_that_is_not_ours_is_not_looked_up(cast, monkeypatch):
     """Forged, or signed with a key that was changed since."""
     here, _ = _look(None)
-    posted_and_told(cast.subscriber, cast.general, "gold")
+    post_and_notify(cast.subscriber, cast.general, "gold")
     unsigned, genuine = StreamCursor.parse(str(here).rpartition(".")[0]), given_back(here)
     monkeypatch.setattr(resuming.inbox, "notifications_for", None)
     assert _back((cast.vip.id, unsigned))[cast.vip.id, unsigned].overflow
@@ -331,7 +331,7 @@ def test_a_position_that_is_not_ours_is_not_looked_up(cast, monkeypatch):
 
 
 def test_an_edit_recounts_the_members_of_its_server_alone(cast):
-    message_id = posted_and_told(cast.subscriber, cast.general, "gold")
+    message_id = post_and_notify(cast.subscriber, cast.general, "gold")
     here, _ = _look(None)
     edit(cast.subscriber, message_id, "gold, @vera")
     changed = _look(here, cast.vip.id, cast.moderator.id, cast.stranger.id)[1].counts_changed
@@ -340,7 +340,7 @@ def test_an_edit_recounts_the_members_of_its_server_alone(cast):
 
 def test_the_log_is_kept_for_as_long_as_somebody_may_go_on_from_it(cast):
     for _ in range(3):
-        posted_and_told(cast.subscriber, cast.general, "gold")
+        post_and_notify(cast.subscriber, cast.general, "gold")
     for message_id, age in ((1, "24 hours 1 second"), (2, "23 hours 59 minutes")):
         db.execute_sql(
             "UPDATE notification_log SET notified_at = now() - %s::interval WHERE message_ids = ARRAY[%s::bigint]",
@@ -350,8 +350,8 @@ def test_the_log_is_kept_for_as_long_as_somebody_may_go_on_from_it(cast):
     assert db.execute_sql("SELECT array_agg(message_ids[1] ORDER BY xid) FROM notification_log").fetchone() == ([2, 3],)
 
 
-def test_an_old_position_within_the_day_costs_no_more_than_what_was_told_since(cast):
-    posted_and_told(cast.subscriber, cast.general, "gold")
+def test_an_old_cursor_within_the_day_costs_only_what_was_logged_since(cast):
+    post_and_notify(cast.subscriber, cast.general, "gold")
     db.execute_sql(
         "INSERT INTO notification_log (xid, message_ids) SELECT n::text::xid8, '{1}' FROM generate_series(3, 600) n"
         " ON CONFLICT DO NOTHING"
@@ -368,7 +368,7 @@ def test_an_old_position_within_the_day_costs_no_more_than_what_was_told_since(c
 
 STEPS = strategies.lists(
     strategies.tuples(
-        strategies.sampled_from(["tell", "tell", "commit", "roll back", "look"]), strategies.integers(0, 3)
+        strategies.sampled_from(["notify", "notify", "commit", "roll back", "look"]), strategies.integers(0, 3)
     ),
     max_size=40,
 )
@@ -377,7 +377,7 @@ STEPS = strategies.lists(
 @given(STEPS, strategies.data())
 @settings(max_examples=60, deadline=None)
 def test_everything_is_sent_once_whatever_the_order_of_commits_and_wherever_a_stream_breaks(steps, data):
-    """Four transactions tell of messages; a reader looks, is cut off in the midst of what it is sent, and goes on."""
+    """Four transactions notify of messages; a reader looks, is cut off in the midst of what it is sent, and goes on."""
     db.execute_sql("TRUNCATE user_account, server, message, notification_log, notification RESTART IDENTITY CASCADE")
     cast = make_cast()
     reader = cast.vip.id
@@ -408,7 +408,7 @@ def test_everything_is_sent_once_whatever_the_order_of_commits_and_wherever_a_st
             elif step == "roll back":
                 session.rollback()
                 begun[number] = []
-            elif step == "tell" and not begun[number]:
+            elif step == "notify" and not begun[number]:
                 message_ids = [post(cast.subscriber, cast.general)[0] for _ in range(2)]
                 session.execute(
                     "INSERT INTO notification (user_id, message_id, reason)"

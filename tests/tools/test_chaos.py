@@ -37,7 +37,7 @@ pytestmark = pytest.mark.slow
     os.environ.get("BELFRY_TEST_EXTERNAL") == "1",
     reason="it kills its servers, which are embedded ones, and those are not used when DATABASE_URL is set",
 )
-def test_nobody_is_missed_or_told_twice_while_everything_is_killed():
+def test_nobody_is_missed_or_notified_twice_while_everything_is_killed():
     environment = {name: value for name, value in os.environ.items() if name not in ("DATABASE_URL", "REDIS_URL")}
     process = subprocess.Popen(
         [sys.executable, "-m", "tools.chaos", "--kills", "25", "--minutes", "8", "--seed", "7"],
@@ -144,7 +144,7 @@ def address() -> Iterator[str]:
 
 @pytest.fixture
 def play(monkeypatch, address) -> tuple[World, Diary, str]:
-    """A small world in which one message was posted and told; where a web process answers; and no fault."""
+    """A small world in which one message was posted and notified; where a web process answers; and no fault."""
     monkeypatch.setattr("tools.chaos.world.SMALL_MEMBERS", 24)
     monkeypatch.setattr("tools.chaos.world.LARGE_MEMBERS", 10)
     world = make_world()
@@ -167,10 +167,10 @@ def found(play: tuple[World, Diary, str]) -> dict[str, int]:
     return {kind: len(getattr(findings, kind)) for kind in kinds if getattr(findings, kind)}
 
 
-def somebody_told(world: World) -> int:
-    """A member who was told, and changes nothing."""
-    told = fetch_all("SELECT user_id FROM notification ORDER BY 1")
-    return next(one["user_id"] for one in told if one["user_id"] not in world.changing)
+def somebody_notified(world: World) -> int:
+    """A member who was notified, and changes nothing."""
+    notified = fetch_all("SELECT user_id FROM notification ORDER BY 1")
+    return next(one["user_id"] for one in notified if one["user_id"] not in world.changing)
 
 
 def test_the_audit_finds_nothing_where_nothing_is_off(play):
@@ -185,15 +185,15 @@ def test_the_audit_finds_nothing_where_nothing_is_off(play):
         run_to_end(run["id"])
     findings = audit(*play)
     assert findings.all() == []
-    assert findings.foretold + findings.allowed_for == 2 * len(world.small.members)
+    assert findings.predicted + findings.allowed_for == 2 * len(world.small.members)
     assert 0 < findings.allowed_for <= len(world.changing)
 
 
 @pytest.mark.parametrize(
     ("fault", "kinds"),
     [
-        ("DELETE FROM notification WHERE user_id = {told}", {"missing": 1, "wrong_decision": 1}),
-        ("UPDATE notification SET reason = 'mention' WHERE user_id = {told}", {"wrong_decision": 4}),
+        ("DELETE FROM notification WHERE user_id = {notified}", {"missing": 1, "wrong_decision": 1}),
+        ("UPDATE notification SET reason = 'mention' WHERE user_id = {notified}", {"wrong_decision": 4}),
         (
             "INSERT INTO notification (user_id, message_id, reason)"
             " SELECT {outsider}, message_id, reason FROM notification LIMIT 1",
@@ -209,7 +209,7 @@ def test_the_audit_finds_nothing_where_nothing_is_off(play):
 def test_the_audit_finds_what_is_off(play, fault, kinds):
     world, _, _ = play
     outsider = users.create_user("outsider").id
-    execute(fault.format(told=somebody_told(world), outsider=outsider))
+    execute(fault.format(notified=somebody_notified(world), outsider=outsider))
     assert found(play) == kinds
 
 
@@ -236,7 +236,7 @@ def test_the_audit_finds_messages_that_nobody_or_two_requests_made_or_that_are_g
 
 def test_the_audit_finds_what_was_read_and_is_not_any_more(play):
     world, diary, _ = play
-    reader = somebody_told(world)
+    reader = somebody_notified(world)
     diary.read.append((reader, diary.posted[0].id))
     assert found(play) == {"duplicates": 1}
     execute(f"UPDATE notification SET read_at = now() WHERE user_id = {reader}")
@@ -245,7 +245,7 @@ def test_the_audit_finds_what_was_read_and_is_not_any_more(play):
     assert found(play) == {"missing": 2, "wrong_decision": 1}
 
 
-def test_what_somebody_changed_is_foretold_again_once_its_request_was_answered(play):
+def test_what_somebody_changed_is_predicted_again_once_its_request_was_answered(play):
     world, _, _ = play
     channel_id, user_id = world.small.channels["general"], world.changing[0]
     matter = (user_id, channel_id)

@@ -94,7 +94,7 @@ def test_nobody_is_sent_to_sign_in_and_comes_back(browser, cast):
         nobody = browser()
 
 
-def test_a_script_is_told_that_it_is_signed_out(browser, cast):
+def test_a_script_gets_401_when_signed_out(browser, cast):
     for path in (address(cast, cast.general, "/messages"), "/inbox/notifications"):
         assert browser().get(path).status_code == 401
     assert browser().post("/inbox/read").status_code == 401
@@ -105,7 +105,7 @@ def test_who_signs_in_finds_the_first_channel(browser, cast):
     assert (home.status_code, home.location) == (303, address(cast, cast.general))
 
 
-def test_who_is_in_no_server_is_told_so(browser, cast):
+def test_a_user_without_a_server_is_shown_a_page_that_says_so(browser, cast):
     page = browser(cast.stranger).get("/")
     assert page.status_code == 200
     assert "in no server" in page.text
@@ -296,7 +296,7 @@ def test_what_the_setting_does_is_said(browser, api, cast):
     path = f"/api/channels/{cast.general}/preference"
     assert effect(cast.subscriber, cast.general) == "You are notified of every message here"
     sam.put(path, json={"level": "mentions"})
-    assert effect(cast.subscriber, cast.general).startswith("You are told only of messages that mention you")
+    assert effect(cast.subscriber, cast.general).startswith("You are notified only of messages that mention you")
     sam.put(path, json={"muted_until": "2090-01-02T03:04:00Z"})
     assert effect(cast.subscriber, cast.general).startswith("Until 02 Jan 2090, 03:04 UTC only a mention")
     sam.put(path, json={"muted_until": "2000-01-02T03:04:00Z"})
@@ -308,7 +308,7 @@ def test_what_the_setting_does_is_said(browser, api, cast):
 # The inbox ------------------------------------------------------------------------------------------------
 
 
-def test_the_inbox_shows_what_one_was_told(browser, cast, post, run_jobs):
+def test_the_inbox_shows_the_notifications(browser, cast, post, run_jobs):
     plain, named = post("gold breaks out"), post("look, @vera")
     run_jobs()
     vera = browser(cast.vip)

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from belfry.stream import publish
-from tests.fanout_helpers import posted_and_told
+from tests.fanout_helpers import post_and_notify
 from tests.processes import PATIENCE, a_web_process, wait_until
 from tools.dev import ROOT
 
@@ -174,7 +174,7 @@ def test_a_stream_goes_through_it_event_by_event(proxy, cast):
             % cast.vip.token.encode()
         )
         _read_until(stream, b"event: unread")
-        posted_and_told(cast.subscriber, cast.general, "gold breaks out")
+        post_and_notify(cast.subscriber, cast.general, "gold breaks out")
         publish.publish(notified=True)
         _read_until(stream, b"event: notification")
         _read_until(stream, b"event: ping")  # after 15 s in which nothing else was sent

@@ -38,7 +38,7 @@ def post(api, cast):
     return message
 
 
-def told(answer) -> tuple[str, str]:
+def notified(answer) -> tuple[str, str]:
     return answer.headers["RateLimit-Limit"], answer.headers["RateLimit-Remaining"]
 
 
@@ -57,16 +57,16 @@ def test_there_is_more_when_time_has_passed(post, limit):
     limit("messages", "2 per second")
     assert [post().status_code for _ in range(3)] == [201, 201, 429]
     time.sleep(2.1)
-    assert told(post()) == ("2", "1")
+    assert notified(post()) == ("2", "1")
 
 
 def test_what_was_posted_in_the_last_window_weighs_until_it_is_out_of_sight(post, limit, redis):
     limit("messages", "10 per minute")
-    assert [told(post())[1] for _ in range(8)] == [str(left) for left in range(9, 1, -1)]
+    assert [notified(post())[1] for _ in range(8)] == [str(left) for left in range(9, 1, -1)]
     (key,) = redis.keys("LIMITER*")
     redis.hset(key, "began", float(redis.hget(key, "began")) - 90)  # so that half of it is in sight
     answer = post()
-    assert told(answer) == ("10", "6"), "four of eight weigh still: 3.9, and this one"
+    assert notified(answer) == ("10", "6"), "four of eight weigh still: 3.9, and this one"
     assert 0 < int(answer.headers["RateLimit-Reset"]) <= 8, "an eighth of a minute until one less does"
 
 
@@ -78,19 +78,19 @@ def test_what_is_refused_does_not_count(post, limit, redis):
     assert 60 < redis.ttl(key) <= 120, "and it is forgotten when it is out of sight"
 
 
-def test_of_several_limits_each_holds_and_the_one_that_refuses_is_told(post, limit):
+def test_of_several_limits_each_holds_and_the_refusing_one_is_reported(post, limit):
     limit("messages", "5 per 15 minutes; 2 per second")
-    assert told(post()) == ("2", "1"), "the shortest, while none refuses"
+    assert notified(post()) == ("2", "1"), "the shortest, while none refuses"
     post()
     problem = post()
     assert assert_problem(problem, 429, "rate_limited")["detail"] == "Too many requests: 2 per 1 second for one person."
-    assert (told(problem), problem.headers["Retry-After"]) == (("2", "0"), "1")
+    assert (notified(problem), problem.headers["Retry-After"]) == (("2", "0"), "1")
     time.sleep(2.1)
     post()
     post()
     time.sleep(2.1)
     assert post().status_code == 201
-    assert told(post()) == ("5", "0")
+    assert notified(post()) == ("5", "0")
 
 
 def test_posts_and_edits_count_together_and_apart_from_everything_else(api, cast, post, limit):
@@ -101,7 +101,7 @@ def test_posts_and_edits_count_together_and_apart_from_everything_else(api, cast
     assert sam.patch(f"/api/messages/{posted['id']}", json={"content": "silver"}).status_code == 200
     assert_problem(post(), 429, "rate_limited")
     paths = ("/api/me", "/api/channels", f"/api/messages/{posted['id']}")
-    assert [told(sam.get(path)) for path in paths] == [("3", "2"), ("3", "1"), ("3", "0")]
+    assert [notified(sam.get(path)) for path in paths] == [("3", "2"), ("3", "1"), ("3", "0")]
     assert_problem(sam.get("/api/me"), 429, "rate_limited")
     assert api(cast.vip).get("/api/me").status_code == 200
 
@@ -110,7 +110,7 @@ def test_whatever_a_user_asks_counts_unknown_paths_included(api, cast, limit, ap
     limit("other", "3 per minute")
     admin = api(cast.admin)
     paths = ["/rq/", "/metrics", "/api/nothing"]
-    assert [told(admin.get(path)) for path in paths] == [("3", "2"), ("3", "1"), ("3", "0")]
+    assert [notified(admin.get(path)) for path in paths] == [("3", "2"), ("3", "1"), ("3", "0")]
     for path in (*paths, "/nothing/either", "/rq/nothing", "/rq/0/view/workers", "/api/me"):
         answer = admin.get(path)
         assert (answer.status_code, answer.headers["Retry-After"] > "0") == (429, True), path
@@ -124,7 +124,7 @@ def test_what_a_browsers_session_asks_counts_for_its_user(client, cast, limit):
     asked = [client.get("/inbox"), client.get("/nothing"), client.get("/metrics")]
     asked.append(client.delete("/api/me/sessions"))
     assert [answer.status_code for answer in asked] == [200, 404, 200, 403]
-    assert [told(answer)[1] for answer in asked] == ["3", "2", "1", "0"], "a wrong CSRF token counts as well"
+    assert [notified(answer)[1] for answer in asked] == ["3", "2", "1", "0"], "a wrong CSRF token counts as well"
     for path in ("/inbox", "/nothing", "/rq/", "/login", "/api/me"):
         assert client.get(path).status_code == 429, path
     assert client.get("/docs").status_code == 200, "the same for everybody, and counted by address"
@@ -145,7 +145,7 @@ def test_requests_without_a_user_count_together_by_address(client, api, cast, li
         return client.open(path, method=method, headers=headers, environ_base={"REMOTE_ADDR": address})
 
     for number, request in enumerate(ANONYMOUS, 1):
-        assert told(ask(*request)) == (str(len(ANONYMOUS)), str(len(ANONYMOUS) - number)), request
+        assert notified(ask(*request)) == (str(len(ANONYMOUS)), str(len(ANONYMOUS) - number)), request
     for request in ANONYMOUS:
         problem = ask(*request)
         assert problem.status_code == 429, request
@@ -221,6 +221,6 @@ def test_while_redis_is_out_of_reach_requests_pass_and_the_log_says_so(post, red
 
 
 def test_a_redis_that_was_replaced_learns_the_script_again(post, redis):
-    first = int(told(post())[1])
+    first = int(notified(post())[1])
     redis.script_flush()
-    assert int(told(post())[1]) == first - 1
+    assert int(notified(post())[1]) == first - 1

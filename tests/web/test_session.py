@@ -272,7 +272,7 @@ def test_anothers_token_does_not_exist(api, cast):
     assert api(cast.subscriber).get("/api/me").status_code == 200
 
 
-def test_browsers_are_told_to_come_by_https_only_where_the_address_is_one():
+def test_hsts_is_sent_only_with_an_https_public_url():
     for secure, address, expected in (
         ("1", "https://chat.example.com", "max-age=31536000"),
         ("1", "http://chat.example.com", None),

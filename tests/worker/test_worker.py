@@ -46,8 +46,8 @@ def state_of(run_id: int) -> str:
     return str(Run.get_by_id(run_id).state)
 
 
-def told_of(message_id: int) -> set[int]:
-    return {told.user_id for told in Notification.select().where(Notification.message_id == message_id)}
+def notified_of(message_id: int) -> set[int]:
+    return {notified.user_id for notified in Notification.select().where(Notification.message_id == message_id)}
 
 
 def test_a_message_reaches_the_inbox_through_web_queue_and_worker(cast, redis):
@@ -55,7 +55,7 @@ def test_a_message_reaches_the_inbox_through_web_queue_and_worker(cast, redis):
         status, message = post(address, cast.subscriber.token, cast.general, "gold breaks out, @vera")
         assert status == 201
         wait_until(lambda: state_of(message["run"]["id"]) == "succeeded", "the run to succeed")
-        assert told_of(message["id"]) == {cast.admin.id, cast.moderator.id, cast.vip.id}
+        assert notified_of(message["id"]) == {cast.admin.id, cast.moderator.id, cast.vip.id}
 
         done = next(line for line in process.lines() if line["message"] == f"run {message['run']['id']}: done")
         assert done["run_id"] == message["run"]["id"]
@@ -76,12 +76,12 @@ def test_an_error_is_recorded_on_the_run_and_retried_until_it_passes(cast):
             failed = Run.get_by_id(run_id)
             assert "the disk is full" in failed.error
             assert failed.state == "queued"
-            assert told_of(message["id"]) == set()
+            assert notified_of(message["id"]) == set()
         wait_until(lambda: state_of(run_id) == "succeeded", "the retry to succeed")
         retried = Run.get_by_id(run_id)
         assert retried.attempts >= 2
         assert retried.error is None
-        assert told_of(message["id"]) == {cast.admin.id, cast.moderator.id, cast.vip.id}
+        assert notified_of(message["id"]) == {cast.admin.id, cast.moderator.id, cast.vip.id}
         jobs_of_it = {line["job_id"] for line in process.lines() if line.get("run_id") == run_id}
         assert len(jobs_of_it) == 1, "it is RQ's retry that is shown here: the sweeper would have made another job"
 
@@ -99,7 +99,7 @@ def test_with_redis_out_posting_answers_201_and_the_sweeper_finds_the_run(cast, 
             gate.open()
             wait_until(lambda: {run.state for run in Run.select()} == {"succeeded"}, "the runs to be found", 60)
             for _, message in posted:
-                assert told_of(message["id"]) == {cast.admin.id, cast.moderator.id, cast.vip.id}
+                assert notified_of(message["id"]) == {cast.admin.id, cast.moderator.id, cast.vip.id}
             assert process.running()
 
 
@@ -122,7 +122,7 @@ def test_sigterm_finishes_the_work_in_hand(api, cast):
             one.send_signal(signal.SIGTERM)
         assert process.wait() == 0
         assert state_of(run_id) == "succeeded"
-        assert told_of(message.get_json()["id"]) == {cast.admin.id, cast.moderator.id, cast.vip.id}
+        assert notified_of(message.get_json()["id"]) == {cast.admin.id, cast.moderator.id, cast.vip.id}
 
 
 def _at_work() -> bool:
@@ -169,7 +169,7 @@ def test_a_killed_work_horse_costs_nobody_their_notification(api, cast):
         horse.kill()
         wait_until(lambda: state_of(run_id) == "succeeded", "another attempt to succeed", 60)
     assert Run.get_by_id(run_id).attempts == 2
-    assert told_of(message.get_json()["id"]) == {cast.admin.id, cast.moderator.id, cast.vip.id}
+    assert notified_of(message.get_json()["id"]) == {cast.admin.id, cast.moderator.id, cast.vip.id}
 
 
 def test_plain_rq_workers_can_run_the_jobs_too(api, cast):
@@ -289,7 +289,7 @@ def work_on_jobs(at_most: int | None = None) -> None:
         one.work(burst=True, max_jobs=at_most, logging_level=None)
 
 
-def test_small_messages_that_wait_are_told_together(cast, run_jobs):
+def test_small_runs_that_wait_are_processed_in_one_batch(cast, run_jobs):
     """In one transaction, by one job; edits, tests and retries among them are done as ever."""
     runs = [write(cast.subscriber, cast.general, f"gold {number}, @vera")[1] for number in range(30)]
     message_id, first = write(cast.moderator, cast.general, "silver")
@@ -303,11 +303,11 @@ def test_small_messages_that_wait_are_told_together(cast, run_jobs):
     assert [job.args[0] for job in queues.queue().jobs] == [7, runs[-1]], "the others' jobs are gone"
     assert run_jobs() == 0
     assert {state_of(run_id) for run_id in runs} == {"succeeded"}
-    assert told_of(message_id) == {cast.admin.id, cast.subscriber.id, cast.vip.id}
+    assert notified_of(message_id) == {cast.admin.id, cast.subscriber.id, cast.vip.id}
     assert verify() == []
 
 
-def test_of_messages_that_are_told_together_one_that_fails_costs_the_others_nothing(cast, run_jobs):
+def test_a_failing_run_of_a_batch_costs_the_others_nothing(cast, run_jobs):
     runs = [write(cast.subscriber, cast.general)[1] for _ in range(5)]
     queues.enqueue([WorkItem(run_id) for run_id in runs])
     with notifications_that_fail_for(3):
@@ -323,7 +323,7 @@ def test_of_messages_that_are_told_together_one_that_fails_costs_the_others_noth
     assert verify() == []
 
 
-def test_large_audiences_are_not_told_together_with_small_ones(cast, slices_of):
+def test_large_audiences_are_not_in_a_batch_with_small_ones(cast, slices_of):
     slices_of(11)  # two messages to five members
     runs = [write(cast.subscriber, cast.general)[1] for _ in range(5)]
     queues.enqueue([WorkItem(run_id) for run_id in runs])
@@ -347,20 +347,20 @@ def notifications_that_fail_for(message_id: int) -> Iterator[None]:
         execute("DROP FUNCTION test_poison CASCADE")
 
 
-def test_a_large_run_tells_the_mentioned_and_goes_on_in_bulk_a_job_a_slice(api, cast, run_jobs, slices_of):
+def test_a_large_run_notifies_the_mentioned_and_enqueues_one_job_for_each_slice(api, cast, run_jobs, slices_of):
     slices_of(2)
     message = api(cast.subscriber).post("/api/messages", json={"channel_id": cast.general, "content": "gold, @vera"})
     run_id = message.get_json()["run"]["id"]
     jobs.notify(run_id)
     assert (state_of(run_id), Run.get_by_id(run_id).members_processed) == ("running", 1)
-    assert told_of(message.get_json()["id"]) == {cast.vip.id}
+    assert notified_of(message.get_json()["id"]) == {cast.vip.id}
     waiting = [(job.func_name, *job.args) for job in queues.queue(queues.BULK).jobs]
     assert waiting == [("jobs.notify_slice", run_id, part.after_user_id) for part in parts_of(run_id)]
     assert len(waiting) == 3
     assert run_jobs() == 0
     finished = Run.get_by_id(run_id)
     assert (finished.state, finished.members_processed, finished.members_total) == ("succeeded", 5, 5)
-    assert told_of(message.get_json()["id"]) == {cast.admin.id, cast.moderator.id, cast.vip.id}
+    assert notified_of(message.get_json()["id"]) == {cast.admin.id, cast.moderator.id, cast.vip.id}
 
 
 def test_a_job_that_finds_its_run_in_other_hands_leaves_it_there(api, cast, in_another_session):

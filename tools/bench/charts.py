@@ -90,7 +90,7 @@ def large_message(part: dict[str, Any]) -> tuple[Any, str]:
             for name, one in found["figures"].items()
         }
         _bars(axes, rates, [f"{rate:,}" for rate in rates.values()], "notifications a second")
-        axes.set_title(f"to {int(members):,} members, {found['rows']:,} of whom are told", loc="left", fontsize=10)
+        axes.set_title(f"to {int(members):,} members, {found['rows']:,} of whom are notified", loc="left", fontsize=10)
     return figure, "One large message, from the POST to the last commit"
 
 

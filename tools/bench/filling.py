@@ -17,7 +17,7 @@ def fill_partition(url: str, lower: int, people_and_messages: str, parameters: M
         connection.execute(f"CREATE TABLE {name} (LIKE notification INCLUDING DEFAULTS)")
         connection.execute(
             f"INSERT INTO {name} (user_id, message_id, reason, read_at)"
-            f" SELECT user_id, message_id, 'message', read_at FROM ({people_and_messages}) told"
+            f" SELECT user_id, message_id, 'message', read_at FROM ({people_and_messages}) notified"
             " ORDER BY message_id, user_id",
             parameters,
         )

@@ -1,7 +1,7 @@
 """A part of `make bench`: the inbox of somebody with 100,000 notifications, in a table of 10,000,000.
 
 They are one of RECIPIENTS of each of 100,000 messages, which are in several channels and by several authors; the others
-told are everybody in turn. So each of their rows lies on a page of its own, as in life. Each request over HTTP, beside
+are all users in turn. So each of their rows lies on a page of its own, as in production. Each request over HTTP, beside
 the same one of a person with FEW notifications in a table that holds nothing else.
 
 Of the partitions they lie in, the last one is in use, and half full.
@@ -130,12 +130,12 @@ class _Inbox:
         fill_partition(
             self.stage.env["DATABASE_URL"],
             lower,
-            "SELECT CASE told WHEN 0 THEN %(user_id)s::bigint"
-            "  ELSE (%(others)s::bigint[])[1 + (n * %(recipients)s + told) %% cardinality(%(others)s::bigint[])]"
+            "SELECT CASE notified WHEN 0 THEN %(user_id)s::bigint"
+            "  ELSE (%(others)s::bigint[])[1 + (n * %(recipients)s + notified) %% cardinality(%(others)s::bigint[])]"
             "  END AS user_id,"
-            "  n AS message_id, CASE WHEN told > 0 THEN now() END AS read_at"
+            "  n AS message_id, CASE WHEN notified > 0 THEN now() END AS read_at"
             " FROM generate_series(%(lower)s::bigint, %(upper)s::bigint) AS n,"
-            " generate_series(0, %(recipients)s) AS told",
+            " generate_series(0, %(recipients)s) AS notified",
             here,
         )
 

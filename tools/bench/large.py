@@ -215,7 +215,7 @@ def table(results: dict[str, Any]) -> str:
     lines = []
     for members, found in results["sizes"].items():
         lines += [
-            f"One message to {int(members):,} members, {found['rows']:,} of whom are told; medians of {found['runs']}",
+            f"One message to {int(members):,} members, {found['rows']:,} notified; medians of {found['runs']}",
             f"  {'':38} {'seconds':>8} {'rows/s':>9}   {'own CPU':>9} {'PostgreSQL':>11} {'PSS MiB':>8}",
         ]
         for name, label in NAMES.items():

@@ -94,7 +94,7 @@ def listening(address: tuple[str, int], tokens: list[str]) -> Iterator[Listeners
 
 
 def _people(channel_id: int) -> list[str]:
-    """Tokens of members who are told of every message."""
+    """Tokens of members who are notified of every message."""
     found = fetch_all(
         "SELECT m.user_id FROM channel c JOIN member m ON m.server_id = c.server_id"
         " JOIN subscription s ON s.user_id = m.user_id AND s.status = 'active'"

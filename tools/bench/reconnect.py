@@ -33,7 +33,7 @@ _TOLD = """
     WITH posted AS (
         INSERT INTO message (channel_id, author_id, content) VALUES (%(channel_id)s, %(author_id)s, 'gold') RETURNING id
     ),
-    told AS (
+    notified AS (
         INSERT INTO notification (user_id, message_id, reason)
         SELECT user_id, posted.id, 'message' FROM posted, unnest(%(user_ids)s::bigint[]) AS user_id
     )
@@ -172,12 +172,12 @@ class _Drill:
 
     def forget(self) -> None:
         """Remove all of it: `verify` would look for the runs, which were never made."""
-        for table in ("telling", "notification", "message CASCADE"):  # one by one: the web process reads all of them
+        for table in ("notification_log", "notification", "message CASCADE"):
             self.database.execute(f"TRUNCATE {table}")
         self.database.close()
 
     def messages(self, number: int) -> None:
-        """So many messages, told to the clients and the attacker, each in a transaction of its own."""
+        """So many messages, notified to the clients and the attacker, each in a transaction of its own."""
         parameters = {
             "channel_id": self.channel_id,
             "author_id": self.author_id,

@@ -37,7 +37,7 @@ PAUSE = 0.05  # seconds between two lone messages
 
 
 class Small:
-    """One small community, and messages to it that nobody has been told of."""
+    """One small community, and messages to it that nobody has been notified of."""
 
     def __init__(self, stage: Stage) -> None:
         self.stage, self.channel_id = stage, stage.small[0]
@@ -59,8 +59,8 @@ class Small:
         return self.stage.new_messages([self.channel_id], number)
 
     def done(self, message_id: int | None = None) -> int:
-        """How many messages are told: all, or this one. Cheap beside counting rows, which takes 4 ms of 100,000, and
-        a quarter of a core from whoever is measured."""
+        """How many messages have notifications: all, or this one. Counting the rows of 100,000 takes 4 ms, and a quarter
+        of a core from the measured processes."""
         question = "SELECT count(*) AS there FROM notification WHERE user_id = %s"
         which = () if message_id is None else (message_id,)
         found = self.stage.reader.execute(
@@ -84,7 +84,7 @@ class Small:
         self.check(messages)
         counted = messages - first
         if not counted:
-            raise CommandError(f"{messages} messages were told between two looks: measure more, by --messages.")
+            raise CommandError(f"{messages} messages were notified between two looks: measure more, by --messages.")
         return {
             "rate": counted / took,
             "cpu_ms": used["cpu_s"] * 1000 / counted,

@@ -22,7 +22,7 @@ from tools.dev.processes import Child
 
 PATIENCE = 120.0  # seconds without any progress
 POLL_SECONDS = 0.002
-SMALL = 57  # members of a small community, of whom 50 are told
+SMALL = 57  # members of a small community, of whom 50 are notified
 SERVERS = 100  # small communities
 WARM = 10  # messages that a worker has done before it is measured
 
@@ -85,7 +85,7 @@ class Stage:
         return self.communities[max(size for size in self.communities if size <= 100_000)]
 
     def empty(self) -> None:
-        """Nobody is told of anything, and no write of earlier stands out."""
+        """Nobody is notified of anything, and no write of earlier stands out."""
         self.reader.execute("TRUNCATE notification")
         self.reader.execute("CHECKPOINT")
 
@@ -100,7 +100,7 @@ class Stage:
         runner.up()
 
     def new_messages(self, channel_ids: Iterable[int], each: int = 1) -> list[int]:
-        """Messages that nobody has been told of, and that have no run."""
+        """Messages that nobody has been notified of, and that have no run."""
         from belfry.core.db import fetch_all
 
         made = fetch_all(

@@ -32,7 +32,7 @@ from tools.bench.stage import Stage, reached
 from tools.dev import ports, say
 from tools.dev.client import Client
 
-PER_PARTITION = 15  # messages to 100,000, of whom 70,000 are told: a million rows, as tuning.partition_min_rows has it
+PER_PARTITION = 15  # messages to 100,000 members, of whom 70,000 are notified: a million rows
 EMPTY_RUNS = 8
 READS = 250
 WARM_READS = 400  # each of the web's connections is to have its plans, as it has in production
@@ -50,16 +50,16 @@ def measure(stage: Stage, arguments: argparse.Namespace) -> dict[str, Any]:
     reads: dict[str, dict[str, dict[str, float]]] = {}
     with stage.web(), stage.workers(1):
         say(f"one message to {members:,}, into an empty table")
-        empty = [_told(stage, channel_id, emptied=True) for _ in range(EMPTY_RUNS)]
+        empty = [_notified(stage, channel_id, emptied=True) for _ in range(EMPTY_RUNS)]
         stage.empty()
-        begun = [_told(stage, channel_id) for _ in range(PER_PARTITION)]
+        begun = [_notified(stage, channel_id) for _ in range(PER_PARTITION)]
     _read_but_the_newest(reader, begun)
     reads["few"] = _reads(stage, reader)
     marking = _marking(stage, channel_id)
     filled, seconds = _fill(stage, channel_id, members, arguments.rows)
     with stage.web(), stage.workers(1, large=False):
         say(f"one message to {members:,}, into a table of {filled:,}")
-        full = [_told(stage, channel_id) for _ in range(PER_PARTITION)]
+        full = [_notified(stage, channel_id) for _ in range(PER_PARTITION)]
     _read_but_the_newest(reader, full)
     reads["many"] = _reads(stage, reader)
     there = len(partitions.list_partitions())
@@ -95,7 +95,7 @@ def _reader(stage: Stage, channel_id: int) -> _Reader:
     return reader
 
 
-def _told(stage: Stage, channel_id: int, *, emptied: bool = False) -> dict[str, Any]:
+def _notified(stage: Stage, channel_id: int, *, emptied: bool = False) -> dict[str, Any]:
     """One message end to end."""
     if emptied:
         stage.empty()
@@ -105,10 +105,10 @@ def _told(stage: Stage, channel_id: int, *, emptied: bool = False) -> dict[str, 
     return {"message_id": message_id, "rows_per_s": run["notifications_inserted"] / (time.perf_counter() - began)}
 
 
-def _read_but_the_newest(reader: _Reader, told: list[dict[str, Any]]) -> None:
+def _read_but_the_newest(reader: _Reader, notified: list[dict[str, Any]]) -> None:
     execute(
         "UPDATE notification SET read_at = now() WHERE user_id = %(user_id)s AND message_id <= %(to)s",
-        {"user_id": reader.user_id, "to": told[-UNREAD - 1]["message_id"]},
+        {"user_id": reader.user_id, "to": notified[-UNREAD - 1]["message_id"]},
     )
 
 
@@ -131,13 +131,13 @@ def _fill(stage: Stage, channel_id: int, members: int, rows: int) -> tuple[int, 
     execute("TRUNCATE notification")
     partitions.maintain()
     first = partitions.list_partitions()[-1].upper  # beyond what is there
-    told = members * 7 // 10
-    number = max(1, round(rows / (told * PER_PARTITION)))
-    say(f"making {number * told * PER_PARTITION:,} notifications in {number} partitions …")
+    notified = members * 7 // 10
+    number = max(1, round(rows / (notified * PER_PARTITION)))
+    say(f"making {number * notified * PER_PARTITION:,} notifications in {number} partitions …")
     began = time.perf_counter()
     with ThreadPoolExecutor(2) as pool:
         bounds = [first + one * partitions.PARTITION_SPAN for one in range(number)]
-        list(pool.map(lambda lower: _fill_partition(stage, channel_id, told, lower), bounds))
+        list(pool.map(lambda lower: _fill_partition(stage, channel_id, notified, lower), bounds))
     execute(f"ALTER SEQUENCE message_id_seq RESTART WITH {first + number * partitions.PARTITION_SPAN}")
     leave_partitions()
     execute("VACUUM (ANALYZE)")
@@ -145,8 +145,8 @@ def _fill(stage: Stage, channel_id: int, members: int, rows: int) -> tuple[int, 
     return stage.count(), time.perf_counter() - began
 
 
-def _fill_partition(stage: Stage, channel_id: int, told: int, lower: int) -> None:
-    here = {"channel_id": channel_id, "told": told, "lower": lower, "upper": lower + PER_PARTITION - 1}
+def _fill_partition(stage: Stage, channel_id: int, notified: int, lower: int) -> None:
+    here = {"channel_id": channel_id, "notified": notified, "lower": lower, "upper": lower + PER_PARTITION - 1}
     with psycopg.connect(stage.env["DATABASE_URL"], autocommit=True) as connection:
         connection.execute(
             "INSERT INTO message (id, channel_id, author_id, content)"
@@ -159,7 +159,7 @@ def _fill_partition(stage: Stage, channel_id: int, told: int, lower: int) -> Non
         lower,
         "SELECT user_id, message_id, now() AS read_at FROM ("
         "  SELECT m.user_id FROM member m JOIN channel c ON c.server_id = m.server_id WHERE c.id = %(channel_id)s"
-        "  ORDER BY m.user_id LIMIT %(told)s) people,"
+        "  ORDER BY m.user_id LIMIT %(notified)s) people,"
         " generate_series(%(lower)s::bigint, %(upper)s::bigint) AS message_id",
         here,
     )

@@ -3,8 +3,8 @@
 Both behind the same gunicorn.conf.py, in turn, on the same servers, asked by the same loop over keep-alive connections.
 The bare route (`peers/bare_flask.py`) inserts a message, pushes its id to Redis and answers; Belfry also asks who it is
 and what they may, counts them, writes the run, and enqueues a job that RQ can run. Then Belfry alone: posts to a small
-and to a large community, and while a worker tells the large one. Rows and jobs are counted after every load: there is
-one for each 201, and no other answer.
+and to a large server, and while a worker notifies the large one. Rows and jobs are counted after every load: there is one
+for each 201, and no other answer.
 """
 
 import argparse
@@ -164,7 +164,7 @@ class Bench:
         return done
 
     def posts_meanwhile(self, address: tuple[str, int], connections: int, seconds: float, messages: int) -> Load:
-        """Posts to the small community while a worker tells the large one of so many messages."""
+        """Posts to the small community while a worker notifies the large one of so many messages."""
         small, large = self.channels[min(self.channels)], self.channels[max(self.channels)]
         with stack.worker(self.env, self.data_dir / "worker.log") as worker:
             ids = [Message.create(channel=large, author=self.author, content=TEXT).id for _ in range(messages)]
@@ -184,7 +184,7 @@ class Bench:
         return done
 
     def forget(self) -> None:
-        """What is queued and told: nothing that comes later shall find it."""
+        """What is queued and notified: nothing that comes later shall find it."""
         for name in queues.QUEUES:
             queues.queue(name).empty()
         execute("TRUNCATE notification; TRUNCATE run CASCADE")
@@ -204,7 +204,7 @@ def _figures(loads: list[Load]) -> dict[str, float]:
 
 def measure(stage: Stage, arguments: argparse.Namespace) -> dict[str, Any]:
     """{"bare", "belfry", "ratio", "audiences": {members: figures}, "during_a_fanout"}: posts beside the bare route; to
-    both communities; and to the small one while a worker tells the large one."""
+    both communities; and to the small one while a worker notifies the large one."""
     bench = Bench(stage)
     bare: list[Load] = []
     belfry: list[Load] = []
@@ -239,7 +239,7 @@ def table(results: dict[str, Any]) -> str:
     during = results["during_a_fanout"]
     named = {"a bare Flask route": results["bare"], "Belfry": results["belfry"]}
     named |= {f"Belfry, to {int(size):,} members": found for size, found in results["audiences"].items()}
-    named[f"Belfry, while {during['members']:,} are told"] = during
+    named[f"Belfry, while {during['members']:,} are notified"] = during
     for name, found in named.items():
         lines.append(
             f"  {name:34} {found['requests_per_s']:11,.0f} {found['p50_ms']:6.2f} ms {found['p99_ms']:7.2f} ms"

@@ -171,9 +171,9 @@ def _play(arguments: argparse.Namespace) -> int:
         waits = [recovery.seconds for recovery in recovered]
         for finding in findings.all()[:50]:
             say(f"  {finding}")
-        _tell_what_happened(stage, director)
+        _notify_what_happened(stage, director)
         say(
-            f"  {findings.foretold:,} decisions could be foretold exactly,"
+            f"  {findings.predicted:,} decisions could be predicted exactly,"
             f" {findings.allowed_for:,} within what may have counted; the longest recoveries:"
         )
         for recovery in recovered[-5:]:
@@ -276,7 +276,7 @@ def _settle(stage: Stage) -> None:
         asked.sleep(0.2)
 
 
-def _tell_what_happened(stage: Stage, director: Director) -> None:
+def _notify_what_happened(stage: Stage, director: Director) -> None:
     stopped = sum(death.action == STOP for death in stage.deaths())
     killed = Counter(death.point for death in stage.deaths() if death.action != STOP)
     say(f"  {director.random_kills} kills at random moments, {director.outages} blows to the servers,")

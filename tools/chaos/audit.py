@@ -1,4 +1,4 @@
-"""After the play: who was told, and who should have been, by the oracle that the tests use and nothing else."""
+"""After the play: who was notified, and who should have been, by the oracle that the tests use and nothing else."""
 
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
@@ -18,13 +18,13 @@ LATE_SECONDS = IDLE_IN_TRANSACTION_SECONDS + 1.0
 @dataclass
 class Findings:
     """What must all be empty, a sentence each; and how many decisions about members of live messages could be
-    foretold, and how many only within what may have counted, as somebody changed something meanwhile."""
+    predicted, and how many only within what may have counted, as somebody changed something meanwhile."""
 
     missing: list[str] = field(default_factory=list)
     duplicates: list[str] = field(default_factory=list)
     wrong_decision: list[str] = field(default_factory=list)
     unresolved_runs: list[str] = field(default_factory=list)
-    foretold: int = 0
+    predicted: int = 0
     allowed_for: int = 0
 
     def all(self) -> list[str]:
@@ -40,9 +40,9 @@ def audit(world: World, diary: Diary, address: str) -> Findings:
         runs[run["message_id"]].append(run)
         if run["state"] != "succeeded":
             findings.unresolved_runs.append(f"run {run['id']} is {run['state']}: {run['error']}")
-    told: dict[int, dict[int, dict]] = defaultdict(dict)
+    notified: dict[int, dict[int, dict]] = defaultdict(dict)
     for row in fetch_all("SELECT user_id, message_id, reason::text AS reason, read_at FROM notification"):
-        told[row["message_id"]][row["user_id"]] = row
+        notified[row["message_id"]][row["user_id"]] = row
 
     known = Counter(posted.id for posted in diary.posted)
     findings.duplicates += [f"message {id_} was made by no request" for id_ in stored.keys() - known.keys()]
@@ -51,9 +51,9 @@ def audit(world: World, diary: Diary, address: str) -> Findings:
     for posted in diary.posted:
         if posted.id in stored and _is_as_its_author_left_it(posted, stored[posted.id], findings):
             final = None if posted.deleted else posted.revisions[stored[posted.id]["content"]]
-            _check_message(world, posted, final, runs[posted.id], told[posted.id], findings)
-    _check_reading(world, diary, told, findings)
-    _check_inboxes(world, diary, address, stored, told, findings)
+            _check_message(world, posted, final, runs[posted.id], notified[posted.id], findings)
+    _check_reading(world, diary, notified, findings)
+    _check_inboxes(world, diary, address, stored, notified, findings)
     findings.wrong_decision += [f"verify: {finding}" for finding in verify() if " failed: " not in finding]
     findings.wrong_decision += diary.wrong
     return findings
@@ -85,10 +85,10 @@ def _decision(posted: Posted, member: Member, user_id: int, text: Text) -> str:
 
 
 def _check_message(
-    world: World, posted: Posted, final: Text | None, runs: list[dict], told: dict[int, dict], findings: Findings
+    world: World, posted: Posted, final: Text | None, runs: list[dict], notified: dict[int, dict], findings: Findings
 ) -> None:
-    """Who did not change anything is told exactly as the last revision says; of the others everything that may have
-    counted meanwhile is allowed, and nothing else. Of a deleted message (no `final`) somebody may have been told as
+    """Who did not change anything is notified exactly as the last revision says; of the others everything that may have
+    counted meanwhile is allowed, and nothing else. Of a deleted message (no `final`) somebody may have been notified as
     any of its revisions says, or not at all."""
     finished = [run["finished_at"].timestamp() for run in runs if run["finished_at"]]
     since, until = posted.sent_at - EARLY_SECONDS, max(finished, default=float("inf")) + LATE_SECONDS
@@ -99,16 +99,16 @@ def _check_message(
         allowed[user_id] = {_decision(posted, state, user_id, text) for state in states for text in texts}
     for user_id, right in allowed.items() if final else ():
         if len(right) == 1:
-            findings.foretold += 1
+            findings.predicted += 1
         else:
             findings.allowed_for += 1
-        if user_id not in told and right <= set(NOTIFY_DECISIONS):
+        if user_id not in notified and right <= set(NOTIFY_DECISIONS):
             findings.missing.append(f"user {user_id} has no notification of message {posted.id}: {right}")
-    for user_id, found in told.items():
+    for user_id, found in notified.items():
         right = allowed.get(user_id, set()) & set(NOTIFY_DECISIONS)
         if found["reason"] not in right:
             findings.wrong_decision.append(
-                f"user {user_id} was told of message {posted.id} for {found['reason']}, not {right or 'any reason'}"
+                f"user {user_id} was notified of message {posted.id} for {found['reason']}, not {right or 'any reason'}"
             )
     if len(posted.revisions) == 1 and not posted.deleted:
         for run in runs:
@@ -128,22 +128,22 @@ def _check_statistics(run: dict, allowed: list[set[str]], findings: Findings) ->
             findings.wrong_decision.append(f"run {run['id']} counts {counted} for {kind}, not {least} to {most}")
 
 
-def _check_reading(world: World, diary: Diary, told: dict, findings: Findings) -> None:
+def _check_reading(world: World, diary: Diary, notified: dict, findings: Findings) -> None:
     """What somebody has read stays there, and stays read, unless an edit mentions them."""
     posted = {one.id: one for one in diary.posted}
     for user_id, message_id in diary.read:
-        message, found = posted[message_id], told[message_id].get(user_id)
+        message, found = posted[message_id], notified[message_id].get(user_id)
         edits = [*message.revisions.values()][1:]
         roles = world.small.members[user_id].roles
         mentioned = any(user_id in edit.named or edit.everyone or roles & edit.named_roles for edit in edits)
         if found is None:
             findings.missing.append(f"user {user_id} had read message {message_id}, and it is gone")
         if found and found["read_at"] is None and not mentioned:
-            findings.duplicates.append(f"user {user_id} had read message {message_id}, and was told of it again")
+            findings.duplicates.append(f"user {user_id} had read message {message_id}, and was notified of it again")
 
 
-def _check_inboxes(world: World, diary: Diary, address: str, stored: dict, told: dict, findings: Findings) -> None:
-    """What the API shows each member of the small server is what they were told of, once, and not what was deleted."""
+def _check_inboxes(world: World, diary: Diary, address: str, stored: dict, notified: dict, findings: Findings) -> None:
+    """The API shows each member of the small server their notifications, once, and none of a deleted message."""
     for user_id in world.small.members:
         client = Client(address, world.tokens[user_id], diary)
         shown: list[int] = []
@@ -158,7 +158,7 @@ def _check_inboxes(world: World, diary: Diary, address: str, stored: dict, told:
                 break
             cursor = f"&cursor={page['next']}"
         client.close()
-        due = {id_ for id_ in told if user_id in told[id_] and not stored[id_]["deleted_at"]}
+        due = {id_ for id_ in notified if user_id in notified[id_] and not stored[id_]["deleted_at"]}
         findings.duplicates += [
             f"user {user_id} is shown message {id_} {times} times" for id_, times in Counter(shown).items() if times > 1
         ]

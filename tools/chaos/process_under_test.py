@@ -1,6 +1,6 @@
 """Run a module that dies at failpoints: `python -m tools.chaos.process_under_test DIR MODULE ARGUMENT...`.
 
-DIR is shared with the harness. A file `armed/FAILPOINT` in it tells the first process that reaches the failpoint what
+DIR is shared with the harness. A file `armed/FAILPOINT` in it says to the first process that reaches the failpoint what
 to do; the process removes the file, so that only one does it. Progress of runs is appended to `life` and each death to
 `deaths`, one line in one write, so that lines of several processes do not mix.
 """

@@ -1,7 +1,7 @@
 """Who is in the play, and what of it is known to the audit: members, their wishes and when they changed them.
 
 `small` has every kind of member; some of them change what they want to hear, and read, all the time. `large` needs
-several slices, and nobody in it changes anything: what it is told can be foretold to the last decision.
+several slices, and nobody in it changes anything: what it is notified can be predicted to the last decision.
 """
 
 import threading

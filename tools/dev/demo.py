@@ -1,4 +1,4 @@
-"""`demo`: the whole way once, from a message over HTTP to everybody who was told, and nothing left behind."""
+"""`demo`: the whole way once, from a message over HTTP to everybody who was notified, and nothing left behind."""
 
 import time
 from contextlib import ExitStack
@@ -46,7 +46,7 @@ def _show(client: Client, community: dict[str, Any], children: tuple[Child, ...]
     _check(run)
     _table(run["stats"])
     seconds = (_time(run["finished_at"]) - _time(message["created_at"])).total_seconds()
-    say(f"\nEverybody was told {seconds:.2f} s after the message was written.")
+    say(f"\nEverybody was notified {seconds:.2f} s after the message was written.")
     _explain(client, message)
 
 
@@ -77,29 +77,29 @@ def _check(run: dict[str, Any]) -> None:
     if sum(decisions.values()) != audience:
         raise CommandError(f"The decisions do not add up to the audience of {audience}: {decisions}")
     if sum(decisions[reason] for reason in NOTIFY_DECISIONS) != notified:
-        raise CommandError(f"The telling decisions do not add up to the {notified} told: {decisions}")
+        raise CommandError(f"The notifying decisions do not add up to the {notified} notified: {decisions}")
     if audience < MEMBERS:
         raise CommandError(f"The audience has {audience} members and not the {MEMBERS} of the community.")
 
 
 def _table(stats: dict[str, Any]) -> None:
-    say(f"\n  {'decision':<20} {'members':>9}   told")
+    say(f"\n  {'decision':<20} {'members':>9}   notified")
     for decision, count in stats["decisions"].items():
         say(f"  {decision:<20} {count:>9,}   {'yes' if decision in NOTIFY_DECISIONS else 'no'}")
     say(f"  {'-' * 30}")
     say(f"  {'audience':<20} {stats['audience']:>9,}")
-    say(f"  {'told':<20} {stats['notified']:>9,}")
+    say(f"  {'notified':<20} {stats['notified']:>9,}")
 
 
 def _explain(client: Client, message: dict[str, Any]) -> None:
-    """Ask of one member who was told, and of the next one who was not, why."""
+    """Ask of one member who was notified, and of the next one who was not, why."""
     person = message["mentions"]["users"][0]["id"]
     say(f"\nWhy?  GET /api/messages/{message['id']}/explain?user_id=…")
     for offset in range(50):
         answer = client.get(f"/api/messages/{message['id']}/explain?user_id={person + offset}")
         if offset == 0 or answer["notified_at"] is None:
-            told = "told" if answer["notified_at"] else "not told"
-            say(f"  {answer['user_id']:>6}  {told:<9} {answer['decision']:<20} {answer['detail']}")
+            notified = "notified" if answer["notified_at"] else "not notified"
+            say(f"  {answer['user_id']:>6}  {notified:<9} {answer['decision']:<20} {answer['detail']}")
         if answer["notified_at"] is None:
             return
 

@@ -59,14 +59,14 @@ def _open_setting(page: Page) -> None:
 
 def _open_run(page: Page) -> None:
     _message(page, "Gold breaks out").get_by_role("button", name="Recipients").click()
-    page.get_by_text("members were told").wait_for()
+    page.get_by_text("members were notified").wait_for()
 
 
 def _open_why(page: Page) -> None:
     _message(page, "Gold breaks out").get_by_role("button", name="Why?").click()
     page.get_by_label("And somebody else?").fill("nora")
     page.get_by_role("option").click()
-    page.get_by_text("@nora was told").wait_for()
+    page.get_by_text("@nora was notified").wait_for()
 
 
 def _mention(page: Page) -> None:
@@ -91,7 +91,7 @@ SCREENS = (
     Screen("channel-phone", "/{general}", "nora", **PHONE),
     Screen("mention", "/{general}", "ida", prepare=_mention, **SMALL),
     Screen("setting", "/{general}", "ida", prepare=_open_setting, **SMALL),
-    Screen("who-was-told", "/{general}", "admin", prepare=_open_run, **SMALL),
+    Screen("recipients", "/{general}", "admin", prepare=_open_run, **SMALL),
     Screen("why", "/{general}", "admin", dark=True, prepare=_open_why, **SMALL),
 )
 
@@ -119,7 +119,7 @@ def screenshots() -> int:
 
 
 def _talk(address: str, token: str, community: dict[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
-    """Some people, and what they say, of which everybody has been told; tokens by username, paths by channel's name."""
+    """Create users and messages, and wait for their runs: (tokens by username, paths by channel name)."""
     admin, server_id = Client(address, token), community["server_id"]
     tokens = {"admin": token}
     for username, name in PEOPLE.items():

@@ -40,7 +40,7 @@ def web() -> int:
         address = ports.address_of(listening)
         with prepared(address) as env, stack.web(env, listening) as process:
             _guide(env, address)
-            say("Nobody is told before a worker runs: `make worker` in another terminal. Ctrl-C ends this one.")
+            say("Nobody is notified before a worker runs: `make worker` in another terminal. Ctrl-C ends this one.")
             _until_stopped(process)
     return 0
 
@@ -99,7 +99,7 @@ To see it at work, in the browser:
     2. As the admin write something in #general. The member's window shows it, and the bell counts it.
     3. As the member mute #general: the button left of the bell, "All messages". As the admin write again: within
        seconds the message is there, and the bell is silent.
-    4. "Why?" at that message tells the member why they were not told, and "Who was told" the admin, of everybody.
+    4. "Why?" at that message notifies the member why they were not notified, and "Recipients" the admin, of everybody.
 The queues are at {address}/rq (for the admin), the API's documentation at {address}/docs.""")
     channels = Client(address, admin).get("/api/channels")["items"]
     person = Client(address, member).get("/api/me")["id"]
@@ -117,13 +117,13 @@ Or without a browser; to paste into another terminal, first:
 A message to a whole channel, and to one of its members by name:
     curl -H "$ADMIN" -H 'Content-Type: application/json' -d '{body}' $BELFRY/api/messages
 
-Its fan-out, by the run's id in the answer above: who was told, and who was not, for which reason:
+Its fan-out, by the run's id in the answer above: who was notified, and who was not, for which reason:
     curl -H "$ADMIN" $BELFRY/api/runs/{run_id}
 
 What the member finds:
     curl -H "$MEMBER" "$BELFRY/api/notifications?unread=1"
 
-Why that member was told, by the message's id:
+Why that member was notified, by the message's id:
     curl -H "$ADMIN" "$BELFRY/api/messages/{message_id}/explain?user_id={person}"
 
 A test of the whole path, to oneself; then the same as a command, as all others can be given:

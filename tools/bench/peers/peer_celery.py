@@ -15,9 +15,9 @@ app.conf.broker_connection_retry_on_startup = True
 
 @app.task
 def task(message_id: int) -> None:
-    from statement import tell
+    from statement import notify
 
-    tell(message_id)
+    notify(message_id)
 
 
 if __name__ == "__main__":

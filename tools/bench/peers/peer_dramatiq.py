@@ -10,9 +10,9 @@ dramatiq.set_broker(RedisBroker(url=os.environ["REDIS_URL"]))
 
 @dramatiq.actor
 def task(message_id: int) -> None:
-    from statement import tell
+    from statement import notify
 
-    tell(message_id)
+    notify(message_id)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,9 @@ huey = RedisHuey("peer", url=os.environ["REDIS_URL"], results=False)
 
 @huey.task()
 def task(message_id: int) -> None:
-    from statement import tell
+    from statement import notify
 
-    tell(message_id)
+    notify(message_id)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,9 @@ from rq import Queue
 
 
 def task(message_id: int) -> None:
-    from statement import tell  # in the fork, as everything that a task needs
+    from statement import notify  # in the fork, as everything that a task needs
 
-    tell(message_id)
+    notify(message_id)
 
 
 if __name__ == "__main__":

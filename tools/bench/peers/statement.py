@@ -13,7 +13,7 @@ import psycopg
 _here = threading.local()
 
 
-def tell(message_id: int) -> None:
+def notify(message_id: int) -> None:
     """Insert the notifications of one message, and commit."""
     if getattr(_here, "connection", None) is None:
         with open(os.environ["STATEMENT"]) as file:
