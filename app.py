@@ -160,7 +160,7 @@ def _finish_response(answer: Response) -> Response:
     if settings.session_cookie_secure and settings.public_url.startswith("https://"):
         answer.headers["Strict-Transport-Security"] = f"max-age={HSTS_SECONDS}"
     if answer.status_code == 503:
-        answer.headers["Retry-After"] = str(RETRY_AFTER_SECONDS)  # whoever says 503
+        answer.headers["Retry-After"] = str(RETRY_AFTER_SECONDS)  # every 503
     if request.path.startswith("/api/"):
         answer.headers.setdefault("Cache-Control", "no-store")
     return answer

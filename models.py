@@ -289,8 +289,9 @@ class Notification(Table):
     """One row for each user and message. The partition in use has no index but its key: each recipient pays for one.
 
     Partitioned by ranges of `message_id` (belfry/core/partitions.py), so that the key of the partition in use stays
-    small. There are no foreign keys, which halve the rate: users and messages are never deleted, so no row can dangle. Title and body are made from the message when they are read. A removed notification is marked by
-    `dismissed_at` and not deleted, so that a repeated run cannot notify the user again.
+    small. There are no foreign keys, which halve the rate: users and messages are never deleted, so no row can dangle.
+    Title and body are made from the message when they are read. A removed notification is marked by `dismissed_at` and
+    not deleted, so that a repeated run cannot notify the user again.
     """
 
     user_id = BigIntegerField()

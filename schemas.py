@@ -175,7 +175,7 @@ class Page(BaseSchema):
 # People ---------------------------------------------------------------------------------------------------
 
 
-class PersonRef(BaseSchema):
+class UserRef(BaseSchema):
     id = fields.Integer()
     username = fields.String()
     name = fields.String()
@@ -278,7 +278,7 @@ class MemberRoles(BaseSchema):
 
 
 class Member(BaseSchema):
-    user = fields.Nested(PersonRef)
+    user = fields.Nested(UserRef)
     role_ids = fields.List(fields.Integer())
     joined_at = Time()
 
@@ -410,7 +410,7 @@ class Message(BaseSchema):
 
     id = fields.Integer()
     channel_id = fields.Integer()
-    author = fields.Nested(PersonRef)
+    author = fields.Nested(UserRef)
     content = fields.String()
     created_at = Time()
     edited_at = Time(allow_none=True)

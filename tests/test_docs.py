@@ -1,104 +1,109 @@
-"""The documents say what there is: every variable, command, address and queue, and no more."""
+"""The documents are complete: every variable, command, route, metric, decision, queue, table and room is in them."""
 
 import re
 from dataclasses import fields
 from pathlib import Path
 
 import click
+import pytest
 
 from belfry.cli.commands import COMMANDS
+from belfry.fanout.decision import DECISIONS
 from belfry.queue import queues
 from config import Settings
 from models import TABLES
+from tools.dev import ROOT
 
-ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+METHODS = "(?:GET|POST|PUT|PATCH|DELETE)"
 
 
-def rows_of(heading: str) -> list[str]:
-    """The first cells of the first table under a heading of the README."""
-    section = README.split(f"\n{heading}\n", 1)[1]
-    table = re.search(r"(?:^\|.*\n)+", section, re.MULTILINE)
+def reference(name: str) -> str:
+    return (ROOT / "docs" / "reference" / f"{name}.md").read_text()
+
+
+def rows(text: str, heading: str = "") -> list[list[str]]:
+    """The cells of the first table below a heading."""
+    table = re.search(r"(?:^\|.*\n)+", text.split(heading, 1)[1] if heading else text, re.MULTILINE)
     assert table
-    return [line.split("|")[1].strip() for line in table[0].splitlines()[2:]]
+    lines = table[0].replace(r"\|", "/").splitlines()[2:]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
 
 
-def test_every_variable_is_in_the_readme_with_its_default_and_in_the_example():
+def test_every_variable_is_in_the_reference_with_its_default_and_in_the_example():
     variables = {variable.name.upper(): variable.default for variable in fields(Settings)}
-    assert sorted(cell.strip("`") for cell in rows_of("## Environment")) == sorted(variables)
-    for line in (line for line in README.splitlines() if line.startswith("| `") and line.count("|") == 4):
-        name, default = (cell.strip() for cell in line.split("|")[1:3])
-        value = variables.get(name.strip("`"))
-        if value not in (None, ""):
-            shown = str(int(value) if isinstance(value, bool) else value)
-            assert default == f"`{shown}`", name
-    example = dict(
-        line.split("=", 1) for line in (ROOT / ".env.example").read_text().splitlines() if re.match(r"[A-Z_]+=", line)
-    )
-    assert sorted(example) == sorted(variables)
-    for name, value in example.items():
-        shown = variables[name]
-        assert value == str(int(shown) if isinstance(shown, bool) else shown), name
+    documented = {name.strip("`"): default for name, default, _ in rows(reference("environment"))}
+    assert documented.keys() == variables.keys()
+    lines = (ROOT / ".env.example").read_text().splitlines()
+    example = dict(line.split("=", 1) for line in lines if re.match(r"[A-Z_]+=", line))
+    assert example.keys() == variables.keys()
+    for name, value in variables.items():
+        text = str(int(value) if isinstance(value, bool) else value)
+        assert example[name] == text, name
+        assert documented[name].startswith(f"`{text}`" if text else "none"), name
 
 
-def test_nothing_else_reads_the_environment():
-    for path in [*ROOT.glob("*.py"), *(ROOT / "belfry").glob("*.py"), *(ROOT / "views").glob("*.py")]:
+def test_only_config_reads_the_environment():
+    for path in [*ROOT.glob("*.py"), *(ROOT / "belfry").rglob("*.py")]:
         if path.name != "config.py":
             assert not re.search(r"os\.(environ|getenv)", path.read_text()), path
 
 
-def test_every_command_is_in_the_readme_and_has_help():
-    documented = " ".join(rows_of("## Commands"))
+def test_every_command_is_in_the_reference_and_has_help():
+    documented = " ".join(row[0] for row in rows(reference("commands")))
     for command in COMMANDS:
         assert command.help, command.name
-        if isinstance(command, click.Group):
-            for name, inner in command.commands.items():
-                assert f"`{command.name} {name}" in documented, (command.name, name)
-                assert inner.help, name
-        else:
-            assert f"`{command.name}" in documented, command.name
+        inner = command.commands if isinstance(command, click.Group) else {}
+        names = [f"{command.name} {name}" for name in inner] or [command.name]
+        for name in names:
+            assert f"`{name}" in documented, name
 
 
-def test_every_address_is_in_the_readme_and_in_the_map_of_app_py(app):
-    documented = README.split("## The API by example", 1)[1].split("### Who is notified", 1)[0]
-    addresses = {
-        (method, re.sub(r"\{\w+\}", "{id}", re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule.rule)))
+def test_every_route_is_in_the_reference_and_no_other(app):
+    routes = {
+        (method, re.sub(r"<[^>]+>", "{id}", rule.rule))
         for rule in app.url_map.iter_rules()
         for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}
         if rule.endpoint != "static" and not rule.rule.startswith("/rq")
     }
-    said = set()
-    method = "(?:GET|POST|PUT|PATCH|DELETE)"
-    for methods, address in re.findall(rf"({method}(?:, {method})*) (/[\w/{{}}-]*)", documented):
-        said |= {(method, address) for method in methods.split(", ")}
-    said |= {(method, address) for address in ("/login",) for method in ("GET", "POST")} | {("POST", "/logout")}
-    said |= {("GET", address) for address in re.findall(r"`(/[a-z.]+)`", documented) if address != "/rq"}
-    said -= {("GET", "/logout")}
-    assert addresses == said
-    app_map = (ROOT / "app.py").read_text()
-    for view in (ROOT / "views").glob("*.py"):
-        if "blueprint" in view.read_text() or "@api." in view.read_text():
-            assert view.name in app_map or view.name in ("__init__.py", "endpoint.py", "problems.py", "limits.py"), view
+    documented = {
+        (method, path)
+        for methods, path in re.findall(
+            rf"^\| `({METHODS}(?:, {METHODS})*) (/[^`?]*)`", reference("http"), re.MULTILINE
+        )
+        for method in methods.split(", ")
+    }
+    assert documented == routes
 
 
-def test_every_queue_is_in_the_readme():
-    for queue in queues.QUEUES:
-        assert queue in README
+def test_every_metric_is_in_the_reference_and_no_other(api, cast):
+    printed = set(re.findall(r"^# TYPE (\w+) gauge$", api(cast.admin).get("/metrics").text, re.MULTILINE))
+    assert {row[0].strip("`") for row in rows(reference("metrics"))} == printed
 
 
-def test_every_linked_file_is_there():
-    for document in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
-        for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
-            assert (document.parent / target).exists(), (document.name, target)
+def test_every_decision_is_in_the_reference():
+    assert {row[0].strip("`") for row in rows(reference("decisions"))} == set(DECISIONS)
 
 
-def test_every_make_target_that_the_readme_names_is_there():
+def test_every_queue_is_in_the_reference():
+    assert [row[0].strip("`") for row in rows(reference("queues"))] == list(queues.QUEUES)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_link_leads_to_a_file_and_every_make_target_exists(document: Path):
+    text = document.read_text()
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (document.parent / target).exists(), target
     makefile = (ROOT / "Makefile").read_text()
-    for target in set(re.findall(r"\bmake ([a-z]+)\b", README)):
-        assert re.search(rf"^{target}:|^[a-z ]*\b{target}\b[a-z ]*:", makefile, re.MULTILINE), target
+    for target in set(re.findall(r"`make ([a-z]+)\b|^make ([a-z]+)\b", text, re.MULTILINE)):
+        name = "".join(target)
+        assert re.search(rf"^(?:[a-z]+ )*{name}(?: [a-z]+)*:", makefile, re.MULTILINE), name
 
 
-def test_every_table_is_in_the_design():
+def test_every_table_and_every_room_is_in_the_design():
     design = (ROOT / "docs" / "design.md").read_text()
     for table in TABLES:
         assert f"`{table._meta.table_name}`" in design, table
+    for room in (ROOT / "belfry").iterdir():
+        if (room / "__init__.py").exists():
+            assert f"`belfry/{room.name}`" in design, room

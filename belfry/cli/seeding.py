@@ -72,13 +72,13 @@ def seed(members: int, channels: int, on_progress: Callable[[int], None] = lambd
         channel_ids = [_channel(server.id, number, vip.id) for number in range(1, channels + 1)]
         offset = _highest_number()
         for first, last in _batches(members):
-            made = fetch_all(
+            created = fetch_all(
                 _MEMBERS,
                 {"first": first, "last": last, "offset": offset, "server_id": server.id, "channel_id": channel_ids[0]},
             )
-            _give_role(server.id, vip.id, [person["id"] for person in made if person["ordinal"] % 10 == 0])
-            _give_role(server.id, moderators.id, [person["id"] for person in made if person["ordinal"] % 1000 == 0])
-            on_progress(len(made))
+            _give_role(server.id, vip.id, [user["id"] for user in created if user["ordinal"] % 10 == 0])
+            _give_role(server.id, moderators.id, [user["id"] for user in created if user["ordinal"] % 1000 == 0])
+            on_progress(len(created))
         execute(
             "INSERT INTO member (server_id, user_id) SELECT %(server_id)s, id FROM user_account WHERE is_admin",
             {"server_id": server.id},

@@ -65,8 +65,8 @@ def execute(statement: str, parameters: Mapping[str, Any] | None = None) -> int:
 
 def try_xact_lock(key: int) -> bool:
     """Take an advisory lock until the transaction ends; False, without waiting, where another session has it."""
-    held = fetch_one("SELECT pg_try_advisory_xact_lock(%(key)s) AS held", {"key": key})
-    return bool(held and held["held"])
+    found = fetch_one("SELECT pg_try_advisory_xact_lock(%(key)s) AS locked", {"key": key})
+    return bool(found and found["locked"])
 
 
 def set_config_sql(parameters: Mapping[str, str]) -> str:

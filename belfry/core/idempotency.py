@@ -34,11 +34,11 @@ def begin(once: IdempotentRequest, round_trip: float) -> str | None:
     key, and IdempotencyMismatch where the key was used with another body.
     """
     limit = set_config_sql(idle_timeout(round_trip))
-    held = fetch_one(
-        f"SELECT pg_try_advisory_xact_lock(hashtextextended(%(name)s, 0)) AS held, {limit}",
+    locked = fetch_one(
+        f"SELECT pg_try_advisory_xact_lock(hashtextextended(%(name)s, 0)) AS locked, {limit}",
         {"name": f"idempotency {once.user_id} {once.key}"},
     )
-    if not held or not held["held"]:
+    if not locked or not locked["held"]:
         raise Conflict("A request with this Idempotency-Key is still in progress.")
     found = fetch_one(
         "SELECT request_hash, response FROM idempotency_key"

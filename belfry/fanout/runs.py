@@ -91,6 +91,15 @@ def runs_of_messages(message_ids: Sequence[int]) -> dict[int, Row]:
     return {run["message_id"]: run for run in found}
 
 
+def unfinished(run_ids: Sequence[int]) -> set[int]:
+    """Which of these runs are unfinished."""
+    found = fetch_all(
+        "SELECT id FROM run WHERE id = ANY(%(run_ids)s::bigint[]) AND state IN ('pending', 'queued', 'running')",
+        {"run_ids": list(run_ids)},
+    )
+    return {run["id"] for run in found}
+
+
 def statistics(run: Row) -> dict[str, Any]:
     """A run's counts so far: {"audience", "notified", "decisions", "inserted", "retracted"}.
 

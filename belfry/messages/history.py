@@ -61,7 +61,7 @@ def serialize_messages(reader: User, messages: Sequence[Row]) -> list[Row]:
     """Serialize stored messages, with names, and the run for the author and admins. Takes at most three queries."""
     if not messages:
         return []
-    people = _names("SELECT id, username AS name FROM user_account", _all_ids(messages, "mentioned_users"))
+    usernames = _names("SELECT id, username AS name FROM user_account", _all_ids(messages, "mentioned_users"))
     roles = _names("SELECT id, name FROM role", _all_ids(messages, "mentioned_roles"))
     own = [message["id"] for message in messages if reader.is_admin or message["author_id"] == reader.id]
     runs = runs_of_messages(own) if own else {}
@@ -79,9 +79,9 @@ def serialize_messages(reader: User, messages: Sequence[Row]) -> list[Row]:
             "edited_at": message["edited_at"],
             "mentions": mentions.Mentions(
                 users=tuple(
-                    mentions.MentionedUser(id=id_, username=people[id_], sees_channel=True)
+                    mentions.MentionedUser(id=id_, username=usernames[id_], sees_channel=True)
                     for id_ in message["mentioned_users"]
-                    if id_ in people
+                    if id_ in usernames
                 ),
                 roles=tuple(
                     mentions.MentionedRole(id=id_, name=roles[id_])

@@ -115,8 +115,8 @@ class Mentions:
     @property
     def names(self) -> frozenset[str]:
         """The names behind the `@` of the mentions, in lower case."""
-        people, roles = (person.username for person in self.users), (role.name for role in self.roles)
-        return frozenset((*people, *roles, *([EVERYONE] if self.everyone else [])))
+        users_by_name, roles = (user.username for user in self.users), (role.name for role in self.roles)
+        return frozenset((*users_by_name, *roles, *([EVERYONE] if self.everyone else [])))
 
 
 NOT_READ_DETAIL = (
@@ -175,13 +175,13 @@ def possible_names(candidates: Iterable[Candidate]) -> set[str]:
 
 def resolve(
     candidates: Iterable[Candidate],
-    people: Mapping[str, MentionedUser],
+    users_by_name: Mapping[str, MentionedUser],
     roles: Mapping[str, MentionedRole],
     *,
     may_ping_groups: bool,
     allowed: AllowedMentions | None = None,
 ) -> Mentions:
-    """Resolve candidates. `people` and `roles` are the server's, by lower-case name.
+    """Resolve candidates. `users_by_name` and `roles` are the server's, by lower-case name.
 
     `may_ping_groups` is true for admins and moderators; `allowed` None restricts nothing.
 
@@ -198,17 +198,17 @@ def resolve(
     warnings = _Warnings()
 
     for candidate in candidates:
-        name = next((n for n in candidate.names if n == EVERYONE or n in people or n in roles), None)
+        name = next((n for n in candidate.names if n == EVERYONE or n in users_by_name or n in roles), None)
         if candidate is NOT_READABLE:
             warnings.add(NOT_READ, "", NOT_READ_DETAIL)
         elif name is None:
             warnings.add(UNKNOWN, candidate.text, "{} is not a member of this server")
-        elif name != EVERYONE and name in people:
-            person = people[name]
-            if person.sees_channel:
-                mentioned[person.id] = person
+        elif name != EVERYONE and name in users_by_name:
+            user = users_by_name[name]
+            if user.sees_channel:
+                mentioned[user.id] = user
             else:
-                warnings.add(WITHOUT_ACCESS, f"@{person.username}", "{} cannot see this channel")
+                warnings.add(WITHOUT_ACCESS, f"@{user.username}", "{} cannot see this channel")
         elif not may_ping_groups:
             warnings.add(NOT_ALLOWED, f"@{name}", "only admins and moderators may mention {}")
         elif name == EVERYONE:

@@ -157,7 +157,7 @@ def resolve_mentions(
 ) -> mentions.Mentions:
     """Resolve a content's candidates among the members and roles of the channel's server."""
     names = sorted(mentions.possible_names(candidates))
-    people: dict[str, mentions.MentionedUser] = {}
+    users_by_name: dict[str, mentions.MentionedUser] = {}
     roles: dict[str, mentions.MentionedRole] = {}
     if names:
         parameters = {"server_id": channel.server_id, "channel_id": channel.id, "names": names}
@@ -176,18 +176,18 @@ def resolve_mentions(
             """,
             parameters,
         ):
-            people[found["username"]] = mentions.MentionedUser(**found)
+            users_by_name[found["username"]] = mentions.MentionedUser(**found)
         for found in fetch_all(
             "SELECT id, name FROM role WHERE server_id = %(server_id)s AND name = ANY(%(names)s::text[])",
             parameters,
         ):
             roles[found["name"]] = mentions.MentionedRole(**found)
-    return mentions.resolve(candidates, people, roles, may_ping_groups=may_ping_groups, allowed=allowed)
+    return mentions.resolve(candidates, users_by_name, roles, may_ping_groups=may_ping_groups, allowed=allowed)
 
 
 def _mention_parameters(found: mentions.Mentions) -> dict[str, Any]:
     return {
-        "users": sorted(person.id for person in found.users),
+        "users": sorted(user.id for user in found.users),
         "roles": sorted(role.id for role in found.roles),
         "everyone": found.everyone,
     }

@@ -78,5 +78,5 @@ def suggest_mentions(channel: VisibleChannel, prefix: str, limit: int) -> list[R
             )
         ]
     sees = (_PRIVATE_CHANNEL_SQL, "mr.user_id") if channel.private else (_OPEN_CHANNEL_SQL, "mem.user_id")
-    people = fetch_all(_users_sql(*sees), parameters)
-    return [*groups, *({"kind": "user", **person} for person in people)][:limit]
+    users = fetch_all(_users_sql(*sees), parameters)
+    return [*groups, *({"kind": "user", **user} for user in users)][:limit]

@@ -43,7 +43,7 @@ def send_test(caller: User, channel_id: int | None, content: str | None, audienc
                 "channel_id": channel.id,
                 "author_id": author_id,
                 "content": text,
-                "users": [person.id for person in found.users],
+                "users": [user.id for user in found.users],
                 "roles": [role.id for role in found.roles],
                 "everyone": found.everyone,
                 "visible_to_user_id": caller.id if audience == "me" else None,

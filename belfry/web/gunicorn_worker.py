@@ -46,7 +46,7 @@ SEND_SECONDS = 60
 LINGER_SECONDS = 2  # after an answer that ends the connection: a close with bytes unread would take the answer back
 LINGER_BYTES = 64 * 1024
 RECEIVE_BYTES = 16 * 1024
-HELD_BYTES = 64 * 1024 * 1024  # of requests that are not complete and answers that are not sent, in one process
+BUFFERED_BYTES = 64 * 1024 * 1024  # of requests that are not complete and answers that are not sent, in one process
 STREAM_PATH = "/api/notifications/stream"
 STREAM_OPENINGS = 0.25  # of the threads
 REPORT_SECONDS = 60  # between two warnings that connections are closed for others
@@ -137,11 +137,11 @@ class WebWorker(ThreadWorker):  # type: ignore[misc]
             conn.held = 0
 
     def _count(self, conn: Connection) -> None:
-        """Count what is held for a connection. Above HELD_BYTES the oldest that hold something are closed."""
+        """Count what is held for a connection. Above BUFFERED_BYTES the oldest that hold something are closed."""
         size = conn.size
         self._held += size - conn.held
         conn.held = size
-        while self._held > HELD_BYTES:
+        while self._held > BUFFERED_BYTES:
             self._report()
             self._drop(next(one for one in self._polled if one.held))
 

@@ -441,7 +441,9 @@ SUBSCRIPTIONS = [
 
 
 @pytest.mark.parametrize(
-    ("status", "end", "expected"), SUBSCRIPTIONS, ids=[f"{status}-{end}-{decided}" for status, end, decided in SUBSCRIPTIONS]
+    ("status", "end", "expected"),
+    SUBSCRIPTIONS,
+    ids=[f"{status}-{end}-{decided}" for status, end, decided in SUBSCRIPTIONS],
 )
 def test_subscription(status, end, expected):
     Case(expected, subscribed(status, end), {}).check()

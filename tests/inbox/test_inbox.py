@@ -351,7 +351,7 @@ LOST = {
 
 
 @pytest.mark.parametrize("lost", list(LOST))
-def test_messages_of_an_author_without_the_right_to_post_are_hidden_meanwhile(api, cast, notify, inbox, unread, read, lost):
+def test_messages_of_an_author_who_may_not_post_are_hidden_meanwhile(api, cast, notify, inbox, unread, read, lost):
     admin, vic = make_person("alma", admin=True), make_person("vic")
     servers.put_member(cast.server_id, vic.id, [cast.vip_role])
     channel, author = {"role": (cast.vault, cast.vip), "admin": (cast.announcements, cast.admin)}.get(

@@ -1,5 +1,5 @@
-"""Unread counts cannot drift: after any sequence of posts, edits, reads and deletions the counts are what the inbox shows
-and what a model in plain Python says."""
+"""Unread counts cannot drift: after any sequence of posts, edits, reads and deletions they are what the inbox shows and
+what a model in plain Python says."""
 
 from collections.abc import Iterable
 from contextlib import ExitStack

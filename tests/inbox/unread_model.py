@@ -185,7 +185,7 @@ class World:
                 self.notified[number, run.message] = Notification(decision, transaction=self.transaction)
 
     def _notify_of_edit(self, run: Run, number: int, decision: str, there: Notification | None) -> None:
-        """An edit notifies the newly mentioned only, and takes back what is unread of those mentioned no more."""
+        """An edit notifies only the newly mentioned, and retracts unread notifications of removed mentions."""
         notifying, roles = decision in oracle.NOTIFY_DECISIONS, self.people[number].roles
         newly, no_more = run.added.name(number, roles), run.removed.name(number, roles)
         if there and there.reason == "mention_role" and run.removed.roles and decision != "mention_role":
@@ -204,7 +204,7 @@ class World:
             del self.notified[number, run.message]
 
     def _take_back_from_who_left(self, run: Run, after: int, up_to: int) -> None:
-        """An edit withdraws what is unread of a mention that is gone, wherever the mentioned are by now."""
+        """An edit retracts unread notifications of removed mentions, also from former members."""
         message, removed = self.messages[run.message], run.removed
         for number, person in self.people.items():
             there = self.notified.get((number, run.message))

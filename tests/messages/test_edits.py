@@ -189,7 +189,7 @@ def test_an_edit_during_the_first_run_counts_as_the_original_text(cast, slices_o
     assert notified(message_id) == expected
 
 
-def test_an_edit_leaves_alone_whom_it_does_not_concern(cast):
+def test_an_edit_changes_nothing_for_other_members(cast):
     message_id = post_and_notify(cast.subscriber, cast.general, "@ada and @moira")
     set_preference(cast.vip.user, cast.general, "none", None)
     set_preference(cast.moderator.user, cast.general, "none", None)
@@ -199,8 +199,7 @@ def test_an_edit_leaves_alone_whom_it_does_not_concern(cast):
     assert unread(cast.vip) == unread(cast.moderator) == 1
 
 
-def test_an_edit_that_only_adds_a_mention_withdraws_nothing(cast):
-    # FAULT in the product: `APPLY_EDIT_SQL` withdraws from whomever the edit concerns, those it adds as well.
+def test_an_edit_that_only_adds_a_mention_retracts_nothing(cast):
     message_id = post_and_notify(cast.moderator, cast.general, "gold")
     set_preference(cast.vip.user, cast.general, "mentions", None)
     set_preference(cast.subscriber.user, cast.general, "none", None)
@@ -210,8 +209,6 @@ def test_an_edit_that_only_adds_a_mention_withdraws_nothing(cast):
 
 
 def test_a_dismissed_notification_does_not_come_back_by_edits(cast):
-    # FAULT in the product: `APPLY_EDIT_SQL` deletes unread rows, dismissed ones too, and with them what keeps
-    # the person from being notified again.
     wants_mentions_only(cast.vip, cast.general)
     message_id = post_and_notify(cast.subscriber, cast.general, "@vera")
     dismiss(cast.vip.user, cast.vip.id, message_id)

@@ -1,4 +1,4 @@
-"""A job in Redis runs nothing but an entry point of jobs.py with ids, whoever wrote it."""
+"""A job in Redis can run only an entry point of jobs.py with ids."""
 
 import inspect
 import json

@@ -12,7 +12,7 @@ PEOPLE = ("admin", "moderator", "subscriber", "vip", "lapsed", "stranger", "nobo
 HELLO = {"content": "hello"}
 
 # In {braces}: messages by the subscriber in #general, by the vip in #vault and by the admin in
-# #announcements, their runs, an empty channel; whoever asks, and somebody else.
+# #announcements, their runs, an empty channel; the caller, and another user.
 #
 #                                                  admin moderator subscriber vip lapsed stranger nobody
 TABLE = [

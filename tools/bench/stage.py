@@ -148,7 +148,7 @@ class Stage:
                 log = self.data_dir / f"worker-{one}.log"
                 children.append(running.enter_context(stack.worker(self.env, log)))
                 self._wait_for_workers(one + 1)
-                for _ in range(WARM):  # whoever has waited longest gets the next
+                for _ in range(WARM):  # warm up the connections
                     self.wait(self.post(self.small[0]))
             if large:
                 self.wait(self.post(self.warming))

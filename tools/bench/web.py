@@ -3,8 +3,8 @@
 Both behind the same gunicorn.conf.py, in turn, on the same servers, asked by the same loop over keep-alive connections.
 The bare route (`peers/bare_flask.py`) inserts a message, pushes its id to Redis and answers; Belfry also asks who it is
 and what they may, counts them, writes the run, and enqueues a job that RQ can run. Then Belfry alone: posts to a small
-and to a large server, and while a worker notifies the large one. Rows and jobs are counted after every load: there is one
-for each 201, and no other answer.
+and to a large server, and while a worker notifies the large one. Rows and jobs are counted after every load: there is
+one for each 201, and no other answer.
 """
 
 import argparse

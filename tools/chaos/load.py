@@ -130,7 +130,7 @@ class Load:
         self._run("admin", self._administer, 2.0)
 
     def ask_to_stop(self) -> None:
-        """Everybody ends after what they have in hand."""
+        """Stop all threads after their current request."""
         self._stop.set()
 
     def at_work(self) -> list[str]:

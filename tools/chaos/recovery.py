@@ -12,7 +12,7 @@ OWN = "None"
 
 
 class Blow(NamedTuple):
-    """When, what happened, and which part was in hand: of a run, and `after` as of a Sign. None where nobody knows,
+    """When, what happened, and the current work item: its run, and `after` as in a Sign. None where nobody knows,
     or where it may have been several."""
 
     when: float
@@ -51,7 +51,7 @@ class Open(NamedTuple):
 
 
 def blow_of(death: Death) -> Blow:
-    """A work-horse has one part in hand; a web process that dies, or a worker with its sweeper, may have left more."""
+    """A work-horse has one current work item; a web process, or a worker with its sweeper, may have had more."""
     what = f"{death.action} at {death.point}"
     in_a_job = death.point.split(".")[0] in ("job", "run", "slice", "attempt") and death.point != "run.enqueued"
     if in_a_job and death.action != KILL_WITH_PARENT:
@@ -62,7 +62,7 @@ def blow_of(death: Death) -> Blow:
 def recoveries(
     blows: Iterable[Blow], runs: Iterable[Mapping[str, Any]], signs: list[Sign], now: float
 ) -> list[Recovery]:
-    """For each blow: until the part that was in hand had gone on; where that is not known, until every part had that
+    """For each blow: until its work item continued; where that is not known, until every part had that
     was unfinished then, the slowest counts. Sorted by seconds; a blow that nothing waited for has none.
 
     A part goes on when somebody takes it up, or is done with it. So the time covers noticing the death, waiting for

@@ -30,7 +30,7 @@ WORKER = ("flask", "--app", "app", "worker")
 
 
 class Death(NamedTuple):
-    """What a process did to itself at a point, with a part of a run in hand or without. `after` as of a Sign."""
+    """What a process did to itself at a failpoint, with or without a current work item. `after` as of a Sign."""
 
     when: float
     pid: int

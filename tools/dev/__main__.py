@@ -19,7 +19,7 @@ from tools.dev import DATA_DIR, CommandError, say, signals
 
 def main(arguments: Sequence[str]) -> int:
     """Run one command; returns the exit status."""
-    os.umask(0o077)  # data, logs and passwords are for whoever runs this, and nobody else
+    os.umask(0o077)  # data, logs and passwords are for the user who runs this only
     if not arguments or arguments[0] not in ("demo", "run", "web", "worker", "test", "screenshots", "flask", "clean"):
         say(str(__doc__))
         return 2

@@ -1,7 +1,7 @@
 """The embedded PostgreSQL: how its data directory is made, how it starts, how it ends.
 
 The binaries are those of the wheel. Its own start function is not used: it locks one file in the machine's
-temporary directory that belongs to whoever came first, gives up on a server after 10 seconds, and takes any
+temporary directory that belongs to the first user, gives up on a server after 10 seconds, and takes any
 process that was given an old server's pid for that server.
 
 Every connection needs a password, so that other processes of the server's account (`nobody`, where the command runs as
@@ -178,7 +178,7 @@ def _prepare_account(data_dir: Path, socket_dir: Path, log: Path) -> None:
 
     Every directory above the data, the sockets and the binaries gets `o+x`, which lets others pass through
     and list nothing (a clone in /root makes that one 0711); the wheel's own files become readable to all.
-    Data and sockets belong to `nobody` alone. Whoever is not root runs PostgreSQL as themselves, and no
+    Data and sockets belong to `nobody` alone. Other users run PostgreSQL as themselves, and no
     permission is changed for them.
     """
     socket_dir.mkdir(mode=0o700, exist_ok=True)

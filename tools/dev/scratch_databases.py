@@ -44,7 +44,7 @@ def _own_database(url: str, purpose: str) -> Iterator[str]:
         yield own_url
     finally:
         try:
-            _execute(url, "DROP DATABASE IF EXISTS {} WITH (FORCE)", name)  # whoever is still connected
+            _execute(url, "DROP DATABASE IF EXISTS {} WITH (FORCE)", name)  # ends remaining connections
         except psycopg.Error as error:
             say(f"The database {name} could not be dropped, please do: {error}")
 

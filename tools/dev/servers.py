@@ -80,7 +80,7 @@ def stop_unused(data_dir: Path) -> bool:
 def _leave(data_dir: Path, in_use: int, sockets: Path | None) -> bool:
     """Give up one's share and stop the servers; False where another is left. To be called under `start.lock`.
 
-    `sockets` is known to whoever started: enough to find the servers where `data_dir` was removed meanwhile.
+    `sockets` is known to the process that started them, so that it finds them after `data_dir` is removed.
     """
     let_go(in_use)
     if not try_exclusive(in_use):

@@ -27,7 +27,7 @@ def _note(signum: int, frame: FrameType | None) -> None:
 
 
 def listen() -> None:
-    """From here on those signals only make `check_dependencies` and `sleep` raise; whoever waits has to use them."""
+    """From here on those signals only make `check_dependencies` and `sleep` raise; code that waits has to use them."""
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, _note)
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # ignored: that is what nohup is for

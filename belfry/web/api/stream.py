@@ -30,9 +30,9 @@ HEADERS = {
 
 def _find_authorized_user(token_hash: bytes) -> User | None:
     """Find the token's user, in one query for users who may use the stream; `g.can_stream` says whether they may."""
-    listener = updates.authorized_clients([token_hash]).get(token_hash)
-    g.can_stream = listener is not None
-    return listener[0] if listener else tokens.authenticate_hash(token_hash)
+    authorized = updates.authorized_clients([token_hash]).get(token_hash)
+    g.can_stream = authorized is not None
+    return authorized[0] if authorized else tokens.authenticate_hash(token_hash)
 
 
 @api.get("/notifications/stream")

@@ -1,14 +1,13 @@
-"""The queue dashboard at /rq, for admins alone, and the page to sign in to it with a browser.
+"""The dashboard of the queues at /rq, for admins only, and its registration.
 
-The pages are rq-dashboard's. What it leaves open is closed here, and its code stays as it is:
+The pages are rq-dashboard's. Its gaps are closed here, and its code is not changed:
 
-- Every request asks anew whether the token still counts and its person is still an admin.
-- Its scripts send no CSRF token: what a browser changes must come from a page of the same origin.
-- Everything is read as JSON. The library reads some jobs with pickle, and so would run whatever somebody with
-  access to Redis wrote there.
-- It writes what jobs say into pages as it is. Texts are escaped in the JSON that its scripts show, the parts
-  of an address are checked (it writes one into a script), and the policy admits no script but its own.
-- An unknown job is 404, one that cannot be requeued 409, Redis unavailable 503; there it has 500, or 200.
+- Each request checks whether the token or session is valid and its user an admin.
+- The library's scripts send no CSRF token, so a browser's write must come from a page of the same origin.
+- Everything is read as JSON. The library reads some jobs with pickle, which would run what a writer to Redis stored.
+- The library writes texts of jobs into pages unescaped. Texts are escaped in the JSON that its scripts show, the parts
+  of a path are checked (it writes one into a script), and the policy allows only its own script.
+- An unknown job is 404; a job that cannot be requeued or deleted is 409; without Redis it is 503.
 """
 
 import re
@@ -47,8 +46,8 @@ ADDRESS_PARTS = {
     "per_page": r"[1-9][0-9]{0,2}",
     "page": r"[1-9][0-9]{0,8}",
 }
-INLINE_SCRIPT = '<script type="text/javascript">'  # the only one of each of the library's pages
-# eval is how its templates are compiled in the browser. No handler in an attribute runs, and no other script.
+INLINE_SCRIPT = '<script type="text/javascript">'  # the only script of each of the library's pages
+# Its templates are compiled with eval in the browser. No other script and no handler in an attribute runs.
 PAGE_POLICY = (
     auth.BASE_POLICY + "; form-action 'none'; connect-src 'self'; style-src-attr 'unsafe-inline';"
     " script-src 'self' 'nonce-{nonce}' 'unsafe-eval'"
@@ -59,13 +58,13 @@ def register(app: Flask) -> None:
     """Mount the dashboard at /rq, and /login and /logout. Does not connect to Redis."""
     redis = redis_connection().connection_pool.connection_kwargs
     place = redis.get("path") or f"{redis.get('host', 'localhost')}:{redis.get('port', 6379)}"
-    # Its pages show this, so it is no URL: a URL may have the password in it.
+    # Its pages show this, so it is not a URL, which may contain the password.
     app.config["RQ_DASHBOARD_REDIS_URL"] = (f"{place}, database {redis.get('db', 0)}",)
     app.redis_conn = redis_connection()  # type: ignore[attr-defined]  # where the library looks for it
     web.config.serializer = JSONSerializer
     app.register_blueprint(web.blueprint, url_prefix="/rq")
     app.register_blueprint(auth.blueprint)
-    # It would make new connections at each request, without a timeout, by an address that has the password.
+    # It would open connections at each request, without a time-out, and with a URL that contains the password.
     app.before_request_funcs[LIBRARY].remove(web.push_rq_connection)
     for view in rq_views.REPLACED:
         app.view_functions[f"{LIBRARY}.{view.__name__}"] = view
@@ -78,12 +77,11 @@ def _under_rq() -> bool:
 
 
 def _admit() -> AnyResponse | None:
-    """Let admins pass to what is under /rq, and nobody else.
+    """Allow only admins below /rq.
 
-    - With a bearer token, its person counts, whatever the session says.
-    - Nobody: those who read are sent to /login; 401 for a wrong token, and for changes.
-    - Not an admin: 403. A change that no page of this site asked for: 403; not asked of bearer tokens, which
-      no browser sends by itself.
+    - A bearer token counts before the session.
+    - Without a user: redirect to /login; 401 for an invalid token, and for writes.
+    - 403 for users who are not admins, and for a browser's write that no page of this site sent.
     """
     if not _under_rq():
         return None
@@ -97,7 +95,7 @@ def _admit() -> AnyResponse | None:
     if request.method not in READS and not token and not _same_origin():
         return _refuse(403, "No page of the dashboard asked for this.")
     if request.endpoint == f"{LIBRARY}.requeue_all" and request.method != "POST":
-        raise MethodNotAllowed(["POST"])  # the library acts on GET as well
+        raise MethodNotAllowed(["POST"])  # the library's view accepts GET as well
     for name, part in (request.view_args or {}).items():
         if name in ADDRESS_PARTS and part is not None and not re.fullmatch(ADDRESS_PARTS[name], str(part)):
             abort(404)
@@ -107,7 +105,7 @@ def _admit() -> AnyResponse | None:
 
 
 def _same_origin() -> bool:
-    """Whether a page of this site sent this. Browsers without Sec-Fetch-Site say it by Origin or Referer."""
+    """Whether a page of this site sent the request, by Sec-Fetch-Site, Origin or Referer."""
     if site := request.headers.get("Sec-Fetch-Site"):
         return site == "same-origin"
     source = request.headers.get("Origin") or request.headers.get("Referer") or ""
@@ -115,7 +113,7 @@ def _same_origin() -> bool:
 
 
 def _protect(answer: Response) -> Response:
-    """Keep these pages out of caches and frames, and every script but the library's own out of them."""
+    """Forbid caching and framing, and every script but the library's own."""
     if _under_rq() or request.blueprint == auth.blueprint.name:
         answer.headers.setdefault("Cache-Control", "no-store")
         answer.headers["Referrer-Policy"] = "same-origin"
@@ -128,20 +126,23 @@ def _protect(answer: Response) -> Response:
 
 
 def _refuse(status: int, detail: str) -> Response:
-    """A page for a browser; the one error shape for everything else."""
+    """A page for a browser; the one error shape for all others."""
     if request.accept_mimetypes.best_match(["application/json", "text/html"]) == "text/html":
         return auth.page(status, detail)
     return problem(status, detail)
 
 
-def _trouble(error: Exception) -> Response:
-    """The answer to what the library's views run into."""
+def _error_response(error: Exception) -> Response:
+    """The response to an error of the library's views."""
     if isinstance(error, NoSuchJobError):
-        return _refuse(404, "There is no such job. Finished jobs are kept for a day, and at most 10,000 of a queue.")
+        return _refuse(404, "There is no such job. Finished jobs are kept for a day, at most 10,000 in each queue.")
+    if isinstance(error, rq_views.UnfinishedRun):
+        detail = f"Run {error} is unfinished, so its job would be enqueued again. To stop it, delete the message."
+        return _refuse(409, detail)
     if isinstance(error, InvalidJobOperation):
-        return _refuse(409, "This job has not failed, so it is not requeued.")
-    return _refuse(503, "Redis is unavailable. No run is lost: the database has them. Try again soon.")
+        return _refuse(409, "This job has not failed, so it cannot be requeued.")
+    return _refuse(503, "Redis is unavailable. No run is lost, because the database stores them. Try again soon.")
 
 
-for _kind in (NoSuchJobError, InvalidJobOperation, RedisError):
-    web.blueprint.register_error_handler(_kind, _trouble)
+for _kind in (NoSuchJobError, InvalidJobOperation, rq_views.UnfinishedRun, RedisError):
+    web.blueprint.register_error_handler(_kind, _error_response)

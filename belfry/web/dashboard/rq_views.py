@@ -1,7 +1,7 @@
-"""rq-dashboard's views that get it wrong, anew, by its own names for them: with JSON, and never with pickle.
+"""Replacements for views of rq-dashboard, by their names there.
 
-It reads some jobs with pickle, and so would run whatever somebody with access to Redis wrote there. And it
-writes what jobs say into its pages as it is; here texts are escaped in the JSON that its scripts show.
+rq-dashboard reads some jobs with pickle, which would run what a writer to Redis stored; here everything is JSON. It
+writes texts of jobs into its pages unescaped; here they are escaped in the JSON that its scripts show.
 """
 
 import json
@@ -18,15 +18,19 @@ from rq.job import Job
 from rq.serializers import JSONSerializer
 from rq_dashboard import web
 
-from belfry.fanout import recovery
+from belfry.fanout import recovery, runs
 from belfry.queue import queues
 
 LIBRARY = web.blueprint.name
 JOB_ID = r"[A-Za-z0-9_-]{1,100}"
 
 
+class UnfinishedRun(Exception):
+    """The job belongs to an unfinished run, given by its id."""
+
+
 class _LenientJson(JSONSerializer):  # type: ignore[misc]
-    """For showing jobs: what is not JSON is said to be so, and does not take the page of all others away."""
+    """For showing jobs: data that is not JSON is shown as such, and does not fail the page of all jobs."""
 
     @staticmethod
     def loads(data: bytes) -> Any:
@@ -37,10 +41,10 @@ class _LenientJson(JSONSerializer):  # type: ignore[misc]
 
 
 class _SeenWorker(Worker):  # type: ignore[misc]
-    """A worker looked at from outside."""
+    """A worker that is only read."""
 
     def _set_connection(self, connection: Any) -> Any:
-        return connection  # the library's would raise the timeout of the web's own connections to minutes
+        return connection  # RQ's would set the time-out of the web's own connections to minutes
 
 
 def _redis() -> Any:
@@ -56,13 +60,13 @@ def _job(job_id: str, serializer: Any = JSONSerializer) -> Any:
 
 
 def _source(queue_name: str, registry_name: str) -> Any:
-    """The queue itself for `queued`, else the queue's registry of that name."""
+    """The queue itself for `queued`, otherwise its registry of that name."""
     queue = _queue(queue_name)
     return queue if registry_name == "queued" else getattr(queue, f"{registry_name}_job_registry")
 
 
 def _escaped(value: Any) -> Any:
-    """The same with every text fit for HTML, into which the library's scripts write it as it is."""
+    """The value with every text escaped, because the library's scripts write it into HTML unescaped."""
     if isinstance(value, str):
         return escape(value)
     if isinstance(value, dict):
@@ -88,7 +92,7 @@ def workers_overview(instance_number: int) -> str:
 
 
 def jobs_overview(instance_number: int, queue_name: str | None, **how: Any) -> Any:
-    """Without a name it is the queue that there is, and not the library's `default`."""
+    """Without a name, show the first queue, and not the library's `default`."""
     return web.jobs_overview(instance_number, queue_name or queues.NOTIFICATIONS, **how)
 
 
@@ -102,18 +106,18 @@ def list_queues(instance_number: int) -> Response:
 
 
 def list_workers(instance_number: int) -> Response:
-    """A job is called by its description: its arguments may be of any length, and not JSON."""
+    """Name a job by its description: its arguments may have any length, and may not be JSON."""
     workers = []
     for worker in _SeenWorker.all(connection=_redis(), serializer=JSONSerializer):
         shown = {name: getattr(worker, name) for name in WORKER_SHOWS}
         shown |= {"queues": worker.queue_names(), "state": worker.get_state(), "current_job": "idle"}
         shown = _escaped(shown)
         if job_id := worker.get_current_job_id():
-            with suppress(NoSuchJobError):  # deleted while it runs, or done by now
+            with suppress(NoSuchJobError):  # deleted while it runs, or finished
                 job = _job(job_id)
                 shown["current_job"] = {
                     "job_id": job.id,
-                    "description": job.description,  # the one text that the page escapes itself
+                    "description": job.description,  # the page escapes this text itself
                     "created_at": web.serialize_date(job.created_at),
                     "call_string": escape(job.description or job.id),
                 }
@@ -124,7 +128,7 @@ def list_workers(instance_number: int) -> Response:
 def list_jobs(
     instance_number: int, queue_name: str, registry_name: str, per_page: str, order: str, page: str
 ) -> Response:
-    """The library's shows the same jobs on several pages. These texts the page escapes itself."""
+    """The library's view shows the same jobs on several pages. The page escapes these texts itself."""
     source, size, number = _source(queue_name, registry_name), int(per_page), int(page)
     total = source.count if registry_name == "queued" else source.get_job_count(cleanup=False)
     start = (number - 1) * size
@@ -174,8 +178,20 @@ def job_info(instance_number: int, job_id: str) -> Response:
 
 
 def delete_job_view(job_id: str) -> Response:
-    _job(job_id).delete()
+    """Delete the record of a job. Raises UnfinishedRun where its run would be enqueued again."""
+    _delete([_job(job_id)])
     return jsonify(status="OK")
+
+
+def _delete(jobs: list[Job]) -> None:
+    """Delete jobs, except those of unfinished runs, for which it raises UnfinishedRun in the end."""
+    run_ids = {job.id: run_id for job in jobs if (run_id := queues.run_of_job_id(job.id)) is not None}
+    unfinished = runs.unfinished(list(run_ids.values()))
+    for job in jobs:
+        if run_ids.get(job.id) not in unfinished:
+            job.delete()
+    if unfinished:
+        raise UnfinishedRun(min(unfinished))
 
 
 def requeue_job_view(job_id: str) -> Response:
@@ -184,43 +200,43 @@ def requeue_job_view(job_id: str) -> Response:
 
 
 def _requeue(job: Job) -> None:
-    """Put a failed job into its queue again; where the run has failed too, it gets all its attempts again.
+    """Enqueue a failed job again; a failed run gets all its attempts again.
 
     Raises InvalidJobOperation where the job has not failed.
     """
     run_id = queues.run_of_job_id(job.id)
     items = recovery.retry_failed([run_id]) if run_id is not None and job.is_failed else []
     if items:
-        queues.enqueue(items)  # which takes the job out of the registry of failed ones
+        queues.enqueue(items)  # which removes the job from the failed registry
     else:
         job.requeue()
 
 
 def requeue_all(queue_name: str) -> Response:
-    """Requeue what has failed and is still there; `count` says how many that were."""
+    """Requeue all failed jobs; `count` is their number."""
     count = 0
     for job_id in _source(queue_name, "failed").get_job_ids(cleanup=False):
-        with suppress(NoSuchJobError, InvalidJobOperation):  # expired, or somebody else was faster
+        with suppress(NoSuchJobError, InvalidJobOperation):  # expired, or requeued by another request
             _requeue(_job(job_id))
             count += 1
     return jsonify(status="OK", count=count)
 
 
 def empty_queue(queue_name: str, registry_name: str) -> Response:
-    """Delete the jobs of a queue or of one of its registries, and entries whose job is gone already."""
+    """Delete the jobs of a queue or of one of its registries, and entries without a job, as `_delete` does."""
     source = _source(queue_name, registry_name)
-    if registry_name == "queued":
-        source.empty()
-        return jsonify(status="OK")
-    for entry in _redis().zrange(source.key, 0, -1):
-        with suppress(NoSuchJobError):
-            _job(source.parse_job_id(entry)).delete()
-        _redis().zrem(source.key, entry)
+    found: list[Job] = []
+    for job_id in source.get_job_ids() if registry_name == "queued" else source.get_job_ids(cleanup=False):
+        try:
+            found.append(_job(job_id))
+        except NoSuchJobError:
+            source.remove(job_id)
+    _delete(found)
     return jsonify(status="OK")
 
 
 def compact_queue(queue_name: str) -> Response:
-    """Remove entries whose job is gone. The library's takes the queue away meanwhile, and fails on none."""
+    """Remove entries without a job. The library's view empties the queue meanwhile."""
     queue = _queue(queue_name)
     for job_id in queue.get_job_ids():
         if not Job.exists(job_id, _redis()):
