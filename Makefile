@@ -13,18 +13,18 @@ UV     := .belfry/uv/bin/uv pip compile --quiet --universal --python-version 3.1
 .PHONY: help setup demo run web worker test check bench chaos drill lint screenshots lock clean
 
 help:
-	@echo 'make demo     the whole way once: 10,000 members, a real message, who was told; leaves nothing behind'
+	@echo 'make demo     the whole path once: 10,000 members, a message, who was notified; leaves nothing behind'
 	@echo 'make run      a web process and a worker until Ctrl-C; prints tokens and commands to paste'
 	@echo 'make web      the web process alone; it shares its data with `make worker` and `make run`'
 	@echo 'make worker   a worker alone, for a second terminal'
 	@echo 'make test     the test suite, three files at once   (ARGS="-k inbox -x" goes to pytest, which runs one at a time)'
-	@echo 'make check    the fast tests, ruff, mypy, and the imports: about three minutes'
-	@echo 'make bench    the benchmarks                   (ARGS="--only large small --json FILE --charts DIR")'
-	@echo 'make chaos    kill everything, again and again, and then an audit   (ARGS="--kills 1000 --seed 7")'
+	@echo 'make check    the fast tests, ruff, mypy, and the imports: under two minutes'
+	@echo 'make bench    the benchmarks                     (ARGS="--only large small --json FILE --charts DIR")'
+	@echo 'make chaos    kill processes repeatedly, then audit   (ARGS="--kills 1000 --seed 7")'
 	@echo 'make drill    fan-outs to 1,000,000, SIGTERM, Redis down, attacks, …       (ARGS="stop slow_clients"; see README.md)'
-	@echo 'make lint     ruff, mypy, and which room may import which'
-	@echo 'make screenshots   docs/screenshots/ made anew, by Chromium'
-	@echo 'make lock     requirements*.lock anew from requirements*.txt   (ARGS="--upgrade" for newer versions of the rest)'
+	@echo 'make lint     ruff, mypy, and the import contracts'
+	@echo 'make screenshots   docs/screenshots/ again, by Chromium'
+	@echo 'make lock     requirements*.lock again from requirements*.txt   (ARGS="--upgrade" for newer versions of the rest)'
 	@echo 'make setup    .venv only; the others do it when it is missing or out of date'
 	@echo 'make clean    remove .venv, .belfry (the data of `make run`) and caches'
 	@echo

@@ -125,7 +125,9 @@ def _run(item: WorkItem, attempt: int, job: Job | None) -> None:
         log.warning("%s failed: %s: %s", item, type(error).__name__, error)
         # Raised again after recording, so that RQ retries. Where the connection broke, recording fails too; then the
         # lock has ended with the connection, and the sweeper enqueues the work item again.
-        claims.record_failure(item, attempt, f"{type(error).__name__}: {error}", _retry_deadline(job))
+        failed = claims.record_failure(item, attempt, f"{type(error).__name__}: {error}", _retry_deadline(job))
+        if failed and job:
+            job.retries_left = 0  # attempts of killed processes count too, and RQ does not know of them
         failpoint("attempt.recorded", *item)
         raise
     if slices is None:

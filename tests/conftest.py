@@ -168,7 +168,7 @@ def at_failpoint(monkeypatch) -> Callable[[str, Callable[[], None]], None]:
     def add(name: str, action: Callable[[], None]) -> None:
         assert name in failpoints.FAILPOINTS | failpoints.TEST_POINTS
         actions[name] = action
-        monkeypatch.setattr(failpoints, "listener", listener)
+        monkeypatch.setattr(failpoints, "on_failpoint", listener)
 
     return add
 

@@ -1,6 +1,6 @@
 """Failpoints: named points of the code at which `make chaos` kills a process and tests interfere.
 
-Without a listener, as in production, a failpoint costs one comparison.
+Without a on_failpoint, as in production, a failpoint costs one comparison.
 """
 
 from collections.abc import Callable
@@ -44,10 +44,10 @@ TEST_POINTS = {
 }
 """Tests interfere at these; `make chaos` does not kill there."""
 
-listener: Callable[[str, int | None, int | None], None] | None = None
+on_failpoint: Callable[[str, int | None, int | None], None] | None = None
 
 
 def failpoint(name: str, run_id: int | None = None, after_user_id: int | None = None) -> None:
     """Report that the process has reached a failpoint, with the run, or the slice of it, that it processes."""
-    if listener is not None:
-        listener(name, run_id, after_user_id)
+    if on_failpoint is not None:
+        on_failpoint(name, run_id, after_user_id)

@@ -38,7 +38,7 @@ def begin(once: IdempotentRequest, round_trip: float) -> str | None:
         f"SELECT pg_try_advisory_xact_lock(hashtextextended(%(name)s, 0)) AS locked, {limit}",
         {"name": f"idempotency {once.user_id} {once.key}"},
     )
-    if not locked or not locked["held"]:
+    if not locked or not locked["locked"]:
         raise Conflict("A request with this Idempotency-Key is still in progress.")
     found = fetch_one(
         "SELECT request_hash, response FROM idempotency_key"

@@ -263,7 +263,7 @@ _ERROR_SQL = """COALESCE(%(error)s, error,
 def fail_runs_sql(condition: str, skip_locked: str = "") -> str:
     """End the attempt of the runs that meet a condition: `queued` for a retry, or `failed` without attempts left.
 
-    Locks the rows. Parameters: {"error", "retry_in"} and those of the condition. Returns {"run_id", "error"}.
+    Locks the rows. Parameters: {"error", "retry_in"} and those of the condition. Returns {"run_id", "error", "failed"}.
     """
     return f"""
     WITH ended AS (
@@ -281,7 +281,7 @@ def fail_runs_sql(condition: str, skip_locked: str = "") -> str:
         error = {_ERROR_SQL}
     FROM ended
     WHERE run.id = ended.run_id
-    RETURNING run.id AS run_id, run.error
+    RETURNING run.id AS run_id, run.error, run.state = 'failed' AS failed
 """
 
 
@@ -309,7 +309,7 @@ def fail_slices_sql(condition: str, skip_locked: str = "") -> str:
         WHERE run.id = recorded.run_id
         AND recorded.sweep_after IS NULL
     )
-    SELECT run_id, after_user_id, error FROM recorded
+    SELECT run_id, after_user_id, error, sweep_after IS NULL AS failed FROM recorded
 """
 
 
@@ -319,11 +319,12 @@ _FAIL_SLICE_SQL = fail_slices_sql(
 )
 
 
-def record_failure(item: WorkItem, attempt: int, error: str, retry_in: float | None) -> None:
-    """Record why an attempt failed; nothing changes where a newer attempt has begun.
+def record_failure(item: WorkItem, attempt: int, error: str, retry_in: float | None) -> bool:
+    """Record why an attempt failed; whether no attempt is left. Nothing changes where a newer attempt has begun.
 
     With attempts left, the sweeper enqueues the item again if no retry has begun within `retry_in` seconds. Without,
     the run is `failed` and is not tried again unless an operator asks for it. The other slices of the run continue.
     """
     parameters = {"attempt": attempt, "error": error[:1000] or "no error message", "retry_in": retry_in or 0}
-    execute(_FAIL_RUN_SQL if item.is_run else _FAIL_SLICE_SQL, {**item._asdict(), **parameters})
+    ended = fetch_one(_FAIL_RUN_SQL if item.is_run else _FAIL_SLICE_SQL, {**item._asdict(), **parameters})
+    return bool(ended and ended["failed"])

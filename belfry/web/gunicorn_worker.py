@@ -75,19 +75,19 @@ class WebWorker(ThreadWorker):  # type: ignore[misc]
 
     # --- connections come and go
 
-    def accept(self, listener: Any) -> None:
+    def accept(self, server_socket: Any) -> None:
         """Accept a connection and wait for its request."""
         try:
-            accepted, client = listener.accept()
+            accepted, client = server_socket.accept()
         except OSError as error:
             if error.errno in OUT_OF_FILES:
                 self._close_oldest()
-                time.sleep(0.01)  # the listener stays readable: not at full speed where nothing could be closed
+                time.sleep(0.01)  # the socket stays readable: no busy loop where nothing could be closed
             elif error.errno not in (errno.EAGAIN, errno.ECONNABORTED):
                 raise
             return
         self.nr_conns += 1
-        conn = Connection(self.cfg, accepted, client, listener.getsockname())
+        conn = Connection(self.cfg, accepted, client, server_socket.getsockname())
         self._wait(conn, time.monotonic() + self.cfg.keepalive)
         if self.nr_conns >= self.worker_connections:
             self._close_oldest()

@@ -126,7 +126,7 @@ def test_older_ones_are_on_another_page(visit, cast, post, run_jobs) -> None:
     assert shown(page) == ids[9::-1]
 
 
-def test_what_is_withdrawn_goes(visit, worker, cast, post, api) -> None:
+def test_a_retracted_notification_disappears(visit, worker, cast, post, api) -> None:
     page = visit("/inbox", cast.vip)
     wait_until_live(page)
     kept, gone = post("kept"), post("gone")

@@ -108,7 +108,7 @@ def test_a_traceback_keeps_its_lines_and_none_of_them_passes_for_an_entry(capsys
 
 
 @pytest.mark.usefixtures("_restored")
-def test_json_is_one_line_for_whoever_reads_it_and_means_the_same(capsys):
+def test_json_is_one_line_and_contains_the_same(capsys):
     logging_setup.configure("INFO", "json")
     logging.getLogger("somewhere").info("GET %s", HOSTILE)
     printed = capsys.readouterr().err.removesuffix("\n")

@@ -492,7 +492,7 @@ def idle_limits(monkeypatch) -> dict[str, str]:
         found = fetch_one("SELECT current_setting('idle_in_transaction_session_timeout') AS idle")
         seen[point] = found["idle"]
 
-    monkeypatch.setattr(failpoints, "listener", look)
+    monkeypatch.setattr(failpoints, "on_failpoint", look)
     return seen
 
 

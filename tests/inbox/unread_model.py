@@ -140,11 +140,11 @@ class World:
         if after is not None:
             assert run.slices is not None
             up_to, first = run.slices.pop(after)
-            self._take_back_from_who_left(run, after, up_to)
+            self._retract_from_former_members(run, after, up_to)
             self._notify(run, [one for one in members if after < one <= up_to and one not in first], now)
         elif message.deleted or len(members) <= self.fanout_slice_size:
             run.slices = {}
-            self._take_back_from_who_left(run, 0, FOREVER)
+            self._retract_from_former_members(run, 0, FOREVER)
             self._notify(run, members, now)
         else:
             named = [one for one in members if one in message.mentions.people]
@@ -203,7 +203,7 @@ class World:
         elif no_more and not there.read and not there.dismissed:
             del self.notified[number, run.message]
 
-    def _take_back_from_who_left(self, run: Run, after: int, up_to: int) -> None:
+    def _retract_from_former_members(self, run: Run, after: int, up_to: int) -> None:
         """An edit retracts unread notifications of removed mentions, also from former members."""
         message, removed = self.messages[run.message], run.removed
         for number, person in self.people.items():

@@ -76,7 +76,7 @@ def test_a_plain_notification_becomes_an_unread_mention(cast):
     assert shown["title"] == "You were mentioned in Golden Signals #general"
 
 
-def test_an_edit_that_removes_a_mention_withdraws_what_is_unread_and_was_for_the_mention_alone(cast):
+def test_an_edit_that_removes_a_mention_retracts_unread_notifications_of_that_mention_only(cast):
     wants_mentions_only(cast.vip, cast.general)
     message_id = post_and_notify(cast.subscriber, cast.general, "@vera @moira")
     edited = edit(cast.subscriber, message_id, "nobody")
@@ -122,7 +122,7 @@ def test_who_has_left_the_server_keeps_what_was_no_mention_or_is_read(cast):
     assert (notified(plain)[cast.vip.id], notified(read)[cast.vip.id]) == ("message", "mention")
 
 
-def test_what_was_read_is_not_withdrawn(cast):
+def test_a_read_notification_is_not_retracted(cast):
     wants_mentions_only(cast.vip, cast.general)
     message_id = post_and_notify(cast.subscriber, cast.general, "@vera")
     read_everything(cast.vip)

@@ -176,7 +176,7 @@ def test_twenty_warnings_are_shown_and_how_many_more_there_are() -> None:
         assert warnings[19].detail == "@x0019 is not a member of this server"
 
 
-def test_a_warning_is_counted_once_whoever_is_mentioned_how_often() -> None:
+def test_a_warning_is_counted_once_however_often_a_name_is_mentioned() -> None:
     everybody = " ".join(f"@carol.x{number:04}" for number in range(1_000))  # each means carol, who cannot see it
     assert details_of(everybody) == ["@carol cannot see this channel"]
 

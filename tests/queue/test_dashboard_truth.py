@@ -99,7 +99,7 @@ def test_a_burst_of_a_thousand_jobs_by_two_workers(dashboard, cast, redis):
     everything = {queues.run_job_id(run_id) for run_id in runs}
     assert dashboard.counts() == {"queued": BURST, "started": 0, "scheduled": 0, "finished": 0, "failed": 0}
     busy, looks = 0, 0
-    with notifications_that("PERFORM pg_sleep(0.3);"), a_worker(), a_worker():
+    with notifications_that("PERFORM pg_sleep(0.6);"), a_worker(), a_worker():
         wait_until(lambda: len(dashboard.workers()) == 2, "both workers to register")
         while len(dashboard.jobs("finished")) < BURST:
             looks += 1
@@ -133,10 +133,9 @@ def test_a_failure_is_scheduled_then_failed_with_its_error_and_a_requeue_retries
     _, run_id = write(cast.subscriber, cast.general)
     job_id = queues.run_job_id(run_id)
     execute("UPDATE run SET attempts_left = 2")
-    queues.enqueue_run(run_id)
-    redis.hset(f"rq:job:{job_id}", "retries_left", 1)
-    with a_worker():
+    with a_worker(RETRY_BASE_DELAY_SECONDS="3"):
         with notifications_that("RAISE 'the disk is full';"):
+            queues.enqueue_run(run_id)
             wait_until(lambda: dashboard.jobs("scheduled") == [job_id], "the retry to be scheduled")
             assert (Run.get_by_id(run_id).state, dashboard.job(job_id)["status"]) == ("queued", "scheduled")
             wait_until(lambda: dashboard.jobs("failed") == [job_id], "the last attempt to fail", 60)

@@ -111,14 +111,14 @@ def recovered(*blows: Blow) -> list[tuple[float, int, str]]:
     return [found[:3] for found in recoveries(blows, RUNS, LARGE, now=100.0)]
 
 
-def test_of_a_part_in_hand_only_its_own_going_on_counts():
+def test_the_recovery_of_a_current_slice_counts_only_its_own_progress():
     assert recovered(Blow(8, "kill", 1, "99")) == [(32, 1, "99")]
     assert recovered(Blow(12.5, "kill", 1, "0")) == [(0.5, 1, "0")]
     assert recovered(Blow(2, "kill", 1)) == [(5, 1, "99")], "and when the part is done: its slices"
     assert recovered(Blow(50, "kill", 1)) == [], "there was nothing to do"
 
 
-def test_where_it_is_not_known_what_was_in_hand_the_slowest_counts_and_what_never_goes_on_counts_until_now():
+def test_where_the_current_work_item_is_unknown_the_slowest_recovery_counts():
     assert recovered(Blow(50, "Redis emptied")) == [(50, 3, OWN)]
 
 
@@ -128,7 +128,7 @@ def test_where_it_is_not_known_what_was_in_hand_the_slowest_counts_and_what_neve
      ("run.enqueued", KILL, False), ("sweep.committed", KILL, False), ("worker.dequeued", KILL, False),
      ("attempt.failed", KILL, True)],
 )  # fmt: skip
-def test_only_a_work_horse_has_nothing_but_its_part_in_hand(point, action, known):
+def test_only_a_work_horse_has_nothing_but_its_current_work_item(point, action, known):
     blow = blow_of(Death(1.0, 4711, 1, "50", point, action))
     assert (blow.run_id, blow.after) == ((1, "50") if known else (None, OWN))
 

@@ -112,7 +112,7 @@ def test_a_worker_that_starts_before_redis_waits_for_it(cast):
             wait_until(lambda: "Listening on" in process.log(), "the worker to listen")
 
 
-def test_sigterm_finishes_the_work_in_hand(api, cast):
+def test_sigterm_finishes_the_current_job(api, cast):
     with a_worker() as process, notifications_that("PERFORM pg_sleep(2);"):
         message = api(cast.subscriber).post("/api/messages", json={"channel_id": cast.general, "content": "gold"})
         run_id = message.get_json()["run"]["id"]
@@ -140,7 +140,7 @@ def test_sigterm_ends_a_worker_from_which_redis_was_taken():
         assert process.wait() == 0
 
 
-def test_who_is_asked_to_stop_and_goes_on_is_asked_again_but_not_with_a_job_in_hand(redis, monkeypatch):
+def test_a_worker_that_goes_on_is_signalled_again_but_not_during_a_job(redis, monkeypatch):
     horse = worker.BelfryWorker([queues.queue()], connection=redis)
     with pytest.raises(StopRequested):
         horse.request_stop(signal.SIGTERM, None)
@@ -270,7 +270,7 @@ def test_a_work_horse_ends_after_so_many_jobs(cast, monkeypatch, override):
     assert queues.queue().count == 2
 
 
-def test_a_deadline_is_over_only_while_a_job_is_in_hand():
+def test_a_deadline_expires_only_while_a_job_runs():
     deadline = Deadline()
     assert not deadline.has_passed()
     deadline.set(-KILL_GRACE_SECONDS - 1)

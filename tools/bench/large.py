@@ -38,11 +38,11 @@ TARGETS = {LIMIT: 0.9, FOUR: 1.5, DJANGO: 50.0}
 """How many times their rows a second Belfry is to reach."""
 MEMORY_TARGET = 1.1  # the largest of the work-horses' peaks to the least
 
-_TELLING = ", ".join(f"'{reason}'" for reason in decision.NOTIFY_DECISIONS)
+_NOTIFY_DECISIONS = ", ".join(f"'{reason}'" for reason in decision.NOTIFY_DECISIONS)
 BARE_STATEMENT = (
     "INSERT INTO notification (user_id, message_id, reason)"
     f" SELECT user_id, %(message_id)s, decision::reason FROM ({decision.DECISIONS_SQL}) decided"
-    f" WHERE decision IN ({_TELLING})"
+    f" WHERE decision IN ({_NOTIFY_DECISIONS})"
     " ON CONFLICT (user_id, message_id) DO NOTHING"
 )
 """The notifications of one message by Belfry's own rules, without statistics, progress or a run. For

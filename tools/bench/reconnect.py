@@ -29,7 +29,7 @@ PATIENCE = 60.0
 FORGED = "{taken}-3:3:"  # everything of the whole day
 TARGET = 2.0  # seconds
 
-_TOLD = """
+_INSERT_SQL = """
     WITH posted AS (
         INSERT INTO message (channel_id, author_id, content) VALUES (%(channel_id)s, %(author_id)s, 'gold') RETURNING id
     ),
@@ -184,7 +184,7 @@ class _Drill:
             "user_ids": self.user_ids[:CLIENTS] + self.user_ids[-1:],
         }
         for _ in range(number):
-            self.database.execute(_TOLD, parameters)
+            self.database.execute(_INSERT_SQL, parameters)
 
     def settle(self) -> None:
         """Do what Belfry and autovacuum would have done during the hour, so that it is not done while we measure."""

@@ -32,7 +32,7 @@ PATIENCE = 30.0  # seconds for one answer
 WARM_SECONDS = 0.5  # of every load, not counted: connections are opened, statements prepared
 SMALL = 10
 CONNECTIONS, ROUNDS, SECONDS = 8, 5, 1.5
-TELLING_MEMBERS = 3_000_000  # of the large community, in messages to all of it: longer than the posts beside them last
+FANOUT_MEMBERS = 3_000_000  # of the large server, in messages to all of it: longer than the posts beside them last
 TARGET = 0.6  # of the bare route's requests a second
 TEXT = "gold breaks out above the last high, and silver follows"
 
@@ -219,7 +219,7 @@ def measure(stage: Stage, arguments: argparse.Namespace) -> dict[str, Any]:
             for size, channel_id in bench.channels.items():
                 audiences[size].append(bench.posts_that_wait(ours, channel_id, CONNECTIONS, SECONDS))
         say("POST during a fan-out")
-        meanwhile = bench.posts_meanwhile(ours, CONNECTIONS, SECONDS, -(-TELLING_MEMBERS // max(bench.channels)))
+        meanwhile = bench.posts_meanwhile(ours, CONNECTIONS, SECONDS, -(-FANOUT_MEMBERS // max(bench.channels)))
     return {
         "connections": CONNECTIONS,
         "bare": _figures(bare),

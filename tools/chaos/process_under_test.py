@@ -68,7 +68,7 @@ def go_on(arguments: list[str]) -> None:
 
 def main() -> None:
     directory, *arguments = sys.argv[1:]
-    failpoints.listener = Victim(Path(directory)).reach
+    failpoints.on_failpoint = Victim(Path(directory)).reach
     go_on(arguments)
 
 

@@ -13,7 +13,7 @@ from tools.dev.client import Client
 
 MEMBERS = 4_000
 PICTURES = ROOT / "docs" / "screenshots"
-TELLING_SECONDS = 60
+FANOUT_SECONDS = 60
 
 PEOPLE = {"nora": "Nora Lind", "emil": "Emil Brandt", "ida": "Ida Okafor"}
 TALK = (
@@ -133,10 +133,10 @@ def _talk(address: str, token: str, community: dict[str, Any]) -> tuple[dict[str
             "/api/messages", {"channel_id": channels[channel], "content": content}
         )
         run = posted["run"]
-        give_up = time.monotonic() + TELLING_SECONDS
+        give_up = time.monotonic() + FANOUT_SECONDS
         while admin.get(run["url"])["state"] != "succeeded":
             if time.monotonic() > give_up:
-                raise CommandError(f"Run {run['id']} is not through after {TELLING_SECONDS} seconds.")
+                raise CommandError(f"Run {run['id']} has not finished after {FANOUT_SECONDS} seconds.")
             time.sleep(0.1)
     return tokens, {name: f"servers/{server_id}/channels/{id_}" for name, id_ in channels.items()}
 

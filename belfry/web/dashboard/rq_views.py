@@ -65,6 +65,21 @@ def _source(queue_name: str, registry_name: str) -> Any:
     return queue if registry_name == "queued" else getattr(queue, f"{registry_name}_job_registry")
 
 
+def _entries(source: Any, first: int = 0, last: int = -1) -> dict[bytes, str]:
+    """{entry: job id} of a queue or registry; the started registry adds the execution's id to the job's."""
+    read = _redis().lrange if isinstance(source, Queue) else _redis().zrange
+    return {entry: entry.decode("utf-8", "replace").split(":")[0] for entry in read(source.key, first, last)}
+
+
+def _remove_entries_without_job(source: Any) -> None:
+    for entry, job_id in _entries(source).items():
+        if not Job.exists(job_id, _redis()):
+            if isinstance(source, Queue):
+                _redis().lrem(source.key, 0, entry)
+            else:
+                _redis().zrem(source.key, entry)
+
+
 def _escaped(value: Any) -> Any:
     """The value with every text escaped, because the library's scripts write it into HTML unescaped."""
     if isinstance(value, str):
@@ -135,10 +150,8 @@ def list_jobs(
     end = min(start + size, total)
     if order == "dsc":
         start, end = max(0, total - start - size), total - start
-    read = _redis().lrange if registry_name == "queued" else _redis().zrange
-    entries = read(source.key, start, end - 1) if start < end else []
-    ids = [entry.decode("utf-8", "replace").split(":")[0] for entry in entries]
-    ids = [job_id for job_id in ids if re.fullmatch(JOB_ID, job_id)]
+    entries = _entries(source, start, end - 1) if start < end else {}
+    ids = [job_id for job_id in entries.values() if re.fullmatch(JOB_ID, job_id)]
     found = Job.fetch_many(ids, connection=_redis(), serializer=_LenientJson)
     shown = [web.serialize_job(job) for job in found if job]
 
@@ -225,22 +238,16 @@ def requeue_all(queue_name: str) -> Response:
 def empty_queue(queue_name: str, registry_name: str) -> Response:
     """Delete the jobs of a queue or of one of its registries, and entries without a job, as `_delete` does."""
     source = _source(queue_name, registry_name)
-    found: list[Job] = []
-    for job_id in source.get_job_ids() if registry_name == "queued" else source.get_job_ids(cleanup=False):
-        try:
-            found.append(_job(job_id))
-        except NoSuchJobError:
-            source.remove(job_id)
-    _delete(found)
+    try:
+        _delete([job for job in Job.fetch_many(_entries(source).values(), _redis(), JSONSerializer) if job])
+    finally:
+        _remove_entries_without_job(source)
     return jsonify(status="OK")
 
 
 def compact_queue(queue_name: str) -> Response:
     """Remove entries without a job. The library's view empties the queue meanwhile."""
-    queue = _queue(queue_name)
-    for job_id in queue.get_job_ids():
-        if not Job.exists(job_id, _redis()):
-            queue.remove(job_id)
+    _remove_entries_without_job(_queue(queue_name))
     return jsonify(status="OK")
 
 
