@@ -546,15 +546,3 @@ class MarkRead(BaseSchema):
 class Marked(BaseSchema):
     marked = fields.Integer()
     unread = fields.Integer()
-
-
-# Health ---------------------------------------------------------------------------------------------------
-
-
-class Health(BaseSchema):
-    status = fields.String()
-
-
-class Readiness(BaseSchema):
-    status = fields.String()
-    parts = fields.Dict(keys=fields.String(), values=fields.String())

@@ -75,6 +75,10 @@ for number = 8, #ARGV, 2 do
     redis.call('SREM', KEYS[3], entry)
     redis.call('UNLINK', '%(execution)s' .. entry, '%(executions)s' .. id)
     if ARGV[number + 1] ~= '' then
+        jobs = jobs + 1
+    end
+    -- A job may be gone: Redis was emptied, or an operator deleted it.
+    if ARGV[number + 1] ~= '' and redis.call('EXISTS', '%(job)s' .. id) == 1 then
         redis.call('HSET', '%(job)s' .. id, 'status', 'finished', 'ended_at', at)
         redis.call('EXPIRE', '%(job)s' .. id, ttl)
         redis.call('XADD', '%(results)s' .. id, 'MAXLEN', 10, '*', 'type', '%(successful)s', 'worker_name', worker,
@@ -82,7 +86,6 @@ for number = 8, #ARGV, 2 do
             'execution_ended_at', time)
         redis.call('EXPIRE', '%(results)s' .. id, ttl)
         redis.call('ZADD', KEYS[1], time + ttl, id)
-        jobs = jobs + 1
     end
 end
 redis.call('HINCRBY', KEYS[4], 'successful_job_count', jobs)
@@ -99,6 +102,7 @@ if surplus > 0 then
     redis.call('ZREMRANGEBYRANK', KEYS[1], 0, surplus - 1)
 end
 """
+
 
 @cache
 def _script(connection: Redis, text: str) -> Script:

@@ -1,7 +1,9 @@
-"""The API document, written from the endpoints themselves: their schemas, and their docstrings' first lines."""
+"""The API document, made from the endpoints' schemas and docstrings, with examples that a test runs."""
 
 import re
+import textwrap
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from apispec import APISpec
@@ -13,15 +15,17 @@ from belfry.web.endpoint import Contract, json_response
 
 blueprint = Blueprint("openapi", __name__)
 VERSION = "0.1.0"
+EXAMPLES_FILE = Path(__file__).with_name("examples.json")
+"""{operation: {"method", "path", "status", "body", "response"}}, recorded by tests/web/test_openapi_examples.py."""
 _PROBLEMS = {
     400: "The body is not a JSON object.",
     401: "No token, or one that is unknown, revoked or expired.",
-    403: "Known to the caller, but not theirs to do.",
-    404: "Does not exist, or the caller may not know that it does.",
-    409: "It cannot be done beside something that exists, or is under way.",
+    403: "The caller may not do this.",
+    404: "It does not exist, or the caller may not see it.",
+    409: "It conflicts with something that exists or is in progress.",
     413: "The body is larger than 64 KiB.",
-    415: "The body is not said to be JSON.",
-    422: "A field is wrong.",
+    415: "The content type is not application/json.",
+    422: "A field is invalid.",
     429: "Too many requests.",
     503: "The database is unavailable.",
 }
@@ -43,6 +47,7 @@ def document() -> dict[str, Any]:
         security=[{"token": []}],
     )
     spec.components.security_scheme("token", {"type": "http", "scheme": "bearer"})
+    examples = json.loads(EXAMPLES_FILE.read_text())
     for rule in sorted(current_app.url_map.iter_rules(), key=lambda rule: (rule.rule, sorted(rule.methods or ()))):
         view = current_app.view_functions[rule.endpoint]
         contract = getattr(view, "contract", None)
@@ -50,13 +55,23 @@ def document() -> dict[str, Any]:
             continue
         path = re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule.rule)
         for method in sorted((rule.methods or set()) - {"HEAD", "OPTIONS"}):
-            spec.path(path, operations={method.lower(): _operation(view, contract, path)})
+            spec.path(path, operations={method.lower(): _operation(view, contract, path, examples)})
     made: dict[str, Any] = spec.to_dict()
     return made
 
 
-def _operation(view: Any, contract: Contract, path: str) -> dict[str, Any]:
-    summary = (view.__doc__ or "").strip().splitlines()[0]
+def _curl(example: dict[str, Any]) -> str:
+    """The example's request as a command for a shell with the variables BELFRY (a URL) and TOKEN."""
+    method = "" if example["method"] == "GET" else f" -X {example['method']}"
+    lines = [f'curl{method} "$BELFRY{example["path"]}"', '-H "Authorization: Bearer $TOKEN"']
+    if "body" in example:
+        lines += ["-H 'Content-Type: application/json'", f"-d '{json.dumps(example['body'], ensure_ascii=False)}'"]
+    return " \\\n  ".join(lines)
+
+
+def _operation(view: Any, contract: Contract, path: str, examples: dict[str, Any]) -> dict[str, Any]:
+    summary, _, description = (view.__doc__ or "").strip().partition("\n")
+    example = examples.get(view.__name__, {})
     operation: dict[str, Any] = {
         "operationId": view.__name__,
         "summary": summary,
@@ -70,10 +85,12 @@ def _operation(view: Any, contract: Contract, path: str) -> dict[str, Any]:
             }
             for name in re.findall(r"{(\w+)}", path)
         ],
-        "responses": {str(contract.status): _success(contract)},
+        "responses": {str(contract.status): _success(contract, example)},
     }
-    if contract.admin:
-        operation["description"] = "Admins only."
+    if details := [textwrap.dedent(description).strip(), *(["Admins only."] if contract.admin else [])]:
+        operation["description"] = " ".join(filter(None, details))
+    if example:
+        operation["x-codeSamples"] = [{"lang": "Shell", "source": _curl(example)}]
     if contract.query:
         operation["parameters"].append({"in": "query", "schema": contract.query})
     if view.__name__ == "post_message":
@@ -82,13 +99,13 @@ def _operation(view: Any, contract: Contract, path: str) -> dict[str, Any]:
                 "in": "header",
                 "name": "Idempotency-Key",
                 "schema": {"type": "string", "minLength": 1, "maxLength": 255},
-                "description": "The same request again, within a day, gets the first answer again.",
+                "description": "The same request within a day gets the first response again.",
             }
         )
     if contract.body:
         operation["requestBody"] = {
             "required": not contract.optional_body,
-            "content": {"application/json": {"schema": contract.body}},
+            "content": {"application/json": {"schema": contract.body, "example": example.get("body", {})}},
         }
     for status, about in _PROBLEMS.items():
         if status in (400, 409, 413, 415) and not contract.body:
@@ -100,7 +117,7 @@ def _operation(view: Any, contract: Contract, path: str) -> dict[str, Any]:
     return operation
 
 
-def _success(contract: Contract) -> dict[str, Any]:
+def _success(contract: Contract, example: dict[str, Any]) -> dict[str, Any]:
     if contract.response is None:
         return {"description": "Done."}
     schema: Any = contract.response
@@ -112,7 +129,8 @@ def _success(contract: Contract) -> dict[str, Any]:
                 "next": {"type": ["string", "null"]},
             },
         }
-    return {"description": "As asked.", "content": {"application/json": {"schema": schema}}}
+    content = {"schema": schema, "example": example.get("response")}
+    return {"description": "OK", "content": {"application/json": content}}
 
 
 @blueprint.get("/openapi.json")
@@ -123,7 +141,7 @@ def openapi_json() -> Response:
 
 @blueprint.get("/docs")
 def docs() -> Response:
-    """The API document for people: one page, nothing loaded from elsewhere, no script."""
+    """The API document as one HTML page without scripts."""
     page = Response(render_template("docs.html", document=document()))
     policy = "default-src 'none'; style-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     page.headers["Content-Security-Policy"] = policy

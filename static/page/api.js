@@ -1,12 +1,12 @@
-// What the page asks the server: JSON of the API, and parts of its own pages.
+// Requests to the server: JSON of the API, and parts of its pages.
 
 const csrf = document.querySelector('meta[name="csrf"]').content;
 
 export class Problem extends Error {
-  // `status` 0: there was no answer. The message is a sentence for the reader.
+  // `status` 0: there was no answer. The message is a sentence for the user.
   constructor(status, { detail, errors } = {}) {
     const why = errors && Object.values(errors).flat().join(' ');
-    super(why || detail || 'Belfry cannot be reached. Are you online?');
+    super(why || detail || 'Belfry cannot be reached. Check your connection.');
     this.status = status;
   }
 }
@@ -26,14 +26,14 @@ export async function call(method, address, body, headers = {}) {
   }
   if (answer.status === 204) return null;
   const given = await answer.json().catch(() => ({}));
-  if (answer.status === 403 && given.detail?.includes('CSRF')) given.detail = 'You have signed in anew: reload this page.';
+  if (answer.status === 403 && given.detail?.includes('CSRF')) given.detail = 'You have signed in again. Reload this page.';
   if (!answer.ok) throw new Problem(answer.status, { detail: `The answer was ${answer.status}.`, ...given });
   return given;
 }
 
-// `work`, once at a time: asked while it is under way, however often, it is done once more; and it begins no sooner than
-// `gap` milliseconds after it began the last time. So what comes in crowds asks for little.
-export function inTurn(work, gap) {
+// A function that runs `work` once at a time. Calls during a run cause one more run, which starts at least `gap`
+// milliseconds after the start of the last one.
+export function coalesce(work, gap) {
   let going = null;
   let again = false;
   let next = 0;

@@ -1,38 +1,37 @@
-// A channel's page: what its parts have to do with each other.
+// A channel's page: connects its parts.
 
 import * as compose from './compose.js';
 import { live, start as startLive } from './live.js';
-import * as reading from './reading.js';
-import { isOver, openRun, watch } from './run.js';
-import * as setting from './setting.js';
+import * as readTracking from './read_tracking.js';
+import { isOver, openRun, watch } from './run_dialog.js';
+import * as preference from './preference_dialog.js';
 import * as timeline from './timeline.js';
-import { tellOfNew } from './toast.js';
+import { showToastFor } from './toast.js';
 import './unread.js';
-import * as why from './why.js';
+import * as explanation from './explain_dialog.js';
 
-// Milliseconds between two fetches of a channel without notifications for the reader, and of other channels, for
-// messages that notify nobody, such as one's own.
-const QUIET = 15_000;
-const ANYWAY = 60_000;
+// Milliseconds between two fetches: in a channel that does not notify the user of every message, and in others.
+const MIN_FETCH_INTERVAL = 15_000;
+const MAX_FETCH_INTERVAL = 60_000;
 const me = document.body.dataset.user;
 const list = document.getElementById('messages');
 
 timeline.start();
 timeline.jump();
-reading.start();
+readTracking.start();
 compose.start();
-setting.start();
-why.start();
+preference.start();
+explanation.start();
 
 window.addEventListener('hashchange', timeline.jump);
 list.addEventListener('click', ({ target }) => {
   const button = target.closest('button');
   const item = target.closest('li.message');
-  if (button?.classList.contains('why')) why.why(item);
+  if (button?.classList.contains('why')) explanation.open(item);
   else if (button?.classList.contains('run')) openRun(item, button);
 });
 for (const dialog of document.querySelectorAll('dialog')) {
-  dialog.addEventListener('click', ({ target }) => target === dialog && dialog.close()); // beside it
+  dialog.addEventListener('click', ({ target }) => target === dialog && dialog.close()); // the backdrop
 }
 
 // The progress of the author's own messages: of new ones, and of those whose run is not finished.
@@ -46,21 +45,21 @@ watchRuns(list.children, false);
 timeline.timeline.addEventListener('added', ({ detail }) => watchRuns(detail.items, detail.isNew));
 
 const visible = () => document.visibilityState === 'visible';
-const quietly = (promise) => promise?.catch?.(() => {}); // the connection's state says what is wrong
+const quietly = (promise) => promise?.catch?.(() => {}); // the connection's state is shown
 live.addEventListener('notification', ({ detail }) => {
-  if (detail.channel.id === timeline.channelId) quietly(timeline.lookFor(detail.message_id));
+  if (detail.channel.id === timeline.channelId) quietly(timeline.fetchMessage(detail.message_id));
 });
-live.addEventListener('tick', () => visible() && quietly(timeline.lookForNew()));
-live.addEventListener('ping', () => visible() && timeline.isBehind() && quietly(timeline.lookAnew()));
-live.addEventListener('reset', () => quietly(timeline.lookAnew()));
-let looked = performance.now();
-(function lookNowAndThen() {
-  const wait = setting.isQuiet() ? QUIET : ANYWAY;
-  if (visible() && performance.now() - looked >= wait) {
-    looked = performance.now();
-    quietly(timeline.lookForNew());
+live.addEventListener('tick', () => visible() && quietly(timeline.fetchNewer()));
+live.addEventListener('ping', () => visible() && timeline.hasPending() && quietly(timeline.refresh()));
+live.addEventListener('reset', () => quietly(timeline.refresh()));
+let fetchedAt = performance.now();
+(function fetchPeriodically() {
+  const wait = preference.isQuiet() ? MIN_FETCH_INTERVAL : MAX_FETCH_INTERVAL;
+  if (visible() && performance.now() - fetchedAt >= wait) {
+    fetchedAt = performance.now();
+    quietly(timeline.fetchNewer());
   }
-  setTimeout(lookNowAndThen, QUIET * (1 + Math.random()));
+  setTimeout(fetchPeriodically, MIN_FETCH_INTERVAL * (1 + Math.random()));
 })();
-tellOfNew((notification) => notification.channel.id === timeline.channelId && timeline.reachesNewest());
+showToastFor((notification) => notification.channel.id === timeline.channelId && timeline.reachesNewest());
 startLive();

@@ -1,27 +1,27 @@
-// Completing a member's name while somebody types: a list of options above or below a text field.
+// Complete names while the user types: a list of options above or below a text field.
 
 import { call } from './api.js';
 import { channelId } from './timeline.js';
 
 const PAUSE = 120;
 
-// Whom one may mention in the channel, by the beginning of a username.
-export async function findMentionable(prefix) {
+// The members, roles and @everyone that may be mentioned in the channel, by a prefix.
+export async function findSuggestions(prefix) {
   return (await call('GET', `/api/channels/${channelId}/mention-suggestions?limit=8&q=${encodeURIComponent(prefix)}`)).items;
 }
 
-// `wanted()`: what is to be completed, or null. `find(prefix)`: the options, each {username, name}.
-// `choose(option)`: one was taken. The list is an ARIA listbox; the field keeps the focus.
-export function complete({ field, list, wanted, find, choose }) {
+// `getPrefix()`: the text to complete, or null. `find(prefix)`: the options, each {username, name}.
+// `choose(option)`: one was chosen. The list is an ARIA listbox; the field keeps the focus.
+export function complete({ field, list, getPrefix, find, choose }) {
   const status = document.getElementById(`${list.id}-status`);
   let options = [];
   let active = -1;
-  let asked = null;
+  let requested = null;
   let waiting;
 
   function close() {
     clearTimeout(waiting);
-    asked = null;
+    requested = null;
     options = [];
     list.hidden = true;
     list.replaceChildren();
@@ -50,7 +50,7 @@ export function complete({ field, list, wanted, find, choose }) {
       name.textContent = option.name;
       item.append(username, ' ', name);
       item.addEventListener('pointerdown', (event) => event.preventDefault()); // the field keeps the focus
-      item.addEventListener('click', () => take(index));
+      item.addEventListener('click', () => select(index));
       return item;
     }));
     list.hidden = false;
@@ -59,40 +59,40 @@ export function complete({ field, list, wanted, find, choose }) {
     activate(0);
   }
 
-  function take(index) {
+  function select(index) {
     const option = options[index];
     close();
     choose(option);
     field.focus();
   }
 
-  function look() {
-    const prefix = wanted();
+  function update() {
+    const prefix = getPrefix();
     if (prefix === null) return close();
-    if (prefix === asked) return;
+    if (prefix === requested) return;
     clearTimeout(waiting);
-    asked = prefix;
+    requested = prefix;
     waiting = setTimeout(async () => {
       const found = await find(prefix).catch(() => []);
-      if (asked === prefix) show(found);
+      if (requested === prefix) show(found);
     }, PAUSE);
   }
 
-  field.addEventListener('input', look);
-  field.addEventListener('click', look);
+  field.addEventListener('input', update);
+  field.addEventListener('click', update);
   field.addEventListener('blur', close);
   field.addEventListener('keydown', (event) => {
     if (list.hidden || event.isComposing) return;
     const act = {
       ArrowDown: () => activate(active + 1),
       ArrowUp: () => activate(active - 1),
-      Enter: () => take(active),
-      Tab: () => take(active),
+      Enter: () => select(active),
+      Tab: () => select(active),
       Escape: close,
     }[event.key];
     if (!act || event.shiftKey) return;
     event.preventDefault();
-    event.stopImmediatePropagation(); // Enter here does not send, nor Escape close what is around
+    event.stopImmediatePropagation(); // Enter must not send here, nor Escape close the dialog
     act();
   });
 }

@@ -1,17 +1,17 @@
-// Writing a message.
+// The form for a new message.
 
 import { call } from './api.js';
-import { complete, findMentionable } from './completion.js';
-import { channelId, lookFor, scrollToEnd, reachesNewest } from './timeline.js';
+import { complete, findSuggestions } from './completion.js';
+import { channelId, fetchMessage, scrollToEnd, reachesNewest } from './timeline.js';
 
 const form = document.getElementById('compose');
 const field = document.getElementById('content');
 const status = document.getElementById('compose-status');
 const BEFORE_CARET = /(?:^|[\s'"([{/<>*_~|])@([a-z0-9_.-]{0,32})$/i;
 const touch = matchMedia('(pointer: coarse)');
-// What was begun is there again after a look at another channel, and is not the next one's who signs in here.
+// A draft survives a visit to another channel, and is not shown to another user who signs in.
 const DRAFT = `draft ${document.body.dataset.user} ${channelId}`;
-let once = null; // what is being sent, and its key: sent twice, it is posted once
+let once = null; // the content being sent, and its key: sent twice, it is posted once
 
 const typed = () => field.value.slice(0, field.selectionStart).match(BEFORE_CARET);
 
@@ -19,12 +19,12 @@ function newKey() {
   return [...crypto.getRandomValues(new Uint8Array(16))].map((byte) => byte.toString(16).padStart(2, '0')).join('');
 }
 
-function changed() {
+function saveDraft() {
   field.rows = Math.min(8, Math.max(1, field.value.split('\n').length));
   sessionStorage.setItem(DRAFT, field.value);
 }
 
-function say(text, wrong = false) {
+function setStatus(text, wrong = false) {
   status.textContent = text;
   status.classList.toggle('wrong', wrong);
 }
@@ -40,35 +40,35 @@ async function send() {
   try {
     message = await call('POST', '/api/messages', { channel_id: channelId, content }, { 'Idempotency-Key': once.key });
   } catch (problem) {
-    // It was refused, and another try is another message. After no answer, a failure or "still under way" nobody knows.
+    // After a refusal, another attempt is another message. Otherwise the message may have been posted: keep the key.
     if (problem.status && problem.status < 500 && problem.status !== 409) once = null;
-    return say(problem.message, true);
+    return setStatus(problem.message, true);
   } finally {
     form.ariaBusy = 'false';
   }
   once = null;
   if (field.value.trim() === content) field.value = '';
-  changed();
-  say(message.warnings.map((warning) => warning.detail).join(' '));
+  saveDraft();
+  setStatus(message.warnings.map((warning) => warning.detail).join(' '));
   if (!reachesNewest()) return location.assign(addressOf(message.id));
   scrollToEnd();
-  await lookFor(message.id).catch(() => {}); // it is posted, whatever becomes of this; the next look finds it
+  await fetchMessage(message.id).catch(() => {}); // it is posted; the next fetch finds it
   scrollToEnd();
 }
 
 export function start() {
   if (!form) return;
   field.value = sessionStorage.getItem(DRAFT) ?? '';
-  changed();
+  saveDraft();
   complete({
     field,
     list: document.getElementById('suggestions'),
-    wanted: () => typed()?.[1].toLowerCase() ?? null,
-    find: findMentionable,
+    getPrefix: () => typed()?.[1].toLowerCase() ?? null,
+    find: findSuggestions,
     choose({ username }) {
       const caret = field.selectionStart;
       field.setRangeText(`${username} `, caret - typed()[1].length, caret, 'end');
-      changed();
+      saveDraft();
     },
   });
   form.addEventListener('submit', (event) => {
@@ -76,8 +76,8 @@ export function start() {
     send();
   });
   field.addEventListener('input', () => {
-    changed();
-    say('');
+    saveDraft();
+    setStatus('');
   });
   field.addEventListener('keydown', (event) => {
     if (event.key !== 'Enter' || event.shiftKey || event.isComposing || touch.matches) return;

@@ -1,17 +1,17 @@
-// The inbox: kept up to date, and marked read without leaving it.
+// Keep the inbox up to date, and mark notifications read in place.
 
-import { call, inTurn, part } from './api.js';
+import { call, coalesce, part } from './api.js';
 import { live, recount, start as startLive } from './live.js';
-import { tellOfNew } from './toast.js';
+import { showToastFor } from './toast.js';
 import './unread.js';
-import { localise } from './words.js';
+import { localise } from './format.js';
 
 const inbox = document.getElementById('inbox');
 const first = !new URLSearchParams(location.search).has('before');
-const GAP = 1_000; // milliseconds between two looks
+const GAP = 1_000; // milliseconds between two fetches
 
-// The list as it is now, in its order. What has the focus keeps it.
-async function look() {
+// Fetch the list again. The focused notification keeps the focus.
+async function refresh() {
   const given = (await part(`/inbox/notifications${location.search}`)).getElementById('notifications');
   const list = document.getElementById('notifications');
   const focused = document.activeElement?.closest('#notifications li');
@@ -25,8 +25,8 @@ async function look() {
   }
 }
 
-const inOrder = inTurn(look, GAP);
-const lookSoon = () => inOrder().catch(() => {}); // the connection's state says what is wrong
+const refreshOnce = coalesce(refresh, GAP);
+const refreshSoon = () => refreshOnce().catch(() => {}); // the connection's state is shown
 
 async function markRead(event) {
   event.preventDefault();
@@ -34,11 +34,11 @@ async function markRead(event) {
   try {
     await call('POST', '/api/notifications/read', all ? { all: true } : { ids: [id.value] });
   } catch {
-    if (!event.target.isConnected) inbox.append(event.target); // the list was looked at meanwhile, and is another one
-    return event.target.submit(); // the form itself says what is wrong
+    if (!event.target.isConnected) inbox.append(event.target); // the list was replaced meanwhile
+    return event.target.submit(); // the form's response shows the error
   }
-  await recount().catch(() => {}); // it is marked; what is shown of it comes with the next count
-  await lookSoon();
+  await recount().catch(() => {}); // it is marked; the next count updates the page
+  await refreshSoon();
 }
 
 if (inbox) {
@@ -48,11 +48,11 @@ if (inbox) {
   const all = document.querySelector('#mark-all button');
   const current = document.querySelector('.filters [aria-current]');
   live.addEventListener('unread', ({ detail }) => {
-    if (!detail.unread && document.activeElement === all) current.focus(); // what is disabled cannot have it
+    if (!detail.unread && document.activeElement === all) current.focus(); // a disabled element cannot have the focus
     all.disabled = !detail.unread;
-    if (first) lookSoon();
+    if (first) refreshSoon();
   });
-  live.addEventListener('reset', () => first && lookSoon());
+  live.addEventListener('reset', () => first && refreshSoon());
 }
-tellOfNew(() => Boolean(inbox) && first);
+showToastFor(() => Boolean(inbox) && first);
 startLive();

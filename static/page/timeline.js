@@ -1,29 +1,29 @@
-// The messages in view: older ones as one scrolls up, new ones as they come.
+// The list of messages: older ones are loaded while scrolling up, new ones as they arrive.
 
-import { inTurn, part } from './api.js';
-import { localise } from './words.js';
+import { coalesce, part } from './api.js';
+import { localise } from './format.js';
 
 const log = document.getElementById('log');
 const list = document.getElementById('messages');
 const nothing = document.getElementById('nothing');
 const toNewest = document.getElementById('to-newest');
 export const address = log.dataset.address;
-const GAP = 300; // milliseconds between two looks
-const awaited = new Set(); // ids of announced messages
+const GAP = 300; // milliseconds between two fetches
+const pendingIds = new Set(); // ids of announced messages
 
-export const timeline = new EventTarget(); // `added`: the elements `items`, which `isNew` are, or old ones
+export const timeline = new EventTarget(); // event `added`: the elements `items`, and whether they are new (`isNew`) or older ones
 export const channelId = Number(log.dataset.channel);
 
-// Whether the list goes on to the newest message, and whether that is in view. `#log` is a reversed column, so that it
-// begins at its end even without a script: there `scrollTop` is 0, and above it less.
+// Whether the list includes the newest message, and whether that is in view. `#log` is a reversed column, so that it
+// starts at its end without a script: there `scrollTop` is 0, and above it negative.
 export const reachesNewest = () => !('newer' in list.dataset);
 export const isAtEnd = () => reachesNewest() && Math.abs(log.scrollTop) < 48;
 
-// The ids of the messages that the list has, the oldest first.
+// The ids of the listed messages, oldest first.
 export const listedIds = () => [...list.children].map(idOf);
 
 // Whether an announced message is not in the list: fetching it failed, or is in progress.
-export const isBehind = () => awaited.size > 0;
+export const hasPending = () => pendingIds.size > 0;
 
 const idOf = (item) => Number(item?.dataset.id ?? 0);
 
@@ -34,16 +34,16 @@ async function fetchMessages(query) {
   return { items, more: 'older' in given.dataset, newer: 'newer' in given.dataset };
 }
 
-// Change the list without moving what the reader looks at.
-function inPlace(change) {
+// Change the list without moving the visible messages.
+function keepScrollPosition(change) {
   const anchor = [...list.children].find((item) => item.getBoundingClientRect().bottom > log.getBoundingClientRect().top);
   const before = anchor?.getBoundingClientRect().top;
   change();
   if (anchor?.isConnected) log.scrollTop += anchor.getBoundingClientRect().top - before;
 }
 
-// Append what is newer than the last message.
-export const lookForNew = inTurn(async () => {
+// Append the messages that are newer than the last one.
+export const fetchNewer = coalesce(async () => {
   let more = reachesNewest();
   while (more) {
     const { items, newer } = await fetchMessages(`after=${idOf(list.lastElementChild)}`);
@@ -52,13 +52,13 @@ export const lookForNew = inTurn(async () => {
   }
 }, GAP);
 
-// Look for what is new, of which this message is. Ids are given when a message is written, and it is seen when that is
-// through: one may come after others that have a higher id, and then `after` the last one there is nothing.
-export async function lookFor(id) {
-  awaited.add(id);
-  await lookForNew();
-  if (isMissing(id)) await lookAnew();
-  awaited.delete(id); // it is there, or is no more
+// Fetch new messages, among them this one. An id is assigned before the message is committed, so a message may appear
+// after others with higher ids. Then nothing is found after the last one, and the whole page is fetched.
+export async function fetchMessage(id) {
+  pendingIds.add(id);
+  await fetchNewer();
+  if (isMissing(id)) await refresh();
+  pendingIds.delete(id); // it is listed, or was deleted
 }
 
 const isMissing = (id) =>
@@ -70,14 +70,14 @@ function append(items) {
   if (!fresh.length) return;
   const follow = isAtEnd();
   if (follow) insert(fresh);
-  else inPlace(() => insert(fresh));
+  else keepScrollPosition(() => insert(fresh));
   if (follow) scrollToEnd();
   else toNewest.hidden = false;
   nothing.hidden = true;
   timeline.dispatchEvent(new CustomEvent('added', { detail: { items: fresh, isNew: true } }));
 }
 
-// Each where its id belongs; mostly that is the end.
+// Insert in the order of ids; usually at the end.
 function insert(items) {
   for (const item of items) {
     const earlier = [...list.children].findLast((one) => idOf(one) < idOf(item));
@@ -86,15 +86,15 @@ function insert(items) {
   }
 }
 
-// Bring what is shown up to date: some of it may have been edited or deleted meanwhile.
-export const lookAnew = inTurn(async () => {
-  if (!reachesNewest() || list.children.length < 1) return lookForNew();
-  const asked = [...awaited];
-  const shown = new Map([...list.children].map((item) => [item.id, item])); // and not what comes while this is asked
+// Update the listed messages, which may have been edited or deleted.
+export const refresh = coalesce(async () => {
+  if (!reachesNewest() || list.children.length < 1) return fetchNewer();
+  const pending = [...pendingIds];
+  const shown = new Map([...list.children].map((item) => [item.id, item])); // without those added during the request
   const { items, more } = await fetchMessages('');
   const first = more ? idOf(items[0]) : 0;
   const given = new Set(items.map((item) => item.id));
-  inPlace(() => {
+  keepScrollPosition(() => {
     for (const item of items) {
       const old = shown.get(item.id);
       if (old && !old.querySelector('.content').isEqualNode(item.querySelector('.content'))) {
@@ -104,20 +104,20 @@ export const lookAnew = inTurn(async () => {
     }
     for (const [id, old] of shown) if (idOf(old) >= first && !given.has(id)) old.remove();
   });
-  if (items.length && first > idOf(list.lastElementChild)) return location.reload(); // too much has happened
+  if (items.length && first > idOf(list.lastElementChild)) return location.reload(); // more messages than one page are missing
   append(items);
   nothing.hidden = list.children.length > 0;
-  for (const id of asked) awaited.delete(id);
+  for (const id of pending) pendingIds.delete(id);
 }, GAP);
 
 async function loadOlder() {
   const older = document.getElementById('older');
   if (!older || log.ariaBusy === 'true') return;
   log.ariaBusy = 'true';
-  log.ariaLive = 'off'; // what is old is no news
+  log.ariaLive = 'off'; // older messages are not announced
   try {
     const { items, more } = await fetchMessages(`before=${idOf(list.firstElementChild)}`);
-    inPlace(() => list.prepend(...items));
+    keepScrollPosition(() => list.prepend(...items));
     older.href = `${address}?before=${idOf(list.firstElementChild)}`;
     if (!more) older.parentElement.remove();
     timeline.dispatchEvent(new CustomEvent('added', { detail: { items, isNew: false } }));
@@ -157,7 +157,7 @@ export function start() {
   near.observe(older);
 }
 
-// To the message that the address names; where it is not in view, to the page on which it is.
+// Scroll to the message in the URL's fragment; load its page where it is not listed.
 export function jump() {
   const [, id] = location.hash.match(/^#message-(\d+)$/) ?? [];
   if (!id) return;
@@ -165,11 +165,11 @@ export function jump() {
   const asked = new URLSearchParams(location.search).get('around') === id;
   if (item) item.scrollIntoView({ block: 'center' });
   else if (!asked) location.replace(`${address}?around=${id}#message-${id}`);
-  else gone();
+  else showMissing();
 }
 
-function gone() {
+function showMissing() {
   const notice = document.getElementById('notice');
-  notice.textContent = 'This message is not there any more.';
+  notice.textContent = 'This message does not exist any more.';
   notice.hidden = false;
 }

@@ -1,15 +1,15 @@
-// What has just come in, for a moment, where it is not in view anyway.
+// Show a new notification for a moment, unless its message is in view.
 
 import { live } from './live.js';
 
 const STAYS = 12_000;
 const toast = document.getElementById('toast');
-let going;
+let timer;
 
-// `here()`: whether the reader sees the notification's message already.
-export function tellOfNew(here) {
+// `isShown(notification)`: whether its message is in view.
+export function showToastFor(isShown) {
   live.addEventListener('notification', ({ detail: notification }) => {
-    if (here(notification)) return;
+    if (isShown(notification)) return;
     const link = document.createElement('a');
     link.href = notification.url;
     link.className = notification.type;
@@ -23,14 +23,14 @@ export function tellOfNew(here) {
     close.textContent = 'Dismiss';
     close.addEventListener('click', clear);
     toast.replaceChildren(link, close);
-    clearTimeout(going);
-    going = setTimeout(leave, STAYS);
+    clearTimeout(timer);
+    timer = setTimeout(hide, STAYS);
   });
   document.addEventListener('keydown', (event) => event.key === 'Escape' && clear());
 }
 
-function leave() {
-  if (toast.matches(':hover, :focus-within')) going = setTimeout(leave, STAYS);
+function hide() {
+  if (toast.matches(':hover, :focus-within')) timer = setTimeout(hide, STAYS);
   else clear();
 }
 

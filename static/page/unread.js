@@ -1,11 +1,11 @@
-// The bell, the channels' counts and the title: how much is unread. And whether all this is live.
+// Show the unread counts in the bell, the channels and the title, and the state of the stream.
 
 import { live } from './live.js';
-import { count } from './words.js';
+import { count } from './format.js';
 
 const TEXTS = {
   connecting: '', live: 'Live', reconnecting: 'Reconnecting …', offline: 'Offline',
-  polling: 'Not live, but looking', unsubscribed: 'Not live', 'signed-out': 'Signed out',
+  polling: 'Updated every half minute', unsubscribed: 'Not live', 'signed-out': 'Signed out',
 };
 const bell = document.getElementById('bell');
 const connection = document.getElementById('connection');
@@ -14,7 +14,7 @@ const title = document.title.replace(/^\(\d+\) /, '');
 let channels = new Map([...document.querySelectorAll('#channels a[data-unread]')].map(({ dataset }) =>
   [Number(dataset.channel), { unread: Number(dataset.unread) }]));
 
-// How many notifications of a channel are unread.
+// The number of unread notifications of a channel.
 export const unreadIn = (channelId) => channels.get(channelId)?.unread ?? 0;
 
 function show({ unread, mentions, channels: list }) {
@@ -29,7 +29,7 @@ function show({ unread, mentions, channels: list }) {
     badge.hidden = !here;
     badge.classList.toggle('mentions', Boolean(here?.mentions));
     badge.querySelector('.number').textContent = here ? count(here.unread) : '';
-    badge.querySelector('.unseen').textContent = ` unread${named(here?.mentions)}`;
+    badge.querySelector('.visually-hidden').textContent = ` unread${named(here?.mentions)}`;
   }
 }
 
@@ -42,7 +42,7 @@ function fill(element, number) {
 
 live.addEventListener('unread', ({ detail }) => show(detail));
 
-// A connection that is back within a moment is not worth a word.
+// A short interruption is not shown.
 let waiting;
 live.addEventListener('state', ({ detail: state }) => {
   clearTimeout(waiting);
@@ -51,7 +51,7 @@ live.addEventListener('state', ({ detail: state }) => {
     connection.querySelector('.text').textContent = TEXTS[state];
     if (state === 'unsubscribed') {
       notice.hidden = false;
-      notice.textContent = 'Live updates need an active subscription: without one this page looks every half minute.';
+      notice.textContent = 'Live updates need an active subscription. Without one, this page is updated every half minute.';
     } else if (state === 'signed-out') {
       notice.hidden = false;
       const link = document.createElement('a');

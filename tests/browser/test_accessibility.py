@@ -55,7 +55,7 @@ def test_channel_and_inbox(visit, worker, faults, cast, post, screen, color_sche
     check(page, "a text that is refused")
     composer(page).fill("hello @bobby")
     page.get_by_role("button", name="Send").click()
-    expect(page.locator("#compose-status")).to_contain_text("nobody")
+    expect(page.locator("#compose-status")).to_contain_text("is not a member of this server")
     check(page, "a warning, and how many were notified")
 
     page.get_by_role("button", name=re.compile("^Notifications from")).click()

@@ -10,7 +10,7 @@ from playwright.sync_api import Page, expect
 
 from belfry.core.db import db
 from belfry.messages import messages
-from belfry.messages.timeline import PAGE_SIZE
+from belfry.messages.history import PAGE_SIZE
 from belfry.queue.queues import enqueue_run
 from models import Message
 from tests.browser.browsing import address, composer, message, shown, wait_until_live, watch_requests
@@ -66,9 +66,9 @@ def test_the_channels_are_a_list_of_links(visit, worker, cast, post) -> None:
     expect(channels.locator(".count:visible")).to_have_count(0)
     expect(channels.get_by_role("link", name="API")).to_have_attribute("href", "/docs")
     expect(channels.get_by_role("link", name="Queues")).to_have_count(0)
-    expect(page.get_by_text("Nothing has been written")).to_be_hidden()
+    expect(page.get_by_text("There are no messages")).to_be_hidden()
     channels.get_by_role("link", name="#vault").click()
-    expect(page.get_by_text("Nothing has been written here yet.")).to_be_visible()
+    expect(page.get_by_text("There are no messages yet.")).to_be_visible()
 
 
 def test_an_admin_finds_the_queues(visit, faults, cast) -> None:
@@ -135,7 +135,7 @@ def test_a_message_that_is_gone_is_said_to_be(visit, cast, post) -> None:
     gone, _ = post("one"), post("two")
     Message.update(deleted_at=Message.created_at).where(Message.id == gone).execute()
     page = visit(address(cast, cast.general, f"#message-{gone}"), cast.subscriber)
-    expect(page.get_by_text("This message is not there any more.")).to_be_visible()
+    expect(page.get_by_text("This message does not exist any more.")).to_be_visible()
 
 
 def test_new_messages_wait_for_who_reads_old_ones(visit, worker, cast, written, post) -> None:
@@ -221,7 +221,7 @@ def test_a_page_with_all_notifications_does_not_poll_with_each_ping(visit, cast,
 def test_a_user_without_a_server_is_shown_a_page_that_says_so(visit, cast) -> None:
     page = visit("/", cast.stranger)
     expect(page.get_by_role("heading", name="No channels yet")).to_be_visible()
-    expect(page.get_by_text("in no server")).to_be_visible()
+    expect(page.get_by_text("not a member of any server")).to_be_visible()
     page.get_by_role("button", name="Sign out", exact=True).click()
     expect(page.get_by_role("button", name="Sign in")).to_be_visible()
 

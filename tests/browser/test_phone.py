@@ -13,7 +13,7 @@ def too_wide(page: Page) -> list[str]:
     """What sticks out of the screen, to the right or the left; what scrolls inside of itself does not."""
     return page.evaluate(
         """() => [...document.querySelectorAll("body *")]
-            .filter((one) => one.checkVisibility() && !one.closest(".unseen, .skip, pre, svg, h1, #channels"))
+            .filter((one) => one.checkVisibility() && !one.closest(".visually-hidden, .skip, pre, svg, h1, #channels"))
             .filter((one) => getComputedStyle(one).clipPath === "none")
             .map((one) => [one, one.getBoundingClientRect()])
             .filter(([, box]) => box.width && (box.right > innerWidth + 1 || box.left < -1))

@@ -23,7 +23,7 @@ def test_channels_and_their_messages(visit, cast, ids) -> None:
     expect(page).to_have_title("(61) #general – Belfry")
     notice = page.locator("noscript .notice")
     expect(notice).to_be_visible()
-    assert "You are notified of every message here. To set that, to write" in notice.evaluate("one => one.textContent")
+    assert "You are notified of every message here. Changing this, posting" in notice.evaluate("one => one.textContent")
     expect(message(page, ids[59])).to_be_in_viewport()  # the newest, without a script
     expect(message(page, ids[59])).to_contain_text("UTC")
     for gone in (composer(page), page.get_by_role("button", name="Why?"), page.locator("#setting-button")):

@@ -7,6 +7,7 @@ import signal
 import pytest
 from redis import Redis
 
+from belfry.core import failpoints
 from belfry.core.db import execute
 from belfry.fanout import recovery
 from belfry.fanout.claims import WorkItem
@@ -186,3 +187,18 @@ def test_no_more_finished_jobs_are_kept_than_the_limit(cast, redis, monkeypatch)
     work()
     assert len(in_registries()["finished"]) == 5
     assert len(redis.keys("rq:job:*")) == len(redis.keys("rq:results:*")) == 5
+
+
+def test_a_job_that_is_gone_when_its_batch_ends_leaves_no_record(cast, redis, monkeypatch):
+    _, run_id = write(cast.subscriber, cast.general)
+    queues.enqueue_run(run_id)
+
+    def delete_job(name: str, *_: int | None) -> None:
+        if name == "run.committed":
+            redis.delete(f"rq:job:{queues.run_job_id(run_id)}")
+
+    monkeypatch.setattr(failpoints, "on_failpoint", delete_job)
+    work()
+    assert Run.get_by_id(run_id).state == "succeeded"
+    assert (in_registries()["finished"], in_registries()["started"]) == (set(), set())
+    assert redis.keys("rq:job:*") == redis.keys("rq:execution*") == []

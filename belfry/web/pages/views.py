@@ -15,11 +15,11 @@ from belfry.core.db import Row
 from belfry.core.errors import Forbidden, NotFound
 from belfry.inbox import inbox
 from belfry.inbox.inbox import parse_notification_id
+from belfry.messages.history import PAGE_SIZE, load_page
 from belfry.messages.markdown import Budget
 from belfry.messages.mentions import EVERYONE
 from belfry.messages.rendering import page_budget, render_in_page
 from belfry.messages.sidebar import sidebar_channels
-from belfry.messages.timeline import PAGE_SIZE, load_page
 from belfry.servers import preferences
 from belfry.servers.servers import roles_of
 from belfry.servers.visibility import (
@@ -61,7 +61,7 @@ def _protect(answer: Response) -> Response:
     """Allow only the scripts that are served here, and show errors as pages."""
     if answer.mimetype == "application/problem+json":
         problem = answer.get_json()
-        answer.set_data(render_template("refused.html", problem=problem))
+        answer.set_data(render_template("error.html", problem=problem))
         answer.mimetype = "text/html"
     answer.headers["Content-Security-Policy"] = POLICY
     answer.headers["Cache-Control"] = "no-store"
@@ -73,7 +73,7 @@ def _protect(answer: Response) -> Response:
 def home() -> AnyResponse | str:
     """303 to the first channel that the user can see."""
     channels = visible_channels(g.user, limit=1)
-    return redirect(_address(channels[0]), 303) if channels else _page("nowhere.html")
+    return redirect(_address(channels[0]), 303) if channels else _page("no_channels.html")
 
 
 @blueprint.get("/servers/<id:server_id>/channels/<id:channel_id>")
@@ -146,7 +146,7 @@ def _page(template: str, **context: Any) -> str:
         servers=list(servers.values()),
         more_channels=more_channels,
         count=count,
-        hears=current is not None and current.session_hash in updates.authorized_clients([current.session_hash]),
+        can_stream=current is not None and current.session_hash in updates.authorized_clients([current.session_hash]),
         **context,
     )
 
@@ -177,9 +177,9 @@ def _message_page(seen: VisibleChannel) -> Row:
     roles = roles_of(g.user.id, seen.server_id)
     found = load_page(g.user, seen, before=_position("before"), after=_position("after"), around=_position("around"))
     return {
-        "stretch": found,
+        "message_page": found,
         "budget": page_budget(len(found.messages)),
-        "mine": frozenset((g.user.username, EVERYONE, *roles)),
+        "reader_names": frozenset((g.user.username, EVERYONE, *roles)),
     }
 
 
@@ -241,5 +241,5 @@ def _rfc3339(time: datetime) -> str:
 
 
 @blueprint.app_template_filter("rendered")
-def _rendered(message: Row, mine: Set[str], budget: Budget) -> Markup:
-    return render_in_page(message["content"], message["mentions"], mine, budget)
+def _rendered(message: Row, reader_names: Set[str], budget: Budget) -> Markup:
+    return render_in_page(message["content"], message["mentions"], reader_names, budget)

@@ -1,4 +1,4 @@
-// Times and decisions in words.
+// Format times, numbers and decisions.
 
 const CLOCK = new Intl.DateTimeFormat(undefined, { timeStyle: 'short' });
 const DAY = new Intl.DateTimeFormat(undefined, { day: 'numeric', month: 'short' });
@@ -8,15 +8,15 @@ const COUNT = new Intl.NumberFormat();
 export const clock = (time) => CLOCK.format(time);
 export const count = (number) => COUNT.format(number);
 
-// `09:30` of today, else `23 Nov, 09:30`.
+// `09:30` for today, otherwise `23 Nov, 09:30`.
 export function when(time, now = new Date()) {
   return time.toDateString() === now.toDateString() ? clock(time) : `${DAY.format(time)}, ${clock(time)}`;
 }
 
-// How a message in the list begins.
+// The beginning of a message in the list.
 export const excerpt = (item) => item.querySelector('.content').textContent.trim().slice(0, 200);
 
-// Each time that the server wrote in UTC, in the reader's own.
+// Show times, which the server wrote in UTC, in the user's time zone.
 export function localise(root) {
   for (const element of root.querySelectorAll('time[datetime]')) {
     const time = new Date(element.dateTime);
@@ -25,7 +25,7 @@ export function localise(root) {
   }
 }
 
-// What each decision says of its members: those who were notified, and those who were not.
+// Why members were notified, and why they were not, by decision.
 export const NOTIFIED = {
   message: 'want every message',
   mention: 'were mentioned by name',
@@ -43,7 +43,7 @@ export const NOT_NOTIFIED = {
 
 const YOURS = { they: 'you', theirs: 'yours', their: 'your', them: 'you' };
 
-// One sentence of an explanation; `name` null is the reader.
+// An explanation as one sentence; `name` is null for the user.
 export function because({ detail, notified_at: notified, read_at: read }, name = null) {
   const outcome = `${name ?? 'You'} ${name ? 'was' : 'were'} ${notified ? '' : 'not '}notified`;
   const at = notified ? ` at ${when(new Date(notified))}${read ? ` and read it at ${when(new Date(read))}` : ''}` : '';

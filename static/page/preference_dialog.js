@@ -1,15 +1,15 @@
-// What the reader wants to hear of the channel.
+// The dialog for the user's notification preference in the channel.
 
 import { call } from './api.js';
 import { channelId } from './timeline.js';
-import { when } from './words.js';
+import { when } from './format.js';
 
 const MORNING = 8; // o'clock
 const SHORT = { all: 'All messages', mentions: 'Mentions only', none: 'Nothing' };
 const dialog = document.getElementById('setting');
 const button = document.getElementById('setting-button');
 const effect = document.getElementById('effect');
-let turning;
+let muteTimer;
 
 const UNTIL = {
   hour: () => new Date(Date.now() + 3_600_000),
@@ -39,10 +39,10 @@ function show() {
   effect.textContent = sentence.replace('TIME', until ? when(until) : '');
   const quiet = until && level !== 'none';
   button.querySelector('.text').textContent = quiet ? `Muted until ${when(until)}` : SHORT[level];
-  button.classList.toggle('less', Boolean(until) || level !== 'all');
+  button.classList.toggle('reduced', Boolean(until) || level !== 'all');
   dialog.querySelector('[data-mute="end"]').hidden = !until;
-  clearTimeout(turning);
-  if (until) turning = setTimeout(show, Math.min(until - new Date() + 1_000, 2 ** 31 - 1));
+  clearTimeout(muteTimer);
+  if (until) muteTimer = setTimeout(show, Math.min(until - new Date() + 1_000, 2 ** 31 - 1));
 }
 
 async function set(level, until) {

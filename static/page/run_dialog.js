@@ -1,7 +1,7 @@
 // The progress of a run and its statistics, for the message's author and for admins.
 
 import { call } from './api.js';
-import { count, excerpt, NOT_NOTIFIED, NOTIFIED } from './words.js';
+import { count, excerpt, NOT_NOTIFIED, NOTIFIED } from './format.js';
 
 const PAUSE = 500;
 const LONGEST = 10_000; // between two requests while nothing changes
@@ -48,15 +48,15 @@ function make(name, attributes, ...children) {
   return element;
 }
 
-function drawn(name, attributes) {
+function makeSvg(name, attributes) {
   const element = document.createElementNS(SVG, name);
   for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
   return element;
 }
 
 function row(words, members, most, kind) {
-  const chart = drawn('svg', { viewBox: '0 0 100 8', preserveAspectRatio: 'none', 'aria-hidden': 'true' });
-  chart.append(drawn('rect', { class: kind, height: 8, width: Math.max(0.5, (100 * members) / most) }));
+  const chart = makeSvg('svg', { viewBox: '0 0 100 8', preserveAspectRatio: 'none', 'aria-hidden': 'true' });
+  chart.append(makeSvg('rect', { class: kind, height: 8, width: Math.max(0.5, (100 * members) / most) }));
   return make('tr', {},
     make('th', { scope: 'row' }, words), make('td', {}, chart), make('td', {}, count(members)));
 }

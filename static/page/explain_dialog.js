@@ -1,8 +1,8 @@
-// "Why?": in one sentence, of the reader; and for admins, of anybody.
+// The dialog that explains why the user, or for admins any user, was or was not notified.
 
 import { call } from './api.js';
-import { complete, findMentionable } from './completion.js';
-import { because, excerpt } from './words.js';
+import { complete, findSuggestions } from './completion.js';
+import { because, excerpt } from './format.js';
 
 const dialog = document.getElementById('why');
 const answer = document.getElementById('why-answer');
@@ -10,10 +10,10 @@ const form = document.getElementById('why-form');
 const field = document.getElementById('why-name');
 let message;
 
-async function ask(about) {
+async function showAnswer(explainer) {
   answer.textContent = '…';
   try {
-    answer.textContent = await about();
+    answer.textContent = await explainer();
   } catch (problem) {
     answer.textContent = problem.message;
   }
@@ -21,18 +21,18 @@ async function ask(about) {
 
 const explain = (query) => call('GET', `/api/messages/${message}/explain${query}`);
 
-async function aboutSomebody(username) {
+async function explainFor(username) {
   const { items } = await call('GET', `/api/users?username=${encodeURIComponent(username)}`);
-  if (!items.length) return `There is nobody called @${username}.`;
+  if (!items.length) return `There is no user @${username}.`;
   return because(await explain(`?user_id=${items[0].id}`), `@${items[0].username}`);
 }
 
-export function why(item) {
+export function open(item) {
   message = item.dataset.id;
   dialog.querySelector('.excerpt').textContent = excerpt(item);
   form?.reset();
   dialog.showModal();
-  ask(async () => because(await explain('')));
+  showAnswer(async () => because(await explain('')));
 }
 
 export function start() {
@@ -40,8 +40,8 @@ export function start() {
   complete({
     field,
     list: document.getElementById('why-names'),
-    wanted: () => field.value.trim().replace(/^@/, '').toLowerCase() || null,
-    find: async (prefix) => (await findMentionable(prefix)).filter((one) => one.kind === 'user'),
+    getPrefix: () => field.value.trim().replace(/^@/, '').toLowerCase() || null,
+    find: async (prefix) => (await findSuggestions(prefix)).filter((one) => one.kind === 'user'),
     choose({ username }) {
       field.value = username;
       form.requestSubmit();
@@ -49,6 +49,6 @@ export function start() {
   });
   form.addEventListener('submit', (event) => {
     event.preventDefault();
-    ask(() => aboutSomebody(field.value.trim().replace(/^@/, '')));
+    showAnswer(() => explainFor(field.value.trim().replace(/^@/, '')));
   });
 }
