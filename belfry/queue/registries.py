@@ -9,12 +9,13 @@ processed in a batch, and jobs that fail, go through RQ's life cycle.
 import json
 import uuid
 from base64 import b64encode
-from collections.abc import Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from typing import Any
 
-from redis import Redis
+from redis import ConnectionPool, Redis
 from redis.commands.core import Script
+from redis.exceptions import NoScriptError
 from rq import Queue
 from rq.job import Job, JobStatus
 from rq.results import Result
@@ -116,19 +117,33 @@ class BatchRecord:
         self._worker, self._queue = worker, queue
         self._execution_id = uuid.uuid4().hex
         self._started_at = current_timestamp()
+        self._finish_start: Callable[[], None] | None = None
 
     def start(self, job_ids: Sequence[str], ttl: int) -> None:
-        """Move jobs from the queue into the started registry, where RQ takes them for abandoned after `ttl` seconds."""
+        """Move jobs from the queue into the started registry, where RQ takes them for abandoned after `ttl` seconds.
+
+        The command is sent, and its response is read by `end`: a lone message would wait for it.
+        """
         worker = self._worker
         keys = [self._queue.key, self._queue.started_job_registry.key, worker.executions_key, worker.key]
         arguments = [utcformat(now()), self._started_at, ttl, worker.name, self._execution_id, *job_ids]
-        _script(worker.connection, _START_LUA)(keys, arguments)
+        script, pool = _script(worker.connection, _START_LUA), worker.connection.connection_pool
+        sent: Any = pool.get_connection()
+        try:
+            sent.send_command("EVALSHA", script.sha, len(keys), *keys, *arguments)
+        except BaseException:
+            sent.disconnect()
+            pool.release(sent)
+            raise
+        self._finish_start = partial(_read_response, sent, pool, partial(script, keys, arguments))
 
     def end(self, results: Mapping[str, Any]) -> None:
         """Move jobs into the finished registry with their results, which are stored as JSON.
 
         A job whose result is None did not finish, and is only removed from the started registry.
         """
+        if self._finish_start:
+            self._finish_start()
         worker, moment = self._worker, current_timestamp()
         finished = self._queue.finished_job_registry.key
         keys = [finished, self._queue.started_job_registry.key, worker.executions_key, worker.key]
@@ -137,6 +152,19 @@ class BatchRecord:
         for job_id, result in results.items():
             arguments += [job_id, "" if result is None else b64encode(json.dumps(result).encode())]
         _script(worker.connection, _END_LUA)(keys, arguments)
+
+
+def _read_response(sent: Any, pool: ConnectionPool, call_again: Callable[[], Any]) -> None:
+    """Read the response to a script that was sent, and send it again where Redis does not know the script."""
+    try:
+        sent.read_response()
+    except NoScriptError:
+        call_again()
+    except BaseException:
+        sent.disconnect()
+        raise
+    finally:
+        pool.release(sent)
 
 
 def trim_finished(connection: Redis, queue: Queue) -> None:

@@ -75,6 +75,15 @@ class BelfryWorker(SimpleWorker):  # type: ignore[misc]
             except UnicodeDecodeError as error:  # RQ has removed the entry, and would end the worker
                 log.error("an entry of a queue is not a job id and is dropped: %a", error.object[:100])
 
+    def heartbeat(self, timeout: int | None = None, pipeline: Any = None) -> None:
+        """Extend the worker's life as RQ does, in one round trip in place of three: this comes before each job."""
+        if pipeline is not None:
+            super().heartbeat(timeout, pipeline)
+            return
+        with self.connection.pipeline(transaction=False) as own_pipeline:
+            super().heartbeat(timeout, own_pipeline)
+            own_pipeline.execute()
+
     def run_maintenance_tasks(self) -> None:
         """Clean RQ's registries. Entries that RQ cannot read do not stop the worker."""
         try:

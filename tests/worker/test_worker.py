@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import pytest
 from redis import Redis
+from redis.connection import AbstractConnection
 from rq.exceptions import StopRequested
 
 import jobs
@@ -386,3 +387,21 @@ def test_an_author_does_not_see_the_inside_of_an_error(api, cast):
     url = message.get_json()["run"]["url"]
     assert "10.0.0.7" not in api(cast.subscriber).get(url).get_json()["error"]
     assert "10.0.0.7" in api(cast.admin).get(url).get_json()["error"]
+
+
+def test_a_heartbeat_takes_one_round_trip_and_extends_the_workers_life(redis, monkeypatch):
+    one = worker.BelfryWorker([queues.queue()], connection=redis)
+    one.register_birth()
+    redis.expire(one.key, 1)
+    sent = []
+    send = AbstractConnection.send_packed_command
+
+    def recorded(connection, command, **options):
+        sent.append(command)
+        return send(connection, command, **options)
+
+    monkeypatch.setattr(AbstractConnection, "send_packed_command", recorded)
+    one.heartbeat()
+    assert len(sent) == 1
+    assert redis.ttl(one.key) > 60
+    one.register_death()

@@ -172,7 +172,7 @@ class Bench:
             for run_id in large_runs:
                 assert queues.enqueue_run(run_id)
             give_up = time.monotonic() + PATIENCE
-            while not runs.find_run(first)["done"]:
+            while not runs.find_run(first)["members_processed"]:
                 worker.check()
                 if time.monotonic() > give_up:
                     raise CommandError("The worker did not begin.")
