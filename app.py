@@ -1,6 +1,6 @@
-"""What is served: every address of Belfry, put together.
+"""The web application: every route, and what happens before and after each request.
 
-| addresses | blueprint |
+| routes | blueprint |
 |---|---|
 | `/api/messages`, `/api/channels/N/messages` | belfry/web/api/messages.py |
 | `/api/runs`, `/api/test-notifications` | belfry/web/api/runs.py |
@@ -14,7 +14,7 @@
 | `/healthz`, `/readyz`, `/metrics` | belfry/web/health.py |
 | `/openapi.json`, `/docs` | belfry/web/openapi.py |
 
-Every error has one shape (belfry/web/problems.py); every answer carries `X-Request-Id`.
+Every error has one shape (belfry/web/problems.py); every response has an `X-Request-Id`.
 """
 
 import logging
@@ -28,7 +28,7 @@ from werkzeug.routing import IntegerConverter
 
 from belfry.cli import commands
 from belfry.core import logging_setup
-from belfry.core.db import db
+from belfry.core.db import LARGEST_ID, db
 from belfry.identity import tokens
 from belfry.web import auth, health, openapi, problems, rate_limit
 from belfry.web.api import accounts, inbox, messages, runs, servers, stream
@@ -37,18 +37,17 @@ from belfry.web.endpoint import BODY_BYTES, READS, api, bearer_token
 from belfry.web.pages import views
 from belfry.web.problems import HttpProblem
 from config import secret_key, settings
-from models import LARGEST_ID
 
 log = logging.getLogger(__name__)
 
 RETRY_AFTER_SECONDS = 5  # of a 503: a restart of PostgreSQL takes about that
 IMPOSSIBLE_ID = -1
-HSTS_SECONDS = 31_536_000  # a year, for which a browser comes by https:// only
-API_SUBJECTS = (messages, runs, inbox, accounts, servers, stream)  # importing them puts their endpoints on `api`
+HSTS_SECONDS = 31_536_000  # a year, during which a browser uses https:// only
+API_MODULES = (messages, runs, inbox, accounts, servers, stream)  # importing them registers their routes on `api`
 
 
 class _Sessions(SecureCookieSessionInterface):
-    """Signed cookies for what browsers ask. Who sends a token under /api does not pay for looking."""
+    """Flask's signed cookies, which are not read for API requests with a token."""
 
     def open_session(self, app: Flask, request: Request) -> SecureCookieSession | None:
         by_token = request.path.startswith("/api/") and "Authorization" in request.headers
@@ -56,33 +55,33 @@ class _Sessions(SecureCookieSessionInterface):
 
 
 class _Id(IntegerConverter):
-    """`<id:...>`: an id, IMPOSSIBLE_ID where PostgreSQL's bigint cannot hold it or no row has it."""
+    """`<id:...>`: an id; IMPOSSIBLE_ID for a number that no row can have."""
 
     def to_python(self, value: str) -> int:
         return int(value) if len(value) <= 19 and 1 <= int(value) <= LARGEST_ID else IMPOSSIBLE_ID
 
 
 def _refuse_impossible_ids() -> None:
-    """404 for an id that cannot exist, on every method of its route: a converter that refused it would leave 405."""
+    """404 for an id that cannot exist. If the converter refused it, other methods would get 405 by another route."""
     if IMPOSSIBLE_ID in (request.view_args or {}).values():
         abort(404)
 
 
 def create_app() -> Flask:
-    """The web application, on the settings of the environment. Needs SECRET_KEY."""
+    """The web application, with the settings of the environment. Exits the process without SECRET_KEY."""
     logging_setup.configure(settings.log_level, settings.log_format)
     app = Flask(__name__)
     app.config.update(
         SECRET_KEY=secret_key(),
-        MAX_CONTENT_LENGTH=BODY_BYTES + 1,  # what is cut there is seen to be too long
+        MAX_CONTENT_LENGTH=BODY_BYTES + 1,  # one more than allowed, so that a truncated body is seen to be too large
         SESSION_COOKIE_NAME="__Host-belfry" if settings.session_cookie_secure else "belfry",
-        SESSION_COOKIE_PATH="/",  # `__Host-` asks for this path, `Secure` and no domain
+        SESSION_COOKIE_PATH="/",  # `__Host-` requires this path, `Secure` and no domain
         SESSION_COOKIE_HTTPONLY=True,
         SESSION_COOKIE_SAMESITE="Lax",
         SESSION_COOKIE_SECURE=settings.session_cookie_secure,
     )
     app.session_interface = _Sessions()
-    app.json.sort_keys = False  # type: ignore[attr-defined]  # decisions come in the contract's order
+    app.json.sort_keys = False  # type: ignore[attr-defined]  # decisions are in the contract's order
     app.url_map.converters["id"] = _Id
     app.url_map.strict_slashes = False
     problems.register(app)
@@ -103,7 +102,7 @@ def create_app() -> Flask:
 
 
 def _identify() -> None:
-    """Name the request: by the id that a proxy gave it, where that is one, else by a new one."""
+    """Give the request an id: the proxy's X-Request-Id where it is valid, otherwise a new one."""
     given = request.headers.get("X-Request-Id", "")
     g.request_id = given if re.fullmatch(r"[A-Za-z0-9_.-]{8,64}", given) else secrets.token_hex(16)
     g.log_context = logging_setup.bind(request_id=g.request_id)
@@ -111,13 +110,12 @@ def _identify() -> None:
 
 
 def _authenticate() -> None:
-    """Find the user of the request, before it is counted, by one query at most. None is fine here: views ask for more.
+    """Set `g.user` to the user of the request, or None, by at most one query. Views require a user where they need one.
 
-    1. Routes that are the same for everybody (`limits.WITHOUT_USER`), and a scraper with METRICS_TOKEN: none.
+    1. Routes whose response is the same for everybody (`rate_limit.WITHOUT_USER`), and METRICS_TOKEN: None.
     2. Pages and /login: the session's user.
-    3. Under /api, with an Authorization header: the token's user, and nothing else counts.
-    4. Anywhere else, unknown paths included, with a bearer token: the token's user, and nothing else counts.
-    5. Without one: the session's user.
+    3. Under /api with an Authorization header, and anywhere else with a bearer token: the token's user, or None.
+    4. All others, unknown paths included: the session's user, or None.
     """
     g.user = g.token_hash = None
     if request.endpoint in rate_limit.WITHOUT_USER or health.is_scraper():
@@ -135,7 +133,7 @@ def _authenticate() -> None:
 
 
 def _require_csrf_token() -> None:
-    """Refuse a write under /api by a session without its CSRF token: 403. After counting: these count as well."""
+    """Refuse a session's write under /api without its CSRF token: 403. It counts towards the rate limit."""
     by_session = g.user and _is_api() and "Authorization" not in request.headers
     if by_session and request.method not in READS and not auth.csrf_matches(request.headers.get("X-CSRF-Token", "")):
         raise HttpProblem(403, "Send the page's CSRF token as X-CSRF-Token, or a token as Authorization.")
@@ -145,29 +143,29 @@ def _is_api() -> bool:
     return request.path.startswith("/api/")
 
 
-def _finish_response(answer: Response) -> Response:
+def _finish_response(response: Response) -> Response:
     if g.get("token_hash"):
-        tokens.evict(g.token_hash)  # not checked by the view, so the next request reads it again
-    answer.headers["X-Request-Id"] = g.request_id
+        tokens.evict(g.token_hash)  # the view has not checked it, so the next request must read it again
+    response.headers["X-Request-Id"] = g.request_id
     log.info(
         "%s %s %s in %.1f ms",
         request.method,
         request.path,
-        answer.status_code,
+        response.status_code,
         (time.perf_counter() - g.began) * 1000,
     )
-    answer.headers.setdefault("X-Content-Type-Options", "nosniff")
+    response.headers.setdefault("X-Content-Type-Options", "nosniff")
     if settings.session_cookie_secure and settings.public_url.startswith("https://"):
-        answer.headers["Strict-Transport-Security"] = f"max-age={HSTS_SECONDS}"
-    if answer.status_code == 503:
-        answer.headers["Retry-After"] = str(RETRY_AFTER_SECONDS)  # every 503
+        response.headers["Strict-Transport-Security"] = f"max-age={HSTS_SECONDS}"
+    if response.status_code == 503:
+        response.headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
     if request.path.startswith("/api/"):
-        answer.headers.setdefault("Cache-Control", "no-store")
-    return answer
+        response.headers.setdefault("Cache-Control", "no-store")
+    return response
 
 
 def _close_connection(_: BaseException | None) -> None:
-    """Give the connection back to the pool, and the log its old context."""
+    """Return the database connection to the pool, and end the log's context."""
     if not db.is_closed():
         db.close()
     if token := g.pop("log_context", None):

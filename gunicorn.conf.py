@@ -1,4 +1,4 @@
-"""How the web process runs: what config.py says. gunicorn reads this file by itself."""
+"""The configuration of gunicorn, which reads this file from the current directory. Settings come from config.py."""
 
 from typing import Any
 
@@ -7,17 +7,17 @@ from config import settings
 
 bind = f"0.0.0.0:{settings.port}"
 workers = settings.web_concurrency
-worker_class = "belfry.web.gunicorn_worker.WebWorker"  # gthread, in which no thread waits for a client
+worker_class = "belfry.web.gunicorn_worker.WebWorker"  # gthread, but no thread waits for a client
 threads = settings.web_threads
-preload_app = True  # what cannot start says so once; no connection is opened before the fork
+preload_app = True  # a startup error is reported once; no connection is opened before the fork
 graceful_timeout = 25  # seconds for current requests after SIGTERM; Heroku kills after 30
-control_socket_disable = True  # it would lie in the home directory; nothing here speaks to it
-sendfile = False  # it would wait in a thread until the client has taken the file
-keepalive = 75  # longer than a proxy's idle time in front, so that it is never this side that hangs up
-forwarder_headers = ""  # SCRIPT_NAME and PATH_INFO are not for clients to set; gunicorn believes them of loopback
-secure_scheme_headers: dict[str, str] = {}  # PUBLIC_URL says how people reach this; no header does
+control_socket_disable = True  # it would be in the home directory, and nothing uses it
+sendfile = False  # it would block a thread until the client has read the file
+keepalive = 75  # longer than a proxy's idle time-out, so that the proxy closes first and loses no request
+forwarder_headers = ""  # clients must not set SCRIPT_NAME and PATH_INFO, which gunicorn accepts from loopback
+secure_scheme_headers: dict[str, str] = {}  # the scheme is that of PUBLIC_URL, and not a header's
 
 
 def on_starting(_: Any) -> None:
-    """gunicorn's own lines go where all the others go, in the same form."""
+    """Send gunicorn's log lines where all others go, in the same format."""
     logging_setup.configure(settings.log_level, settings.log_format)

@@ -38,7 +38,6 @@ UNFINISHED_STATES = ("pending", "queued", "running")
 POSTING = ("members", "admins")
 LEVELS = ("all", "mentions", "none")
 REASONS = ("message", "mention", "mention_role", "mention_everyone")
-LARGEST_ID = 2**63 - 1  # of a bigint
 QUEUED_SECONDS = 3  # that what is in the queue is taken to be on its way, before anybody asks whether it still waits
 MAX_ATTEMPTS = 6  # attempts before a run, or a slice of it, is failed: the first, and five retries
 

@@ -1,23 +1,22 @@
-"""Every JSON shape, in and out. What is sent.
+"""Every JSON shape of the API, input and output.
 
-Unknown fields are refused; integers and booleans are not guessed from other types; text that PostgreSQL
-cannot hold (NUL, lone surrogates) is refused here, with its field's name. No schema asks the database.
+Unknown fields, values of another type, and text that PostgreSQL cannot store are refused with the name of the field.
+No schema reads the database. The types of the fields are in belfry/core/fields.py.
 """
 
-import re
-import unicodedata
 from datetime import UTC, datetime
 from typing import Any
 
 from marshmallow import RAISE, Schema, ValidationError, fields, pre_load, validates_schema
-from marshmallow.validate import Length, OneOf, Range, Regexp
+from marshmallow.validate import Length, OneOf, Range
 
+from belfry.core.fields import Flag, Id, QueryNumber, Text, Time, Trimmed, email_address, query_id, visible_name
 from belfry.fanout.decision import DECISIONS
 from belfry.identity.users import SYSTEM_USERNAME
 from belfry.inbox.inbox import parse_notification_id
 from belfry.messages.mentions import EVERYONE, NAME, NAME_RULE
 from belfry.messages.test_notifications import AUDIENCES
-from models import LARGEST_ID, LEVELS, POSTING, RUN_KINDS, RUN_STATES, SUBSCRIPTION_STATUSES
+from models import LEVELS, POSTING, RUN_KINDS, RUN_STATES, SUBSCRIPTION_STATUSES
 
 PAGE_DEFAULT, PAGE_MOST = 50, 100
 
@@ -30,90 +29,21 @@ class BaseSchema(Schema):
 # Fields ---------------------------------------------------------------------------------------------------
 
 
-class Text(fields.String):
-    """Text that UTF-8 and PostgreSQL can hold."""
-
-    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> str:
-        text = super()._deserialize(value, attr, data, **kwargs)
-        if "\0" in text:
-            raise ValidationError("Must not contain NUL.")
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise ValidationError("Must be valid Unicode: a surrogate stands alone.") from None
-        return text
-
-
-class Trimmed(Text):
-    """Text without the white space around it; what is left counts."""
-
-    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> str:
-        return super()._deserialize(value, attr, data, **kwargs).strip()
-
-
 class Name(Trimmed):
-    """A username or a role's name, in lower case; one that `@` can mention."""
+    """A username or the name of a role, in lower case, that `@` can mention."""
 
     def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> str:
         given = super()._deserialize(value, attr, data, **kwargs)
         name = given.lower()
-        if not given.isascii() or not NAME.match(name) or name == EVERYONE:  # some other letters have ASCII lower cases
+        if not given.isascii() or not NAME.match(name) or name == EVERYONE:  # of other letters some lower to ASCII
             raise ValidationError(f"Must be {NAME_RULE}.")
         if name == SYSTEM_USERNAME:
-            raise ValidationError("Is Belfry's own name.")
+            raise ValidationError("This name is reserved.")
         return name
 
 
-class Id(fields.Integer):
-    """A positive whole number, not a text and not a boolean."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(strict=True, validate=Range(1, LARGEST_ID), **kwargs)
-
-    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> Any:
-        if isinstance(value, bool):
-            raise self.make_error("invalid")
-        return super()._deserialize(value, attr, data, **kwargs)
-
-
-class QueryNumber(fields.Integer):
-    """A number in an address: plain digits, and nothing else that Python would take."""
-
-    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> Any:
-        if not re.fullmatch(r"[0-9]{1,19}", str(value)):
-            raise self.make_error("invalid")
-        return super()._deserialize(value, attr, data, **kwargs)
-
-
-class Flag(fields.Boolean):
-    """true or false, and nothing that merely looks like them."""
-
-    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> bool:
-        if not isinstance(value, bool):
-            raise self.make_error("invalid")
-        return value
-
-
-class Time(fields.AwareDateTime):
-    """RFC 3339; sent in UTC with `Z`, taken with any offset but not without one."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(format="iso", **kwargs)
-
-    def _serialize(self, value: datetime | None, attr: str | None, obj: Any, **kwargs: Any) -> str | None:
-        return None if value is None else value.astimezone(UTC).isoformat().replace("+00:00", "Z")
-
-    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> datetime:
-        if not isinstance(value, str) or not re.match(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d", value):
-            raise ValidationError("Must be a time like 2026-01-31T12:00:00Z.")
-        time: datetime = super()._deserialize(value.upper(), attr, data, **kwargs)
-        if not 1970 <= time.year < 9999:
-            raise ValidationError("Must be between the years 1970 and 9998.")
-        return time
-
-
 class NotificationId(fields.String):
-    """(user id, message id), out of the text that names a notification."""
+    """The id of a notification, loaded as (user id, message id)."""
 
     def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> Any:
         try:
@@ -122,27 +52,9 @@ class NotificationId(fields.String):
             raise ValidationError(str(error)) from None
 
 
-def _content(**kwargs: Any) -> Trimmed:
+def message_content(**kwargs: Any) -> Trimmed:
+    """The text of a message."""
     return Trimmed(validate=Length(1, 10_000, error="Must have 1 to 10,000 characters after trimming."), **kwargs)
-
-
-def _query_id() -> QueryNumber:
-    return QueryNumber(load_default=None, validate=Range(1, LARGEST_ID))
-
-
-def _title(**kwargs: Any) -> Trimmed:
-    return Trimmed(validate=[Length(1, 100), _require_visible], **kwargs)
-
-
-def _require_visible(text: str) -> None:
-    """Refuse a text of spaces and invisible characters alone: nobody could see such a name, or choose it."""
-    if not any(unicodedata.category(character)[0] in "LNPS" for character in text):
-        raise ValidationError("Must have a visible character.")
-
-
-def _email(**kwargs: Any) -> Trimmed:
-    pattern = Regexp(r"[^@\s]+@[^@\s]+$", error="Must be an e-mail address.")
-    return Trimmed(allow_none=True, validate=[Length(3, 254), pattern], **kwargs)
 
 
 # Errors and lists -----------------------------------------------------------------------------------------
@@ -166,13 +78,13 @@ class Problem(BaseSchema):
 
 
 class Page(BaseSchema):
-    """Which part of a list."""
+    """The part of a list that is returned."""
 
     limit = QueryNumber(load_default=PAGE_DEFAULT, validate=Range(1, PAGE_MOST))
     cursor = fields.String(load_default=None)
 
 
-# People ---------------------------------------------------------------------------------------------------
+# Users ----------------------------------------------------------------------------------------------------
 
 
 class UserRef(BaseSchema):
@@ -183,14 +95,14 @@ class UserRef(BaseSchema):
 
 class UserIn(BaseSchema):
     username = Name(required=True)
-    name = _title(load_default=None)
-    email = _email(load_default=None)
+    name = visible_name(load_default=None)
+    email = email_address(load_default=None)
     is_admin = Flag(load_default=False)
 
 
 class UserChange(BaseSchema):
-    name = _title()
-    email = _email()
+    name = visible_name()
+    email = email_address()
     is_admin = Flag()
 
 
@@ -233,7 +145,7 @@ class TokenIn(BaseSchema):
 
 
 class Token(BaseSchema):
-    """`token` is there once: in the answer that made it."""
+    """`token` is only in the response that created it."""
 
     id = fields.Integer()
     token = fields.String()
@@ -243,7 +155,7 @@ class Token(BaseSchema):
 
 
 class OwnToken(BaseSchema):
-    """`current`: the request was made with it, or with a session that it opened."""
+    """`current`: whether the request uses the token, or a session that it opened."""
 
     id = fields.Integer()
     created_at = Time()
@@ -252,11 +164,11 @@ class OwnToken(BaseSchema):
     current = fields.Boolean()
 
 
-# Communities ----------------------------------------------------------------------------------------------
+# Servers --------------------------------------------------------------------------------------------------
 
 
 class ServerIn(BaseSchema):
-    name = _title(required=True)
+    name = visible_name(required=True)
 
 
 class ServerRef(BaseSchema):
@@ -295,20 +207,20 @@ class Role(BaseSchema):
 
 
 class RoleList(BaseSchema):
-    """All of them: there is never a next page."""
+    """All roles: `next` is always null."""
 
     items = fields.List(fields.Nested(Role))
     next = fields.String(allow_none=True)
 
 
 class ChannelIn(BaseSchema):
-    name = _title(required=True)
+    name = visible_name(required=True)
     private = Flag(load_default=False)
     posting = fields.String(load_default="members", validate=OneOf(POSTING))
 
 
 class ChannelChange(BaseSchema):
-    name = _title()
+    name = visible_name()
     private = Flag()
     posting = fields.String(validate=OneOf(POSTING))
 
@@ -343,7 +255,7 @@ class MentionSuggestion(BaseSchema):
 
 
 class MentionSuggestionList(BaseSchema):
-    """The first of them: there is never a next page."""
+    """The first suggestions: `next` is always null."""
 
     items = fields.List(fields.Nested(MentionSuggestion))
     next = fields.String(allow_none=True)
@@ -370,12 +282,12 @@ class AllowedMentions(BaseSchema):
 
 class MessageIn(BaseSchema):
     channel_id = Id(required=True)
-    content = _content(required=True)
+    content = message_content(required=True)
     allowed_mentions = fields.Nested(AllowedMentions, load_default=None)
 
 
 class MessageChange(BaseSchema):
-    content = _content(required=True)
+    content = message_content(required=True)
 
 
 class MentionedUser(BaseSchema):
@@ -406,7 +318,7 @@ class RunRef(BaseSchema):
 
 
 class Message(BaseSchema):
-    """`warnings` comes with the answer to a POST or PATCH; `run` is null for all but the author and admins."""
+    """`warnings` is only in the response to a POST or PATCH; `run` is null for all but the author and admins."""
 
     id = fields.Integer()
     channel_id = fields.Integer()
@@ -423,7 +335,7 @@ class Message(BaseSchema):
 
 
 class ExplainQuery(BaseSchema):
-    user_id = _query_id()
+    user_id = query_id()
 
 
 class Explanation(BaseSchema):
@@ -467,7 +379,7 @@ class Run(BaseSchema):
 
 class RunQuery(Page):
     state = fields.String(load_default=None, validate=OneOf(RUN_STATES))
-    channel_id = _query_id()
+    channel_id = query_id()
 
 
 class ReplayIn(BaseSchema):
@@ -485,7 +397,7 @@ class Replay(BaseSchema):
 
 class TestNotificationIn(BaseSchema):
     channel_id = Id(load_default=None, allow_none=True)
-    content = _content(load_default=None, allow_none=True)
+    content = message_content(load_default=None, allow_none=True)
     audience = fields.String(load_default="me", validate=OneOf(AUDIENCES))
 
 
@@ -494,7 +406,7 @@ class TestNotificationIn(BaseSchema):
 
 class NotificationQuery(Page):
     unread = fields.Boolean(load_default=False)
-    channel_id = _query_id()
+    channel_id = query_id()
 
 
 class Notification(BaseSchema):
@@ -524,7 +436,7 @@ class UnreadCount(BaseSchema):
 
 
 class MarkRead(BaseSchema):
-    """Exactly one of the four. `up_to` leaves unread what was committed later, though its id is lower."""
+    """Exactly one of the four. `up_to` leaves notifications unread that were committed later, even with a lower id."""
 
     ids = fields.List(NotificationId(), validate=Length(1, 1000))
     up_to = NotificationId()

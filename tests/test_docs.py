@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 import pytest
 
-from belfry.cli.commands import COMMANDS
+from belfry.cli.command import COMMANDS
 from belfry.fanout.decision import DECISIONS
 from belfry.queue import queues
 from config import Settings

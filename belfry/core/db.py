@@ -25,6 +25,8 @@ Row = dict[str, Any]
 
 IDLE_IN_TRANSACTION_SECONDS = 5
 """The shortest idle time-out of a transaction. A few milliseconds pass between two statements."""
+LARGEST_ID = 2**63 - 1
+"""The largest bigint."""
 ROUND_TRIPS = 8
 """How many round trips are waited for before a silent process is taken for dead. On a slow network, or with a slow
 database, each takes seconds; there are four from the claim of a work item to its lock."""

@@ -7,10 +7,10 @@ decision, and `explain` evaluates it for one user. Tests compare it with an orac
 from dataclasses import dataclass
 from typing import Any
 
-from belfry.core.db import Row, fetch_all, fetch_one
+from belfry.core.db import LARGEST_ID, Row, fetch_all, fetch_one
 from belfry.identity.subscriptions import ACTIVE_SUBSCRIPTION_SQL
 from config import settings
-from models import LARGEST_ID, REASONS
+from models import REASONS
 
 NOTIFY_DECISIONS = REASONS
 DECISIONS = {

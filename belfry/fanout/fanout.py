@@ -14,7 +14,7 @@ from operator import itemgetter
 
 from psycopg.types.json import Jsonb
 
-from belfry.core.db import Row, execute, fetch_all, fetch_one, idle_timeout, timed_transaction, transaction
+from belfry.core.db import LARGEST_ID, Row, execute, fetch_all, fetch_one, idle_timeout, timed_transaction, transaction
 from belfry.core.failpoints import failpoint
 from belfry.core.partitions import block_drops, oldest_retained_message_id
 from belfry.fanout import claims
@@ -36,7 +36,6 @@ from belfry.fanout.statements import (
     UPDATE_PROGRESS_SQL,
 )
 from config import settings
-from models import LARGEST_ID
 
 log = logging.getLogger(__name__)
 

@@ -55,21 +55,31 @@ def create_run(
     return int(created["id"])
 
 
+HIDDEN_ERROR = "The last attempt failed. Admins can see the error."
+
+
+def _describe(run: Row, viewer: User | None) -> Row:
+    """Add the progress and the statistics. Only admins see the error, which may name hosts and statements."""
+    shown = {"error": HIDDEN_ERROR} if run["error"] and viewer and not viewer.is_admin else {}
+    progress = {"done": run["members_processed"], "total": run["members_total"]}
+    return {**run, **shown, "progress": progress, "stats": statistics(run)}
+
+
 def find_run(run_id: int, viewer: User | None = None) -> Row:
-    """Find one run. `viewer` None is an operator at the command line, who may see all.
+    """Find one run, with its progress and statistics. `viewer` None is an operator, who may see everything.
 
     Raises NotFound where there is none, or the viewer is neither an admin nor the author of its message.
     """
     found = fetch_one(f"{_SELECT_RUNS_SQL} WHERE run.id = %(run_id)s", {"run_id": run_id})
     if not found or not (viewer is None or viewer.is_admin or found["author_id"] == viewer.id):
         raise NotFound(f"There is no run {run_id}.")
-    return found
+    return _describe(found, viewer)
 
 
 def list_runs(*, before: int | None, limit: int, state: str | None = None, channel_id: int | None = None) -> list[Row]:
-    """List runs with an id below `before` (None: all), newest first; [] when there are none."""
+    """List runs as `find_run` for an operator, with an id below `before` (None: all), newest first."""
     assert state is None or state in RUN_STATES
-    return fetch_all(
+    found = fetch_all(
         f"{_SELECT_RUNS_SQL} WHERE true"
         + ("" if before is None else " AND run.id < %(before)s")
         + (f" AND run.state = '{state}'" if state else "")  # as a constant, so that the partial indexes are used
@@ -78,6 +88,7 @@ def list_runs(*, before: int | None, limit: int, state: str | None = None, chann
         " LIMIT %(limit)s",
         {"before": before, "limit": limit, "channel_id": channel_id},
     )
+    return [_describe(run, None) for run in found]
 
 
 def runs_of_messages(message_ids: Sequence[int]) -> dict[int, Row]:

@@ -1,7 +1,7 @@
 """The SQL statements of the fan-out: plan slices, insert, change or delete notifications, update the run."""
 
+from belfry.core.db import LARGEST_ID
 from belfry.fanout.decision import BATCH_DECISIONS_SQL, DECISIONS_SQL, NOTIFY_DECISIONS
-from models import LARGEST_ID
 
 _NOTIFY_DECISIONS_SQL = ", ".join(f"'{reason}'" for reason in NOTIFY_DECISIONS)
 

@@ -10,7 +10,7 @@
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from belfry.core.db import Row, execute, fetch_all, fetch_one, transaction
+from belfry.core.db import LARGEST_ID, Row, execute, fetch_all, fetch_one, transaction
 from belfry.core.errors import Invalid, NotFound
 from belfry.core.failpoints import failpoint
 from belfry.servers.visibility import (
@@ -20,7 +20,7 @@ from belfry.servers.visibility import (
     get_visible_channel,
     visible_channels,
 )
-from models import LARGEST_ID, User
+from models import User
 
 BODY_CHARACTERS = 100
 

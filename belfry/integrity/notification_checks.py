@@ -5,11 +5,10 @@ from collections.abc import Callable
 
 from peewee import ProgrammingError
 
-from belfry.core.db import fetch_all, fetch_one
+from belfry.core.db import LARGEST_ID, fetch_all, fetch_one
 from belfry.core.partitions import PARTITIONS_AHEAD, Partition, list_partitions
 from belfry.fanout.decision import NOTIFY_DECISIONS
 from belfry.integrity.findings import Finding, Report
-from models import LARGEST_ID
 
 OLD_SECONDS = 600
 """After this time in use, a partition has PARTITIONS_AHEAD others after it, if a worker runs."""

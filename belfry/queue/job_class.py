@@ -20,7 +20,7 @@ from rq.exceptions import NoSuchJobError
 from rq.job import Job, JobStatus, parse_job_id
 from rq.serializers import JSONSerializer
 
-from models import LARGEST_ID
+from belfry.core.db import LARGEST_ID
 
 log = logging.getLogger(__name__)
 

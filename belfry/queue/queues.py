@@ -24,6 +24,7 @@ from rq import Queue, Retry
 from rq.job import JOB_ID_PATTERN, JobStatus
 from rq.utils import now, utcformat
 
+from belfry.core.db import LARGEST_ID
 from belfry.core.failpoints import failpoint
 from belfry.core.redis import redis_connection
 from belfry.fanout import recovery
@@ -31,7 +32,7 @@ from belfry.fanout.claims import WorkItem
 from belfry.queue import registries
 from belfry.queue.job_class import BelfryJob
 from config import settings, tuning
-from models import LARGEST_ID, MAX_ATTEMPTS
+from models import MAX_ATTEMPTS
 
 log = logging.getLogger(__name__)
 

@@ -1,8 +1,8 @@
-"""One client's connection: its request until it is complete, and its answer until it is sent.
+"""A connection of a client: it collects a request until it is complete, and keeps the unsent rest of a response.
 
-gunicorn's own parser reads every request and decides what is valid. What is here only finds out whether the parser
-can read the request without waiting for the client. Where the two disagree, the parser finds no more bytes
-(RequestIncomplete) and the connection is closed: nothing is read twice or in another way.
+gunicorn's own parser reads every request and decides what is valid. This module only decides when the parser can read
+the request without waiting for the client. Where it is wrong, the parser finds no more bytes (RequestIncomplete), and
+the connection is closed; no byte is interpreted twice.
 """
 
 import os
@@ -20,24 +20,24 @@ from belfry.web.problems import HttpProblem
 
 HEAD_BYTES = 32 * 1024  # of a request line with its header fields; gunicorn's own limits allow 800 KB
 CHUNKED_BYTES = 4 * BODY_BYTES  # of a chunked body with its framing: chunks of one byte have six bytes each
-READ_AHEAD = 2 * 1024  # more than the application asks for, gunicorn reads a chunked body in steps of 1 KiB
+READ_AHEAD = 2 * 1024  # gunicorn reads a chunked body in steps of 1 KiB, beyond what the application asks for
 LINE_END = 2
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 class RequestIncomplete(TimeoutError):
-    """The parser wants more of a request than has arrived. gunicorn takes a TimeoutError for a body that stalls."""
+    """The parser needs more bytes than have arrived. gunicorn treats a TimeoutError as a body that stalls."""
 
 
 class ClientSocket(socket.socket):
-    """A connection to a client, on which no thread waits: what the client does not take at once is kept in `unsent`."""
+    """A socket on which no thread waits: bytes that the kernel does not accept at once are kept in `unsent`."""
 
     def __init__(self, accepted: socket.socket) -> None:
         super().__init__(accepted.family, accepted.type, accepted.proto, accepted.detach())
         self.unsent = bytearray()
 
     def sendall(self, data: Any, flags: int = 0, /) -> None:
-        """Send what the kernel takes at once, and keep the rest. Raises OSError when the client is gone."""
+        """Send what the kernel accepts at once, and keep the rest. Raises OSError when the client is gone."""
         sent = 0 if self.unsent else self._send(data)
         if sent < len(data):
             self.unsent += memoryview(data)[sent:]
@@ -48,7 +48,7 @@ class ClientSocket(socket.socket):
         return not self.unsent
 
     def send_at_once(self, data: bytes) -> bool:
-        """Send these bytes if the kernel takes them now; return whether it took all of them."""
+        """Send bytes without keeping the rest; return whether the kernel accepted all of them."""
         return self._send(data) == len(data)
 
     def _send(self, data: Any) -> int:
@@ -59,7 +59,7 @@ class ClientSocket(socket.socket):
 
 
 class ReceivedBytes(Unreader):  # type: ignore[misc]
-    """What gunicorn's parser reads from: bytes that have arrived, and never the socket."""
+    """The input of gunicorn's parser: bytes that have arrived, and never the socket."""
 
     def chunk(self, size_hint: int | None = None) -> bytes:
         raise RequestIncomplete("The request ends before it is complete.")
@@ -73,7 +73,7 @@ class ReceivedBytes(Unreader):  # type: ignore[misc]
 
 
 class ReceivedRequest(RequestParser):  # type: ignore[misc]
-    """gunicorn's parser in two steps: `parse` in the worker's main loop, `next` in the thread that answers."""
+    """gunicorn's parser in two steps: `parse` in the worker's main loop, `next` in the thread that responds."""
 
     def __init__(self, cfg: Any, client: Any) -> None:
         super().__init__(cfg, (), client)
@@ -81,18 +81,18 @@ class ReceivedRequest(RequestParser):  # type: ignore[misc]
         self._outcome: Any = None
 
     def parse(self) -> Any:
-        """Parse the head of the next request; return the request. None when it is invalid: `next` raises why."""
+        """Parse the head of the next request, and return the request; None for an invalid one: `next` raises why."""
         try:
             self._outcome = super().__next__()
         except RequestIncomplete:
             self._outcome = InvalidHeader("incomplete head")
-        except Exception as error:  # whatever it is, gunicorn's `handle` answers it as it answers the parser's errors
+        except Exception as error:  # gunicorn's `handle` responds to it as to any error of the parser
             self._outcome = error
         return None if isinstance(self._outcome, Exception) else self._outcome
 
     @property
     def path(self) -> str | None:
-        """The path of the request that was parsed last; None where it is invalid."""
+        """The path of the last parsed request; None for an invalid one."""
         return getattr(self._outcome, "path", None)
 
     def __next__(self) -> Any:
@@ -102,7 +102,7 @@ class ReceivedRequest(RequestParser):  # type: ignore[misc]
 
 
 class LengthScanner:
-    """Counts the bytes that a body of known length still lacks."""
+    """Counts the missing bytes of a body of known length."""
 
     def __init__(self, length: int) -> None:
         self._missing = length
@@ -114,7 +114,7 @@ class LengthScanner:
 
 
 class ChunkScanner:
-    """Finds the end of a chunked body. What it cannot make sense of counts as the end: the parser refuses it."""
+    """Finds the end of a chunked body. An invalid chunk counts as the end, because the parser refuses it."""
 
     def __init__(self) -> None:
         self._line = bytearray()
@@ -123,7 +123,7 @@ class ChunkScanner:
         self._in_trailer = False
 
     def is_complete(self, data: bytes) -> bool:
-        """Look at more of the body; return whether it is complete, or larger than is read. Raises 413."""
+        """Scan more of the body; return whether it is complete, or so large that it is refused. Raises 413."""
         self._bytes += len(data)
         position = 0
         while position < len(data):
@@ -161,16 +161,16 @@ class ChunkScanner:
 
 
 class Connection(TConn):  # type: ignore[misc]
-    """A connection as gunicorn's thread worker has it, whose requests are complete before a thread gets them."""
+    """gunicorn's connection, whose requests are complete before a thread gets them."""
 
     def __init__(self, cfg: Any, accepted: socket.socket, client: Any, server: Any) -> None:
         super().__init__(cfg, ClientSocket(accepted), client, server)
-        self.initialized = True  # nothing is left to be done in the thread
+        self.initialized = True  # gunicorn's thread must not create a parser
         self.parser = ReceivedRequest(cfg, client)
-        self.deadline = 0.0  # time.monotonic() until which the client has to do what is waited for
-        self.last_deadline = 0.0  # until which the whole request has to be there
-        self.held = 0  # bytes of `size` that the worker has counted
-        self.keep = False  # whether another request may follow the answer
+        self.deadline = 0.0  # time.monotonic() until which the client must send or read
+        self.last_deadline = 0.0  # until which the whole request must have arrived
+        self.counted_bytes = 0  # of `size`, as the worker has counted them
+        self.keep = False  # whether another request may follow the response
         self.lingers = False
         self.discarded = 0
         self._head = bytearray()
@@ -188,26 +188,26 @@ class Connection(TConn):  # type: ignore[misc]
 
     @property
     def size(self) -> int:
-        """Bytes in memory that came from the client or are to be sent to it."""
+        """Buffered bytes, received and unsent."""
         return len(self._head) + len(self.parser.unreader) + len(self.sock.unsent)
 
     def next_request(self) -> bytes:
-        """Begin with the next request; return what has arrived of it."""
+        """Begin with the next request; return the bytes of it that have arrived."""
         self._body = None
         received: bytes = self.parser.unreader.take_buffered()
         return received
 
     def receive(self, data: bytes) -> bool:
-        """Take bytes from the client; return whether a thread can answer. Raises 413 or 431 for what is too large,
-        OSError when the client is gone.
+        """Add received bytes; return whether a thread can respond. Raises 413 or 431 for what is too large, OSError
+        when the client is gone.
 
-        A request that the parser finds invalid, or whose body is announced as too large, can be answered at once.
+        A thread can respond at once to an invalid request, and to one whose declared body is too large.
         """
         if self._body is not None:
             self.parser.unreader.append(data)
             return self._body.is_complete(data)
         line_ends = data.count(b"\r\n") + (data[:1] == b"\n" and self._head[-1:] == b"\r")
-        has_bare_line_feed = data.count(b"\n") != line_ends  # such a head has no end, and the parser says so at once
+        has_bare_line_feed = data.count(b"\n") != line_ends  # such a head may have no end, and the parser refuses it
         searched = max(0, len(self._head) - 3)
         self._head += data
         if self._head.find(b"\r\n\r\n", searched) < 0 and not has_bare_line_feed:
@@ -220,14 +220,14 @@ class Connection(TConn):  # type: ignore[misc]
         return request is None or self._has_body(request)
 
     def _has_body(self, request: Any) -> bool:
-        """Whether the body of a request whose head has just been parsed is complete, or is not going to be read."""
+        """Whether the body of the request whose head was just parsed is complete, or will not be read."""
         expects_continue, request._expected_100_continue = request._expected_100_continue, False
         reader, received = request.body.reader, self.parser.unreader.buf.getvalue()
         if isinstance(reader, ChunkedReader):
             self._body = ChunkScanner()
         else:
             assert isinstance(reader, LengthReader)
-            if reader.length > BODY_BYTES + 1:  # the application refuses it by its announced length
+            if reader.length > BODY_BYTES + 1:  # the application refuses it by its Content-Length
                 return True
             self._body = LengthScanner(reader.length)
         if self._body.is_complete(received):

@@ -1,4 +1,4 @@
-"""What all JSON endpoints share: authentication, loading and dumping, publishing changes, pages of lists."""
+"""The decorator of all JSON routes: authentication, loading, dumping, publishing of changes, pagination."""
 
 import base64
 import binascii
@@ -12,11 +12,12 @@ from flask import Blueprint, Response, g, json, request
 from marshmallow import Schema, ValidationError
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
+from belfry.core.db import LARGEST_ID
 from belfry.core.errors import DomainError, Invalid, Unauthenticated
 from belfry.identity.tokens import require_token
 from belfry.stream.publish import publish
 from belfry.web.problems import HttpProblem
-from models import LARGEST_ID, User
+from models import User
 from schemas import Page
 
 T = TypeVar("T")
@@ -63,7 +64,7 @@ class ApiResponse:
 
 @dataclass(frozen=True)
 class Contract:
-    """What an endpoint takes and returns, from which `belfry/web/openapi.py` writes the API document."""
+    """The input and output of a route, from which `belfry/web/openapi.py` writes the API document."""
 
     body: type[Schema] | None
     query: type[Schema] | None
@@ -85,13 +86,13 @@ def endpoint(
     optional_body: bool = False,
     publishes: Publishes | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Response]]:
-    """Make a view of a function.
+    """Turn a function into a view.
 
-    It is called with the path's parameters, and with `body` and `query` as loaded where there is a schema for them. Its
-    result (a value, an ApiResponse, or for a `Page` query a list of items and the next cursor) is dumped by `response`.
-    `publishes` is called with the path's parameters after success, and returns the change for the streams, None for
-    none; every endpoint that writes must give it. Errors: 401 without a valid token; 403 for `admin` endpoints; 415,
-    400 and 422 for bodies.
+    The function is called with the path's parameters, and with the loaded `body` and `query` where they have a schema.
+    Its result (a value, an ApiResponse, or for a `Page` query a list of items and the next cursor) is dumped by
+    `response`. `publishes` is called with the path's parameters after success, and returns the change for the streams,
+    None for none; every route that writes must give it. Errors: 401 without a valid token; 403 for `admin` routes; 415,
+    400 and 422 for an invalid body or query.
     """
     paged = query is not None and issubclass(query, Page)
     load_body, load_query = body() if body else None, query() if query else None
@@ -108,17 +109,16 @@ def endpoint(
                     parts["query"] = _load(load_query, _query())
                 if load_body:
                     parts["body"] = _load(load_body, _json_body(optional_body))
-                given = view(**parts)
+                result = view(**parts)
             except (DomainError, HttpProblem, HTTPException):
                 if g.get("token_hash"):  # a token that has ended since it was cached is reported first: 401
                     require_token(g.token_hash)
                 raise
             if publishes and (change := publishes(**(request.view_args or {}))):
                 publish(**change)
-            if isinstance(given, Response):
-                return given
-            answer = given if isinstance(given, ApiResponse) else ApiResponse(given)
-            return _respond(answer, status, dump, paged)
+            if isinstance(result, Response):
+                return result
+            return _respond(result if isinstance(result, ApiResponse) else ApiResponse(result), status, dump, paged)
 
         wrapped.contract = Contract(body, query, response, status, paged, admin, optional_body, publishes)  # type: ignore[attr-defined]
         return wrapped
@@ -223,16 +223,17 @@ def _flat(messages: Any, prefix: str = "") -> dict[str, list[str]]:
     return flat
 
 
-def _respond(answer: ApiResponse, status: int, dump: Schema | None, paged: bool) -> Response:
+def _respond(result: ApiResponse, status: int, dump: Schema | None, paged: bool) -> Response:
+    status = result.status or status
+    if status == 204:
+        return Response(status=204, headers=result.headers)
+    value = result.value
     if paged:
-        items, following = answer.value
-        value: Any = {"items": dump.dump(items, many=True) if dump else items, "next": following}
-    else:
-        value = dump.dump(answer.value) if dump and answer.value is not None else answer.value
-    number = answer.status or status
-    if number == 204:
-        return Response(status=204, headers=answer.headers)
-    return json_response(json.dumps(value, ensure_ascii=False), number, answer.headers)
+        items, cursor = value
+        value = {"items": dump.dump(items, many=True) if dump else items, "next": cursor}
+    elif dump and value is not None:
+        value = dump.dump(value)
+    return json_response(json.dumps(value, ensure_ascii=False), status, result.headers)
 
 
 def json_response(text: str, status: int, headers: dict[str, str] | None = None) -> Response:

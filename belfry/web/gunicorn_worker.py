@@ -1,18 +1,19 @@
-"""gunicorn's thread worker, in which no thread ever waits for a client.
+"""gunicorn's thread worker, changed so that no thread waits for a client.
 
-gunicorn gives a connection to a thread as soon as a byte has arrived, and the thread waits for the rest and until the
-answer is taken: as many slow clients as there are threads stop everybody. Here the main loop, which waits for all
-connections at once, collects each request and sends what is left of each answer:
+gunicorn hands a connection to a thread when the first byte arrives. The thread waits for the rest of the request, and
+then until the client has read the response, so as many slow clients as there are threads block everyone else. Here the
+main loop, which waits for all connections at once, receives each request and sends the rest of each response:
 
-- A head has HEAD_SECONDS from its first byte, a whole request REQUEST_SECONDS, an answer SEND_SECONDS; then the client
-  gets 408, or the connection is closed. A connection without a request is closed after `keepalive` seconds.
-- When there are too many connections, or too many bytes are held for them, the one that has waited longest is closed.
-  An honest request is complete within milliseconds, so it is never the oldest.
-- Streams are opened on STREAM_OPENINGS of the threads: after a deployment all clients come back at once, and a post
-  does not wait behind them.
-- A connection that ends is closed without blocking the loop. gunicorn waits there up to 2 s for the client to close.
+- The head of a request must arrive within HEAD_SECONDS of its first byte, and the whole request within REQUEST_SECONDS,
+  otherwise the client gets 408. The client must read a response within SEND_SECONDS. An idle connection is closed after
+  `keepalive` seconds.
+- With too many connections, or too many buffered bytes, the connection that has waited longest is closed. A normal
+  request is complete within milliseconds, so it is never the oldest.
+- Streams are opened on STREAM_OPENINGS of the threads: after a deployment all clients reconnect at once, and posts must
+  not wait behind them.
+- A connection is closed without blocking the loop. gunicorn waits up to 2 s for the client to close.
 
-TLS, HTTP/2 and the PROXY protocol are the proxy's in front. A test holds the pinned version of gunicorn to all this.
+TLS, HTTP/2 and the PROXY protocol are left to the proxy in front. Tests check all this on the pinned gunicorn.
 """
 
 import errno
@@ -43,13 +44,13 @@ log = logging.getLogger(__name__)
 HEAD_SECONDS = 10
 REQUEST_SECONDS = 30
 SEND_SECONDS = 60
-LINGER_SECONDS = 2  # after an answer that ends the connection: a close with bytes unread would take the answer back
+LINGER_SECONDS = 2  # after the last response: closing with unread bytes would discard the response
 LINGER_BYTES = 64 * 1024
 RECEIVE_BYTES = 16 * 1024
-BUFFERED_BYTES = 64 * 1024 * 1024  # of requests that are not complete and answers that are not sent, in one process
+BUFFERED_BYTES = 64 * 1024 * 1024  # of incomplete requests and unsent responses, in one process
 STREAM_PATH = "/api/notifications/stream"
 STREAM_OPENINGS = 0.25  # of the threads
-REPORT_SECONDS = 60  # between two warnings that connections are closed for others
+REPORT_SECONDS = 60  # between two warnings that connections are closed to make room
 OUT_OF_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 PARSE_STATUS = {LimitRequestLine: 414, LimitRequestHeaders: 431, UnsupportedTransferCoding: 501, ExpectationFailed: 417}
 PARSE_DETAILS = {
@@ -62,18 +63,18 @@ PARSE_DETAILS = {
 
 
 class WebWorker(ThreadWorker):  # type: ignore[misc]
-    """See the module. Everything but `handle`, which is gunicorn's own, runs in the main loop."""
+    """The worker that the module describes. Only `handle`, which is gunicorn's own, runs in a thread."""
 
     def init_process(self) -> None:
         self.worker_connections = connections_limit()
-        self._polled: dict[Connection, None] = {}  # what the loop waits for; what has waited longest is first
-        self._held = 0  # bytes, of all that are polled
-        self._openings: deque[Connection] = deque()  # requests for streams that no thread has yet
+        self._polled: dict[Connection, None] = {}  # the connections that the loop waits for, the oldest first
+        self._buffered = 0  # bytes, of all polled connections
+        self._openings: deque[Connection] = deque()  # requests for streams that wait for a thread
         self._free_openings = max(1, int(self.cfg.threads * STREAM_OPENINGS))
         self._checked_at = self._reported_at = float("-inf")
         super().init_process()
 
-    # --- connections come and go
+    # --- open and close connections
 
     def accept(self, server_socket: Any) -> None:
         """Accept a connection and wait for its request."""
@@ -82,7 +83,7 @@ class WebWorker(ThreadWorker):  # type: ignore[misc]
         except OSError as error:
             if error.errno in OUT_OF_FILES:
                 self._close_oldest()
-                time.sleep(0.01)  # the socket stays readable: no busy loop where nothing could be closed
+                time.sleep(0.01)  # the socket stays readable: avoids a busy loop where nothing can be closed
             elif error.errno not in (errno.EAGAIN, errno.ECONNABORTED):
                 raise
             return
@@ -101,9 +102,9 @@ class WebWorker(ThreadWorker):  # type: ignore[misc]
         if time.monotonic() >= self._reported_at + REPORT_SECONDS:
             self._reported_at = time.monotonic()
             log.warning(
-                "Too many connections: %d open, %d bytes held for them. The oldest are closed.",
+                "Too many connections: %d open, %d bytes buffered for them. The oldest are closed.",
                 self.nr_conns,
-                self._held,
+                self._buffered,
             )
 
     def _drop(self, conn: Connection) -> None:
@@ -112,7 +113,7 @@ class WebWorker(ThreadWorker):  # type: ignore[misc]
         conn.sock.close()
 
     def _linger(self, conn: Connection) -> None:
-        """Say that nothing more comes, and close when the client has closed, or soon."""
+        """Shut down the sending side, and close when the client has closed, or after LINGER_SECONDS."""
         try:
             conn.sock.shutdown(socket.SHUT_WR)
         except OSError:
@@ -121,7 +122,7 @@ class WebWorker(ThreadWorker):  # type: ignore[misc]
         conn.lingers = True
         self._wait(conn, time.monotonic() + LINGER_SECONDS)
 
-    # --- what the loop waits for
+    # --- wait for events
 
     def _wait(self, conn: Connection, deadline: float, event: int = selectors.EVENT_READ) -> None:
         conn.deadline = deadline
@@ -133,26 +134,26 @@ class WebWorker(ThreadWorker):  # type: ignore[misc]
         if conn in self._polled:
             del self._polled[conn]
             self.poller.unregister(conn.sock)
-            self._held -= conn.held
-            conn.held = 0
+            self._buffered -= conn.counted_bytes
+            conn.counted_bytes = 0
 
     def _count(self, conn: Connection) -> None:
-        """Count what is held for a connection. Above BUFFERED_BYTES the oldest that hold something are closed."""
+        """Count the bytes of a connection. Above BUFFERED_BYTES the oldest connections with bytes are closed."""
         size = conn.size
-        self._held += size - conn.held
-        conn.held = size
-        while self._held > BUFFERED_BYTES:
+        self._buffered += size - conn.counted_bytes
+        conn.counted_bytes = size
+        while self._buffered > BUFFERED_BYTES:
             self._report()
-            self._drop(next(one for one in self._polled if one.held))
+            self._drop(next(one for one in self._polled if one.counted_bytes))
 
     def _on_event(self, conn: Connection, _: Any) -> None:
-        if conn not in self._polled:  # closed by an event of the same turn
+        if conn not in self._polled:  # closed by another event of the same iteration
             return
         try:
             if conn.sock.unsent:
                 if conn.sock.send_rest():
                     self._forget(conn)
-                    self._go_on(conn)
+                    self._finish_response(conn)
                 return
             data = conn.sock.recv(RECEIVE_BYTES, socket.MSG_DONTWAIT)
         except BlockingIOError:
@@ -169,7 +170,7 @@ class WebWorker(ThreadWorker):  # type: ignore[misc]
             self._receive(conn, data)
 
     def murder_keepalived(self, force: bool = False) -> None:
-        """Once a second: end what has waited too long. `force`: everything."""
+        """Close connections that have waited too long, at most once a second; with `force`, all at once."""
         now = time.monotonic()
         if now < self._checked_at + 1 and not force:
             return
@@ -181,15 +182,15 @@ class WebWorker(ThreadWorker):  # type: ignore[misc]
                 self._drop(conn)
 
     def _cap_keepalive(self, deadline: float) -> None:
-        """The worker stops: what is not a complete request by then is dropped. Answers are sent to their end."""
+        """Drop requests that are incomplete at the deadline, because the worker stops. Responses are sent in full."""
         for conn in self._polled:
             if not conn.sock.unsent:
                 conn.deadline = min(conn.deadline, deadline)
 
-    # --- requests and answers
+    # --- receive requests, send responses
 
     def _receive(self, conn: Connection, data: bytes) -> None:
-        """Take bytes of a request; when it is complete, a thread answers it."""
+        """Add bytes to a request; a complete request is given to a thread."""
         if not conn.has_begun:
             now = time.monotonic()
             conn.deadline, conn.last_deadline = now + HEAD_SECONDS, now + REQUEST_SECONDS
@@ -210,7 +211,7 @@ class WebWorker(ThreadWorker):  # type: ignore[misc]
         self._count(conn)
 
     def handle_error(self, req: Any, client: ClientSocket, addr: Any, exc: BaseException) -> None:
-        """Answer a request that gunicorn's parser refuses with the one error shape, instead of gunicorn's HTML."""
+        """Respond to a request that gunicorn's parser refuses in the API's error format, not in gunicorn's HTML."""
         if not isinstance(exc, ParseException):
             super().handle_error(req, client, addr, exc)
             return
@@ -230,7 +231,7 @@ class WebWorker(ThreadWorker):  # type: ignore[misc]
         self._send_rest(conn)
 
     def enqueue_req(self, conn: Connection) -> None:
-        """Give a complete request to a thread; the opening of a stream to one of few."""
+        """Give a complete request to a thread; requests for streams share a limited number of threads."""
         if conn.parser.path != STREAM_PATH:
             super().enqueue_req(conn)
             return
@@ -243,7 +244,7 @@ class WebWorker(ThreadWorker):  # type: ignore[misc]
             super().enqueue_req(self._openings.popleft())
 
     def finish_request(self, conn: Connection, fs: Any) -> None:
-        """A thread is done with a request: send what is left of the answer, then go on with the connection."""
+        """Send the rest of the response of a thread that has finished, then wait for the next request."""
         if conn.parser.path == STREAM_PATH:
             self._free_openings += 1
             self._start_openings()
@@ -251,7 +252,7 @@ class WebWorker(ThreadWorker):  # type: ignore[misc]
             conn.keep = not fs.cancelled() and fs.result() is True
         except Exception:
             conn.keep = False
-        if conn.sock.fileno() < 0:  # a stream, handed over
+        if conn.sock.fileno() < 0:  # a stream, which the hub has taken over
             self.nr_conns -= 1
         else:
             self._send_rest(conn)
@@ -260,10 +261,10 @@ class WebWorker(ThreadWorker):  # type: ignore[misc]
         if conn.sock.unsent:
             self._wait(conn, time.monotonic() + SEND_SECONDS, selectors.EVENT_WRITE)
         else:
-            self._go_on(conn)
+            self._finish_response(conn)
 
-    def _go_on(self, conn: Connection) -> None:
-        """The answer is sent: wait for the next request, of which a part may have arrived, or close."""
+    def _finish_response(self, conn: Connection) -> None:
+        """Wait for the next request, of which a part may have arrived, or close the connection."""
         if not conn.keep:
             self._linger(conn)
             return
@@ -275,10 +276,10 @@ class WebWorker(ThreadWorker):  # type: ignore[misc]
 
 
 def _refusal(status: int, detail: str) -> bytes:
-    """A whole response that refuses a request and ends the connection."""
-    answer = problem(status, detail, code="malformed_request" if status == 400 else None)
+    """The bytes of an error response that closes the connection."""
+    response = problem(status, detail, code="malformed_request" if status == 400 else None)
     head = (
-        f"HTTP/1.1 {answer.status}\r\nConnection: close\r\nContent-Type: {answer.content_type}\r\n"
-        f"Content-Length: {answer.content_length}\r\n\r\n"
+        f"HTTP/1.1 {response.status}\r\nConnection: close\r\nContent-Type: {response.content_type}\r\n"
+        f"Content-Length: {response.content_length}\r\n\r\n"
     )
-    return head.encode() + answer.get_data()
+    return head.encode() + response.get_data()

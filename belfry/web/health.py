@@ -1,4 +1,4 @@
-"""Whether it runs, whether it is ready, and its figures for Prometheus."""
+"""Health, readiness and metrics: /healthz, /readyz and /metrics."""
 
 import hmac
 import json
@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
-from typing import Any
 
 from flask import Blueprint, Response, current_app, g, request
 from flask.blueprints import BlueprintSetupState
@@ -26,12 +25,12 @@ from config import settings, tuning
 
 blueprint = Blueprint("health", __name__)
 _EXTENSION = "belfry.readiness"
-RECOVERY_SECONDS = 30  # within which work that was lost is to go on
+RECOVERY_SECONDS = 30  # within which lost work must continue
 
 
 @blueprint.get("/healthz")
 def healthz() -> Response:
-    """The process answers. It asks nothing of the database or of Redis."""
+    """Respond with 200 while the process runs. Uses neither PostgreSQL nor Redis."""
     return json_response('{"status": "ok"}', 200)
 
 
@@ -41,7 +40,7 @@ def _remember_readiness(state: BlueprintSetupState) -> None:
 
 
 class _Readiness:
-    """The last check: made again by the first request that finds it old, while the others wait for it."""
+    """The last check, which is repeated by the first request that finds it too old, while the others wait for it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -49,8 +48,10 @@ class _Readiness:
         self._checked_at = float("-inf")  # `time.monotonic()`
 
     def get(self) -> tuple[dict[str, str], dict[str, int]]:
-        """What does not work, by part ("ok" where it does), and since when parts of the sweep other than an overdue
-        recovery fail. tuning.readiness_cache_seconds old at most."""
+        """({dependency: "ok" or the error}, {step of the sweep: time since which it fails}).
+
+        At most `tuning.readiness_cache_seconds` old. An overdue recovery is an error and no failing step.
+        """
         with self._lock:
             if time.monotonic() - self._checked_at >= tuning.readiness_cache_seconds:
                 self._found = self._check()
@@ -68,107 +69,74 @@ class _Readiness:
 
 @blueprint.get("/readyz")
 def readyz() -> Response:
-    """200 when database and Redis answer, migrations are done, no partition is missing and lost work is recovered; else
-    503, and what is not.
+    """200 where PostgreSQL and Redis respond, migrations and partitions are complete and lost work is recovered.
 
-    `warnings` are parts of the sweep that fail: nobody waits for them, but an operator has to look into it. Recovery is
-    among them at first, and an error once lost work waits longer than RECOVERY_SECONDS.
+    Otherwise 503, with the reasons in `errors`. `warnings` names steps of the sweep that fail, which delay nobody but
+    need an operator. Recovery is one of them at first, and an error once lost work waits longer than RECOVERY_SECONDS.
     """
     parts, failing = current_app.extensions[_EXTENSION].get()
-    wrong = {part: [why] for part, why in parts.items() if why != "ok"}
-    if wrong:
-        return problem(503, "Not ready; `errors` says what is not.", errors=wrong)
-    warnings = [_failing(part, since) for part, since in sorted(failing.items())]
+    errors = {part: [reason] for part, reason in parts.items() if reason != "ok"}
+    if errors:
+        return problem(503, "Not ready; `errors` says why.", errors=errors)
+    warnings = [_failing(step, since) for step, since in sorted(failing.items())]
     return json_response(json.dumps({"status": "ok", **parts, "warnings": warnings}), 200)
 
 
-def _failing(part: str, since: int) -> str:
+def _failing(step: str, since: int) -> str:
     when = datetime.fromtimestamp(since, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    return f"The worker's {part} has failed each time since {when}; its log says why."
+    return f"The worker's {step} has failed each time since {when}; its log says why."
 
 
-Reading = tuple[str, str, list[str], list[tuple[list[str], float]]]
+METRICS = {
+    "belfry_dependency_up": ("1 if a dependency responds, otherwise 0", ["dependency"]),
+    "belfry_queue_jobs": ("Jobs of a queue by state", ["queue", "state"]),
+    "belfry_rq_workers": ("Registered workers", []),
+    "belfry_runs": ("Unfinished and failed runs by state", ["state"]),
+    "belfry_oldest_unfinished_run_age_seconds": ("Age of the oldest unfinished run; 0 without one", []),
+    "belfry_partitions_missing": ("Ranges of message ids that have no partition, so that nobody is notified", []),
+    "belfry_sweep_part_failing": ("1 for a step of the sweep that failed the last time", ["part"]),
+    "belfry_sweep_part_last_success_timestamp_seconds": ("Time of the last success of a step of the sweep", ["part"]),
+}
+"""{metric: (description, names of its labels)}."""
+Sample = tuple[str, list[str], float]
 
 
-def _readings() -> list[Reading]:
-    """What /metrics shows: (name, what it is, names of labels, [(labels, value), ...]) each.
-
-    What is unavailable has no values, and `belfry_dependency_up` says so.
-    """
-    waiting: list[tuple[list[str], float]] = []
-    workers: list[tuple[list[str], float]] = []
-    redis_up = redis.redis_answers()
+def _samples() -> Iterator[Sample]:
+    """(metric, values of its labels, value) of each sample. An unavailable dependency has none but its own."""
+    redis_up, database_up = redis.redis_answers(), False
     if redis_up:
         for name in queues.QUEUES:
-            one = queues.queue(name)
-            waiting.append(([name, "queued"], one.count))
-            for state, registry in (
-                ("started", one.started_job_registry),
-                ("scheduled", one.scheduled_job_registry),
-                ("failed", one.failed_job_registry),
-            ):
-                waiting.append(([name, state], registry.get_job_count(cleanup=False)))
-        workers.append(([], Worker.count(connection=redis.redis_connection())))
-    unfinished: dict[str, Any] | None = None
-    missing: int | None = None
+            queue = queues.queue(name)
+            yield "belfry_queue_jobs", [name, "queued"], queue.count
+            for state in ("started", "scheduled", "failed"):
+                registry = getattr(queue, f"{state}_job_registry")
+                yield "belfry_queue_jobs", [name, state], registry.get_job_count(cleanup=False)
+        yield "belfry_rq_workers", [], Worker.count(connection=redis.redis_connection())
+        yield from (("belfry_sweep_part_failing", [step], 1) for step in sweep_status.sweep_times("failing since"))
+        for step, when in sweep_status.sweep_times("succeeded at").items():
+            yield "belfry_sweep_part_last_success_timestamp_seconds", [step], when
     with suppress(OperationalError, InterfaceError):
-        unfinished = runs.count_unfinished()
-        missing = len(partitions.missing_ranges(ahead=False))
-    return [
-        (
-            "belfry_dependency_up",
-            "1 if a dependency answers, otherwise 0",
-            ["dependency"],
-            [(["redis"], float(redis_up)), (["database"], float(unfinished is not None))],
-        ),
-        ("belfry_queue_jobs", "Jobs of a queue by state", ["queue", "state"], waiting),
-        ("belfry_rq_workers", "Workers that are registered", [], workers),
-        (
-            "belfry_runs",
-            "Runs that are not finished, and failed ones, by state",
-            ["state"],
-            [([state], count) for state, count in unfinished["states"].items()] if unfinished else [],
-        ),
-        (
-            "belfry_oldest_unfinished_run_age_seconds",
-            "Age of the oldest unfinished run; 0 when all is done",
-            [],
-            [([], unfinished["oldest_seconds"])] if unfinished else [],
-        ),
-        (
-            "belfry_partitions_missing",
-            "Ranges of message ids of which nobody can be notified, for lack of a partition",
-            [],
-            [([], missing)] if missing is not None else [],
-        ),
-        (
-            "belfry_sweep_part_failing",
-            "1 for a part of the workers' sweep that failed the last time",
-            ["part"],
-            [([part], 1.0) for part in sweep_status.sweep_times("failing since")] if redis_up else [],
-        ),
-        (
-            "belfry_sweep_part_last_success_timestamp_seconds",
-            "When a part of the workers' sweep succeeded last",
-            ["part"],
-            [([part], when) for part, when in sweep_status.sweep_times("succeeded at").items()] if redis_up else [],
-        ),
-    ]
+        unfinished, missing = runs.count_unfinished(), partitions.missing_ranges(ahead=False)
+        database_up = True
+        yield from (("belfry_runs", [state], count) for state, count in unfinished["states"].items())
+        yield "belfry_oldest_unfinished_run_age_seconds", [], unfinished["oldest_seconds"]
+        yield "belfry_partitions_missing", [], len(missing)
+    yield "belfry_dependency_up", ["redis"], redis_up
+    yield "belfry_dependency_up", ["database"], database_up
 
 
-class _Readings:
-    """Asked anew at each scrape: nothing is kept in a process, so any web process gives the same answer."""
+class _Collector:
+    """Reads all samples at each scrape: no process keeps any, so every web process gives the same response."""
 
     def collect(self) -> Iterator[Metric]:
-        for name, about, labels, values in _readings():
-            family = GaugeMetricFamily(name, about, labels=labels)
-            for label_values, value in values:
-                family.add_metric(label_values, value)
-            yield family
+        families = {name: GaugeMetricFamily(name, about, labels=labels) for name, (about, labels) in METRICS.items()}
+        for name, labels, value in _samples():
+            families[name].add_metric(labels, value)
+        yield from families.values()
 
 
 def is_scraper() -> bool:
-    """Whether this is a request to /metrics with METRICS_TOKEN. Asks nothing of the database, which may be away."""
+    """Whether this is a request to /metrics with METRICS_TOKEN. Does not use PostgreSQL, which may be unavailable."""
     if request.endpoint != "health.metrics" or not settings.metrics_token:
         return False
     return hmac.compare_digest((bearer_token() or "").encode(), settings.metrics_token.encode())
@@ -176,12 +144,12 @@ def is_scraper() -> bool:
 
 @blueprint.get("/metrics")
 def metrics() -> Response:
-    """Queues, workers and unfinished runs, as Prometheus reads them. For admins, and with METRICS_TOKEN."""
+    """Queues, workers and unfinished runs in Prometheus' format, for admins and for METRICS_TOKEN."""
     if not is_scraper():
         if g.user is None:
             raise HttpProblem(401, "Send an admin's token, or METRICS_TOKEN.", {"WWW-Authenticate": "Bearer"})
         if not g.user.is_admin:
             raise HttpProblem(403, "Only admins may read the metrics.")
     registry = CollectorRegistry()
-    registry.register(_Readings())
+    registry.register(_Collector())
     return Response(generate_latest(registry), mimetype="text/plain; version=0.0.4")

@@ -1,4 +1,4 @@
-"""The one error shape (RFC 9457), and the one place where it is made."""
+"""Error responses: every error of the API has the shape of RFC 9457, which is made only here."""
 
 import logging
 from http import HTTPStatus
@@ -58,7 +58,7 @@ _DETAIL_CHARACTERS = 500
 
 
 class HttpProblem(Exception):
-    """A refusal that only HTTP knows: 400, 401, 403, 404, 415, 429."""
+    """An error of HTTP and not of the domain: 400, 401, 403, 404, 408, 413, 415, 422, 429, 431."""
 
     def __init__(self, status: int, detail: str, headers: dict[str, str] | None = None) -> None:
         super().__init__(detail)
@@ -73,8 +73,8 @@ def problem(
     errors: dict[str, Any] | None = None,
     headers: dict[str, str] | None = None,
 ) -> Response:
-    """An answer that refuses. `code` is the status's own unless given; `errors` is {field: [why, ...]}, and is
-    `limited` here."""
+    """An error response. `code` is by default that of the status; `errors` is {field: [reason, ...]}, shortened by
+    `limited`."""
     body: dict[str, Any] = {
         "type": "about:blank",
         "title": HTTPStatus(status).phrase,
@@ -84,15 +84,15 @@ def problem(
     }
     if errors is not None:
         body["errors"] = limited(errors)
-    answer = Response(json.dumps(body) + "\n", status, mimetype="application/problem+json")
-    answer.headers.update(headers or {})
-    return answer
+    response = Response(json.dumps(body) + "\n", status, mimetype="application/problem+json")
+    response.headers.update(headers or {})
+    return response
 
 
 def limited(errors: dict[str, list[str]]) -> dict[str, list[str]]:
-    """The first MAX_ERRORS fields with as many reasons each, in short, and how many more there are.
+    """The first MAX_ERRORS fields with at most MAX_ERRORS reasons each, shortened, and how many more there are.
 
-    Nobody corrects a thousand fields by reading, and an answer must not be much larger than its request.
+    A response must not be much larger than its request.
     """
     shown: dict[str, list[str]] = {}
     for field, reasons in islice(errors.items(), MAX_ERRORS):
@@ -107,13 +107,13 @@ def limited(errors: dict[str, list[str]]) -> dict[str, list[str]]:
 
 
 def register(app: Flask) -> None:
-    """Give every error of the app this shape: ours, Flask's, the database's, and what nobody foresaw."""
+    """Register the error handlers: for the domain's errors, Flask's, the database's, and all others."""
 
     @app.errorhandler(DomainError)
     def refused(error: DomainError) -> Response:
         status = next(number for kind, number in STATUS.items() if isinstance(error, kind))
         errors = error.errors if isinstance(error, Invalid) else None
-        detail = "A field is wrong; `errors` says which and why." if errors is not None else error.detail
+        detail = "A field is invalid; `errors` says which and why." if errors is not None else error.detail
         headers = {"WWW-Authenticate": 'Bearer realm="belfry"'} if isinstance(error, Unauthenticated) else None
         return problem(status, detail, code=error.code, errors=errors, headers=headers)
 
@@ -126,16 +126,16 @@ def register(app: Flask) -> None:
         status = error.code or 500
         headers = {name: value for name, value in error.get_headers() if name in ("Allow", "Retry-After", "Location")}
         details = {
-            404: "There is nothing at this address.",
-            405: "This address does not take this method; Allow lists those that it takes.",
+            404: "There is no such page.",
+            405: "This method is not allowed here; the header Allow lists the allowed ones.",
             413: "The body is larger than 64 KiB.",
         }
         return problem(status, details.get(status, error.description or ""), headers=headers)
 
     @app.errorhandler(IntegrityError)
-    def overtaken(error: IntegrityError) -> Response:
-        log.warning("overtaken: %s", error)
-        return problem(409, "Something that this needs was changed or removed at the same time. Try again.")
+    def concurrent_change(error: IntegrityError) -> Response:
+        log.warning("refused by a constraint: %s", error)
+        return problem(409, "A row that this request needs was changed or deleted at the same time. Try again.")
 
     @app.errorhandler(OperationalError)
     @app.errorhandler(InterfaceError)
@@ -147,4 +147,4 @@ def register(app: Flask) -> None:
     @app.errorhandler(Exception)
     def crashed(error: Exception) -> Response:
         log.error("request %s crashed", g.get("request_id"), exc_info=error)
-        return problem(500, f"Something broke here. It has been logged as request {g.get('request_id')}.")
+        return problem(500, f"Internal error. It was logged as request {g.get('request_id')}.")

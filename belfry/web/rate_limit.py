@@ -1,12 +1,12 @@
-"""Rate limits: by user, and by client address where no user is known, counted on Redis for all web processes together.
+"""Rate limits by user, or by client address without a user, counted in Redis for all web processes together.
 
-- A user's posts and edits count as `messages`, everything else of theirs as `other`, unknown paths included.
-- Requests without a user count by address as `anonymous`: one limit for all of them, wrong tokens included. Nobody
-  guesses a token of 256 random bits, so what is limited is load.
-- /healthz and static files do not count: counting would cost more than they do.
+- A user's posts and edits count as `messages`; all other requests of a user count as `other`, unknown paths included.
+- Requests without a user, invalid tokens included, count by address as `anonymous`. Nobody guesses a token of 256
+  random bits, so this limits load and not guesses.
+- /healthz and static files are not counted: counting would cost more than serving them.
 
-Never by anything that a caller can make up (a token's beginning, a forwarded address that no trusted proxy wrote).
-With Redis out, requests pass, and the log says so.
+Requests never count by something that a client can choose, such as a forwarded address that no trusted proxy wrote.
+While Redis is unavailable, requests are allowed, and a warning is logged.
 """
 
 import ipaddress
@@ -29,18 +29,19 @@ log = logging.getLogger(__name__)
 
 _UNCOUNTED = ("static", "health.healthz")
 WITHOUT_USER = (*_UNCOUNTED, "health.readyz", "openapi.docs", "openapi.openapi_json")
-"""Endpoints that are the same for everybody: nobody is looked up for them, and the address counts."""
+"""Flask endpoints whose response is the same for everybody: no user is read, and they count by address."""
 
-# A sliding window, of two that are counted: those of the last one weigh as much as of it is still in sight. What is
-# refused does not count. Redis's own clock, and one round trip: whether it may, how many are left, and the
-# milliseconds until there is one more.
-_HIT = """
+_HIT_LUA = """
+-- A sliding window over two counted periods: the earlier one counts by the share of it that is within the window.
+-- KEYS: the counter. ARGV: limit, seconds of the period.
+-- Returns 1 if the request is allowed, how many remain, and the milliseconds until one more is allowed. A refused
+-- request does not count.
 local most, period = tonumber(ARGV[1]), tonumber(ARGV[2])
 local time = redis.call('TIME')
 local now = time[1] + time[2] / 1000000
 local found = redis.call('HMGET', KEYS[1], 'began', 'count', 'before')
 local began, count, before = tonumber(found[1] or now), tonumber(found[2] or 0), tonumber(found[3] or 0)
-began = math.min(began, now)  -- of a Redis whose clock went back
+began = math.min(began, now)  -- the clock may have been set back
 if now >= began + 2 * period then
     began, count, before = now, 0, 0
 elseif now >= began + period then
@@ -48,8 +49,8 @@ elseif now >= began + period then
 end
 local to_come = began + period - now
 local left = most - count - math.floor(before * to_come / period)
-local may = left > 0
-if may then
+local allowed = left > 0
+if allowed then
     count, left = count + 1, left - 1
     redis.call('HSET', KEYS[1], 'began', began, 'count', count, 'before', before)
     redis.call('EXPIRE', KEYS[1], 2 * period)
@@ -58,17 +59,17 @@ local one_more = to_come
 if before > 0 then
     one_more = to_come % (period / before)
 end
-return {may and 1 or 0, math.max(0, left), math.ceil(one_more * 1000)}
+return {allowed and 1 or 0, math.max(0, left), math.ceil(one_more * 1000)}
 """
 
 
 @cache
 def _script(connection: Redis) -> Script:
-    return connection.register_script(_HIT)
+    return connection.register_script(_HIT_LUA)
 
 
 def _limits(scope: str) -> list[RateLimitItem]:
-    """The limits of a scope, the one of the shortest period first."""
+    """The limits of a scope, the shortest period first."""
     return _parsed(
         {
             "messages": settings.rate_limit_messages,
@@ -85,58 +86,52 @@ def _parsed(text: str) -> list[RateLimitItem]:
 
 
 def limit_messages(view: View) -> View:
-    """RATE_LIMIT_MESSAGES for one author: posts and edits together. Everything else has RATE_LIMIT_DEFAULT."""
+    """Apply RATE_LIMIT_MESSAGES to a view in place of RATE_LIMIT_DEFAULT."""
     view.limited_as = "messages"  # type: ignore[attr-defined]
     return view
 
 
 def limit_streams(view: View) -> View:
-    """`tuning.stream_openings` for one person: what a client missed costs more than other requests to find."""
+    """Apply `tuning.stream_openings` to a view: finding what a client missed is expensive."""
     view.limited_as = "streams"  # type: ignore[attr-defined]
     return view
 
 
 def register(app: Flask) -> None:
-    """Count every request. After `_authenticate`, before the views."""
+    """Count every request, after authentication and before the views."""
     app.before_request(_count)
     app.after_request(_set_headers)
 
 
 def _count() -> None:
-    """Count a request; `g.limit` gets the values of the response's headers. Raises 429 beyond the limit."""
+    """Count a request, and set `g.limit` for the response's headers. Raises 429 beyond the limit."""
     if request.endpoint in _UNCOUNTED:
         return
     if g.user is None:
-        scope, key, whom = "anonymous", f"address:{client_address()}", "address"
+        scope, key, subject = "anonymous", f"address:{client_address()}", "address"
     else:
         view = current_app.view_functions.get(request.endpoint or "")
-        scope, key, whom = getattr(view, "limited_as", "other"), f"user:{g.user.id}", "person"
+        scope, key, subject = getattr(view, "limited_as", "other"), f"user:{g.user.id}", "user"
     for limit in _limits(scope):
         try:
-            may, left, milliseconds = _hit(limit, key, scope)
+            counter = limit.key_for("belfry", key, scope)
+            allowed, left, milliseconds = _script(redis_connection())([counter], [limit.amount, limit.get_expiry()])
         except RedisError as error:
-            log.warning("Redis is unavailable, nobody is counted: %s", error)
+            log.warning("Redis is unavailable, requests are not counted: %s", error)
             return
         seconds = math.ceil(milliseconds / 1000)
-        if "limit" not in g or not may or left < g.limit[1]:
+        if "limit" not in g or not allowed or left < g.limit[1]:
             g.limit = limit.amount, left, seconds
-        if not may:
-            detail = f"Too many requests: {limit} for one {whom}."
+        if not allowed:
+            detail = f"Too many requests: {limit} for one {subject}."
             raise HttpProblem(429, detail, {"Retry-After": str(seconds)})
 
 
-def _hit(limit: RateLimitItem, key: str, scope: str) -> tuple[int, int, int]:
-    """Whether it may, how many are left, and in how many milliseconds there is one more."""
-    key = limit.key_for("belfry", key, scope)
-    may, left, milliseconds = _script(redis_connection())([key], [limit.amount, limit.get_expiry()])
-    return may, left, milliseconds
-
-
 def client_address() -> str:
-    """The client's IPv4 address, or the /64 of its IPv6 address, as far as TRUSTED_PROXIES can be believed.
+    """The client's IPv4 address, or the /64 of its IPv6 address; `unknown` for a Unix socket.
 
-    With 0 the peer's. With n the n-th of X-Forwarded-For from the right, which the n-th proxy wrote: clients can put
-    anything to the left of it. Where that is missing or no address, the peer's; `unknown` for a Unix socket.
+    With TRUSTED_PROXIES=0 the address of the peer. With n the n-th address of X-Forwarded-For from the right, which the
+    n-th proxy wrote, because clients can write anything to the left of it; the peer's where it is missing or invalid.
     """
     proxies, peer = settings.trusted_proxies, request.environ.get("REMOTE_ADDR", "")
     forwarded = request.headers.get("X-Forwarded-For", "").rsplit(",", proxies) if proxies else []
@@ -145,7 +140,7 @@ def client_address() -> str:
 
 
 def _network(text: str) -> str | None:
-    """An address in its one spelling, without a port, an IPv6 address as its /64; None for what is no address."""
+    """An address in its canonical form without a port, an IPv6 address as its /64; None for an invalid one."""
     text = text.strip()
     if text.startswith("["):
         text = text[1:].partition("]")[0]
@@ -162,10 +157,8 @@ def _network(text: str) -> str | None:
     return f"{ipaddress.IPv6Address(int(address) >> 64 << 64)}/64"
 
 
-def _set_headers(answer: Response) -> Response:
+def _set_headers(response: Response) -> Response:
     if "limit" in g:
-        most, left, seconds = g.limit
-        answer.headers["RateLimit-Limit"] = str(most)
-        answer.headers["RateLimit-Remaining"] = str(left)
-        answer.headers["RateLimit-Reset"] = str(seconds)
-    return answer
+        for name, value in zip(("Limit", "Remaining", "Reset"), g.limit, strict=True):
+            response.headers[f"RateLimit-{name}"] = str(value)
+    return response

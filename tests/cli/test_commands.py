@@ -99,7 +99,7 @@ def test_runs_are_listed_shown_replayed_and_retried(command, api, cast, run_jobs
     api(cast.subscriber).post("/api/messages", json={"channel_id": cast.general, "content": "gold"})
     run_jobs()
     assert "succeeded" in command("runs", "list").stdout
-    assert command("runs", "list", "--state", "failed").stdout == ""
+    assert command("runs", "list", "--state", "failed").stdout == "no runs\n"
     assert "no_subscription" in command("runs", "show", "1").stdout
     assert command("runs", "show", "99", code=1).output == "Error: There is no run 99.\n"
 

@@ -17,11 +17,12 @@ from rq.exceptions import NoSuchJobError
 from rq.job import Job
 
 import jobs
+from belfry.core.db import LARGEST_ID
 from belfry.fanout.claims import WorkItem
 from belfry.queue import job_class, queues
 from belfry.queue.job_class import BelfryJob
 from config import settings
-from models import LARGEST_ID, Run
+from models import Run
 from tests.fanout_helpers import post
 from tests.processes import RQ_WORKER, a_worker, running, wait_until
 from tests.worker.test_worker import horses_of

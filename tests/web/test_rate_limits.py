@@ -83,7 +83,7 @@ def test_of_several_limits_each_holds_and_the_refusing_one_is_reported(post, lim
     assert notified(post()) == ("2", "1"), "the shortest, while none refuses"
     post()
     problem = post()
-    assert assert_problem(problem, 429, "rate_limited")["detail"] == "Too many requests: 2 per 1 second for one person."
+    assert assert_problem(problem, 429, "rate_limited")["detail"] == "Too many requests: 2 per 1 second for one user."
     assert (notified(problem), problem.headers["Retry-After"]) == (("2", "0"), "1")
     time.sleep(2.1)
     post()
@@ -217,7 +217,7 @@ def test_while_redis_is_out_of_reach_requests_pass_and_the_log_says_so(post, red
         answer = post()
     assert answer.status_code == 201
     assert "RateLimit-Limit" not in answer.headers
-    assert "nobody is counted" in caplog.text
+    assert "requests are not counted" in caplog.text
 
 
 def test_a_redis_that_was_replaced_learns_the_script_again(post, redis):

@@ -3,35 +3,17 @@
 from typing import Any
 
 import schemas
-from belfry.core.db import Row
 from belfry.fanout import runs
 from belfry.messages import test_notifications
 from belfry.queue.queues import enqueue_run
 from belfry.web.endpoint import ApiResponse, api, current_user, endpoint, nothing, paginate
-from models import User
-
-HIDDEN_ERROR = "The last attempt failed. Admins can see the error."
-
-
-def describe_run(run: Row, viewer: User | None = None) -> Row:
-    """Serialize a run. Its error may name hosts and statements, so only admins see it.
-
-    `viewer` None is an operator, or an admin's endpoint.
-    """
-    shown = {"error": HIDDEN_ERROR} if run["error"] and viewer and not viewer.is_admin else {}
-    return {
-        **run,
-        **shown,
-        "progress": {"done": run["members_processed"], "total": run["members_total"]},
-        "stats": runs.statistics(run),
-    }
 
 
 @api.get("/runs/<id:run_id>")
 @endpoint(response=schemas.Run)
 def get_run(run_id: int) -> Any:
     """Get the progress and statistics of a run: the message's author and admins."""
-    return describe_run(runs.find_run(run_id, current_user()), current_user())
+    return runs.find_run(run_id, current_user())
 
 
 @api.get("/runs")
@@ -40,12 +22,9 @@ def list_runs(query: dict[str, Any]) -> Any:
     """List all runs, newest first."""
     return paginate(
         query,
-        lambda before, limit: [
-            describe_run(run)
-            for run in runs.list_runs(
-                before=before, limit=limit, state=query["state"], channel_id=query["channel_id"]
-            )
-        ],
+        lambda before, limit: runs.list_runs(
+            before=before, limit=limit, state=query["state"], channel_id=query["channel_id"]
+        ),
         lambda run: run["id"],
     )
 
@@ -77,4 +56,4 @@ def test_notification(body: dict[str, Any]) -> ApiResponse:
     """Send a test notification through the real queue, to the caller or to a channel."""
     run_id = test_notifications.send_test(current_user(), body["channel_id"], body["content"], body["audience"])
     enqueue_run(run_id)
-    return ApiResponse(describe_run(runs.find_run(run_id)), headers={"Location": f"/api/runs/{run_id}"})
+    return ApiResponse(runs.find_run(run_id), headers={"Location": f"/api/runs/{run_id}"})

@@ -11,7 +11,7 @@ from flask import Blueprint, Response, g, redirect, render_template, request, ur
 from markupsafe import Markup
 from werkzeug.wrappers import Response as AnyResponse
 
-from belfry.core.db import Row
+from belfry.core.db import LARGEST_ID, Row
 from belfry.core.errors import Forbidden, NotFound
 from belfry.inbox import inbox
 from belfry.inbox.inbox import parse_notification_id
@@ -34,7 +34,7 @@ from belfry.stream.publish import publish
 from belfry.web import auth
 from belfry.web.endpoint import READS
 from belfry.web.problems import HttpProblem
-from models import LARGEST_ID, User
+from models import User
 
 PARTS = ("pages.messages", "pages.notifications")  # for the parts of a page that its scripts fetch
 POLICY = auth.POLICY + (
