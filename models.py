@@ -1,8 +1,8 @@
-"""Every table, index and constraint. `migrations/` builds them; a test holds the two together.
+"""Every table, index and constraint. `migrations/` creates them; a test compares the two.
 
-The database refuses what the rules forbid: a role of another server, a second subscription, a second
-notification for one person and message. Times are `timestamptz` in UTC. Text with a fixed set of values
-has a CHECK; the four reasons of a notification are a type, `reason`.
+The database refuses what the rules forbid: a role of another server, a second subscription of a user, a second
+notification of a user for one message. Times are `timestamptz` in UTC. Text with a fixed set of values has a CHECK; the
+four reasons of a notification are the type `reason`.
 """
 
 from datetime import UTC, datetime
@@ -31,15 +31,15 @@ from belfry.core.db import db
 
 SUBSCRIPTION_STATUSES = (
     "active", "trialing", "past_due", "canceled", "unpaid", "incomplete", "incomplete_expired", "paused",
-)  # the payment provider's words (Stripe's)  # fmt: skip
+)  # as Stripe names them  # fmt: skip
 RUN_KINDS = ("message", "edit", "test", "replay")
 RUN_STATES = ("pending", "queued", "running", "succeeded", "failed")
 UNFINISHED_STATES = ("pending", "queued", "running")
 POSTING = ("members", "admins")
 LEVELS = ("all", "mentions", "none")
 REASONS = ("message", "mention", "mention_role", "mention_everyone")
-QUEUED_SECONDS = 3  # that what is in the queue is taken to be on its way, before anybody asks whether it still waits
-MAX_ATTEMPTS = 6  # attempts before a run, or a slice of it, is failed: the first, and five retries
+QUEUED_SECONDS = 3  # after which the sweeper checks whether a queued work item is still in the queue
+MAX_ATTEMPTS = 6  # of a run or slice before it is failed: the first, and five retries
 
 
 class TimeField(Field):
@@ -52,19 +52,19 @@ class TimeField(Field):
 
 
 class ReasonField(Field):
-    """Why a user was notified: a type of the database, which has no other values."""
+    """The reason of a notification: an enum of the database."""
 
     field_type = "reason"
 
 
 class TransactionField(Field):
-    """A transaction's number, of those that never come round again."""
+    """The id of a transaction, in 64 bits, which do not wrap around."""
 
     field_type = "XID8"
 
 
 class SnapshotField(Field):
-    """Which transactions can be seen."""
+    """A snapshot: the set of transactions that are visible."""
 
     field_type = "PG_SNAPSHOT"
 
@@ -82,12 +82,12 @@ class Table(Model):
     class Meta:
         database = db
         legacy_table_names = False
-        only_save_dirty = True  # what another request changed meanwhile stays
+        only_save_dirty = True  # keeps what another request has changed in the meantime
 
 
 class User(Table):
     id = BigAutoField()
-    username = TextField(unique=True, collation="C")  # in the order of bytes: its index finds beginnings as well
+    username = TextField(unique=True, collation="C")  # in the order of bytes, so that its index finds prefixes
     name = TextField()
     email = TextField(null=True)
     is_admin = BooleanField(constraints=[SQL("DEFAULT false")])
@@ -111,7 +111,7 @@ class ApiToken(Table):
 
 
 class Session(Table):
-    """A signed-in browser (belfry/identity/sessions.py). Its user is the token's: stored once."""
+    """A signed-in browser (belfry/identity/sessions.py). Its user is that of the token."""
 
     session_hash = BlobField(primary_key=True)
     token = ForeignKeyField(ApiToken, on_delete="CASCADE")
@@ -143,7 +143,7 @@ class Role(Table):
 
 
 class Member(Table):
-    """The key's order is that in which a fan-out walks: one server, ascending people."""
+    """The key has the order in which a fan-out reads members: by server, then by user id."""
 
     server = ForeignKeyField(Server, on_delete="CASCADE", index=False)
     user = ForeignKeyField(User, on_delete="CASCADE")
@@ -154,7 +154,7 @@ class Member(Table):
 
 
 class MemberRole(Table):
-    """Two composite foreign keys, so that nobody has a role of a server that they are not in."""
+    """Two composite foreign keys (in the migration) ensure that only members of a server have its roles."""
 
     role_id = BigIntegerField()
     user_id = BigIntegerField()
@@ -179,7 +179,7 @@ class Channel(Table):
 
 
 class ChannelRole(Table):
-    """Which roles open a private channel."""
+    """The roles that can see a private channel."""
 
     channel_id = BigIntegerField()
     role_id = BigIntegerField()
@@ -193,7 +193,7 @@ class ChannelRole(Table):
 
 
 class Preference(Table):
-    """No row means `all`. Keyed by channel first, because a fan-out reads one channel's."""
+    """No row means `all`. The key begins with the channel, because a fan-out reads those of one channel."""
 
     channel = ForeignKeyField(Channel, on_delete="CASCADE", index=False)
     user = ForeignKeyField(User, on_delete="CASCADE", index=False)
@@ -206,7 +206,7 @@ class Preference(Table):
 
 
 class Message(Table):
-    """`mentioned_*` are what `content` names, resolved when it was written and narrowed by `allowed_mentions`."""
+    """`mentioned_*` are the mentions in `content`, resolved when written, and narrowed by `allowed_mentions`."""
 
     id = BigAutoField()
     channel = ForeignKeyField(Channel, index=False)
@@ -216,24 +216,24 @@ class Message(Table):
     mentioned_roles = ArrayField(BigIntegerField, index=False, constraints=[SQL("DEFAULT '{}'")])
     mentions_everyone = BooleanField(constraints=[SQL("DEFAULT false")])
     allowed_mentions = JSONField(null=True)
-    visible_to_user = ForeignKeyField(User, null=True, index=False)  # of a test message for one user
+    visible_to_user = ForeignKeyField(User, null=True, index=False)  # only for a test message to one user
     created_at = TimeField(constraints=_now())
     edited_at = TimeField(null=True)
     deleted_at = TimeField(null=True)
 
     class Meta:
-        indexes = ((("channel_id", "id"), False),)  # a channel's newest first
+        indexes = ((("channel_id", "id"), False),)  # lists the newest messages of a channel
 
 
 class Run(Table):
-    """One fan-out of one message, and the outbox: written in the message's own transaction.
+    """One fan-out of one message. It is also the outbox, because it is inserted in the message's transaction.
 
-    - `attempts`: the number of the newest attempt, which is also its token: an older attempt cannot write any more.
+    - `attempts`: the number of the newest attempt, which is its token: an older attempt cannot write any more.
     - `attempts_left`: attempts before it is `failed`.
-    - `slices_left`: how many rows of `slice` it has; 0 until its audience turns out to be large.
+    - `slices_left`: the number of its rows in `slice`; 0 for a small audience, and until the slices are planned.
     - `members_processed`, `members_total`: progress; the total is NULL until the audience is counted.
-    - `sweep_after`: from when the sweeper may enqueue it again. NULL where it is finished, or waits for its slices.
-    - `mention_diff`: for an edit, the mentions that it added and removed.
+    - `sweep_after`: time from which the sweeper may enqueue it again; NULL where it is finished or has slices.
+    - `mention_diff`: the mentions that an edit added and removed.
     """
 
     id = BigAutoField()
@@ -256,11 +256,11 @@ class Run(Table):
     finished_at = TimeField(null=True)
 
 
-# One message is fanned out once as itself; edits and replays come on top.
+# A message has exactly one run of its own; edits and replays add others.
 Run.add_index(Run.message, unique=True, where=SQL("kind IN ('message', 'test')"), name="run_one_per_message")
-# The sweeper's question, and /metrics': what is unfinished, soonest first. Tiny: finished runs are not in it.
+# For the sweeper and /metrics: unfinished runs by time. It is small, because it contains no finished runs.
 Run.add_index(Run.sweep_after, where=SQL("state IN ('pending', 'queued', 'running')"), name="run_unfinished")
-# `runs list --state failed` and its like on a table of millions. Tiny as well.
+# For `runs list --state failed` on a table of millions.
 Run.add_index(Run.id, where=SQL("state = 'failed'"), name="run_failed")
 
 
@@ -285,12 +285,12 @@ class Slice(Table):
 
 
 class Notification(Table):
-    """One row for each user and message. The partition in use has no index but its key: each recipient pays for one.
+    """One row for each user and message. The partition in use has only its key, because each index slows the inserts.
 
     Partitioned by ranges of `message_id` (belfry/core/partitions.py), so that the key of the partition in use stays
-    small. There are no foreign keys, which halve the rate: users and messages are never deleted, so no row can dangle.
-    Title and body are made from the message when they are read. A removed notification is marked by `dismissed_at` and
-    not deleted, so that a repeated run cannot notify the user again.
+    small. There are no foreign keys, which halve the rate; they are not needed, because users and messages are never
+    deleted. Title and body are made from the message when they are read. A dismissed notification is marked by
+    `dismissed_at` and not deleted, so that a repeated run cannot notify the user again.
     """
 
     user_id = BigIntegerField()
@@ -305,7 +305,7 @@ class Notification(Table):
 
 
 class NotificationLog(Table):
-    """One row for each transaction that notified somebody, from which streams resume. Kept for a day.
+    """One row for each transaction that changed notifications, from which streams resume. Kept for a day.
 
     A client's cursor holds one of PostgreSQL's snapshots, which says exactly which `xid`s the client has seen, in
     whatever order they committed. The transaction's notifications have its `notified_at` as their `created_at`.
@@ -327,10 +327,10 @@ NotificationLog.add_index(NotificationLog.xid, where=SQL("counts_changed"), name
 
 
 class StreamEpoch(Table):
-    """One row, of an UNLOGGED table: gone after a crash and on promotion of a standby, and then made anew.
+    """One row of an UNLOGGED table, which is lost in a crash and when a standby is promoted, and is then created again.
 
-    Transaction ids that were handed out and not logged before a crash come again after it. So a position in the stream
-    is good only in the epoch in which it was given out.
+    After a crash PostgreSQL may use transaction ids again that it had assigned and not logged. So a cursor of the
+    stream is valid only in the epoch in which it was issued.
     """
 
     one = BooleanField(primary_key=True, constraints=[SQL("DEFAULT true"), Check("one")])

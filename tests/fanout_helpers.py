@@ -1,10 +1,9 @@
 """Runs done part by part in the test's own process, as a worker does them, without a queue; and what came of it."""
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
-
-import pytest
 
 from belfry.core import redis
 from belfry.core.db import db, execute, fetch_all, fetch_one
@@ -16,6 +15,9 @@ from belfry.messages import messages
 from belfry.servers.preferences import set_preference
 from models import TABLES, Notification
 from tests.people import Person
+
+AtFailpoint = Callable[[str, Callable[[], None]], None]
+"""The fixture `at_failpoint`."""
 
 
 class Killed(BaseException):
@@ -145,43 +147,69 @@ def contents() -> dict[str, list[str]]:
     }
 
 
+class _Recorder(logging.Handler):
+    """Keeps the (statement, parameters) that peewee logs at DEBUG."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.executed: list[tuple[str, Any]] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if isinstance(record.msg, tuple):
+            self.executed.append(record.msg)
+
+
 @contextmanager
-def statements() -> Iterator[list[str]]:
-    """A list of the SQL statements that are executed meanwhile."""
-    seen: list[str] = []
-    real = db.execute_sql
+def executed_statements() -> Iterator[list[tuple[str, Any]]]:
+    """A list of (SQL statement, parameters) that peewee executes in the block."""
+    logger, recorder = logging.getLogger("peewee"), _Recorder()
+    level, propagates = logger.level, logger.propagate
+    logger.setLevel(logging.DEBUG)
+    logger.propagate = False
+    logger.addHandler(recorder)
+    try:
+        yield recorder.executed
+    finally:
+        logger.removeHandler(recorder)
+        logger.setLevel(level)
+        logger.propagate = propagates
 
-    def execute_sql(sql: str, *arguments: Any, **named: Any) -> Any:
-        seen.append(sql)
-        return real(sql, *arguments, **named)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(db, "execute_sql", execute_sql)
-        yield seen
+class _Statements(Sequence[str]):
+    """The statements of `executed_statements`, without their parameters."""
+
+    def __init__(self, executed: list[tuple[str, Any]]) -> None:
+        self._executed = executed
+
+    def __getitem__(self, index: Any) -> Any:
+        return [sql for sql, _ in self._executed][index]
+
+    def __len__(self) -> int:
+        return len(self._executed)
+
+
+@contextmanager
+def statements() -> Iterator[Sequence[str]]:
+    """The SQL statements that are executed in the block."""
+    with executed_statements() as executed:
+        yield _Statements(executed)
 
 
 def is_slice(sql: str) -> bool:
     return "INSERT INTO notification" in sql
 
 
-def fail_at_slice(monkeypatch, number: int, error: BaseException) -> None:
-    """The so-manyth slice from here on fails after it has written its notifications, before it commits."""
-    real, begun = db.execute_sql, [0]
+def fail_at_slice(at_failpoint: AtFailpoint, number: int, error: BaseException) -> None:
+    """The given work item from here on, counted from 1, fails after it has inserted its notifications."""
+    reached = [0]
 
-    def execute_sql(sql: str, *arguments: Any, **named: Any) -> Any:
-        done = real(sql, *arguments, **named)
-        begun[0] += is_slice(sql)
-        if is_slice(sql) and begun[0] == number:
+    def fail() -> None:
+        reached[0] += 1
+        if reached[0] == number:
             raise error
-        return done
 
-    monkeypatch.setattr(db, "execute_sql", execute_sql)
-
-
-def fail_always(monkeypatch) -> None:
-    """Every fan-out of a message fails, together with others or alone."""
-    for statement in ("INSERT_NOTIFICATIONS_SQL", "INSERT_BATCH_SQL"):
-        monkeypatch.setattr(fanout, statement, "SELECT 1 / 0 AS decision")
+    at_failpoint("run.notified", fail)
+    at_failpoint("slice.notified", fail)
 
 
 EVERYBODY = {
@@ -195,8 +223,8 @@ def wants_mentions_only(person: Person, channel_id: int) -> None:
 
 
 @contextmanager
-def notifications_that(body: str) -> Iterator[None]:
-    """Every statement that inserts notifications first does `body`, as PL/pgSQL."""
+def notifications_that(body: str = "PERFORM 1 / 0;") -> Iterator[None]:
+    """Every statement that inserts notifications first executes `body`, in PL/pgSQL. By default it fails."""
     execute(
         f"CREATE FUNCTION test_fault() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {body} RETURN NULL; END $$;"
         "CREATE TRIGGER test_fault BEFORE INSERT ON notification FOR EACH STATEMENT EXECUTE FUNCTION test_fault()"

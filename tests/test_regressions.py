@@ -19,7 +19,7 @@ from belfry.servers.preferences import set_preference
 from belfry.servers.servers import put_member
 from belfry.worker import maintenance
 from models import Notification, Preference
-from tests.fanout_helpers import advance, fail_always, parts_of
+from tests.fanout_helpers import advance, notifications_that, parts_of
 from tests.people import Person, make_person
 
 
@@ -48,10 +48,9 @@ def joined(cast, username: str, **kind) -> Person:
 # Retries and losses ---------------------------------------------------------------------------------------
 
 
-def test_a_task_that_fails_is_not_reported_as_success(api, cast, run_jobs, monkeypatch):
+def test_a_task_that_fails_is_not_reported_as_success(api, cast, run_jobs):
     message = post(api, cast.subscriber, cast.general)
-    with monkeypatch.context() as patch:
-        fail_always(patch)
+    with notifications_that():
         run_jobs()
     run = api(cast.admin).get(message["run"]["url"]).get_json()
     assert run["state"] == "queued"
@@ -62,11 +61,10 @@ def test_a_task_that_fails_is_not_reported_as_success(api, cast, run_jobs, monke
     assert len(queue.finished_job_registry) == 0
 
 
-def test_a_task_that_keeps_failing_ends_as_failed_with_its_reason(api, cast, monkeypatch):
+def test_a_task_that_keeps_failing_ends_as_failed_with_its_reason(api, cast):
     message = post(api, cast.subscriber, cast.general)
-    fail_always(monkeypatch)
     for _ in range(queues.MAX_ATTEMPTS):
-        with pytest.raises(Exception, match="division by zero"):
+        with notifications_that(), pytest.raises(Exception, match="division by zero"):
             jobs.notify(message["run"]["id"])
     run = api(cast.admin).get(message["run"]["url"]).get_json()
     assert (run["state"], run["attempts"]) == ("failed", queues.MAX_ATTEMPTS)

@@ -13,9 +13,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import psycopg
-from peewee import (
-    Psycopg3Adapter,
-)
+from peewee import Psycopg3Adapter
 from playhouse.pool import PooledPostgresqlDatabase
 from psycopg.conninfo import conninfo_to_dict
 
@@ -72,7 +70,7 @@ def try_xact_lock(key: int) -> bool:
 
 
 def set_config_sql(parameters: Mapping[str, str]) -> str:
-    """What sets these parameters of PostgreSQL for one transaction, as expressions for a SELECT that is said anyway."""
+    """Expressions of a SELECT that set parameters of PostgreSQL for the current transaction."""
     return ", ".join(f"set_config('{name}', '{value}', true)" for name, value in parameters.items())
 
 
@@ -95,6 +93,8 @@ def transaction(**parameters: str) -> Iterator[float]:
     with timed_transaction() as round_trip:
         fetch_one(f"SELECT {set_config_sql(idle_timeout(round_trip) | parameters)}")
         yield round_trip
+
+
 _process = os.getpid()
 
 
@@ -121,7 +121,7 @@ def connect_parameters() -> dict[str, Any]:
     parameters: dict[str, Any] = dict(conninfo_to_dict(settings.database_url))
     parameters.setdefault("connect_timeout", 5)
     parameters.setdefault("application_name", "belfry")
-    # A host that has vanished is noticed within half a minute, instead of the kernel's two hours.
+    # A lost connection to a host is noticed within half a minute, in place of the kernel's two hours.
     parameters.setdefault("keepalives_idle", 10)
     parameters.setdefault("keepalives_interval", 5)
     parameters.setdefault("keepalives_count", 3)

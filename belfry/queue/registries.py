@@ -22,12 +22,12 @@ from rq.results import Result
 from rq.utils import current_timestamp, now, utcformat
 from rq.worker.base import BaseWorker
 
+from config import tuning
+
 RESULT_SECONDS = 86_400
 """How long a finished job and its result are kept."""
 FAILURE_SECONDS = 7 * 86_400
 """How long a failed job is kept."""
-MAX_FINISHED_JOBS = 10_000
-"""Finished jobs that are kept for each queue; the oldest are deleted."""
 
 PREFIXES: dict[str, Any] = {
     "job": Job.key_for(""),
@@ -168,8 +168,8 @@ def _read_response(sent: Any, pool: ConnectionPool, call_again: Callable[[], Any
 
 
 def trim_finished(connection: Redis, queue: Queue) -> None:
-    """Delete the oldest finished jobs of a queue beyond MAX_FINISHED_JOBS. Raises RedisError."""
-    _script(connection, _TRIM_LUA)([queue.finished_job_registry.key], [MAX_FINISHED_JOBS])
+    """Delete the oldest finished jobs of a queue beyond `tuning.max_finished_jobs`. Raises RedisError."""
+    _script(connection, _TRIM_LUA)([queue.finished_job_registry.key], [tuning.max_finished_jobs])
 
 
 def record_failed(job: Job, queue: Queue, error: str) -> None:

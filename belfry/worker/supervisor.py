@@ -124,13 +124,7 @@ def work(burst: bool = False) -> None:
     Waits for Redis where it is unavailable.
     """
     if burst:
-        while _work_in_burst():
+        while run_jobs(burst=True) and sweep_once():
             pass
     else:
         Supervisor().run()
-
-
-def _work_in_burst() -> bool:
-    """Sweep, and run jobs until the queues are empty; whether another round may find more."""
-    swept = sweep_once()
-    return run_jobs(burst=True) and swept > 0

@@ -1,7 +1,7 @@
 """Claims, attempts and their tokens, and what the sweeper finds."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from peewee import OperationalError
@@ -22,7 +22,6 @@ from tests.fanout_helpers import (
     advance,
     crowd,
     do,
-    fail_always,
     fail_at_slice,
     notifications_that,
     parts_of,
@@ -35,11 +34,16 @@ from tests.fanout_helpers import (
 from tests.processes import wait_until
 
 
-def claim_and_die(part: WorkItem) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        fail_at_slice(patch, 1, Killed())
+@pytest.fixture
+def claim_and_die(at_failpoint) -> Callable[[WorkItem], None]:
+    """Claim a work item and die before the commit."""
+
+    def die(part: WorkItem) -> None:
+        fail_at_slice(at_failpoint, 1, Killed())
         with pytest.raises(Killed):
             do(part)
+
+    return die
 
 
 def make_all_overdue() -> None:
@@ -168,7 +172,7 @@ def test_a_slice_that_keeps_failing_fails_the_run_and_delays_no_other_slice(larg
     assert verify() == []
 
 
-def test_each_slice_has_its_own_attempts(large_run):
+def test_each_slice_has_its_own_attempts(large_run, claim_and_die):
     for part in parts_of(large_run):
         for _ in range(MAX_ATTEMPTS - 1):
             claim_and_die(part)
@@ -180,7 +184,7 @@ def test_each_slice_has_its_own_attempts(large_run):
 # Failed runs ----------------------------------------------------------------------------------------------
 
 
-def test_failed_runs_are_retried_with_their_progress_and_all_attempts(cast, large_run):
+def test_failed_runs_are_retried_with_their_progress_and_all_attempts(cast, large_run, claim_and_die):
     _, small_run = post(cast.subscriber, cast.general)
     do(parts_of(large_run)[0])
     failing = parts_of(large_run)[1]
@@ -211,7 +215,7 @@ def test_a_failed_run_is_not_retried_unless_asked(cast, large_run):
 # What the sweeper finds -----------------------------------------------------------------------------------
 
 
-def test_a_run_whose_attempts_all_end_without_an_error_fails(run, run_jobs):
+def test_a_run_whose_attempts_all_end_without_an_error_fails(run, run_jobs, claim_and_die):
     for _ in range(MAX_ATTEMPTS):
         claim_and_die(WorkItem(run))
     assert len(recovery.fail_exhausted()) == 0, "its last attempt has only just begun"
@@ -224,7 +228,7 @@ def test_a_run_whose_attempts_all_end_without_an_error_fails(run, run_jobs):
     assert stats(run)["inserted"] == 0
 
 
-def test_a_slice_whose_attempts_all_end_without_an_error_fails_its_run(large_run):
+def test_a_slice_whose_attempts_all_end_without_an_error_fails_its_run(large_run, claim_and_die):
     part = parts_of(large_run)[3]
     for _ in range(MAX_ATTEMPTS):
         claim_and_die(part)
@@ -235,7 +239,7 @@ def test_a_slice_whose_attempts_all_end_without_an_error_fails_its_run(large_run
     assert part not in overdue()
 
 
-def test_the_last_attempt_is_not_failed_while_it_is_locked(run, in_another_session):
+def test_the_last_attempt_is_not_failed_while_it_is_locked(run, in_another_session, claim_and_die):
     for _ in range(MAX_ATTEMPTS - 1):
         claim_and_die(WorkItem(run))
     claims.claim(WorkItem(run))
@@ -427,13 +431,13 @@ def test_while_postgresql_answers_slowly_nothing_is_requeued(run, large_run):
     assert lost == [WorkItem(run), *parts_of(large_run)]
 
 
-def test_the_sweeper_waits_for_each_retry(cast, monkeypatch, run_jobs):
+def test_the_sweeper_waits_for_each_retry(cast, run_jobs):
     _, run_id = post(cast.subscriber, cast.general)
-    fail_always(monkeypatch)
     assert queues.enqueue_run(run_id)
     queue = queues.queue()
     for retry in range(MAX_ATTEMPTS - 1):
-        run_jobs()
+        with notifications_that():
+            run_jobs()
         (job_id,) = queue.scheduled_job_registry.get_job_ids()
         intervals = queue.fetch_job(job_id).retry_intervals
         found = fetch_one("SELECT extract(epoch FROM sweep_after - now())::float AS seconds FROM run")
@@ -442,7 +446,8 @@ def test_the_sweeper_waits_for_each_retry(cast, monkeypatch, run_jobs):
         redis = redis_connection()
         redis.zadd(queue.scheduled_job_registry.key, {job_id: 0})  # it is due
         maintenance.sweep()
-    run_jobs()
+    with notifications_that():
+        run_jobs()
     assert (run_of(run_id)["state"], run_of(run_id)["attempts"]) == ("failed", MAX_ATTEMPTS)
     assert len(queue.scheduled_job_registry) == queue.count == 0
 
@@ -471,11 +476,16 @@ def test_a_statement_times_out_before_rq_interrupts_its_job(run, override):
     run_to_end(run)
 
 
-def test_a_sweep_that_waits_for_a_table_times_out(monkeypatch):
+def test_a_sweep_that_waits_for_a_table_times_out(at_failpoint, monkeypatch):
     seen: list[str] = []
-    look = lambda *_: seen.append(fetch_one("SHOW statement_timeout")["statement_timeout"]) or []  # noqa: E731
-    monkeypatch.setattr(recovery, "fail_exhausted", look)
-    monkeypatch.setattr(cleanup, "CLEANUPS", dict.fromkeys(cleanup.CLEANUPS, look))
+
+    def record(*_: int) -> int:
+        seen.append(fetch_one("SHOW statement_timeout")["statement_timeout"])
+        return 0
+
+    at_failpoint("sweep.locked", record)
+    for name in cleanup.CLEANUPS:
+        monkeypatch.setitem(cleanup.CLEANUPS, name, record)
     maintenance.sweep()
     assert seen == ["20s", *["5s"] * len(cleanup.CLEANUPS)]
 

@@ -122,15 +122,14 @@ def test_a_member_notified_first_is_not_decided_again_after_a_preference_change(
 @pytest.mark.parametrize("error", [RuntimeError("the disk is full"), Killed()], ids=["an error", "a kill"])
 @pytest.mark.parametrize("part", [1, 2, 3])
 def test_an_interrupted_work_item_changes_nothing_and_the_next_attempt_continues(
-    cast, slices_of, monkeypatch, error, part
+    cast, slices_of, at_failpoint, error, part
 ):
     many = crowd(cast.server_id, 20)
     slices_of(10)
     message_id, run_id = post(cast.subscriber, cast.general, "@vera")
-    with monkeypatch.context() as patch:
-        fail_at_slice(patch, part, error)
-        with pytest.raises(type(error)):
-            run_to_end(run_id)
+    fail_at_slice(at_failpoint, part, error)
+    with pytest.raises(type(error)):
+        run_to_end(run_id)
 
     run = run_of(run_id)
     assert (run["state"], run["members_processed"]) == ("running", {1: 0, 2: 1, 3: 10}[part])

@@ -163,13 +163,13 @@ def test_what_was_checked_is_what_runs_and_pickle_is_never_read(redis):
     assert job.serializer.loads(b"[1]") == [1]
 
 
-def test_a_job_is_accepted_in_whatever_state_rq_itself_left_it(redis):
+def test_a_job_is_accepted_in_every_state_in_which_rq_leaves_it(redis, at_failpoint):
     """Enqueued by RQ, failed, retried, failed for good, and requeued as the dashboard does it."""
     made = Queue(queues.BULK, connection=redis, serializer="json", job_class=BelfryJob)
     job = made.enqueue("jobs.notify_slice", 7, 40, retry=queues.Retry(max=1), failure_ttl=600)
     wrong = SimpleWorker([made], connection=Redis.from_url(settings.redis_url), serializer="json", job_class=BelfryJob)
-    with wrong.connection, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jobs, "notify_slice", lambda *_: 1 / 0)
+    at_failpoint("job.begun", lambda: 1 / 0)
+    with wrong.connection:
         wrong.work(burst=True, logging_level="CRITICAL")
     assert redis.hget(f"rq:job:{job.id}", "status") == b"failed"
     assert BelfryJob.fetch(job.id, redis).args == [7, 40]
@@ -218,7 +218,7 @@ def succeeded(run_id: int) -> bool:
     return str(Run.get_by_id(run_id).state) == "succeeded"
 
 
-def test_the_worker_runs_nothing_that_was_forged_and_goes_on(cast, redis, tmp_path):
+def test_the_worker_runs_no_forged_job_and_continues(cast, redis, tmp_path):
     mark = tmp_path / "mark"
     with a_worker(MARK=str(mark)) as process:
         horses = horses_of(process.pid)
@@ -230,7 +230,7 @@ def test_the_worker_runs_nothing_that_was_forged_and_goes_on(cast, redis, tmp_pa
         wait_until(lambda: not redis.keys("rq:job:forged-s*"), "the forged retry to be deleted", 60)
         wait_until(lambda: not redis.exists("rq:job:forged-started"), "RQ's clean-up of abandoned jobs", 60)
         assert not mark.exists()
-        assert horses_of(process.pid) == horses, "the worker went on"
+        assert horses[0] in horses_of(process.pid), "the worker continues"
         reported = {line["message"].split("'")[1] for line in process.lines() if line["level"] == "ERROR"}
         assert reported >= set(forged) - {"forged-ready"}
     assert {key.decode() for key in redis.keys("rq:job:forged*")} <= {"rq:job:forged-dependent", "rq:job:forged-ready"}
@@ -265,7 +265,7 @@ def test_what_is_no_job_at_all_does_not_stop_the_worker(cast, redis):
         queues.enqueue_run(run_id)
         wait_until(lambda: succeeded(run_id), "the run behind them to succeed")
         wait_until(lambda: not redis.exists("rq:scheduled:notifications"), "the registry of retries to be empty")
-        assert horses_of(process.pid) == horses, "the worker went on"
+        assert horses[0] in horses_of(process.pid), "the worker continues"
         assert "RQ's registries could not be cleaned" in process.log()
         assert "quitting" not in process.log()
 

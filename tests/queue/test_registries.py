@@ -7,7 +7,6 @@ import signal
 import pytest
 from redis import Redis
 
-from belfry.core import failpoints
 from belfry.core.db import execute
 from belfry.fanout import recovery
 from belfry.fanout.claims import WorkItem
@@ -15,7 +14,7 @@ from belfry.queue import queues, registries
 from belfry.worker import worker
 from config import settings
 from models import Run
-from tests.fanout_helpers import fail_always, notifications_that
+from tests.fanout_helpers import notifications_that
 from tests.fanout_helpers import post as write
 from tests.processes import a_worker, wait_until
 from tests.worker.test_worker import horses_of
@@ -107,12 +106,11 @@ def test_slices_are_shown_too(api, cast, redis, slices_of):
     assert all(job_id.startswith(f"slice-{run_id}-") for job_id in slices)
 
 
-def test_a_failure_its_retries_and_its_end_are_shown(api, cast, redis, monkeypatch):
+def test_a_failure_its_retries_and_its_end_are_shown(api, cast, redis):
     _, run_id = write(cast.subscriber, cast.general)
     job_id = queues.run_job_id(run_id)
     queues.enqueue_run(run_id)
-    with monkeypatch.context() as patched:
-        fail_always(patched)
+    with notifications_that():
         work()
         assert (Run.get_by_id(run_id).state, in_registries()["scheduled"]) == ("queued", {job_id})
         while Run.get_by_id(run_id).state != "failed":
@@ -130,14 +128,13 @@ def test_a_failure_its_retries_and_its_end_are_shown(api, cast, redis, monkeypat
     assert_true(redis)
 
 
-def test_requeueing_a_failed_job_retries_its_run(api, cast, redis, monkeypatch):
+def test_requeueing_a_failed_job_retries_its_run(api, cast, redis):
     _, run_id = write(cast.subscriber, cast.general)
     job_id = queues.run_job_id(run_id)
     queues.enqueue_run(run_id)
     execute("UPDATE run SET attempts_left = 1")
     redis.hset(f"rq:job:{job_id}", "retries_left", 0)
-    with monkeypatch.context() as patched:
-        fail_always(patched)
+    with notifications_that():
         work()
     assert (Run.get_by_id(run_id).state, in_registries()["failed"]) == ("failed", {job_id})
     assert api(cast.admin).post(f"/rq/job/{job_id}/requeue").status_code == 200
@@ -180,8 +177,8 @@ def test_what_a_dead_worker_left_is_not_shown_as_started_once_it_is_done(cast, r
     assert_true(redis)
 
 
-def test_no_more_finished_jobs_are_kept_than_the_limit(cast, redis, monkeypatch):
-    monkeypatch.setattr(registries, "MAX_FINISHED_JOBS", 5)
+def test_no_more_finished_jobs_are_kept_than_the_limit(cast, redis, override):
+    override(max_finished_jobs=5)
     runs = [write(cast.subscriber, cast.general)[1] for _ in range(12)]
     queues.enqueue([WorkItem(run_id) for run_id in runs])
     work()
@@ -189,15 +186,10 @@ def test_no_more_finished_jobs_are_kept_than_the_limit(cast, redis, monkeypatch)
     assert len(redis.keys("rq:job:*")) == len(redis.keys("rq:results:*")) == 5
 
 
-def test_a_job_that_is_gone_when_its_batch_ends_leaves_no_record(cast, redis, monkeypatch):
+def test_a_job_that_is_gone_when_its_batch_ends_leaves_no_record(cast, redis, at_failpoint):
     _, run_id = write(cast.subscriber, cast.general)
     queues.enqueue_run(run_id)
-
-    def delete_job(name: str, *_: int | None) -> None:
-        if name == "run.committed":
-            redis.delete(f"rq:job:{queues.run_job_id(run_id)}")
-
-    monkeypatch.setattr(failpoints, "on_failpoint", delete_job)
+    at_failpoint("run.committed", lambda: redis.delete(f"rq:job:{queues.run_job_id(run_id)}"))
     work()
     assert Run.get_by_id(run_id).state == "succeeded"
     assert (in_registries()["finished"], in_registries()["started"]) == (set(), set())

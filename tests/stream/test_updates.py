@@ -1,5 +1,7 @@
 """What is new for a reader: all of it, once, in whatever order it is committed and wherever the reader broke off."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import psycopg
@@ -105,6 +107,13 @@ def _back(
 ) -> dict[tuple[int, StreamCursor], updates.Updates]:
     with updates.take_snapshot() as here:
         return resuming.missed_updates(clients, here, most)
+
+
+@contextmanager
+def no_notification_read() -> Iterator[None]:
+    with statements() as executed:
+        yield
+    assert not any("notification note" in sql for sql in executed)
 
 
 def _messages(found: updates.Updates, user_id: int) -> list[int]:
@@ -258,7 +267,7 @@ def test_a_position_of_long_ago_is_not_read_to_the_end(cast, override):
     assert not _connected(here).overflow  # nobody to look for
 
 
-def test_of_those_who_come_back_the_log_is_read_once_and_no_further_than_its_bound(cast, monkeypatch, override):
+def test_the_log_is_read_once_for_all_clients_and_only_up_to_its_bound(cast, override):
     """From whatever positions, genuine ones of long ago too: what a look reads does not grow with them."""
     positions = []
     for _ in range(8):
@@ -271,27 +280,20 @@ def test_of_those_who_come_back_the_log_is_read_once_and_no_further_than_its_bou
         found = _back(*clients)
     assert len(all_) == len(one)
     assert [len(_messages(found[client], client[0])) for client in clients[::2]] == [8, 7, 6, 5, 4, 3, 2, 1]
-    read = []
-    real = resuming.fetch_all
-    monkeypatch.setattr(resuming, "fetch_all", lambda *asked: read.append(real(*asked)) or read[-1])
     override(resume_max_log_rows=3)
     found = _back(*clients)
-    assert [len(found) for found in read] == [3]
     assert [found[client].overflow for client in clients[::2]] == [True] * 5 + [False] * 3
     assert [len(_messages(found[client], client[0])) for client in clients[10::2]] == [3, 2, 1]
 
 
-def test_of_a_transaction_with_many_messages_no_more_are_read_than_the_bound(cast, monkeypatch, override):
+def test_of_a_transaction_with_too_many_messages_no_notification_is_read(cast, override):
     here, _ = _look(None)
     run_ids = [post(cast.subscriber, cast.general)[1] for _ in range(5)]
     assert len(fanout.process_batch(claims.claim_batch(run_ids[0], run_ids[1:], 1_000))) == 5
-    read = []
-    real = resuming.fetch_all
-    monkeypatch.setattr(resuming, "fetch_all", lambda *asked: read.append(real(*asked)) or read[-1])
     override(resume_max_log_rows=3)
     client = (cast.vip.id, given_back(here))
-    assert _back(client)[client].overflow
-    assert [len(found) for found in read] == [4]
+    with no_notification_read():
+        assert _back(client)[client].overflow
 
 
 def test_clients_that_come_back_are_looked_up_within_a_bound_and_the_others_later(cast, override):
@@ -307,26 +309,26 @@ def test_clients_that_come_back_are_looked_up_within_a_bound_and_the_others_late
     assert list(_back(*clients[2:])) == clients[2:3]  # one at least
 
 
-def test_a_client_that_missed_more_than_its_part_reads_the_inbox_and_is_not_looked_up(cast, monkeypatch):
+def test_a_client_that_missed_too_much_is_reset_and_not_looked_up(cast):
     here, _ = _look(None)
     for _ in range(3):
         post_and_notify(cast.subscriber, cast.general, "gold")
     client = (cast.vip.id, given_back(here))
     assert not _back(client, most=3)[client].overflow
-    monkeypatch.setattr(resuming.inbox, "notifications_for", None)
-    assert _back(client, most=2)[client].overflow
+    with no_notification_read():
+        assert _back(client, most=2)[client].overflow
 
 
-def test_a_position_that_is_not_ours_is_not_looked_up(cast, monkeypatch):
-    """Forged, or signed with a key that was changed since."""
+def test_an_invalid_cursor_is_not_looked_up(cast, override):
+    """It is forged, or signed with a key that was changed since."""
     here, _ = _look(None)
     post_and_notify(cast.subscriber, cast.general, "gold")
     unsigned, genuine = StreamCursor.parse(str(here).rpartition(".")[0]), given_back(here)
-    monkeypatch.setattr(resuming.inbox, "notifications_for", None)
-    assert _back((cast.vip.id, unsigned))[cast.vip.id, unsigned].overflow
-    monkeypatch.setattr(cursor, "secret_key", lambda: "another key, which is set from now on")
-    cursor._signature.cache_clear()
-    assert _back((cast.vip.id, genuine))[cast.vip.id, genuine].overflow
+    with no_notification_read():
+        assert _back((cast.vip.id, unsigned))[cast.vip.id, unsigned].overflow
+        override(secret_key="another key, which is set from now on")
+        cursor._signature.cache_clear()
+        assert _back((cast.vip.id, genuine))[cast.vip.id, genuine].overflow
     cursor._signature.cache_clear()
 
 

@@ -11,7 +11,6 @@ from belfry.inbox import inbox
 from belfry.messages import rendering, sidebar
 from belfry.messages.markdown import parse
 from belfry.servers import servers
-from belfry.web import rate_limit
 from models import ApiToken, Channel, Message, User
 from tests.fanout_helpers import statements
 from tests.people import csrf_of, make_person
@@ -442,7 +441,7 @@ def test_a_page_takes_as_many_statements_however_much_is_in_it(browser, cast, po
 # When it cannot be -----------------------------------------------------------------------------------------
 
 
-def test_what_went_wrong_is_a_page_too(browser, cast, monkeypatch):
+def test_an_error_is_a_page(browser, cast, monkeypatch, override):
     sam = browser(cast.subscriber)
     path = address(cast, cast.general)
 
@@ -453,12 +452,13 @@ def test_what_went_wrong_is_a_page_too(browser, cast, monkeypatch):
         assert answer.headers["Content-Security-Policy"]
         return answer
 
-    with monkeypatch.context() as patch:
-        patch.setattr(rate_limit, "_hit", lambda limit, key, scope: (0, 0, 7_000))
-        assert answers(429, "Too many requests").headers["Retry-After"] == "7"
+    override(rate_limit_default="1 per hour")
+    sam.get(path)
+    assert int(answers(429, "Too many requests").headers["Retry-After"]) > 3_500
+    override(rate_limit_default="1200 per minute")
     with monkeypatch.context() as patch:
         patch.setattr(inbox, "unread_count", lambda user: 1 / 0)
-        answers(500, "It has been logged as request")
+        answers(500, "It was logged as request")
     with monkeypatch.context() as patch:
         suicide = "SELECT pg_terminate_backend(pg_backend_pid())"
         patch.setattr(sessions, "find_session", lambda session_id: execute(suicide))

@@ -17,7 +17,6 @@ from rq.exceptions import StopRequested
 
 import jobs
 from belfry.core.db import execute, fetch_one
-from belfry.fanout import claims
 from belfry.fanout.claims import WorkItem
 from belfry.integrity.verification import verify
 from belfry.messages import messages
@@ -198,9 +197,7 @@ def test_the_sweeper_outlives_what_nobody_foresaw(monkeypatch, caplog):
     assert "the sweep failed" in caplog.text
 
 
-def test_small_messages_go_first_and_a_large_one_goes_on_though_they_never_cease(
-    cast, slices_of, monkeypatch
-):
+def test_small_messages_are_first_and_do_not_starve_a_large_one(cast, slices_of, at_failpoint, override):
     crowd(cast.server_id, 20)
     slices_of(5)
     _, large = write(cast.subscriber, cast.general)
@@ -210,20 +207,24 @@ def test_small_messages_go_first_and_a_large_one_goes_on_though_they_never_cease
     queues.enqueue(slices)
     small = [write(cast.subscriber, cast.general)[1] for _ in range(20)]
     queues.enqueue([WorkItem(run_id) for run_id in small])
-    taken: list[str] = []
-    monkeypatch.setattr(worker.BelfryWorker, "execute_job", lambda self, job, queue: taken.append(queue.name))
+    override(max_batch_runs=0)
+    slices_of(100)
+    claimed: list[str] = []
+    at_failpoint("run.claimed", lambda: claimed.append("run"))
+    at_failpoint("slice.claimed", lambda: claimed.append("slice"))
     supervisor.work(burst=True)
-    assert taken[:7] == ["notifications"] * 3 + ["bulk"] + ["notifications"] * 3
-    assert taken.count("bulk") == 5
-    assert taken[-1] == "notifications"
+    assert claimed[:7] == ["run"] * 3 + ["slice"] + ["run"] * 3
+    assert claimed.count("slice") == 5
+    assert claimed[-1] == "run"
 
 
-def test_in_burst_it_sweeps_until_nothing_is_left_to_enqueue(monkeypatch):
-    swept, worked = [500, 20, 0], []
-    monkeypatch.setattr(supervisor, "sweep_once", lambda: swept.pop(0))
-    monkeypatch.setattr(supervisor, "run_jobs", lambda burst: worked.append(burst) or True)
+def test_the_burst_worker_sweeps_until_no_run_is_pending(cast, override):
+    override(max_queue_length=2, queue_full_recheck_seconds=0)
+    for _ in range(5):
+        queues.enqueue_run(write(cast.subscriber, cast.general)[1])
+    assert queues.queue().count == 2
     supervisor.work(burst=True)
-    assert (swept, worked) == ([], [True, True, True])
+    assert {run.state for run in Run.select()} == {"succeeded"}
 
 
 def horses_of(pid: int) -> list[int]:
@@ -263,9 +264,8 @@ def test_a_job_that_cannot_be_broken_off_ends_with_its_process(cast, override):
         wait_until(lambda: state_of(run_id) == "succeeded", "the run to succeed")
 
 
-def test_a_work_horse_ends_after_so_many_jobs(cast, monkeypatch, override):
-    override(max_jobs_per_process=3)
-    monkeypatch.setattr(worker.BelfryWorker, "execute_job", lambda *_: None)
+def test_a_work_horse_ends_after_so_many_jobs(cast, override):
+    override(max_jobs_per_process=3, max_batch_runs=0)
     queues.enqueue([WorkItem(write(cast.subscriber, cast.general)[1]) for _ in range(5)])
     assert worker.run_jobs()
     assert queues.queue().count == 2
@@ -371,10 +371,9 @@ def test_a_job_that_finds_its_run_in_other_hands_leaves_it_there(api, cast, in_a
     assert (state_of(1), Run.get_by_id(1).attempts) == ("queued", 0)
 
 
-def test_a_job_that_was_overtaken_says_so_and_not_that_it_is_done(cast, monkeypatch, caplog):
+def test_a_job_that_was_overtaken_says_so_and_not_that_it_is_done(cast, at_failpoint, caplog):
     _, run_id = write(cast.subscriber, cast.general)
-    monkeypatch.setattr(claims, "lock_batch", lambda *_: [])
-    monkeypatch.setattr(claims, "lock_claimed", lambda *_: None)
+    at_failpoint("run.claimed", lambda: execute("UPDATE run SET attempts = attempts + 1"))
     with caplog.at_level("INFO"):
         jobs.notify(run_id)
     assert f"run {run_id}: attempt 1 was overtaken" in caplog.text
