@@ -122,16 +122,23 @@ class NotificationId(fields.String):
             raise ValidationError(str(error)) from None
 
 
+def _about(description: str) -> dict[str, Any]:
+    """The argument of a field for its description in the API document."""
+    return {"metadata": {"description": description}}
+
+
 def _content(**kwargs: Any) -> Trimmed:
-    return Trimmed(validate=Length(1, 10_000, error="Must have 1 to 10,000 characters after trimming."), **kwargs)
+    length = Length(1, 10_000, error="Must have 1 to 10,000 characters after trimming.")
+    return Trimmed(validate=length, **_about("CommonMark text, which is trimmed."), **kwargs)
 
 
-def _query_id() -> QueryNumber:
-    return QueryNumber(load_default=None, validate=Range(1, LARGEST_ID))
+def _query_id(description: str) -> QueryNumber:
+    return QueryNumber(load_default=None, validate=Range(1, LARGEST_ID), **_about(description))
 
 
 def _title(**kwargs: Any) -> Trimmed:
-    return Trimmed(validate=[Length(1, 100), _require_visible], **kwargs)
+    description = "A name to show, which is trimmed. It must have a visible character."
+    return Trimmed(validate=[Length(1, 100), _require_visible], **_about(description), **kwargs)
 
 
 def _require_visible(text: str) -> None:
@@ -142,7 +149,7 @@ def _require_visible(text: str) -> None:
 
 def _email(**kwargs: Any) -> Trimmed:
     pattern = Regexp(r"[^@\s]+@[^@\s]+$", error="Must be an e-mail address.")
-    return Trimmed(allow_none=True, validate=[Length(3, 254), pattern], **kwargs)
+    return Trimmed(allow_none=True, validate=[Length(3, 254), pattern], **_about("E-mail; null for none."), **kwargs)
 
 
 # Errors and lists -----------------------------------------------------------------------------------------
@@ -168,8 +175,8 @@ class Problem(BaseSchema):
 class Page(BaseSchema):
     """Which part of a list."""
 
-    limit = QueryNumber(load_default=PAGE_DEFAULT, validate=Range(1, PAGE_MOST))
-    cursor = fields.String(load_default=None)
+    limit = QueryNumber(load_default=PAGE_DEFAULT, validate=Range(1, PAGE_MOST), **_about("At most so many items."))
+    cursor = fields.String(load_default=None, **_about("The `next` of the page before; nothing for the first page."))
 
 
 # People ---------------------------------------------------------------------------------------------------
@@ -182,16 +189,16 @@ class UserRef(BaseSchema):
 
 
 class UserIn(BaseSchema):
-    username = Name(required=True)
+    username = Name(required=True, **_about("The name in mentions, in lower case. It cannot be changed."))
     name = _title(load_default=None)
     email = _email(load_default=None)
-    is_admin = Flag(load_default=False)
+    is_admin = Flag(load_default=False, **_about("Whether the user may administer everything."))
 
 
 class UserChange(BaseSchema):
     name = _title()
     email = _email()
-    is_admin = Flag()
+    is_admin = Flag(**_about("Whether the user may administer everything."))
 
 
 class User(BaseSchema):
@@ -204,12 +211,14 @@ class User(BaseSchema):
 
 
 class UserPage(Page):
-    username = Text(load_default=None)
+    username = Text(load_default=None, **_about("Only the user with this username."))
 
 
 class SubscriptionIn(BaseSchema):
-    status = fields.String(required=True, validate=OneOf(SUBSCRIPTION_STATUSES))
-    current_period_end = Time(load_default=None, allow_none=True)
+    status = fields.String(
+        required=True, validate=OneOf(SUBSCRIPTION_STATUSES), **_about("The state at the payment provider.")
+    )
+    current_period_end = Time(load_default=None, allow_none=True, **_about("End of the paid period; null for none."))
 
 
 class Subscription(BaseSchema):
@@ -229,7 +238,9 @@ def _in_future(time: datetime) -> None:
 
 
 class TokenIn(BaseSchema):
-    expires_at = Time(load_default=None, allow_none=True, validate=_in_future)
+    expires_at = Time(
+        load_default=None, allow_none=True, validate=_in_future, **_about("When it expires; null for never.")
+    )
 
 
 class Token(BaseSchema):
@@ -269,12 +280,14 @@ class Server(ServerRef):
 
 
 class MemberIn(BaseSchema):
-    user_id = Id(required=True)
-    role_ids = fields.List(Id(), load_default=None, validate=Length(max=100))
+    user_id = Id(required=True, **_about("The user to add."))
+    role_ids = fields.List(
+        Id(), load_default=None, validate=Length(max=100), **_about("All their roles; null keeps them.")
+    )
 
 
 class MemberRoles(BaseSchema):
-    role_ids = fields.List(Id(), required=True, validate=Length(max=100))
+    role_ids = fields.List(Id(), required=True, validate=Length(max=100), **_about("All roles of the member."))
 
 
 class Member(BaseSchema):
@@ -284,8 +297,8 @@ class Member(BaseSchema):
 
 
 class RoleIn(BaseSchema):
-    name = Name(required=True)
-    moderator = Flag(load_default=False)
+    name = Name(required=True, **_about("The name in mentions, in lower case."))
+    moderator = Flag(load_default=False, **_about("Its members may mention roles and everyone."))
 
 
 class Role(BaseSchema):
@@ -303,14 +316,16 @@ class RoleList(BaseSchema):
 
 class ChannelIn(BaseSchema):
     name = _title(required=True)
-    private = Flag(load_default=False)
-    posting = fields.String(load_default="members", validate=OneOf(POSTING))
+    private = Flag(load_default=False, **_about("Only admins and members with certain roles see the channel."))
+    posting = fields.String(
+        load_default="members", validate=OneOf(POSTING), **_about("Who may post: members who see it, or admins.")
+    )
 
 
 class ChannelChange(BaseSchema):
     name = _title()
-    private = Flag()
-    posting = fields.String(validate=OneOf(POSTING))
+    private = Flag(**_about("Only admins and members with certain roles see the channel."))
+    posting = fields.String(validate=OneOf(POSTING), **_about("Who may post: members who see it, or admins."))
 
 
 class ChannelRef(BaseSchema):
@@ -325,12 +340,12 @@ class Channel(ChannelRef):
 
 
 class ChannelRoles(BaseSchema):
-    role_ids = fields.List(Id(), required=True, validate=Length(max=100))
+    role_ids = fields.List(Id(), required=True, validate=Length(max=100), **_about("Roles whose members see it."))
 
 
 class MentionSuggestionQuery(BaseSchema):
-    q = Text(load_default="", validate=Length(max=32))
-    limit = QueryNumber(load_default=8, validate=Range(1, 50))
+    q = Text(load_default="", validate=Length(max=32), **_about("The beginning of a name, without `@`."))
+    limit = QueryNumber(load_default=8, validate=Range(1, 50), **_about("At most so many suggestions."))
 
 
 class MentionSuggestion(BaseSchema):
@@ -350,8 +365,12 @@ class MentionSuggestionList(BaseSchema):
 
 
 class PreferenceIn(BaseSchema):
-    level = fields.String(load_default="all", validate=OneOf(LEVELS))
-    muted_until = Time(load_default=None, allow_none=True)
+    level = fields.String(
+        load_default="all", validate=OneOf(LEVELS), **_about("Which messages notify: all, only mentions, or none.")
+    )
+    muted_until = Time(
+        load_default=None, allow_none=True, **_about("Until then only mentions by name notify; null for no mute.")
+    )
 
 
 class Preference(BaseSchema):
@@ -363,15 +382,17 @@ class Preference(BaseSchema):
 
 
 class AllowedMentions(BaseSchema):
-    users = fields.List(Id(), load_default=list, validate=Length(max=1000))
-    roles = fields.List(Id(), load_default=list, validate=Length(max=1000))
-    everyone = Flag(load_default=False)
+    users = fields.List(Id(), load_default=list, validate=Length(max=1000), **_about("Users who may be mentioned."))
+    roles = fields.List(Id(), load_default=list, validate=Length(max=1000), **_about("Roles that may be mentioned."))
+    everyone = Flag(load_default=False, **_about("Whether `@everyone` may be mentioned."))
 
 
 class MessageIn(BaseSchema):
-    channel_id = Id(required=True)
+    channel_id = Id(required=True, **_about("The channel to post in."))
     content = _content(required=True)
-    allowed_mentions = fields.Nested(AllowedMentions, load_default=None)
+    allowed_mentions = fields.Nested(
+        AllowedMentions, load_default=None, **_about("Restricts whom the text mentions; null for no restriction.")
+    )
 
 
 class MessageChange(BaseSchema):
@@ -423,7 +444,7 @@ class Message(BaseSchema):
 
 
 class ExplainQuery(BaseSchema):
-    user_id = _query_id()
+    user_id = _query_id("The user whom the answer is about. The default is the caller.")
 
 
 class Explanation(BaseSchema):
@@ -466,12 +487,12 @@ class Run(BaseSchema):
 
 
 class RunQuery(Page):
-    state = fields.String(load_default=None, validate=OneOf(RUN_STATES))
-    channel_id = _query_id()
+    state = fields.String(load_default=None, validate=OneOf(RUN_STATES), **_about("Only runs in this state."))
+    channel_id = _query_id("Only runs of messages in this channel.")
 
 
 class ReplayIn(BaseSchema):
-    dry_run = Flag(load_default=False)
+    dry_run = Flag(load_default=False, **_about("Whether to count only, and to create no run."))
 
 
 class Replay(BaseSchema):
@@ -484,17 +505,19 @@ class Replay(BaseSchema):
 
 
 class TestNotificationIn(BaseSchema):
-    channel_id = Id(load_default=None, allow_none=True)
+    channel_id = Id(load_default=None, allow_none=True, **_about("null for the caller's first channel."))
     content = _content(load_default=None, allow_none=True)
-    audience = fields.String(load_default="me", validate=OneOf(AUDIENCES))
+    audience = fields.String(
+        load_default="me", validate=OneOf(AUDIENCES), **_about("Who is notified: the caller, or the channel.")
+    )
 
 
 # Inbox ----------------------------------------------------------------------------------------------------
 
 
 class NotificationQuery(Page):
-    unread = fields.Boolean(load_default=False)
-    channel_id = _query_id()
+    unread = fields.Boolean(load_default=False, **_about("Whether the list has only unread notifications."))
+    channel_id = _query_id("Only notifications from this channel.")
 
 
 class Notification(BaseSchema):
@@ -526,10 +549,10 @@ class UnreadCount(BaseSchema):
 class MarkRead(BaseSchema):
     """Exactly one of the four. `up_to` leaves unread what was committed later, though its id is lower."""
 
-    ids = fields.List(NotificationId(), validate=Length(1, 1000))
-    up_to = NotificationId()
-    channel_id = Id()
-    all = Flag()
+    ids = fields.List(NotificationId(), validate=Length(1, 1000), **_about("These notifications."))
+    up_to = NotificationId(**_about("This notification and earlier ones, but for those that were committed later."))
+    channel_id = Id(**_about("All notifications from this channel."))
+    all = Flag(**_about("All notifications. Must be true."))
 
     @pre_load
     def _count(self, data: dict[str, Any], **_: Any) -> dict[str, Any]:
