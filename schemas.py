@@ -175,7 +175,7 @@ class Problem(BaseSchema):
 class Page(BaseSchema):
     """Which part of a list."""
 
-    limit = QueryNumber(load_default=PAGE_DEFAULT, validate=Range(1, PAGE_MOST), **_about("At most so many items."))
+    limit = QueryNumber(load_default=PAGE_DEFAULT, validate=Range(1, PAGE_MOST), **_about("The size of the page."))
     cursor = fields.String(load_default=None, **_about("The `next` of the page before; nothing for the first page."))
 
 
@@ -345,7 +345,7 @@ class ChannelRoles(BaseSchema):
 
 class MentionSuggestionQuery(BaseSchema):
     q = Text(load_default="", validate=Length(max=32), **_about("The beginning of a name, without `@`."))
-    limit = QueryNumber(load_default=8, validate=Range(1, 50), **_about("At most so many suggestions."))
+    limit = QueryNumber(load_default=8, validate=Range(1, 50), **_about("How many there are at most."))
 
 
 class MentionSuggestion(BaseSchema):
@@ -423,7 +423,7 @@ class Warning_(BaseSchema):
 class RunRef(BaseSchema):
     id = fields.Integer()
     state = fields.String()
-    url = fields.Function(lambda run: f"/api/runs/{run['id']}")
+    url = fields.Function(lambda run: f"/api/runs/{run['id']}", metadata={"type": "string"})
 
 
 class Message(BaseSchema):

@@ -154,7 +154,7 @@ def openapi_json() -> Response:
 @blueprint.get("/docs")
 def docs() -> Response:
     """The API document as one HTML page without scripts."""
-    page = Response(render_template("docs.html", document=document()))
+    page = Response(render_template("docs.html", document=document(), dumps=json.dumps))
     policy = "default-src 'none'; style-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     page.headers["Content-Security-Policy"] = policy
     return page

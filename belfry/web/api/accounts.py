@@ -53,7 +53,7 @@ def end_own_sessions() -> None:
 @api.get("/channels")
 @endpoint(query=schemas.Page, response=schemas.Channel)
 def list_own_channels(query: dict[str, Any]) -> Any:
-    """List the caller's channels. These are the channels that they can see, in all their servers, by id."""
+    """List the caller's channels. These are all that they can see, by id."""
     return paginate(
         query,
         lambda after, limit: visible_channels(current_user(), after=after or 0, limit=limit),

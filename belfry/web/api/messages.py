@@ -90,7 +90,7 @@ def list_messages(channel_id: int, query: dict[str, Any]) -> Any:
 @api.get("/messages/<id:message_id>")
 @endpoint(response=schemas.Message)
 def get_message(message_id: int) -> Any:
-    """Get a message as it is now. `run` is the fan-out of the post, for the author and admins."""
+    """Get a message as it is now. `run` is its newest run, for the author and admins; null for others."""
     stored, _ = history.find_message(current_user(), message_id)
     return history.serialize_messages(current_user(), [stored])[0]
 
