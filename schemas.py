@@ -10,7 +10,18 @@ from typing import Any
 from marshmallow import RAISE, Schema, ValidationError, fields, pre_load, validates_schema
 from marshmallow.validate import Length, OneOf, Range
 
-from belfry.core.fields import Flag, Id, QueryNumber, Text, Time, Trimmed, email_address, query_id, visible_name
+from belfry.core.fields import (
+    Flag,
+    Id,
+    QueryNumber,
+    Text,
+    Time,
+    Trimmed,
+    about,
+    email_address,
+    query_id,
+    visible_name,
+)
 from belfry.fanout.decision import DECISIONS
 from belfry.identity.users import SYSTEM_USERNAME
 from belfry.inbox.inbox import parse_notification_id
@@ -54,7 +65,8 @@ class NotificationId(fields.String):
 
 def message_content(**kwargs: Any) -> Trimmed:
     """The text of a message."""
-    return Trimmed(validate=Length(1, 10_000, error="Must have 1 to 10,000 characters after trimming."), **kwargs)
+    length = Length(1, 10_000, error="Must have 1 to 10,000 characters after trimming.")
+    return Trimmed(validate=length, **about("CommonMark text, which is trimmed."), **kwargs)
 
 
 # Errors and lists -----------------------------------------------------------------------------------------
@@ -80,8 +92,8 @@ class Problem(BaseSchema):
 class Page(BaseSchema):
     """The part of a list that is returned."""
 
-    limit = QueryNumber(load_default=PAGE_DEFAULT, validate=Range(1, PAGE_MOST))
-    cursor = fields.String(load_default=None)
+    limit = QueryNumber(load_default=PAGE_DEFAULT, validate=Range(1, PAGE_MOST), **about("The size of the page."))
+    cursor = fields.String(load_default=None, **about("The `next` of the page before; nothing for the first page."))
 
 
 # Users ----------------------------------------------------------------------------------------------------
@@ -94,16 +106,16 @@ class UserRef(BaseSchema):
 
 
 class UserIn(BaseSchema):
-    username = Name(required=True)
+    username = Name(required=True, **about("The name in mentions, in lower case. It cannot be changed."))
     name = visible_name(load_default=None)
     email = email_address(load_default=None)
-    is_admin = Flag(load_default=False)
+    is_admin = Flag(load_default=False, **about("Whether the user may administer everything."))
 
 
 class UserChange(BaseSchema):
     name = visible_name()
     email = email_address()
-    is_admin = Flag()
+    is_admin = Flag(**about("Whether the user may administer everything."))
 
 
 class User(BaseSchema):
@@ -116,12 +128,14 @@ class User(BaseSchema):
 
 
 class UserPage(Page):
-    username = Text(load_default=None)
+    username = Text(load_default=None, **about("Only the user with this username."))
 
 
 class SubscriptionIn(BaseSchema):
-    status = fields.String(required=True, validate=OneOf(SUBSCRIPTION_STATUSES))
-    current_period_end = Time(load_default=None, allow_none=True)
+    status = fields.String(
+        required=True, validate=OneOf(SUBSCRIPTION_STATUSES), **about("The state at the payment provider.")
+    )
+    current_period_end = Time(load_default=None, allow_none=True, **about("End of the paid period; null for none."))
 
 
 class Subscription(BaseSchema):
@@ -141,7 +155,9 @@ def _in_future(time: datetime) -> None:
 
 
 class TokenIn(BaseSchema):
-    expires_at = Time(load_default=None, allow_none=True, validate=_in_future)
+    expires_at = Time(
+        load_default=None, allow_none=True, validate=_in_future, **about("When it expires; null for never.")
+    )
 
 
 class Token(BaseSchema):
@@ -181,12 +197,14 @@ class Server(ServerRef):
 
 
 class MemberIn(BaseSchema):
-    user_id = Id(required=True)
-    role_ids = fields.List(Id(), load_default=None, validate=Length(max=100))
+    user_id = Id(required=True, **about("The user to add."))
+    role_ids = fields.List(
+        Id(), load_default=None, validate=Length(max=100), **about("All their roles; null keeps them.")
+    )
 
 
 class MemberRoles(BaseSchema):
-    role_ids = fields.List(Id(), required=True, validate=Length(max=100))
+    role_ids = fields.List(Id(), required=True, validate=Length(max=100), **about("All roles of the member."))
 
 
 class Member(BaseSchema):
@@ -196,8 +214,8 @@ class Member(BaseSchema):
 
 
 class RoleIn(BaseSchema):
-    name = Name(required=True)
-    moderator = Flag(load_default=False)
+    name = Name(required=True, **about("The name in mentions, in lower case."))
+    moderator = Flag(load_default=False, **about("Its members may mention roles and everyone."))
 
 
 class Role(BaseSchema):
@@ -215,14 +233,16 @@ class RoleList(BaseSchema):
 
 class ChannelIn(BaseSchema):
     name = visible_name(required=True)
-    private = Flag(load_default=False)
-    posting = fields.String(load_default="members", validate=OneOf(POSTING))
+    private = Flag(load_default=False, **about("Only admins and members with certain roles see the channel."))
+    posting = fields.String(
+        load_default="members", validate=OneOf(POSTING), **about("Who may post: members who see it, or admins.")
+    )
 
 
 class ChannelChange(BaseSchema):
     name = visible_name()
-    private = Flag()
-    posting = fields.String(validate=OneOf(POSTING))
+    private = Flag(**about("Only admins and members with certain roles see the channel."))
+    posting = fields.String(validate=OneOf(POSTING), **about("Who may post: members who see it, or admins."))
 
 
 class ChannelRef(BaseSchema):
@@ -237,12 +257,12 @@ class Channel(ChannelRef):
 
 
 class ChannelRoles(BaseSchema):
-    role_ids = fields.List(Id(), required=True, validate=Length(max=100))
+    role_ids = fields.List(Id(), required=True, validate=Length(max=100), **about("Roles whose members see it."))
 
 
 class MentionSuggestionQuery(BaseSchema):
-    q = Text(load_default="", validate=Length(max=32))
-    limit = QueryNumber(load_default=8, validate=Range(1, 50))
+    q = Text(load_default="", validate=Length(max=32), **about("The beginning of a name, without `@`."))
+    limit = QueryNumber(load_default=8, validate=Range(1, 50), **about("How many there are at most."))
 
 
 class MentionSuggestion(BaseSchema):
@@ -262,8 +282,12 @@ class MentionSuggestionList(BaseSchema):
 
 
 class PreferenceIn(BaseSchema):
-    level = fields.String(load_default="all", validate=OneOf(LEVELS))
-    muted_until = Time(load_default=None, allow_none=True)
+    level = fields.String(
+        load_default="all", validate=OneOf(LEVELS), **about("Which messages notify: all, only mentions, or none.")
+    )
+    muted_until = Time(
+        load_default=None, allow_none=True, **about("Until then only mentions by name notify; null for no mute.")
+    )
 
 
 class Preference(BaseSchema):
@@ -275,15 +299,17 @@ class Preference(BaseSchema):
 
 
 class AllowedMentions(BaseSchema):
-    users = fields.List(Id(), load_default=list, validate=Length(max=1000))
-    roles = fields.List(Id(), load_default=list, validate=Length(max=1000))
-    everyone = Flag(load_default=False)
+    users = fields.List(Id(), load_default=list, validate=Length(max=1000), **about("Users who may be mentioned."))
+    roles = fields.List(Id(), load_default=list, validate=Length(max=1000), **about("Roles that may be mentioned."))
+    everyone = Flag(load_default=False, **about("Whether `@everyone` may be mentioned."))
 
 
 class MessageIn(BaseSchema):
-    channel_id = Id(required=True)
+    channel_id = Id(required=True, **about("The channel to post in."))
     content = message_content(required=True)
-    allowed_mentions = fields.Nested(AllowedMentions, load_default=None)
+    allowed_mentions = fields.Nested(
+        AllowedMentions, load_default=None, **about("Restricts whom the text mentions; null for no restriction.")
+    )
 
 
 class MessageChange(BaseSchema):
@@ -314,7 +340,7 @@ class Warning_(BaseSchema):
 class RunRef(BaseSchema):
     id = fields.Integer()
     state = fields.String()
-    url = fields.Function(lambda run: f"/api/runs/{run['id']}")
+    url = fields.Function(lambda run: f"/api/runs/{run['id']}", metadata={"type": "string"})
 
 
 class Message(BaseSchema):
@@ -335,7 +361,7 @@ class Message(BaseSchema):
 
 
 class ExplainQuery(BaseSchema):
-    user_id = query_id()
+    user_id = query_id("The user whom the answer is about. The default is the caller.")
 
 
 class Explanation(BaseSchema):
@@ -378,12 +404,12 @@ class Run(BaseSchema):
 
 
 class RunQuery(Page):
-    state = fields.String(load_default=None, validate=OneOf(RUN_STATES))
-    channel_id = query_id()
+    state = fields.String(load_default=None, validate=OneOf(RUN_STATES), **about("Only runs in this state."))
+    channel_id = query_id("Only runs of messages in this channel.")
 
 
 class ReplayIn(BaseSchema):
-    dry_run = Flag(load_default=False)
+    dry_run = Flag(load_default=False, **about("Whether to count only, and to create no run."))
 
 
 class Replay(BaseSchema):
@@ -396,17 +422,19 @@ class Replay(BaseSchema):
 
 
 class TestNotificationIn(BaseSchema):
-    channel_id = Id(load_default=None, allow_none=True)
+    channel_id = Id(load_default=None, allow_none=True, **about("null for the caller's first channel."))
     content = message_content(load_default=None, allow_none=True)
-    audience = fields.String(load_default="me", validate=OneOf(AUDIENCES))
+    audience = fields.String(
+        load_default="me", validate=OneOf(AUDIENCES), **about("Who is notified: the caller, or the channel.")
+    )
 
 
 # Inbox ----------------------------------------------------------------------------------------------------
 
 
 class NotificationQuery(Page):
-    unread = fields.Boolean(load_default=False)
-    channel_id = query_id()
+    unread = fields.Boolean(load_default=False, **about("Whether the list has only unread notifications."))
+    channel_id = query_id("Only notifications from this channel.")
 
 
 class Notification(BaseSchema):
@@ -438,10 +466,10 @@ class UnreadCount(BaseSchema):
 class MarkRead(BaseSchema):
     """Exactly one of the four. `up_to` leaves notifications unread that were committed later, even with a lower id."""
 
-    ids = fields.List(NotificationId(), validate=Length(1, 1000))
-    up_to = NotificationId()
-    channel_id = Id()
-    all = Flag()
+    ids = fields.List(NotificationId(), validate=Length(1, 1000), **about("These notifications."))
+    up_to = NotificationId(**about("This notification and earlier ones, but for those that were committed later."))
+    channel_id = Id(**about("All notifications from this channel."))
+    all = Flag(**about("All notifications. Must be true."))
 
     @pre_load
     def _count(self, data: dict[str, Any], **_: Any) -> dict[str, Any]:

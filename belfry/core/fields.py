@@ -80,14 +80,20 @@ class Time(fields.AwareDateTime):
         return time
 
 
-def query_id() -> QueryNumber:
+def about(description: str) -> dict[str, Any]:
+    """The argument of a field for its description in the API document."""
+    return {"metadata": {"description": description}}
+
+
+def query_id(description: str) -> QueryNumber:
     """An optional id in the query string."""
-    return QueryNumber(load_default=None, validate=Range(1, LARGEST_ID))
+    return QueryNumber(load_default=None, validate=Range(1, LARGEST_ID), **about(description))
 
 
 def visible_name(**kwargs: Any) -> Trimmed:
     """The name of a user, server or channel."""
-    return Trimmed(validate=[Length(1, 100), _require_visible], **kwargs)
+    description = "A name to show, which is trimmed. It must have a visible character."
+    return Trimmed(validate=[Length(1, 100), _require_visible], **about(description), **kwargs)
 
 
 def _require_visible(text: str) -> None:
@@ -99,4 +105,4 @@ def _require_visible(text: str) -> None:
 def email_address(**kwargs: Any) -> Trimmed:
     """An e-mail address, or null."""
     pattern = Regexp(r"[^@\s]+@[^@\s]+$", error="Must be an e-mail address.")
-    return Trimmed(allow_none=True, validate=[Length(3, 254), pattern], **kwargs)
+    return Trimmed(allow_none=True, validate=[Length(3, 254), pattern], **about("E-mail; null for none."), **kwargs)

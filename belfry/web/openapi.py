@@ -1,7 +1,7 @@
 """The API document, made from the endpoints' schemas and docstrings, with examples that a test runs."""
 
 import re
-import textwrap
+import shlex
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,25 @@ from belfry.web.endpoint import Contract, json_response
 blueprint = Blueprint("openapi", __name__)
 VERSION = "0.1.0"
 EXAMPLES_FILE = Path(__file__).with_name("examples.json")
-"""{operation: {"method", "path", "status", "body", "response"}}, recorded by tests/web/test_openapi_examples.py."""
+"""{operation: [{"method", "path", "body", "status", "response"}]}, recorded by tests/web/test_openapi_examples.py."""
+_HEADERS: dict[str, dict[str, Any]] = {
+    "post_message": {
+        "name": "Idempotency-Key",
+        "schema": {"type": "string", "minLength": 1, "maxLength": 255},
+        "description": "A text that the client chooses. The same request within a day gets the first response again.",
+    },
+    "stream": {
+        "name": "Last-Event-ID",
+        "schema": {"type": "string"},
+        "description": "The id of the last event that the client received. The stream continues after it.",
+    },
+}
+_SUCCESSES = {
+    200: "Success.",
+    201: "Created.",
+    202: "Accepted: a worker executes the run.",
+    204: "Success. The response has no body.",
+}
 _PROBLEMS = {
     400: "The body is not a JSON object.",
     401: "No token, or one that is unknown, revoked or expired.",
@@ -47,6 +65,9 @@ def document() -> dict[str, Any]:
         security=[{"token": []}],
     )
     spec.components.security_scheme("token", {"type": "http", "scheme": "bearer"})
+    for status, about in _PROBLEMS.items():
+        content = {"application/problem+json": {"schema": schemas.Problem}}
+        spec.components.response(str(status), {"description": about, "content": content})
     examples = json.loads(EXAMPLES_FILE.read_text())
     for rule in sorted(current_app.url_map.iter_rules(), key=lambda rule: (rule.rule, sorted(rule.methods or ()))):
         view = current_app.view_functions[rule.endpoint]
@@ -55,7 +76,8 @@ def document() -> dict[str, Any]:
             continue
         path = re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule.rule)
         for method in sorted((rule.methods or set()) - {"HEAD", "OPTIONS"}):
-            spec.path(path, operations={method.lower(): _operation(view, contract, path, examples)})
+            operation = _operation(view, contract, path, examples.get(view.__name__, []))
+            spec.path(path, operations={method.lower(): operation})
     made: dict[str, Any] = spec.to_dict()
     return made
 
@@ -63,18 +85,20 @@ def document() -> dict[str, Any]:
 def _curl(example: dict[str, Any]) -> str:
     """The example's request as a command for a shell with the variables BELFRY (a URL) and TOKEN."""
     method = "" if example["method"] == "GET" else f" -X {example['method']}"
-    lines = [f'curl{method} "$BELFRY{example["path"]}"', '-H "Authorization: Bearer $TOKEN"']
+    unbuffered = " -N" if isinstance(example.get("response"), str) else ""
+    lines = [f'curl{unbuffered}{method} "$BELFRY"{shlex.quote(example["path"])}', '-H "Authorization: Bearer $TOKEN"']
     if "body" in example:
-        lines += ["-H 'Content-Type: application/json'", f"-d '{json.dumps(example['body'], ensure_ascii=False)}'"]
+        body = shlex.quote(json.dumps(example["body"], ensure_ascii=False))
+        lines += ["-H 'Content-Type: application/json'", f"-d {body}"]
     return " \\\n  ".join(lines)
 
 
-def _operation(view: Any, contract: Contract, path: str, examples: dict[str, Any]) -> dict[str, Any]:
-    summary, _, description = (view.__doc__ or "").strip().partition("\n")
-    example = examples.get(view.__name__, {})
+def _operation(view: Any, contract: Contract, path: str, examples: list[dict[str, Any]]) -> dict[str, Any]:
+    summary, *details = re.split(r"(?<=\.)\s+", view.__doc__.strip(), maxsplit=1)
     operation: dict[str, Any] = {
         "operationId": view.__name__,
         "summary": summary,
+        "description": " ".join([*" ".join(details).split(), *(["Admins only."] if contract.admin else [])]),
         "tags": [path.split("/")[2]],
         "parameters": [
             {
@@ -82,55 +106,43 @@ def _operation(view: Any, contract: Contract, path: str, examples: dict[str, Any
                 "name": name,
                 "required": True,
                 "schema": {"type": "string" if name == "notification_id" else "integer"},
+                "description": f"The {name.removesuffix('_id')}'s id.",
             }
             for name in re.findall(r"{(\w+)}", path)
         ],
-        "responses": {str(contract.status): _success(contract, example)},
+        "responses": {str(example["status"]): _success(contract, example) for example in examples},
+        "x-codeSamples": [
+            {"lang": "Shell", "label": str(example["status"]), "source": _curl(example)} for example in examples
+        ],
     }
-    if details := [textwrap.dedent(description).strip(), *(["Admins only."] if contract.admin else [])]:
-        operation["description"] = " ".join(filter(None, details))
-    if example:
-        operation["x-codeSamples"] = [{"lang": "Shell", "source": _curl(example)}]
     if contract.query:
         operation["parameters"].append({"in": "query", "schema": contract.query})
-    if view.__name__ == "post_message":
-        operation["parameters"].append(
-            {
-                "in": "header",
-                "name": "Idempotency-Key",
-                "schema": {"type": "string", "minLength": 1, "maxLength": 255},
-                "description": "The same request within a day gets the first response again.",
-            }
-        )
+    if header := _HEADERS.get(view.__name__):
+        operation["parameters"].append({"in": "header", **header})
     if contract.body:
-        operation["requestBody"] = {
-            "required": not contract.optional_body,
-            "content": {"application/json": {"schema": contract.body, "example": example.get("body", {})}},
-        }
-    for status, about in _PROBLEMS.items():
-        if status in (400, 409, 413, 415) and not contract.body:
-            continue
-        operation["responses"][str(status)] = {
-            "description": about,
-            "content": {"application/problem+json": {"schema": schemas.Problem}},
-        }
+        content = {"schema": contract.body, "example": examples[0]["body"] if examples else {}}
+        operation["requestBody"] = {"required": not contract.optional_body, "content": {"application/json": content}}
+    for status in _PROBLEMS:
+        if (contract.body or status not in (400, 413, 415)) and (contract.publishes or status != 409):
+            operation["responses"][str(status)] = str(status)  # a reference to the component
     return operation
 
 
 def _success(contract: Contract, example: dict[str, Any]) -> dict[str, Any]:
-    if contract.response is None:
-        return {"description": "Done."}
-    schema: Any = contract.response
+    response: dict[str, Any] = {"description": _SUCCESSES[example["status"]]}
+    schema: Any = contract.response or {"type": "string"}
     if contract.many:
         schema = {
             "type": "object",
             "properties": {
                 "items": {"type": "array", "items": contract.response},
-                "next": {"type": ["string", "null"]},
+                "next": {"type": ["string", "null"], "description": "The cursor of the next page; null on the last."},
             },
         }
-    content = {"schema": schema, "example": example.get("response")}
-    return {"description": "OK", "content": {"application/json": content}}
+    if "response" in example:
+        media_type = "application/json" if contract.response else "text/event-stream"
+        response["content"] = {media_type: {"schema": schema, "example": example["response"]}}
+    return response
 
 
 @blueprint.get("/openapi.json")
@@ -142,7 +154,7 @@ def openapi_json() -> Response:
 @blueprint.get("/docs")
 def docs() -> Response:
     """The API document as one HTML page without scripts."""
-    page = Response(render_template("docs.html", document=document()))
+    page = Response(render_template("docs.html", document=document(), dumps=json.dumps))
     policy = "default-src 'none'; style-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     page.headers["Content-Security-Policy"] = policy
     return page

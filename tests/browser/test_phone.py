@@ -76,3 +76,10 @@ def test_nothing_is_wider_than_the_screen(visit, worker, cast, post, screen) -> 
     post("x" * 300)
     expect(page.locator("#toast")).to_contain_text("xxx")
     assert too_wide(page) == []
+
+
+@pytest.mark.parametrize("screen", [PHONE, NARROW], ids=["phone", "narrow"])
+def test_the_api_document_fits_the_screen(visit, screen) -> None:
+    page = visit("/docs", **screen)
+    assert page.evaluate("document.documentElement.scrollWidth") == screen["viewport"]["width"]
+    assert too_wide(page) == []

@@ -2,21 +2,26 @@
 
 import json
 import re
+import subprocess
+from collections.abc import Iterable
+from contextlib import ExitStack
+from html import unescape
 from typing import Any
+from urllib.request import Request, urlopen
 
 import pytest
 
 from belfry.web import openapi
 from tests.fanout_helpers import crowd
+from tests.processes import a_web_process
 
 STEPS: list[tuple[str, str, str, str, Any]] = [
-    # (operation, user, method, path, body) in an order in which each works; "work" runs the queued jobs
+    # (operation, user, method, path, body) in an order in which each works. "work" runs the queued jobs, and
+    # "open the stream" makes the connection whose events the step "stream" records.
     ("create_user", "ada", "POST", "/api/users", {"username": "robin", "name": "Robin"}),
     ("list_users", "ada", "GET", "/api/users?username=robin", None),
     ("get_user", "ada", "GET", "/api/users/8", None),
     ("update_user", "ada", "PATCH", "/api/users/8", {"name": "Robin Hood"}),
-    ("put_subscription", "ada", "PUT", "/api/users/8/subscription", {"status": "active"}),
-    ("get_subscription", "ada", "GET", "/api/users/8/subscription", None),
     ("create_token", "ada", "POST", "/api/users/8/tokens", {"expires_at": "2090-01-01T00:00:00Z"}),
     ("list_tokens", "ada", "GET", "/api/users/8/tokens", None),
     ("revoke_token", "ada", "DELETE", "/api/users/8/tokens/7", None),
@@ -40,7 +45,8 @@ STEPS: list[tuple[str, str, str, str, Any]] = [
     ("list_own_channels", "sam", "GET", "/api/channels", None),
     ("get_channel", "sam", "GET", "/api/channels/1", None),
     ("list_mention_suggestions", "sam", "GET", "/api/channels/1/mention-suggestions?q=v", None),
-    ("post_message", "sam", "POST", "/api/messages", {"channel_id": 1, "content": "Gold breaks out, @vera"}),
+    ("open the stream", "vera", "GET", "/api/notifications/stream", None),
+    ("post_message", "sam", "POST", "/api/messages", {"channel_id": 1, "content": "Gold's trend is up, @vera"}),
     ("work", "", "", "", None),
     ("get_message", "sam", "GET", "/api/messages/1", None),
     ("list_messages", "vera", "GET", "/api/channels/1/messages?limit=1", None),
@@ -53,9 +59,12 @@ STEPS: list[tuple[str, str, str, str, Any]] = [
     ("dismiss", "vera", "DELETE", "/api/notifications/4-1", None),
     ("put_preference", "vera", "PUT", "/api/channels/1/preference", {"level": "mentions", "muted_until": None}),
     ("get_preference", "vera", "GET", "/api/channels/1/preference", None),
-    ("edit_message", "sam", "PATCH", "/api/messages/1", {"content": "Gold breaks out, @moira"}),
+    ("edit_message", "sam", "PATCH", "/api/messages/1", {"content": "Gold's trend is up, @moira"}),
     ("work", "", "", "", None),
     ("list_runs", "ada", "GET", "/api/runs?limit=1", None),
+    ("put_subscription", "ada", "PUT", "/api/users/8/subscription", {"status": "active"}),
+    ("get_subscription", "ada", "GET", "/api/users/8/subscription", None),
+    ("replay", "ada", "POST", "/api/runs/1/replay", {"dry_run": True}),
     ("replay", "ada", "POST", "/api/runs/1/replay", {"dry_run": False}),
     ("test_notification", "ada", "POST", "/api/test-notifications", {"audience": "me"}),
     ("work", "", "", "", None),
@@ -65,48 +74,119 @@ STEPS: list[tuple[str, str, str, str, Any]] = [
     ("revoke_own_token", "sam", "DELETE", "/api/me/tokens/3", None),
 ]
 VARIABLE = {
-    r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9:.]+(Z|\+00:00)": "2026-01-05T09:30:00Z",
+    r"\b202[0-9]-[0-9]{2}-[0-9]{2}T[0-9:.]+(Z|\+00:00)": "2026-01-05T09:30:00Z",
     r"\bbelfry_[A-Za-z0-9_-]{43}": "belfry_TOKEN",
+    r"\bretry: [0-9]+": "retry: 2000",
+    r"\bid: [0-9]+-.*": "id: CURSOR",
 }
 """What differs between two runs of the same example, and what is shown for it."""
 
 
-def stable(text: str) -> Any:
+def stable(text: str) -> str:
     for pattern, shown in VARIABLE.items():
         text = re.sub(pattern, shown, text)
-    return json.loads(text) if text else None
+    return text
 
 
+def read_events(stream: Iterable[bytes], number: int) -> str:
+    """The text of a stream up to the end of so many more events."""
+    lines: list[str] = []
+    for line in stream:
+        lines.append(line.decode())
+        number -= line.startswith(b"data:")
+        if number == 0 and not line.strip():
+            break
+    return "".join(lines)
+
+
+@pytest.mark.slow
 @pytest.mark.usefixtures("override")
 def test_the_application_answers_each_example_as_the_document_shows(api, cast, run_jobs, request):
-    people = {person.username: api(person) for person in cast.everybody.values()}
+    people = {person.username: person for person in cast.everybody.values()}
     crowd(cast.server_id, 1)  # a user with an id between the cast's and the examples'
-    recorded: dict[str, Any] = {}
-    for operation, user, method, path, body in STEPS:
-        if operation == "work":
-            run_jobs()
-            continue
-        answer = people[user].open("HEAD" if operation == "stream" else method, path, json=body)
-        assert answer.status_code < 300, (operation, answer.text)
-        recorded[operation] = {"method": method, "path": path, "status": answer.status_code}
-        if body is not None:
-            recorded[operation]["body"] = body
-        if answer.text:
-            recorded[operation]["response"] = stable(answer.text)
+    recorded: dict[str, list[dict[str, Any]]] = {}
+    with ExitStack() as processes:
+        for operation, user, method, path, body in STEPS:
+            if operation == "work":
+                run_jobs()
+                continue
+            if operation == "open the stream":
+                web = processes.enter_context(a_web_process())
+                asked = Request(web + path, headers={"Authorization": f"Bearer {people[user].token}"})
+                stream = processes.enter_context(urlopen(asked))
+                events = read_events(stream, 1)
+                continue
+            example: dict[str, Any] = {"method": method, "path": path}
+            if body is not None:
+                example["body"] = body
+            if operation == "stream":
+                example |= {"status": stream.status, "response": stable(events + read_events(stream, 2))}
+            else:
+                answer = api(people[user]).open(method, path, json=body)
+                assert answer.status_code < 300, (operation, answer.text)
+                example["status"] = answer.status_code
+                if answer.text:
+                    example["response"] = json.loads(stable(answer.text))
+            recorded.setdefault(operation, []).append(example)
+    text = json.dumps(recorded, indent=1, ensure_ascii=False) + "\n"  # in the order of the schemas' fields
     if request.config.getoption("--update-golden"):
-        openapi.EXAMPLES_FILE.write_text(json.dumps(recorded, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
-    assert json.loads(openapi.EXAMPLES_FILE.read_text()) == recorded
+        openapi.EXAMPLES_FILE.write_text(text)
+    assert openapi.EXAMPLES_FILE.read_text() == text
 
 
-def test_each_operation_is_documented_with_an_example(client):
-    operations = [one for path in client.get("/openapi.json").get_json()["paths"].values() for one in path.values()]
-    assert {one["operationId"] for one in operations} == {name for name, *_ in STEPS} - {"work"}
+@pytest.fixture
+def document(client) -> dict[str, Any]:
+    return client.get("/openapi.json").get_json()
+
+
+@pytest.fixture
+def operations(document) -> list[dict[str, Any]]:
+    return [operation for methods in document["paths"].values() for operation in methods.values()]
+
+
+def arguments_of(command: str) -> list[str]:
+    """What a shell passes to curl."""
+    shell = ["sh", "-c", f"curl() {{ printf '%s\\0' \"$@\"; }}; {command}"]
+    variables = {"BELFRY": "http://belfry.test", "TOKEN": "belfry_TOKEN"}
+    return subprocess.check_output(shell, env=variables, text=True).split("\0")
+
+
+def test_each_operation_is_documented_with_examples_for_a_shell(client, operations):
+    examples = json.loads(openapi.EXAMPLES_FILE.read_text())
+    assert {operation["operationId"] for operation in operations} == examples.keys()
     page = client.get("/docs").text
     for operation in operations:
-        [sample] = operation["x-codeSamples"]
-        assert sample["source"].startswith("curl "), operation["operationId"]
-        section = re.search(rf'<section id="{operation["operationId"]}">.*?</section>', page, re.DOTALL)
+        name = operation["operationId"]
+        section = re.search(rf'<section id="{name}">.*?</section>', page, re.DOTALL)
         assert section
-        assert '<pre class="request">curl ' in section[0]
-        [success, *_] = operation["responses"].values()
-        assert ("content" in success) == ('<pre class="response">' in section[0]), operation["operationId"]
+        assert section[0].count('<pre class="request">curl ') == len(examples[name])
+        for example, sample in zip(examples[name], operation["x-codeSamples"], strict=True):
+            arguments = arguments_of(sample["source"])
+            assert f"http://belfry.test{example['path']}" in arguments
+            assert "Authorization: Bearer belfry_TOKEN" in arguments
+            if "body" in example:
+                assert json.loads(arguments[arguments.index("-d") + 1]) == example["body"]
+            [shown] = operation["responses"][str(example["status"])].get("content", {"": {}}).values()
+            assert shown.get("example") == example.get("response")
+        responses = re.findall(r'<pre class="response">(.*?)</pre>', section[0], re.DOTALL)
+        recorded = [example["response"] for example in examples[name] if "response" in example]
+        texts = [one if isinstance(one, str) else json.dumps(one, indent=2, ensure_ascii=False) for one in recorded]
+        assert [unescape(response) for response in responses] == texts
+
+
+def test_each_operation_parameter_response_and_field_of_a_body_is_described(document, operations):
+    missing = []
+    for operation in operations:
+        parts = {"description": operation}
+        parts |= {f"parameter {parameter['name']}": parameter for parameter in operation["parameters"]}
+        for status, response in operation["responses"].items():
+            shared = document["components"]["responses"]
+            parts[f"response {status}"] = shared[status] if "$ref" in response else response
+        if body := operation.get("requestBody"):
+            schema = body["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
+            fields = document["components"]["schemas"][schema]["properties"]
+            parts |= {f"field {field}": properties for field, properties in fields.items()}
+        where = operation["operationId"]
+        missing += [f"{where}: {name}" for name, part in parts.items() if not part.get("description")]
+        assert operation["summary"]
+    assert not missing, "\n".join(missing)

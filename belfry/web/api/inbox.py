@@ -13,7 +13,7 @@ from belfry.web.problems import HttpProblem
 @api.get("/notifications")
 @endpoint(query=schemas.NotificationQuery, response=schemas.Notification)
 def list_notifications(query: dict[str, Any]) -> Any:
-    """List the caller's notifications, newest message first."""
+    """List the caller's notifications. Those of the newest messages are first."""
     return paginate(
         query,
         lambda before, limit: inbox.list_notifications(
@@ -26,14 +26,14 @@ def list_notifications(query: dict[str, Any]) -> Any:
 @api.get("/notifications/unread-count")
 @endpoint(response=schemas.UnreadCount)
 def unread_count() -> Any:
-    """Count the unread notifications: in total, mentions, and by channel. The counts are exact."""
+    """Count the caller's unread notifications. The counts are exact: in total, mentions, and by channel."""
     return inbox.unread_count(current_user())
 
 
 @api.post("/notifications/read")
 @endpoint(body=schemas.MarkRead, response=schemas.Marked, publishes=own_counts)
 def mark_read(body: dict[str, Any]) -> Any:
-    """Mark notifications read: the given ones, those up to one, those of a channel, or all."""
+    """Mark notifications read. Give exactly one of `ids`, `up_to`, `channel_id` and `all`."""
     if body.get("all"):
         return inbox.mark_all_read(current_user())
     return inbox.mark_read(
@@ -44,7 +44,7 @@ def mark_read(body: dict[str, Any]) -> Any:
 @api.delete("/notifications/<notification_id>")
 @endpoint(status=204, publishes=own_counts)
 def dismiss(notification_id: str) -> None:
-    """Remove a notification from the inbox for good."""
+    """Remove a notification from the inbox. It cannot be restored."""
     try:
         user_id, message_id = parse_notification_id(notification_id)
     except ValueError:
@@ -55,12 +55,12 @@ def dismiss(notification_id: str) -> None:
 @api.get("/channels/<id:channel_id>/preference")
 @endpoint(response=schemas.Preference)
 def get_preference(channel_id: int) -> Any:
-    """Get the caller's preference for a channel; level `all` where none is stored."""
+    """Get the caller's preference for a channel. The level is `all` where none is stored."""
     return preferences.preference_of(current_user(), channel_id)
 
 
 @api.put("/channels/<id:channel_id>/preference")
 @endpoint(body=schemas.PreferenceIn, response=schemas.Preference, publishes=nothing)
 def put_preference(channel_id: int, body: dict[str, Any]) -> Any:
-    """Set the caller's preference for a channel: its level, and the time until which it is muted."""
+    """Set the caller's preference for a channel. A field that is not given gets its default."""
     return preferences.set_preference(current_user(), channel_id, body["level"], body["muted_until"])

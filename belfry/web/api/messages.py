@@ -79,7 +79,7 @@ def post_message(body: dict[str, Any]) -> ApiResponse | Response:
 @api.get("/channels/<id:channel_id>/messages")
 @endpoint(query=schemas.Page, response=schemas.Message)
 def list_messages(channel_id: int, query: dict[str, Any]) -> Any:
-    """List a channel's messages, newest first."""
+    """List a channel's messages, newest first. 404 for a channel that the caller cannot see."""
     return paginate(
         query,
         lambda before, limit: history.list_messages(current_user(), channel_id, before=before, limit=limit),
@@ -90,7 +90,7 @@ def list_messages(channel_id: int, query: dict[str, Any]) -> Any:
 @api.get("/messages/<id:message_id>")
 @endpoint(response=schemas.Message)
 def get_message(message_id: int) -> Any:
-    """Get a message as it is now."""
+    """Get a message as it is now. `run` is its newest run, for the author and admins; null for others."""
     stored, _ = history.find_message(current_user(), message_id)
     return history.serialize_messages(current_user(), [stored])[0]
 
@@ -99,10 +99,7 @@ def get_message(message_id: int) -> Any:
 @limit_messages
 @endpoint(body=schemas.MessageChange, response=schemas.Message, publishes=nothing)
 def edit_message(message_id: int, body: dict[str, Any]) -> Any:
-    """Edit one's own message.
-
-    Newly mentioned members are notified. Unread notifications of removed mentions are retracted.
-    """
+    """Edit one's own message. A run notifies new mentions, and retracts unread notifications of removed ones."""
     posted = messages.edit_message(current_user(), message_id, body["content"])
     message = posted.message
     if posted.run_id:
@@ -114,12 +111,12 @@ def edit_message(message_id: int, body: dict[str, Any]) -> Any:
 @api.delete("/messages/<id:message_id>")
 @endpoint(status=204, publishes=deleted_message)
 def delete_message(message_id: int) -> None:
-    """Delete a message: the author, a moderator or an admin. Its notifications are not shown any more."""
+    """Delete a message, as its author, a moderator or an admin. Its notifications are not shown any more."""
     messages.delete_message(current_user(), message_id)
 
 
 @api.get("/messages/<id:message_id>/explain")
 @endpoint(query=schemas.ExplainQuery, response=schemas.Explanation)
 def explain(message_id: int, query: dict[str, Any]) -> Any:
-    """Explain why a user was or was not notified: the caller, or for admins any user."""
+    """Explain why a user was or was not notified. Admins may ask about any user, others about themselves."""
     return explanation.explain(current_user(), message_id, query["user_id"] or current_user().id)

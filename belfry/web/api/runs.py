@@ -12,14 +12,14 @@ from belfry.web.endpoint import ApiResponse, api, current_user, endpoint, nothin
 @api.get("/runs/<id:run_id>")
 @endpoint(response=schemas.Run)
 def get_run(run_id: int) -> Any:
-    """Get the progress and statistics of a run: the message's author and admins."""
+    """Get the progress and statistics of a run. Only the message's author and admins see it."""
     return runs.find_run(run_id, current_user())
 
 
 @api.get("/runs")
 @endpoint(query=schemas.RunQuery, response=schemas.Run, admin=True)
 def list_runs(query: dict[str, Any]) -> Any:
-    """List all runs, newest first."""
+    """List all runs, newest first. `state` and `channel_id` restrict the list."""
     return paginate(
         query,
         lambda before, limit: runs.list_runs(
@@ -32,7 +32,7 @@ def list_runs(query: dict[str, Any]) -> Any:
 @api.post("/runs/<id:run_id>/replay")
 @endpoint(body=schemas.ReplayIn, response=schemas.Replay, status=202, admin=True, optional_body=True, publishes=nothing)
 def replay(run_id: int, body: dict[str, Any]) -> Any:
-    """Repeat a run by the rules of now. 200 says what would be inserted, 202 what a new run is inserting."""
+    """Repeat a run by the rules of now. 202: a new run inserts what is missing. 200: no run was created."""
     replayed = runs.replay(run_id, dry_run=body["dry_run"])
     new_run = replayed["run_id"]
     if new_run is None:
@@ -53,7 +53,7 @@ def replay(run_id: int, body: dict[str, Any]) -> Any:
     publishes=nothing,
 )
 def test_notification(body: dict[str, Any]) -> ApiResponse:
-    """Send a test notification through the real queue, to the caller or to a channel."""
+    """Send a test notification through the real queue. Without a body it is for the caller."""
     run_id = test_notifications.send_test(current_user(), body["channel_id"], body["content"], body["audience"])
     enqueue_run(run_id)
     return ApiResponse(runs.find_run(run_id), headers={"Location": f"/api/runs/{run_id}"})

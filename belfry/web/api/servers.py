@@ -12,7 +12,7 @@ from models import Server
 @api.get("/servers")
 @endpoint(query=schemas.Page, response=schemas.Server, admin=True)
 def list_servers(query: dict[str, Any]) -> Any:
-    """List all servers."""
+    """List all servers, by id. Users themselves find their servers at `/api/me`."""
     return paginate(
         query,
         lambda after, limit: servers.list_servers(after=after or 0, limit=limit),
@@ -23,7 +23,7 @@ def list_servers(query: dict[str, Any]) -> Any:
 @api.post("/servers")
 @endpoint(body=schemas.ServerIn, response=schemas.Server, status=201, admin=True, publishes=access)
 def create_server(body: dict[str, Any]) -> ApiResponse:
-    """Create a server without members."""
+    """Create a server. It has no members, roles or channels yet."""
     server = servers.find_server(Server.create(**body).id)
     return ApiResponse(server, headers={"Location": f"/api/servers/{server.id}"})
 
@@ -31,14 +31,14 @@ def create_server(body: dict[str, Any]) -> ApiResponse:
 @api.get("/servers/<id:server_id>")
 @endpoint(response=schemas.Server, admin=True)
 def get_server(server_id: int) -> Any:
-    """Get a server."""
+    """Get a server by its id. 404 where there is none."""
     return servers.find_server(server_id)
 
 
 @api.get("/servers/<id:server_id>/members")
 @endpoint(query=schemas.Page, response=schemas.Member, admin=True)
 def list_members(server_id: int, query: dict[str, Any]) -> Any:
-    """List a server's members with their roles."""
+    """List a server's members, by the user's id. Each has the ids of their roles."""
     return paginate(
         query,
         lambda after, limit: servers.list_members(server_id, after=after or 0, limit=limit),
@@ -49,28 +49,28 @@ def list_members(server_id: int, query: dict[str, Any]) -> Any:
 @api.post("/servers/<id:server_id>/members")
 @endpoint(body=schemas.MemberIn, response=schemas.Member, status=201, admin=True, publishes=access)
 def add_member(server_id: int, body: dict[str, Any]) -> Any:
-    """Add a member with exactly these roles; without `role_ids` a member keeps theirs."""
+    """Add a member to a server. Of a user who is a member already the roles are set, if any are given."""
     return servers.put_member(server_id, body["user_id"], body["role_ids"])
 
 
 @api.put("/servers/<id:server_id>/members/<id:user_id>")
 @endpoint(body=schemas.MemberRoles, response=schemas.Member, admin=True, publishes=access)
 def put_member(server_id: int, user_id: int, body: dict[str, Any]) -> Any:
-    """Add a member, or set their roles, by the user's id."""
+    """Set a member's roles. A user who is not yet a member of the server is added."""
     return servers.put_member(server_id, user_id, body["role_ids"])
 
 
 @api.delete("/servers/<id:server_id>/members/<id:user_id>")
 @endpoint(status=204, admin=True, publishes=access)
 def remove_member(server_id: int, user_id: int) -> None:
-    """Remove a member, with their roles in the server."""
+    """Remove a member from a server. Their roles in the server are removed as well."""
     servers.remove_member(server_id, user_id)
 
 
 @api.get("/servers/<id:server_id>/roles")
 @endpoint(query=schemas.Page, response=schemas.Role, admin=True)
 def list_roles(server_id: int, query: dict[str, Any]) -> Any:
-    """List a server's roles."""
+    """List a server's roles, by id. A role can be mentioned, and can open private channels."""
     return paginate(
         query,
         lambda after, limit: servers.list_roles(server_id, after=after or 0, limit=limit),
@@ -88,14 +88,14 @@ def create_role(server_id: int, body: dict[str, Any]) -> Any:
 @api.delete("/servers/<id:server_id>/roles/<id:role_id>")
 @endpoint(status=204, admin=True, publishes=access)
 def delete_role(server_id: int, role_id: int) -> None:
-    """Delete a role, also from members and channels."""
+    """Delete a role. It is removed from members and channels as well."""
     servers.delete_role(server_id, role_id)
 
 
 @api.get("/servers/<id:server_id>/channels")
 @endpoint(query=schemas.Page, response=schemas.Channel, admin=True)
 def list_channels(server_id: int, query: dict[str, Any]) -> Any:
-    """List all channels of a server."""
+    """List the channels of a server, by id. Private ones are included."""
     return paginate(
         query,
         lambda after, limit: servers.list_channels(server_id, after=after or 0, limit=limit),
@@ -106,7 +106,7 @@ def list_channels(server_id: int, query: dict[str, Any]) -> Any:
 @api.post("/servers/<id:server_id>/channels")
 @endpoint(body=schemas.ChannelIn, response=schemas.Channel, status=201, admin=True, publishes=access)
 def create_channel(server_id: int, body: dict[str, Any]) -> ApiResponse:
-    """Create a channel: open or private, and for members or only admins to post in."""
+    """Create a channel. 409 where the server has a channel of that name."""
     channel = servers.create_channel(server_id, body["name"], body["private"], body["posting"])
     return ApiResponse(channel, headers={"Location": f"/api/channels/{channel.id}"})
 
@@ -118,7 +118,7 @@ def _describe(channel: VisibleChannel) -> dict[str, Any]:
 @api.get("/channels/<id:channel_id>")
 @endpoint(response=schemas.Channel)
 def get_channel(channel_id: int) -> Any:
-    """Get a channel that the caller can see."""
+    """Get a channel. 404 where the caller cannot see it."""
     return _describe(get_visible_channel(current_user(), channel_id))
 
 
@@ -131,7 +131,7 @@ def _administered(channel_id: int) -> None:
 @api.patch("/channels/<id:channel_id>")
 @endpoint(body=schemas.ChannelChange, response=schemas.Channel, publishes=access)
 def update_channel(channel_id: int, body: dict[str, Any]) -> Any:
-    """Rename a channel, make it private or open, or change who may post in it."""
+    """Change a channel's name, who sees it, or who may post in it. Admins only."""
     _administered(channel_id)
     servers.update_channel(channel_id, body)
     return _describe(get_visible_channel(current_user(), channel_id))
@@ -140,7 +140,7 @@ def update_channel(channel_id: int, body: dict[str, Any]) -> Any:
 @api.delete("/channels/<id:channel_id>")
 @endpoint(status=204, publishes=access)
 def delete_channel(channel_id: int) -> None:
-    """Delete a channel without messages."""
+    """Delete a channel. 409 where it has messages, which are kept. Admins only."""
     _administered(channel_id)
     servers.delete_channel(channel_id)
 
@@ -148,7 +148,7 @@ def delete_channel(channel_id: int) -> None:
 @api.get("/channels/<id:channel_id>/roles")
 @endpoint(query=schemas.Page, response=schemas.Role)
 def list_channel_roles(channel_id: int, query: dict[str, Any]) -> Any:
-    """List the roles that open a private channel."""
+    """List the roles that open a private channel. Admins only."""
     _administered(channel_id)
     return paginate(
         query,
@@ -162,6 +162,6 @@ def list_channel_roles(channel_id: int, query: dict[str, Any]) -> Any:
 @api.put("/channels/<id:channel_id>/roles")
 @endpoint(body=schemas.ChannelRoles, response=schemas.RoleList, publishes=access)
 def put_channel_roles(channel_id: int, body: dict[str, Any]) -> Any:
-    """Set the roles that open a private channel."""
+    """Set the roles that open a private channel. They replace the earlier ones. Admins only."""
     _administered(channel_id)
     return {"items": servers.set_channel_roles(channel_id, body["role_ids"]), "next": None}
