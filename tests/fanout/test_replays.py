@@ -1,4 +1,4 @@
-"""Replays: what would be inserted, what is inserted, and that nothing is retracted."""
+"""Replays: dry runs, the notifications that a replay inserts, and that it retracts nothing."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from tests.fanout_helpers import contents, crowd, notified, post, read_everythin
 
 
 def replayed(run_id: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Replay a run: the answer, and the statistics of the new run."""
+    """Replay a run; return the result of the request and the statistics of the new run."""
     announced = runs.replay(run_id, dry_run=False)
     assert run_to_end(announced["run_id"]) == "succeeded"
     assert announced["inserted"] == stats(announced["run_id"])["inserted"]
