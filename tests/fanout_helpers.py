@@ -36,11 +36,11 @@ def parts_of(run_id: int) -> list[WorkItem]:
     return [WorkItem(run_id, one["after_user_id"]) for one in slices] or [WorkItem(run_id)]
 
 
-def do(part: WorkItem) -> None:
+def do(item: WorkItem) -> None:
     """Claim and process a work item; fail if it cannot be claimed."""
-    attempt = claims.claim(part)
-    assert attempt is not None, f"{part} cannot be claimed"
-    fanout.process_work_item(part, attempt)
+    attempt = claims.claim(item)
+    assert attempt is not None, f"{item} cannot be claimed"
+    fanout.process_work_item(item, attempt)
 
 
 def advance(run_id: int) -> None:
@@ -50,18 +50,18 @@ def advance(run_id: int) -> None:
 
 def run_to_end(run_id: int) -> str:
     """Process all work items left of a run; return its state, or `missing` if it does not exist."""
-    while parts := parts_of(run_id):
-        for part in parts:
-            do(part)
+    while items := parts_of(run_id):
+        for item in items:
+            do(item)
     found = fetch_one("SELECT state FROM run WHERE id = %(run_id)s", {"run_id": run_id})
     return str(found["state"]) if found else "missing"
 
 
-def generic_plans(ask: Callable[[], object], statement: str) -> list[int]:
-    """Call `ask` twenty times; return how often PostgreSQL used a generic plan, for each matching statement."""
+def generic_plans(call: Callable[[], object], statement: str) -> list[int]:
+    """Run `call` twenty times; return how often PostgreSQL used a generic plan, for each matching statement."""
     db.connection().execute("DEALLOCATE ALL")
     for _ in range(20):  # five executions until it is prepared, and five until PostgreSQL chooses a plan
-        ask()
+        call()
     found = fetch_all(
         "SELECT generic_plans FROM pg_prepared_statements WHERE statement ~ %(statement)s", {"statement": statement}
     )

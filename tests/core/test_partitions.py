@@ -299,13 +299,13 @@ def test_a_running_replay_keeps_its_partition_and_notifies_nobody_twice(
 ):
     old, run_id = old_message_with_a_replay(api, cast, full_at)
     before = notified_users(old)
-    part = WorkItem(run_id)
+    item = WorkItem(run_id)
     if in_slices:
         slices_of(2)
         advance(run_id)
-        part = parts_of(run_id)[-1]
+        item = parts_of(run_id)[-1]
     retention_days(30)
-    run_blocked_by_member_lock(lambda: do(part), try_to_drop)
+    run_blocked_by_member_lock(lambda: do(item), try_to_drop)
     assert [user for user in notified_users(old) if user in before] == before, "earlier notifications are kept"
     assert len(notified_users(old)) == len(before) + 1
     assert run_to_end(run_id) == "succeeded"

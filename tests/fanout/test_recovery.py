@@ -192,10 +192,10 @@ def test_slow_statements_do_not_fail_a_run(cast):
     assert verify() == []
 
 
-# Redis is down ---------------------------------------------------------------------------------------------
+# Redis is unavailable ---------------------------------------------------------------------------------
 
 
-def test_posts_while_redis_is_down_are_accepted_and_fan_out_after_it_returns_empty(cast, redis):
+def test_posts_are_accepted_while_redis_is_unavailable_and_notify_users_later(cast, redis):
     with a_gate(os.environ["REDIS_URL"]) as gate:
         behind = {"REDIS_URL": gate.url}
         with a_web_process(**behind) as address, a_worker(**behind), a_worker(**behind):

@@ -357,7 +357,7 @@ def test_messages_are_hidden_while_their_author_may_not_post(api, cast, notify, 
     channel, author = {"role": (cast.vault, cast.vip), "admin": (cast.announcements, cast.admin)}.get(
         lost, (cast.general, cast.subscriber)
     )
-    notify("by somebody else", cast.vault, admin)
+    notify("by another author", cast.vault, admin)
     message = notify("@vic and all", channel, author)
     before = bodies(inbox(vic)), unread(vic)
     assert len(before[0]) == 2

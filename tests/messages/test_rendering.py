@@ -1,6 +1,6 @@
 """Rendering of a message's content in a page: the HTML that CommonMark specifies, and no harmful HTML.
 
-An HTML parser, which builds the same tree as a browser, decides what is harmful, and not a pattern.
+The tests check the tree that an HTML parser builds, which is the same as in a browser, and not the text.
 """
 
 from __future__ import annotations

@@ -35,8 +35,8 @@ def names(api, cast):
 def test_members_are_found_by_a_prefix_of_their_username(cast, names):
     assert names(cast.subscriber, "") == ["ada", "lars", "moira", "sam", "vera"]
     assert names(cast.subscriber, "v") == names(cast.subscriber, "VE") == ["vera"]
-    for nobody in ("x", "era", "%", "v_ra", "vera~", "ü", "\\", "'"):
-        assert names(cast.subscriber, nobody) == []
+    for prefix in ("x", "era", "%", "v_ra", "vera~", "ü", "\\", "'"):
+        assert names(cast.subscriber, prefix) == []
 
 
 def test_a_prefix_can_contain_punctuation(cast, names):

@@ -137,7 +137,7 @@ def test_all_clients_of_one_user_are_sent_the_same_events(web, cast):
 # --- resuming
 
 
-def test_a_client_that_reconnects_is_sent_what_it_missed_once(web, cast):
+def test_a_reconnecting_client_is_sent_missed_notifications_once(web, cast):
     with connected(web, cast.vip) as client:
         notify(cast.subscriber, cast.general)
         client.wait_for_unread(1)
@@ -576,7 +576,7 @@ def test_open_streams_do_not_delay_the_shutdown_of_the_process(cast):
     assert time.monotonic() - started < 20  # gunicorn waits 25 s for a request
 
 
-def test_all_streams_take_one_thread(web, cast):
+def test_all_streams_of_a_process_share_one_thread(web, cast):
     """Other requests are answered meanwhile, by the same number of threads as without streams."""
     clients = [connected(web, person) for person in (cast.vip, cast.admin, cast.moderator) for _ in range(15)]
     try:

@@ -67,7 +67,7 @@ def test_a_message_reaches_the_inbox_through_web_queue_and_worker(cast, redis):
         assert result.return_value["run"] == message["run"]["id"]
 
 
-def test_an_error_is_recorded_on_the_run_and_retried_until_it_passes(cast):
+def test_an_error_is_recorded_on_the_run_which_is_retried_until_it_succeeds(cast):
     with a_web_process() as address, a_worker() as process:
         with notifications_that("RAISE EXCEPTION 'the disk is full';"):
             _, message = post(address, cast.subscriber.token, cast.general, "gold")
