@@ -1,7 +1,6 @@
-"""What every test stands on: a real PostgreSQL and a real Redis of its own, and a named cast.
+"""Fixtures of all tests: a separate PostgreSQL and Redis, and a named cast.
 
-`make test` sets both up and puts their addresses into DATABASE_URL and REDIS_URL. Everything in them is
-deleted before each test.
+`make test` starts both servers and sets DATABASE_URL and REDIS_URL. Their contents are deleted before each test.
 """
 
 import os
@@ -16,10 +15,10 @@ import pytest
 from tools.dev import testing
 
 if "DATABASE_URL" not in os.environ or "REDIS_URL" not in os.environ:
-    pytest.exit("Run the tests by `make test`: it sets up the database and the Redis that they empty.", returncode=2)
-if "PYTEST_XDIST_WORKER" in os.environ:  # several processes run the suite: each has servers of its own
+    pytest.exit("Run the tests with `make test`, which starts the servers that they empty.", returncode=2)
+if "PYTEST_XDIST_WORKER" in os.environ:  # several processes run the suite: each has its own servers
     testing.process_stack.enter_context(testing.databases_of_a_process())
-os.environ.setdefault("SECRET_KEY", "a key for the tests, of no use to anybody else")
+os.environ.setdefault("SECRET_KEY", "a key that only the tests use")
 os.environ.setdefault("SESSION_COOKIE_SECURE", "0")
 
 from click.testing import Result
@@ -42,7 +41,7 @@ NO_REDIS_URL = "unix:///nowhere/redis.sock"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--update-golden", action="store_true", help="write tests/golden anew")
+    parser.addoption("--update-golden", action="store_true", help="write the files in tests/golden again")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -64,7 +63,7 @@ def _clean(_schema: None) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _nothing_remembered() -> Iterator[None]:
-    """Of one test nothing is remembered in the next one."""
+    """Disable caches that would carry results of one test over to the next."""
     with overridden(readiness_cache_seconds=0, queue_full_recheck_seconds=0):
         yield
 
@@ -81,7 +80,7 @@ def client(app: Flask) -> FlaskClient:
 
 @pytest.fixture
 def command(app: Flask) -> Callable[..., Result]:
-    """`command("runs", "list", code=0)`: one of the commands, which ends with that code; what it printed."""
+    """`command("runs", "list", code=0)`: run a command, assert its exit code, and return its result."""
 
     def run(*arguments: str, code: int = 0) -> Result:
         result = app.test_cli_runner().invoke(args=list(arguments))
@@ -98,13 +97,13 @@ def redis() -> Redis:
 
 @pytest.fixture
 def cast() -> Cast:
-    """A small community; see tests/people.py for who is who."""
+    """The users, channels and roles of a small server; tests/people.py describes them."""
     return make_cast()
 
 
 @pytest.fixture
 def api(app: Flask) -> Callable[..., Api]:
-    """`api(cast.admin).post("/api/messages", json={...})`: the API as one person; `api()` as nobody."""
+    """`api(cast.admin).post("/api/messages", json={...})`: the API as one user; `api()` sends no token."""
 
     def as_person(person: SimpleNamespace | None = None) -> Api:
         return Api(app.test_client(), person.token if person else None)
@@ -114,10 +113,10 @@ def api(app: Flask) -> Callable[..., Api]:
 
 @pytest.fixture
 def run_jobs() -> Callable[[], int]:
-    """Run what is queued, in this process; how many jobs were left in the queue after it (0)."""
+    """Run all queued jobs in this process; return the number of jobs left in the queues, normally 0."""
 
     def run() -> int:
-        # Its own connection: RQ lengthens the time-outs of the one that it gets.
+        # A separate connection, because RQ increases the time-outs of the connection that it gets.
         with Redis.from_url(settings.redis_url) as connection:
             SimpleWorker(queues.QUEUES, connection=connection, serializer="json").work(
                 burst=True, logging_level="WARNING"
@@ -129,20 +128,20 @@ def run_jobs() -> Callable[[], int]:
 
 @pytest.fixture
 def override() -> Iterator[Callable[..., None]]:
-    """`override(fanout_slice_size=7)`: another value of a setting, or of `tuning`, from here on, in this process."""
+    """`override(fanout_slice_size=7)`: change a setting or a value of `tuning` in this process until the test ends."""
     with ExitStack() as overrides:
         yield lambda **values: overrides.enter_context(overridden(**values))
 
 
 @pytest.fixture
 def redis_away() -> Callable[[], AbstractContextManager[None]]:
-    """`with redis_away():` Redis is unavailable."""
+    """`with redis_away():` Redis is unavailable in the block."""
     return lambda: overridden(redis_url=NO_REDIS_URL)
 
 
 @pytest.fixture
 def database_away(monkeypatch) -> Callable[[], AbstractContextManager[None]]:
-    """`with database_away():` the database is unavailable: nothing answers where it should be."""
+    """`with database_away():` the database is unavailable: nothing listens at its address."""
 
     @contextmanager
     def away() -> Iterator[None]:
@@ -158,7 +157,7 @@ def database_away(monkeypatch) -> Callable[[], AbstractContextManager[None]]:
 
 @pytest.fixture
 def at_failpoint(monkeypatch) -> Callable[[str, Callable[[], None]], None]:
-    """`at_failpoint("run.counted", action)`: call `action` whenever this process comes to that failpoint."""
+    """`at_failpoint("run.counted", action)`: call `action` whenever this process reaches that failpoint."""
     actions: dict[str, Callable[[], None]] = {}
 
     def listener(name: str, run_id: int | None, after: int | None) -> None:
@@ -175,13 +174,13 @@ def at_failpoint(monkeypatch) -> Callable[[str, Callable[[], None]], None]:
 
 @pytest.fixture
 def slices_of(override) -> Callable[[int], None]:
-    """`slices_of(7)`: slices of seven members from here on."""
+    """`slices_of(7)`: set the slice size to seven members from here on."""
     return lambda members: override(fanout_slice_size=members)
 
 
 @pytest.fixture
 def in_another_session() -> Callable[[str], AbstractContextManager[None]]:
-    """`with in_another_session("SELECT …"):` somebody else has done that, and not committed."""
+    """`with in_another_session("SELECT …"):` another session has executed the statement and has not committed it."""
 
     @contextmanager
     def open_session(statement: str) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""Runs done part by part in the test's own process, as a worker does them, without a queue; and what came of it."""
+"""Process runs in the process of the test, work item by work item, without a queue; and read the results."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -21,11 +21,11 @@ AtFailpoint = Callable[[str, Callable[[], None]], None]
 
 
 class Killed(BaseException):
-    """What ends a process without a word; nothing in the product may catch it."""
+    """Stands for the sudden end of a process. Nothing in the product may catch it."""
 
 
 def parts_of(run_id: int) -> list[WorkItem]:
-    """What is left of a run, in order: its own part, or its slices; [] when it is done or there is none."""
+    """The work items left of a run, in order: the run itself or its slices; [] if it is done or does not exist."""
     run = fetch_one("SELECT state, slices_left FROM run WHERE id = %(run_id)s", {"run_id": run_id})
     if run is None or run["state"] == "succeeded":
         return []
@@ -36,32 +36,32 @@ def parts_of(run_id: int) -> list[WorkItem]:
     return [WorkItem(run_id, one["after_user_id"]) for one in slices] or [WorkItem(run_id)]
 
 
-def do(part: WorkItem) -> None:
-    """One attempt at a part, which must be there to be taken."""
-    attempt = claims.claim(part)
-    assert attempt is not None, f"{part} cannot be taken"
-    fanout.process_work_item(part, attempt)
+def do(item: WorkItem) -> None:
+    """Claim and process a work item; fail if it cannot be claimed."""
+    attempt = claims.claim(item)
+    assert attempt is not None, f"{item} cannot be claimed"
+    fanout.process_work_item(item, attempt)
 
 
 def advance(run_id: int) -> None:
-    """Do the next part of a run."""
+    """Process the next work item of a run."""
     do(parts_of(run_id)[0])
 
 
 def run_to_end(run_id: int) -> str:
-    """Do all that is left of a run; its state then, or `missing`."""
-    while parts := parts_of(run_id):
-        for part in parts:
-            do(part)
+    """Process all work items left of a run; return its state, or `missing` if it does not exist."""
+    while items := parts_of(run_id):
+        for item in items:
+            do(item)
     found = fetch_one("SELECT state FROM run WHERE id = %(run_id)s", {"run_id": run_id})
     return str(found["state"]) if found else "missing"
 
 
-def generic_plans(ask: Callable[[], object], statement: str) -> list[int]:
-    """How often of twenty PostgreSQL went by its plan for everybody: for each statement with these words."""
+def generic_plans(call: Callable[[], object], statement: str) -> list[int]:
+    """Run `call` twenty times; return how often PostgreSQL used a generic plan, for each matching statement."""
     db.connection().execute("DEALLOCATE ALL")
-    for _ in range(20):  # five to be prepared, and five by which PostgreSQL decides
-        ask()
+    for _ in range(20):  # five executions until it is prepared, and five until PostgreSQL chooses a plan
+        call()
     found = fetch_all(
         "SELECT generic_plans FROM pg_prepared_statements WHERE statement ~ %(statement)s", {"statement": statement}
     )
@@ -69,7 +69,7 @@ def generic_plans(ask: Callable[[], object], statement: str) -> list[int]:
 
 
 def crowd(server_id: int, number: int) -> list[int]:
-    """So many more members with an active subscription; their ids."""
+    """Insert this number of members with an active subscription; return their ids."""
     return [
         found["user_id"]
         for found in fetch_all(
@@ -88,7 +88,7 @@ def crowd(server_id: int, number: int) -> list[int]:
 
 
 def post(author: Person, channel_id: int, content: str = "gold breaks out") -> tuple[int, int]:
-    """A message and its run, which nobody has begun: their ids."""
+    """Post a message without processing its run; return the ids of message and run."""
     posted = messages.post_message(author.user, channel_id, content)
     return posted.message["id"], posted.run_id
 
@@ -100,14 +100,14 @@ def post_and_notify(author: Person, channel_id: int, content: str) -> int:
 
 
 def edit(author: Person, message_id: int, content: str) -> dict[str, Any]:
-    """Edit, and run what that takes; the statistics of that run."""
+    """Edit a message and process the run of the edit; return the run's statistics."""
     run_id = messages.edit_message(author.user, message_id, content).run_id
     assert run_to_end(run_id) == "succeeded"
     return stats(run_id)
 
 
 def stats(run_id: int) -> dict[str, Any]:
-    """{"audience", "notified", "inserted", "retracted"} and the decisions that somebody got."""
+    """{"audience", "notified", "inserted", "retracted"} and the number of members for each decision that occurred."""
     counted = runs.statistics(run_of(run_id))
     decisions = counted.pop("decisions")
     assert set(decisions) == set(DECISIONS)
@@ -120,7 +120,7 @@ def run_of(run_id: int) -> dict[str, Any]:
 
 
 def notified(message_id: int) -> dict[int, str]:
-    """Who has a notification of a message, and for what reason."""
+    """{user id: reason} of the notifications of a message."""
     return {found.user_id: found.reason for found in Notification.select().where(Notification.message_id == message_id)}
 
 
@@ -133,14 +133,14 @@ def read_everything(person: Person) -> None:
 
 
 def empty() -> None:
-    """Nothing is left, in the database and in Redis."""
+    """Delete everything in the database and in Redis."""
     tables = ", ".join(f'"{table._meta.table_name}"' for table in TABLES)
     execute(f"TRUNCATE {tables} RESTART IDENTITY")
     redis.redis_connection().flushdb()
 
 
 def contents() -> dict[str, list[str]]:
-    """All that is in the database."""
+    """{table: all its rows as text}."""
     return {
         name: sorted(found["line"] for found in fetch_all(f'SELECT t::text AS line FROM "{name}" t'))
         for name in (table._meta.table_name for table in TABLES)
@@ -148,7 +148,7 @@ def contents() -> dict[str, list[str]]:
 
 
 class _Recorder(logging.Handler):
-    """Keeps the (statement, parameters) that peewee logs at DEBUG."""
+    """A log handler that records the (statement, parameters) that peewee logs at DEBUG."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -161,7 +161,7 @@ class _Recorder(logging.Handler):
 
 @contextmanager
 def executed_statements() -> Iterator[list[tuple[str, Any]]]:
-    """A list of (SQL statement, parameters) that peewee executes in the block."""
+    """Yield a list, to which each (SQL statement, parameters) that peewee executes in the block is added."""
     logger, recorder = logging.getLogger("peewee"), _Recorder()
     level, propagates = logger.level, logger.propagate
     logger.setLevel(logging.DEBUG)
@@ -190,7 +190,7 @@ class _Statements(Sequence[str]):
 
 @contextmanager
 def statements() -> Iterator[Sequence[str]]:
-    """The SQL statements that are executed in the block."""
+    """Yield the SQL statements that are executed in the block."""
     with executed_statements() as executed:
         yield _Statements(executed)
 
@@ -200,7 +200,7 @@ def is_slice(sql: str) -> bool:
 
 
 def fail_at_slice(at_failpoint: AtFailpoint, number: int, error: BaseException) -> None:
-    """The given work item from here on, counted from 1, fails after it has inserted its notifications."""
+    """Make the work item with this number, counted from 1, fail after it has inserted its notifications."""
     reached = [0]
 
     def fail() -> None:
@@ -215,7 +215,7 @@ def fail_at_slice(at_failpoint: AtFailpoint, number: int, error: BaseException) 
 EVERYBODY = {
     "audience": 5, "notified": 3, "inserted": 3, "retracted": 0, "message": 3, "author": 1, "no_subscription": 1
 }  # fmt: skip
-"""What a plain message of the subscriber's to general comes to in the cast."""
+"""The statistics of the run of a plain message by the subscriber in general, with the cast as members."""
 
 
 def wants_mentions_only(person: Person, channel_id: int) -> None:
@@ -224,7 +224,7 @@ def wants_mentions_only(person: Person, channel_id: int) -> None:
 
 @contextmanager
 def notifications_that(body: str = "PERFORM 1 / 0;") -> Iterator[None]:
-    """Every statement that inserts notifications first executes `body`, in PL/pgSQL. By default it fails."""
+    """Execute `body`, in PL/pgSQL, before each statement that inserts notifications. The default body fails."""
     execute(
         f"CREATE FUNCTION test_fault() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {body} RETURN NULL; END $$;"
         "CREATE TRIGGER test_fault BEFORE INSERT ON notification FOR EACH STATEMENT EXECUTE FUNCTION test_fault()"

@@ -1,7 +1,7 @@
-"""What the contract says of each member, in plain Python: what the tests hold the SQL against.
+"""The documented decision for each member, in plain Python. The tests compare the SQL with it.
 
-Written from the contract's section "Decisions" alone. Nothing here may be taken from, or shared with, the
-code under test: an oracle that borrows its answer agrees with any mistake.
+Written only from the documentation of decisions. Nothing here may be copied from, or shared with, the code under test:
+an oracle with the code's own rules agrees with any mistake.
 """
 
 from collections import Counter
@@ -27,7 +27,7 @@ class Preference:
 
 @dataclass
 class Member:
-    """One person in the server. None for the subscription or the preference: there is no such row."""
+    """One member of the server. None for the subscription or the preference means that there is no row."""
 
     admin: bool = False
     subscription: Subscription | None = None
@@ -37,10 +37,10 @@ class Member:
 
 @dataclass
 class Community:
-    """A server with one channel and one message in it. People and roles are known by their numbers.
+    """A server with one channel and one message. Numbers identify users and roles.
 
-    `author` and `named` may be numbers of people who are not among the members. `only_for` is set of a test
-    notification "to me": nobody else is in its audience.
+    `author` and `named` may contain users who are not members. `only_for` is set for a test notification "to me",
+    whose audience is only that user.
     """
 
     members: dict[int, Member]
@@ -67,10 +67,10 @@ def entitled(subscription: Subscription | None, now: datetime, grace: timedelta)
 
 
 def decision(community: Community, number: int, now: datetime) -> str:
-    """The one reason why this member is, or is not, notified. The order of the lines is the contract's."""
+    """The decision for this member. The order of the conditions is the documented order."""
     member = community.members[number]
-    wish = member.preference or Preference()
-    muted = wish.muted_until is not None and wish.muted_until > now
+    preference = member.preference or Preference()
+    muted = preference.muted_until is not None and preference.muted_until > now
 
     if number == community.author:
         return "author"
@@ -78,7 +78,7 @@ def decision(community: Community, number: int, now: datetime) -> str:
         return "no_channel_access"
     if not member.admin and not entitled(member.subscription, now, community.grace):
         return "no_subscription"
-    if wish.level == "none":
+    if preference.level == "none":
         return "channel_off"
     if number in community.named:
         return "mention"
@@ -88,20 +88,20 @@ def decision(community: Community, number: int, now: datetime) -> str:
         return "mention_everyone"
     if muted:
         return "muted"
-    if wish.level == "mentions":
+    if preference.level == "mentions":
         return "mentions_only"
     return "message"
 
 
 def decisions(community: Community, now: datetime) -> dict[int, str]:
-    """The decision of everybody in the message's audience."""
+    """The decisions for all members in the message's audience."""
     return {
         number: decision(community, number, now) for number in community.members if community.only_for in (None, number)
     }
 
 
 def statistics(decided: dict[int, str]) -> dict:
-    """A run's `stats` for these decisions: every kind of decision is in them, the ones nobody got too."""
+    """The statistics of a run with these decisions. Decisions that no member got are included with 0."""
     counted = Counter(decided.values())
     return {
         "audience": len(decided),

@@ -1,11 +1,11 @@
-"""The cast of the tests, and the API as one of them.
+"""The cast of the tests: users, channels and roles, and a client of the API for one user.
 
 - admin (ada): an admin without a subscription, in the server.
-- moderator (moira): subscribed, in the server's moderating role.
+- moderator (moira): an active subscriber in the server, with the role of moderators.
 - subscriber (sam): an active subscriber in the server.
-- vip (vera): a trialing subscriber with the role that opens the private channel.
-- lapsed (lars): in the server, but the subscription was canceled.
-- stranger (stan): an active subscriber who is not in the server, and must be refused everywhere.
+- vip (vera): a trialing subscriber in the server, with the role that opens the private channel.
+- lapsed (lars): in the server, with a canceled subscription.
+- stranger (stan): an active subscriber who is not in the server and has no access to it.
 
 Channels: general (open), announcements (open; only admins post), vault (private; opened by the role vip).
 """
@@ -54,7 +54,7 @@ class Cast:
 
 
 def csrf_of(html: str) -> str:
-    """The CSRF token in a page's form, or its head."""
+    """The CSRF token in the form or the head of a page."""
     return re.search(r'name="csrf" (?:value|content)="([^"]+)"', html)[1]
 
 
@@ -98,7 +98,7 @@ def make_cast() -> Cast:
 
 
 class Api:
-    """A test client that sends one person's token."""
+    """A test client that sends the token of one user."""
 
     def __init__(self, client: FlaskClient, token: str | None) -> None:
         self._client = client

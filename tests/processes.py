@@ -1,4 +1,4 @@
-"""Real processes for tests: a web process, workers, and a way to take Redis from them."""
+"""Real processes for tests: web processes, workers, and gates that cut their connections to Redis or PostgreSQL."""
 
 import contextlib
 import json
@@ -23,11 +23,11 @@ from tools.dev.client import not_ready
 from tools.dev.processes import Child
 
 RQ_WORKER = ("rq.cli", "worker", "-S", "json", "--job-class", "belfry.queue.job_class.BelfryJob")
-PATIENCE = 30.0  # seconds; only for what must come, never asserted as a speed
+PATIENCE = 30.0  # seconds; only a limit for waiting, never an assertion about speed
 
 
 def wait_until(condition: Callable[[], object], what: str, seconds: float = PATIENCE) -> None:
-    """Returns as soon as the condition holds; fails with `what` when it never does."""
+    """Return as soon as the condition is true; fail with `what` if it is still false after `seconds`."""
     give_up = time.monotonic() + seconds
     while time.monotonic() < give_up:
         if condition():
@@ -37,7 +37,7 @@ def wait_until(condition: Callable[[], object], what: str, seconds: float = PATI
 
 
 class Process:
-    """A child process of a test, with its log."""
+    """A child process of a test and its log."""
 
     def __init__(self, child: Child) -> None:
         self._process, self._log = child.process, child.log
@@ -60,7 +60,7 @@ class Process:
 
 @contextmanager
 def running(arguments: list[str], **environment: str) -> Iterator[Process]:
-    """`python -m ARGUMENTS`, which is ended with the block, and also when the tests are killed."""
+    """Run `python -m ARGUMENTS`. The process ends with the block, and also when the tests are killed."""
     env = {**os.environ, "LOG_FORMAT": "json", **environment}
     with (
         tempfile.NamedTemporaryFile(prefix="belfry-test-") as log,
@@ -76,7 +76,7 @@ def running(arguments: list[str], **environment: str) -> Iterator[Process]:
 
 @contextmanager
 def a_worker(*, through: tuple[str, ...] = (), **environment: str) -> Iterator[Process]:
-    """`flask --app app worker`, quick to retry and to sweep."""
+    """Run `flask --app app worker` with short intervals for retries and sweeps."""
     quick = {"RETRY_BASE_DELAY_SECONDS": "1", "SWEEP_INTERVAL_SECONDS": "1"}
     with running([*through, "flask", "--app", "app", "worker"], **quick | environment) as process:
         wait_until(lambda: "Listening on" in process.log(), "the worker to listen")
@@ -85,14 +85,17 @@ def a_worker(*, through: tuple[str, ...] = (), **environment: str) -> Iterator[P
 
 @contextmanager
 def a_doomed_worker(directory: Path, **environment: str) -> Iterator[Process]:
-    """A worker as above, which does what `strike` has it do to itself."""
+    """Run a worker as `a_worker` does, whose failpoints `strike` arms."""
     (directory / "armed").mkdir(exist_ok=True)
     with a_worker(through=("tools.chaos.process_under_test", str(directory)), **environment) as process:
         yield process
 
 
 def strike(directory: Path, point: str, action: str = KILL) -> Callable[[], bool]:
-    """Have the first process that comes to a failpoint do that to itself; asks whether one came."""
+    """Arm a failpoint: the first process that reaches it applies the action to itself.
+
+    Return a function that says whether a process has reached it.
+    """
     order = directory / "armed" / point
     order.write_text(action)
     return lambda: not order.exists()
@@ -100,7 +103,7 @@ def strike(directory: Path, point: str, action: str = KILL) -> Callable[[], bool
 
 @contextmanager
 def a_web_process(*, through: tuple[str, ...] = (), **environment: str) -> Iterator[str]:
-    """gunicorn as in the Procfile; the address where it answers."""
+    """Run gunicorn as the Procfile does; yield its address."""
     with a_web_process_and_its_log(through=through, **environment) as (address, _):
         yield address
 
@@ -109,7 +112,7 @@ def a_web_process(*, through: tuple[str, ...] = (), **environment: str) -> Itera
 def a_web_process_and_its_log(
     *, through: tuple[str, ...] = (), **environment: str
 ) -> Iterator[tuple[str, Process]]:
-    """As `a_web_process`, with the process whose log it is."""
+    """Run a web process as `a_web_process` does; yield its address and the process with its log."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -123,9 +126,9 @@ def a_web_process_and_its_log(
 
 
 class Gate:
-    """A door before a server that tests can shut: connections through it are cut, and new ones are refused."""
+    """A proxy in front of a server. While it is shut, its connections are cut and new ones are refused."""
 
-    answers_after = 0.0  # seconds that each answer is kept back
+    answers_after = 0.0  # seconds by which each response is delayed
 
     def __init__(self) -> None:
         self._listener: socket.socket | None = None
@@ -166,7 +169,7 @@ class Gate:
                 return
             try:
                 pair = (client, self._connect())
-            except OSError:  # nobody is behind it
+            except OSError:  # the server behind the gate is not reachable
                 client.close()
                 continue
             with self._lock:
@@ -175,7 +178,7 @@ class Gate:
 
 
 class RedisGate(Gate):
-    """Before Redis: a Unix socket, whatever Redis itself listens at."""
+    """A gate in front of Redis. It listens at a Unix socket, also if Redis listens at a TCP port."""
 
     def __init__(self, target_url: str) -> None:
         self._target = parse_url(target_url)
@@ -209,7 +212,7 @@ class RedisGate(Gate):
 
 
 class WebGate(Gate):
-    """Before a web process: it keeps its address while it is shut."""
+    """A gate in front of a web process. It keeps its address while it is shut."""
 
     def __init__(self, target: str) -> None:
         self.target = urlsplit(target)
@@ -227,7 +230,7 @@ class WebGate(Gate):
 
 
 class PostgresGate(Gate):
-    """Before PostgreSQL, from where each answer comes so many seconds later."""
+    """A gate in front of PostgreSQL, which delays each response by `answers_after` seconds."""
 
     def __init__(self, target_url: str, answers_after: float) -> None:
         self.answers_after = answers_after
@@ -287,7 +290,7 @@ def a_gate(target_url: str) -> Iterator[RedisGate]:
 
 @contextmanager
 def a_slow_database(answers_after: float) -> Iterator[str]:
-    """The address at which the tests' PostgreSQL answers each statement so many seconds later."""
+    """The URL of a gate to the tests' PostgreSQL that delays each response by `answers_after` seconds."""
     gate = PostgresGate(os.environ["DATABASE_URL"], answers_after)
     try:
         yield gate.url

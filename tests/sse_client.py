@@ -1,4 +1,4 @@
-"""A reader of the live stream, as a browser's EventSource is one; but it comes back only when notified to."""
+"""A client of the live stream like a browser's EventSource, except that it does not reconnect by itself."""
 
 import http.client
 import json
@@ -20,7 +20,7 @@ class Event:
 
 
 class Listener:
-    """Reads from when it is made until it is closed; `events` is what came. Use as a context."""
+    """Receive events in a thread from creation until `close`; `events` has all of them. Use it as a context manager."""
 
     def __init__(self, address: str, token: str | None = None, *, since: str = "", **headers: str) -> None:
         place = urlsplit(address)
@@ -49,7 +49,7 @@ class Listener:
 
     def close(self) -> None:
         if self._thread.is_alive():
-            with suppress(OSError):  # ended meanwhile
+            with suppress(OSError):  # the server has ended the stream
                 self._socket.shutdown(socket.SHUT_RDWR)
             self._thread.join()
         self.answer.close()
@@ -76,11 +76,11 @@ class Listener:
         return [event.kind for event in self.events]
 
     def messages(self) -> list[int]:
-        """Of which messages it was sent notifications, in order."""
+        """The ids of the messages whose notifications it has received, in order."""
         return [event.data["message_id"] for event in self.events if event.kind == "notification"]
 
     def unread(self) -> int | None:
-        """What it was last sent as unread."""
+        """The last unread count that it has received, or None."""
         counts = [event.data["unread"] for event in self.events if event.kind == "unread"]
         return counts[-1] if counts else None
 
@@ -88,4 +88,4 @@ class Listener:
         wait_until(lambda: self.unread() == number, f"{number} unread; it is {self.unread()}")
 
     def wait_for_end(self) -> None:
-        wait_until(self.ended.is_set, "the stream to be ended")
+        wait_until(self.ended.is_set, "the stream to end")

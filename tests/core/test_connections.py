@@ -1,4 +1,4 @@
-"""What a role or a database sets for its connections in PostgreSQL changes nothing that Belfry relies on."""
+"""Belfry does not depend on connection settings that a role or a database in PostgreSQL changes."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ from tests.processes import wait_until
 
 @pytest.fixture
 def database_sets(_clean: None) -> Iterator[Callable[[str, str], None]]:
-    """`database_sets("DateStyle", "German")`: what each new connection begins with."""
+    """`database_sets("DateStyle", "German")`: set a parameter for each new connection to the database."""
     found = fetch_one("SELECT current_database() AS name")
     assert found is not None
     name = found["name"]
@@ -58,7 +58,7 @@ def test_a_message_deleted_while_its_run_waits_for_it_notifies_nobody(cast, data
     ("parameter", "value"),
     [("client_encoding", "LATIN1"), ("DateStyle", "German")],
 )
-def test_text_and_times_are_read_and_written_as_ever(api, cast, run_jobs, database_sets, parameter, value):
+def test_text_and_times_do_not_depend_on_database_settings(api, cast, run_jobs, database_sets, parameter, value):
     database_sets(parameter, value)
     posted = api(cast.subscriber).post("/api/messages", json={"channel_id": cast.general, "content": "żółw 🐢"})
     assert (posted.status_code, run_jobs()) == (201, 0)
@@ -67,7 +67,7 @@ def test_text_and_times_are_read_and_written_as_ever(api, cast, run_jobs, databa
     assert item["created_at"].endswith("Z")
 
 
-def test_every_connection_is_prepared_and_a_transaction_states_its_isolation(database_sets):
+def test_connections_and_transactions_set_all_parameters_that_belfry_needs(database_sets):
     database_sets("default_transaction_isolation", "serializable")
     with psycopg.connect(**connect_parameters(), autocommit=True) as own:
         configure_connection(own)

@@ -1,4 +1,4 @@
-"""Logs: for people or machines, with the request's, run's and job's ids on every line."""
+"""Logs as text or as JSON, with the ids of the request, the run and the job on every line."""
 
 import json
 import logging
@@ -23,7 +23,7 @@ def _restored():
 
 
 @pytest.mark.usefixtures("_restored")
-def test_json_lines_carry_the_ids_of_what_they_are_about(capsys):
+def test_json_lines_contain_the_ids_of_the_context(capsys):
     logging_setup.configure("INFO", "json")
     with logging_setup.context(run_id=7, job_id="abc"), logging_setup.context(request_id=None):
         logging.getLogger("somewhere").info("done in %s ms — ✓", 3)
@@ -37,7 +37,7 @@ def test_json_lines_carry_the_ids_of_what_they_are_about(capsys):
 
 
 @pytest.mark.usefixtures("_restored")
-def test_an_exception_stays_one_line_of_json(capsys):
+def test_an_exception_is_logged_as_one_line_of_json(capsys):
     logging_setup.configure("INFO", "json")
     try:
         raise ValueError("two\nlines")
@@ -49,23 +49,23 @@ def test_an_exception_stays_one_line_of_json(capsys):
 
 
 @pytest.mark.usefixtures("_restored")
-def test_text_lines_carry_them_too(capsys):
+def test_text_lines_contain_the_ids_of_the_context(capsys):
     logging_setup.configure("INFO", "text")
     with logging_setup.context(run_id=7):
         logging.getLogger("somewhere").info("done")
     assert capsys.readouterr().err.rstrip().endswith("INFO somewhere: done run_id=7")
 
 
-def named(client, by_proxy):
-    return client.get("/healthz", headers={"X-Request-Id": by_proxy}).headers["X-Request-Id"]
+def request_id(client, header):
+    return client.get("/healthz", headers={"X-Request-Id": header}).headers["X-Request-Id"]
 
 
-def test_an_answer_names_its_request_and_takes_a_proxys_name_for_it(client, caplog):
+def test_a_response_has_the_request_id_of_the_proxy_or_a_new_one(client, caplog):
     with caplog.at_level(logging.INFO):
         own = client.get("/healthz").headers["X-Request-Id"]
         assert client.get("/healthz").headers["X-Request-Id"] != own
-        assert named(client, "proxy-12345678") == "proxy-12345678"
-        assert len(named(client, "x y\tz" * 3)) == 32
+        assert request_id(client, "proxy-12345678") == "proxy-12345678"
+        assert len(request_id(client, "x y\tz" * 3)) == 32
     assert any(record.getMessage().startswith("GET /healthz 200 in ") for record in caplog.records)
 
 
@@ -80,7 +80,7 @@ ESCAPED = (
 
 
 @pytest.mark.usefixtures("_restored")
-def test_text_from_outside_stays_on_its_line_and_commands_no_terminal(capsys):
+def test_text_lines_escape_line_breaks_and_terminal_controls(capsys):
     logging_setup.configure("INFO", "text")
     with logging_setup.context(job_id=f"id{HOSTILE}"):
         logging.getLogger("somewhere").info("GET %s is Größe ✓", HOSTILE)
@@ -89,14 +89,14 @@ def test_text_from_outside_stays_on_its_line_and_commands_no_terminal(capsys):
 
 
 @pytest.mark.usefixtures("_restored")
-def test_a_traceback_keeps_its_lines_and_none_of_them_passes_for_an_entry(capsys):
+def test_the_lines_of_a_traceback_are_indented_and_escaped(capsys):
     logging_setup.configure("INFO", "text")
     somewhere = logging.getLogger("somewhere")
     try:
         raise ValueError(HOSTILE)
     except ValueError:
         somewhere.exception("it broke", stack_info=True)
-    somewhere.error("job %s raised\n%s", HOSTILE, f"Traceback:\n  ValueError: {HOSTILE}")  # as RQ does it
+    somewhere.error("job %s raised\n%s", HOSTILE, f"Traceback:\n  ValueError: {HOSTILE}")  # as RQ does
     lines = capsys.readouterr().err.removesuffix("\n").split("\n")
     [first, second] = [line for line in lines if not line.startswith("    ")]
     assert first.endswith("ERROR somewhere: it broke")
@@ -108,7 +108,7 @@ def test_a_traceback_keeps_its_lines_and_none_of_them_passes_for_an_entry(capsys
 
 
 @pytest.mark.usefixtures("_restored")
-def test_json_is_one_line_and_contains_the_same(capsys):
+def test_json_lines_are_printable_and_keep_the_original_text(capsys):
     logging_setup.configure("INFO", "json")
     logging.getLogger("somewhere").info("GET %s", HOSTILE)
     printed = capsys.readouterr().err.removesuffix("\n")
@@ -117,16 +117,16 @@ def test_json_is_one_line_and_contains_the_same(capsys):
 
 
 @pytest.mark.parametrize("access_log", [False, True])
-def test_no_request_writes_a_line_of_its_own_into_the_web_processs_log(access_log):
+def test_a_request_cannot_inject_a_line_into_the_log_of_the_web_process(access_log):
     hostile = "/x%0a2026-11-26%2009:00:00,000%20CRITICAL%20root:%20all%20is%20lost%1b%5b31m%c2%9b2J%e2%80%a8%e2%80%ae"
     options = {"GUNICORN_CMD_ARGS": "--access-logfile -"} if access_log else {}
     with a_web_process_and_its_log(LOG_FORMAT="text", **options) as (address, process):
         request = urllib.request.Request(address + hostile, headers={"User-Agent": "a\x9b31m\x85b"})
         with pytest.raises(urllib.error.HTTPError, match="404"):
             urllib.request.urlopen(request, timeout=20)
-        with socket.create_connection((urlsplit(address).hostname, urlsplit(address).port)) as wrong:
-            wrong.sendall(b"GET /\x1b[31m\n2026-11-26 CRITICAL\n HTTP/1.1\r\n\r\n")
-            wrong.recv(1000)
+        with socket.create_connection((urlsplit(address).hostname, urlsplit(address).port)) as invalid:
+            invalid.sendall(b"GET /\x1b[31m\n2026-11-26 CRITICAL\n HTTP/1.1\r\n\r\n")
+            invalid.recv(1000)
         wait_until(lambda: "all is lost" in process.log(), "the request to be logged")
         lines = process.log().removesuffix("\n").split("\n")
     assert "".join(lines).isprintable()

@@ -1,4 +1,4 @@
-"""Claims, attempts and their tokens, and what the sweeper finds."""
+"""Claims, attempts and their tokens, and the work items that the sweeper finds."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -38,10 +38,10 @@ from tests.processes import wait_until
 def claim_and_die(at_failpoint) -> Callable[[WorkItem], None]:
     """Claim a work item and die before the commit."""
 
-    def die(part: WorkItem) -> None:
+    def die(item: WorkItem) -> None:
         fail_at_slice(at_failpoint, 1, Killed())
         with pytest.raises(Killed):
-            do(part)
+            do(item)
 
     return die
 
@@ -58,8 +58,8 @@ def overdue() -> list[WorkItem]:
 
 
 @pytest.fixture(autouse=True)
-def _impatient(_clean: None) -> Iterator[None]:
-    """A test that waits for a lock in vain fails instead of hanging."""
+def _lock_timeout(_clean: None) -> Iterator[None]:
+    """Make a test that waits for a lock fail instead of hang."""
     execute("SET lock_timeout = '5s'")
     yield
     execute("RESET lock_timeout")
@@ -90,7 +90,7 @@ def test_an_overtaken_attempt_writes_nothing(run):
     assert overdue() == [WorkItem(run)]
     in_time = claims.claim(WorkItem(run))
     assert fanout.process_work_item(WorkItem(run), late) is None
-    claims.record_failure(WorkItem(run), late, "I come late", None)
+    claims.record_failure(WorkItem(run), late, "too late", None)
     assert (run_of(run)["state"], run_of(run)["members_processed"], run_of(run)["error"]) == ("running", 0, None)
     fanout.process_work_item(WorkItem(run), in_time)
     assert fanout.process_work_item(WorkItem(run), late) is None
@@ -98,14 +98,14 @@ def test_an_overtaken_attempt_writes_nothing(run):
 
 
 def test_an_overtaken_attempt_of_a_slice_writes_nothing(large_run):
-    part = parts_of(large_run)[2]
-    late, in_time = claims.claim(part), claims.claim(part)
-    assert fanout.process_work_item(part, late) is None
-    claims.record_failure(part, late, "I come late", None)
+    item = parts_of(large_run)[2]
+    late, in_time = claims.claim(item), claims.claim(item)
+    assert fanout.process_work_item(item, late) is None
+    claims.record_failure(item, late, "too late", None)
     assert (run_of(large_run)["members_processed"], run_of(large_run)["error"]) == (0, None)
-    fanout.process_work_item(part, in_time)
+    fanout.process_work_item(item, in_time)
     assert run_of(large_run)["members_processed"] == 5
-    assert fanout.process_work_item(part, late) is None
+    assert fanout.process_work_item(item, late) is None
     assert run_of(large_run)["members_processed"] == 5
 
 
@@ -114,7 +114,7 @@ def test_an_attempt_that_was_swept_before_it_locked_the_run_writes_nothing(run):
     make_all_overdue()
     assert overdue() == [WorkItem(run)]
     fanout.process_work_item(WorkItem(run), attempt)
-    assert run_of(run)["state"] == "queued", "who was given the job will do it"
+    assert run_of(run)["state"] == "queued", "the job that the sweeper enqueues processes it"
     assert run_to_end(run) == "succeeded"
 
 
@@ -125,14 +125,14 @@ def test_a_failure_is_shown_on_the_run_while_it_is_retried(run):
     assert (failed["state"], failed["error"], failed["finished_at"]) == (
         "queued", "OperationalError: the disk is full", None,
     )  # fmt: skip
-    assert overdue() == [], "the retry is on its way, and the sweeper leaves it alone"
+    assert overdue() == [], "the sweeper waits for the scheduled retry"
     assert run_to_end(run) == "succeeded"
     assert run_of(run)["error"] is None
 
 
 def test_a_failure_of_a_slice_is_shown_on_the_run_while_it_is_retried(large_run):
-    part = parts_of(large_run)[1]
-    claims.record_failure(part, claims.claim(part), "OperationalError: the disk is full", 30)
+    item = parts_of(large_run)[1]
+    claims.record_failure(item, claims.claim(item), "OperationalError: the disk is full", 30)
     assert (run_of(large_run)["state"], run_of(large_run)["error"]) == ("running", "OperationalError: the disk is full")
     assert overdue() == []
     assert run_to_end(large_run) == "succeeded"
@@ -156,13 +156,13 @@ def test_a_slice_that_keeps_failing_fails_the_run_and_delays_no_other_slice(larg
     for number in range(MAX_ATTEMPTS):
         claims.record_failure(poison, claims.claim(poison), f"failure {number + 1}", 0)
     assert (run_of(large_run)["state"], run_of(large_run)["error"]) == ("failed", f"failure {MAX_ATTEMPTS}")
-    for part in others:
-        do(part)
+    for item in others:
+        do(item)
     run = run_of(large_run)
     assert (run["state"], run["error"]) == ("failed", f"failure {MAX_ATTEMPTS}")
     assert (run["members_processed"], run["members_total"]) == (20, 25)
     make_all_overdue()
-    assert overdue() == [], "nobody tries again unasked"
+    assert overdue() == [], "there is no automatic retry"
 
     assert recovery.retry_failed([large_run]) == [poison]
     assert (run_of(large_run)["state"], run_of(large_run)["error"]) == ("running", None)
@@ -173,10 +173,10 @@ def test_a_slice_that_keeps_failing_fails_the_run_and_delays_no_other_slice(larg
 
 
 def test_each_slice_has_its_own_attempts(large_run, claim_and_die):
-    for part in parts_of(large_run):
+    for item in parts_of(large_run):
         for _ in range(MAX_ATTEMPTS - 1):
-            claim_and_die(part)
-        do(part)
+            claim_and_die(item)
+        do(item)
     assert (run_of(large_run)["state"], stats(large_run)["audience"]) == ("succeeded", 25)
     assert run_of(large_run)["attempts"] == 1 + 5 * (MAX_ATTEMPTS - 1)
 
@@ -188,9 +188,9 @@ def test_failed_runs_are_retried_with_their_progress_and_all_attempts(cast, larg
     _, small_run = post(cast.subscriber, cast.general)
     do(parts_of(large_run)[0])
     failing = parts_of(large_run)[1]
-    for part in (failing, WorkItem(small_run)):
+    for item in (failing, WorkItem(small_run)):
         for _ in range(MAX_ATTEMPTS):
-            claims.record_failure(part, claims.claim(part), "why", 0)
+            claims.record_failure(item, claims.claim(item), "why", 0)
     assert recovery.retry_failed([large_run]) == [failing]
     assert run_of(large_run)["members_processed"] == 5
     assert run_of(small_run)["state"] == "failed"
@@ -202,23 +202,23 @@ def test_failed_runs_are_retried_with_their_progress_and_all_attempts(cast, larg
     assert recovery.retry_failed() == []
 
 
-def test_a_failed_run_is_not_retried_unless_asked(cast, large_run):
+def test_a_failed_run_is_not_retried_automatically(cast, large_run):
     _, small_run = post(cast.subscriber, cast.general)
     failing = parts_of(large_run)[0]
-    for part in (failing, WorkItem(small_run)):
+    for item in (failing, WorkItem(small_run)):
         for _ in range(MAX_ATTEMPTS):
-            claims.record_failure(part, claims.claim(part), "why", 0)
-        assert claims.claim(part) is None, "whatever jobs for it RQ still has to run"
-        assert (run_of(part.run_id)["state"], run_of(part.run_id)["error"]) == ("failed", "why")
+            claims.record_failure(item, claims.claim(item), "why", 0)
+        assert claims.claim(item) is None, "even if RQ still has a job for it"
+        assert (run_of(item.run_id)["state"], run_of(item.run_id)["error"]) == ("failed", "why")
 
 
-# What the sweeper finds -----------------------------------------------------------------------------------
+# Work items that the sweeper finds ------------------------------------------------------------------------
 
 
 def test_a_run_whose_attempts_all_end_without_an_error_fails(run, run_jobs, claim_and_die):
     for _ in range(MAX_ATTEMPTS):
         claim_and_die(WorkItem(run))
-    assert len(recovery.fail_exhausted()) == 0, "its last attempt has only just begun"
+    assert len(recovery.fail_exhausted()) == 0, "its last attempt has just started"
     make_all_overdue()
     assert maintenance.sweep() == 0
     failed = run_of(run)
@@ -229,14 +229,14 @@ def test_a_run_whose_attempts_all_end_without_an_error_fails(run, run_jobs, clai
 
 
 def test_a_slice_whose_attempts_all_end_without_an_error_fails_its_run(large_run, claim_and_die):
-    part = parts_of(large_run)[3]
+    item = parts_of(large_run)[3]
     for _ in range(MAX_ATTEMPTS):
-        claim_and_die(part)
+        claim_and_die(item)
     make_all_overdue()
     assert len(recovery.fail_exhausted()) == 1
     assert run_of(large_run)["state"] == "failed"
     assert run_of(large_run)["error"].startswith(f"failed after {MAX_ATTEMPTS} attempts")
-    assert part not in overdue()
+    assert item not in overdue()
 
 
 def test_the_last_attempt_is_not_failed_while_it_is_locked(run, in_another_session, claim_and_die):
@@ -255,20 +255,20 @@ def test_an_overdue_run_is_found_once_and_only_while_it_is_unlocked(run, in_anot
     assert overdue() == []
     make_all_overdue()
     with in_another_session("SELECT FROM run FOR NO KEY UPDATE"):
-        assert overdue() == [], "and nobody waits for who is at work on it"
+        assert overdue() == [], "a locked run is skipped without waiting"
     assert overdue() == [WorkItem(run)]
     assert run_of(run)["state"] == "queued"
-    assert overdue() == [], "another sweeper finds nothing left"
+    assert overdue() == [], "a second sweeper finds nothing"
 
 
 def test_an_overdue_slice_is_found_once_and_only_while_it_is_unlocked(large_run, in_another_session):
-    parts = parts_of(large_run)
+    items = parts_of(large_run)
     assert overdue() == []
     make_all_overdue()
-    with in_another_session(f"SELECT FROM slice WHERE after_user_id = {parts[2].after_user_id} FOR NO KEY UPDATE"):
-        assert overdue() == parts[:2] + parts[3:]
+    with in_another_session(f"SELECT FROM slice WHERE after_user_id = {items[2].after_user_id} FOR NO KEY UPDATE"):
+        assert overdue() == items[:2] + items[3:]
         assert overdue() == []
-    assert overdue() == [parts[2]]
+    assert overdue() == [items[2]]
 
 
 def test_a_run_that_waits_in_the_queue_is_not_overdue(cast):
@@ -280,20 +280,20 @@ def test_a_run_that_waits_in_the_queue_is_not_overdue(cast):
 
 
 def test_a_slice_that_waits_in_the_queue_is_not_overdue(large_run):
-    parts = parts_of(large_run)
+    items = parts_of(large_run)
     make_all_overdue()
-    assert recovery.requeue_lost_slices(WorkItem(large_run - 1, parts[-1].after_user_id)) == []
-    assert recovery.requeue_lost_slices(parts[2]) == parts[:2]
-    assert recovery.requeue_lost_slices(WorkItem(large_run + 1, 0)) == parts[2:]
+    assert recovery.requeue_lost_slices(WorkItem(large_run - 1, items[-1].after_user_id)) == []
+    assert recovery.requeue_lost_slices(items[2]) == items[:2]
+    assert recovery.requeue_lost_slices(WorkItem(large_run + 1, 0)) == items[2:]
 
 
 def test_pending_runs_wait_for_room_in_the_queue_and_lost_runs_do_not(cast):
-    pending, left = (post(cast.subscriber, cast.general)[1] for _ in range(2))
+    pending, lost = (post(cast.subscriber, cast.general)[1] for _ in range(2))
     recovery.mark_pending([pending])
-    claims.claim(WorkItem(left))
+    claims.claim(WorkItem(lost))
     make_all_overdue()
     assert recovery.queue_pending_runs(0) == recovery.queue_pending_runs(-3) == []
-    assert recovery.requeue_lost_runs(WorkItem(1)) == [WorkItem(left)]
+    assert recovery.requeue_lost_runs(WorkItem(1)) == [WorkItem(lost)]
     assert recovery.queue_pending_runs(1) == [WorkItem(pending)]
 
 
@@ -319,7 +319,7 @@ def test_one_worker_sweeps_at_a_time(run, in_another_session):
     assert maintenance.sweep() == 1
 
 
-def test_only_the_databases_clock_is_read(run, monkeypatch):
+def test_leases_use_only_the_clock_of_the_database(run, monkeypatch):
     monkeypatch.setattr("time.time", lambda: 0.0)
     claims.claim(WorkItem(run))
     found = fetch_one("SELECT sweep_after - now() AS lease FROM run")
@@ -337,7 +337,7 @@ def test_the_sweep_interval_grows_with_each_attempt(run):
 
 
 def test_a_work_item_that_waits_for_its_message_is_not_swept(run, in_another_session):
-    """As while an edit waits for another work item: waiting must not use up attempts."""
+    """For example, an edit holds the lock while it waits for another work item. Waiting must not use up attempts."""
     attempt = claims.claim(WorkItem(run))
     outcome = []
 
@@ -349,7 +349,7 @@ def test_a_work_item_that_waits_for_its_message_is_not_swept(run, in_another_ses
     with in_another_session(f"SELECT pg_advisory_xact_lock({claims.MESSAGE_LOCK}, 1)"):
         thread.start()
         waiting = "SELECT 1 AS yes FROM pg_locks WHERE NOT granted AND locktype = 'advisory'"
-        wait_until(lambda: fetch_one(waiting), "it to wait for the message")
+        wait_until(lambda: fetch_one(waiting), "the work item to wait for the message")
         make_unlocked_overdue()
         assert overdue() == []
         assert len(recovery.fail_exhausted()) == 0
@@ -368,9 +368,9 @@ def make_unlocked_overdue() -> None:
 
 
 def test_a_work_item_without_attempts_left_is_failed_and_never_enqueued(run, large_run):
-    for part in (WorkItem(run), parts_of(large_run)[0]):
+    for item in (WorkItem(run), parts_of(large_run)[0]):
         for _ in range(MAX_ATTEMPTS):
-            claims.claim(part)
+            claims.claim(item)
     make_all_overdue()
     assert overdue() == parts_of(large_run)[1:]
     assert len(recovery.fail_exhausted()) == 2
@@ -378,7 +378,7 @@ def test_a_work_item_without_attempts_left_is_failed_and_never_enqueued(run, lar
 
 
 def test_a_run_is_not_failed_because_workers_overtake_each_other(run):
-    """As when each statement takes longer than the sweep interval: every attempt locks too late."""
+    """When each statement takes longer than the sweep interval, every attempt locks too late."""
     for number in range(1, 3 * MAX_ATTEMPTS):
         attempt = claims.claim(WorkItem(run))
         assert attempt == number
@@ -391,35 +391,35 @@ def test_a_run_is_not_failed_because_workers_overtake_each_other(run):
 
 
 def test_a_slice_is_not_failed_because_workers_overtake_each_other(large_run):
-    part = parts_of(large_run)[1]
-    late = claims.claim(part)
+    item = parts_of(large_run)[1]
+    late = claims.claim(item)
     for _ in range(3 * MAX_ATTEMPTS):
         make_all_overdue()
         assert len(recovery.fail_exhausted()) == 0
-        attempt = claims.claim(part)
-        jobs._run(part, late, None)
+        attempt = claims.claim(item)
+        jobs._run(item, late, None)
         late = attempt
     assert run_to_end(large_run) == "succeeded"
 
 
-def test_released_attempts_are_bounded_and_revive_nothing(run, large_run):
-    small, part = WorkItem(run), parts_of(large_run)[0]
-    for one in (small, part):
+def test_released_attempts_are_limited_and_do_not_revive_a_failed_run(run, large_run):
+    small, item = WorkItem(run), parts_of(large_run)[0]
+    for one in (small, item):
         claims.release(one)
         for _ in range(MAX_ATTEMPTS):
             claims.claim(one)
         assert claims.claim(one) is None
     make_all_overdue()
     assert len(recovery.fail_exhausted()) == 2
-    for one in (small, part):
+    for one in (small, item):
         claims.release(one)
         assert claims.claim(one) is None
     assert [run_of(run_id)["state"] for run_id in (run, large_run)] == ["failed", "failed"]
 
 
-def test_while_postgresql_answers_slowly_nothing_is_requeued(run, large_run):
-    part = parts_of(large_run)[0]
-    for one in (WorkItem(run), part):
+def test_nothing_is_requeued_within_the_grace_for_a_slow_database(run, large_run):
+    item = parts_of(large_run)[0]
+    for one in (WorkItem(run), item):
         for _ in range(MAX_ATTEMPTS):
             claims.claim(one)
     make_all_overdue()
@@ -431,7 +431,7 @@ def test_while_postgresql_answers_slowly_nothing_is_requeued(run, large_run):
     assert lost == [WorkItem(run), *parts_of(large_run)]
 
 
-def test_the_sweeper_waits_for_each_retry(cast, run_jobs):
+def test_the_sweeper_waits_for_each_scheduled_retry(cast, run_jobs):
     _, run_id = post(cast.subscriber, cast.general)
     assert queues.enqueue_run(run_id)
     queue = queues.queue()
@@ -459,7 +459,7 @@ def test_a_broken_scheduled_registry_stops_nothing_else(run, redis):
     assert maintenance.sweep() == 1
 
 
-def test_retrying_is_rolled_back_when_its_process_hangs(run):
+def test_a_retry_transaction_has_an_idle_timeout(run):
     with statements() as seen:
         recovery.retry_failed()
     assert "idle_in_transaction_session_timeout" in seen[0]
@@ -472,7 +472,7 @@ def test_a_statement_times_out_before_rq_interrupts_its_job(run, override):
     override(job_timeout_seconds=2)
     with notifications_that("PERFORM pg_sleep(3);"), pytest.raises(OperationalError, match="statement timeout"):
         do(WorkItem(run))
-    assert parts_of(run) == [WorkItem(run)], "and nothing has changed"
+    assert parts_of(run) == [WorkItem(run)], "nothing has changed"
     run_to_end(run)
 
 
@@ -498,25 +498,25 @@ def idle_limits(monkeypatch) -> dict[str, str]:
     """{failpoint: the idle time-out of the transaction that reached it}."""
     seen: dict[str, str] = {}
 
-    def look(point: str, run_id: int | None, after: int | None) -> None:
+    def record(point: str, run_id: int | None, after: int | None) -> None:
         found = fetch_one("SELECT current_setting('idle_in_transaction_session_timeout') AS idle")
         seen[point] = found["idle"]
 
-    monkeypatch.setattr(failpoints, "on_failpoint", look)
+    monkeypatch.setattr(failpoints, "on_failpoint", record)
     return seen
 
 
-def test_every_process_loses_its_locks_when_it_hangs(api, cast, slices_of, run_jobs, idle_limits):
+def test_every_transaction_that_locks_has_an_idle_timeout(api, cast, slices_of, run_jobs, idle_limits):
     slices_of(3)
-    person = api(cast.subscriber)
+    author = api(cast.subscriber)
     body = {"channel_id": cast.general, "content": "gold"}
-    message = person.post("/api/messages", json=body, headers={"Idempotency-Key": "k"}).get_json()
+    message = author.post("/api/messages", json=body, headers={"Idempotency-Key": "k"}).get_json()
     assert run_jobs() == 0
-    person.patch(f"/api/messages/{message['id']}", json={"content": "silver"})
+    author.patch(f"/api/messages/{message['id']}", json={"content": "silver"})
     api(cast.vip).post("/api/notifications/read", json={"all": True})
-    person.delete(f"/api/messages/{message['id']}")
+    author.delete(f"/api/messages/{message['id']}")
     maintenance.sweep()
     locking = {"post.written", "run.locked", "run.counted", "slice.locked", "slice.counted", "edit.written",
                "read.written", "delete.written", "sweep.locked", "sweep.marked"}  # fmt: skip
     assert {point: idle_limits[point] for point in locking} == dict.fromkeys(locking, f"{IDLE_IN_TRANSACTION_SECONDS}s")
-    assert idle_limits["run.committed"] == "0", "and it is for the transaction alone"
+    assert idle_limits["run.committed"] == "0", "the limit applies only to the transaction"

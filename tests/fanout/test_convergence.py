@@ -1,4 +1,4 @@
-"""Posts, edits and deletions end with the notifications of the last revision, whatever the order, repetition and
+"""Posts, edits and deletions end with the notifications of the last revision, for any order, repetition and
 overlap of their jobs."""
 
 import random
@@ -61,38 +61,39 @@ def unfinished() -> list[WorkItem]:
 
 @settings(max_examples=120, deadline=None, database=None, derandomize=True)
 @given(st.data())
-def test_the_last_revision_decides_whatever_the_order_of_the_jobs(data):
+def test_the_last_revision_decides_for_any_order_of_jobs(data):
     members = data.draw(st.integers(1, 14), label="members of a slice")
     with a_server() as (cast, _), overridden(fanout_slice_size=members):
         author = cast.moderator
         text = data.draw(st.sampled_from(TEXTS), label="post")
         message_id, _ = post(author, cast.general, text)
-        taken: list[tuple[WorkItem, int]] = []
-        steps = data.draw(st.lists(st.sampled_from(["edit", "do", "do", "die", "late"]), max_size=14), label="steps")
+        claimed: list[tuple[WorkItem, int]] = []
+        actions = st.sampled_from(["edit", "process", "process", "die", "late"])
+        steps = data.draw(st.lists(actions, max_size=14), label="steps")
         for step in steps:
             left = unfinished()
             if step == "edit":
                 text = data.draw(st.sampled_from(TEXTS), label="edit")
                 messages.edit_message(author.user, message_id, text)
-            elif step == "late" and taken:  # an attempt that was taken for dead continues
-                fanout.process_work_item(*data.draw(st.sampled_from(taken), label="late"))
+            elif step == "late" and claimed:  # an attempt that was presumed dead continues
+                fanout.process_work_item(*data.draw(st.sampled_from(claimed), label="late"))
             elif left:
-                part = data.draw(st.sampled_from(left), label=step)
-                attempt = claims.claim(part)
+                item = data.draw(st.sampled_from(left), label=step)
+                attempt = claims.claim(item)
                 if attempt is None:
                     continue
-                taken.append((part, attempt))
-                if step == "do":
-                    fanout.process_work_item(part, attempt)
-                else:  # with enough attempts for any number of repeats
+                claimed.append((item, attempt))
+                if step == "process":
+                    fanout.process_work_item(item, attempt)
+                else:  # keep enough attempts for any number of repetitions
                     execute("UPDATE run SET attempts_left = 6; UPDATE slice SET attempts_left = 6")
         while left := unfinished():
-            do(data.draw(st.sampled_from(left), label="in the end"))
-        for attempt in taken:
+            do(data.draw(st.sampled_from(left), label="remaining"))
+        for attempt in claimed:
             fanout.process_work_item(*attempt)
 
-        written_so = post_and_notify(author, cast.general, text)
-        assert notified(message_id) == notified(written_so)
+        comparison = post_and_notify(author, cast.general, text)
+        assert notified(message_id) == notified(comparison)
         assert verify() == []
         messages.delete_message(author.user, message_id)
         for person in cast.everybody.values():
@@ -110,7 +111,7 @@ def test_the_last_revision_decides_with_concurrent_edits_and_workers(cast, slice
     texts = [rng.choice(TEXTS) for _ in range(6)]
     message_id, _ = post(cast.moderator, cast.general, texts[0])
     edited = threading.Event()
-    broken: list[BaseException] = []
+    errors: list[BaseException] = []
 
     def edit() -> None:
         try:
@@ -123,28 +124,28 @@ def test_the_last_revision_decides_with_concurrent_edits_and_workers(cast, slice
         give_up = time.monotonic() + 60
         while time.monotonic() < give_up:
             last = edited.is_set()
-            parts = unfinished()
-            rng.shuffle(parts)
-            for part in parts:
-                if (attempt := claims.claim(part)) is not None:
-                    fanout.process_work_item(part, attempt)
+            items = unfinished()
+            rng.shuffle(items)
+            for item in items:
+                if (attempt := claims.claim(item)) is not None:
+                    fanout.process_work_item(item, attempt)
             if last and not unfinished():
                 return
-        raise AssertionError(f"a minute, and still to do: {unfinished()}")
+        raise AssertionError(f"unfinished after a minute: {unfinished()}")
 
-    def alone(what) -> None:
+    def run_in_thread(function) -> None:
         try:
             with db.connection_context():
-                what()
+                function()
         except BaseException as error:
-            broken.append(error)
+            errors.append(error)
 
-    threads = [threading.Thread(target=alone, args=(what,)) for what in (edit, work, work, work)]
+    threads = [threading.Thread(target=run_in_thread, args=(function,)) for function in (edit, work, work, work)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert broken == []
+    assert errors == []
     assert notified(message_id) == notified(post_and_notify(cast.moderator, cast.general, texts[-1]))
     assert verify() == []
 
@@ -155,13 +156,13 @@ def test_a_deletion_ends_every_run_of_the_message(cast, slices_of):
     message_id, first = post(cast.moderator, cast.general, "@vera")
     second = messages.edit_message(cast.moderator.user, message_id, "@everyone").run_id
     for run_id in (first, second, first, second):
-        part = parts_of(run_id)[0]
-        fanout.process_work_item(part, claims.claim(part))
+        item = parts_of(run_id)[0]
+        fanout.process_work_item(item, claims.claim(item))
     messages.delete_message(cast.moderator.user, message_id)
     before = notified(message_id)
     for run_id in (second, first):
         assert run_to_end(run_id) == "succeeded"
-    assert notified(message_id) == before, "nobody more is notified"
+    assert notified(message_id) == before, "no other user is notified"
     assert verify() == []
     for person in cast.everybody.values():
         assert inbox.list_notifications(person.user, before=None, limit=100) == []

@@ -1,7 +1,7 @@
-"""Who is notified, and why: the SQL against the oracle, on random communities and at every boundary.
+"""Decisions: the SQL is compared with the oracle on random servers and at every boundary.
 
-Each example is one transaction that is rolled back: inside it the database's `now()` stands still, so that a
-boundary can be met to the microsecond.
+Each example is one transaction that is rolled back: inside it the database's `now()` is constant, so that a
+boundary can be tested to the microsecond.
 """
 
 import json
@@ -26,10 +26,10 @@ from tests.fanout_helpers import run_to_end
 from tests.oracle import NOTIFY_DECISIONS, Community, Member, Preference, Subscription, decision, decisions, statistics
 from tests.overrides import overridden
 
-HERE, ELSEWHERE = 1, 2
+SERVER, OTHER_SERVER = 1, 2
 CHANNEL, OTHER_CHANNEL = 11, 12
 MESSAGE = 21
-ROLES, ROLE_ELSEWHERE = (31, 32, 33), 39
+ROLES, ROLE_OF_OTHER_SERVER = (31, 32, 33), 39
 STRANGERS = (1, 2)  # users who are not members of the server
 MEMBERS = range(100, 200, 7)  # possible members; ids have gaps, as in production
 LAST_ID = 2**63 - 1
@@ -38,12 +38,12 @@ DAY, MINUTE, INSTANT = timedelta(days=1), timedelta(minutes=1), timedelta(micros
 NEARLY = (-MINUTE, -INSTANT, timedelta(), INSTANT, MINUTE)
 
 
-# A community in the database ------------------------------------------------------------------------------
+# A server in the database ---------------------------------------------------------------------------------
 
 
 @contextmanager
-def one_moment() -> Iterator[datetime]:
-    """One transaction of the database: `now()` stands still, and everything is rolled back."""
+def constant_time() -> Iterator[datetime]:
+    """One transaction of the database, in which `now()` is constant, and which is rolled back."""
     with db.atomic() as transaction:
         found = fetch_one("SELECT now() AS now")
         assert found is not None
@@ -67,10 +67,10 @@ def _json(value: Any) -> str:
 
 
 def store(community: Community) -> None:
-    """Write a community down, with its own numbers as ids.
+    """Insert a community, with its numbers as ids.
 
-    And around it what must not matter: the members are all in another server as well, with a role there, and
-    want to hear nothing of another channel.
+    Also insert rows that must have no effect: all members are in another server too, with a role there, and
+    have switched off another channel.
     """
     members = community.members
     admins = {number: member.admin for number, member in members.items()}
@@ -84,37 +84,37 @@ def store(community: Community) -> None:
             if member.subscription
         ],
     )
-    insert("server", [{"id": place, "name": f"server {place}"} for place in (HERE, ELSEWHERE)])
-    roles = {**dict.fromkeys(ROLES, HERE), ROLE_ELSEWHERE: ELSEWHERE}
+    insert("server", [{"id": place, "name": f"server {place}"} for place in (SERVER, OTHER_SERVER)])
+    roles = {**dict.fromkeys(ROLES, SERVER), ROLE_OF_OTHER_SERVER: OTHER_SERVER}
     insert("role", [{"id": id_, "server_id": place, "name": f"role-{id_}"} for id_, place in roles.items()])
-    insert("member", [{"server_id": place, "user_id": n} for n in members for place in (HERE, ELSEWHERE)])
+    insert("member", [{"server_id": place, "user_id": n} for n in members for place in (SERVER, OTHER_SERVER)])
     insert(
         "member_role",
         [
             {"role_id": id_, "user_id": n, "server_id": roles[id_]}
             for n, member in members.items()
-            for id_ in (*member.roles, ROLE_ELSEWHERE)
+            for id_ in (*member.roles, ROLE_OF_OTHER_SERVER)
         ],
     )
     insert(
         "channel",
         [
-            {"id": CHANNEL, "server_id": HERE, "name": "this", "private": community.private, "posting": "members"},
-            {"id": OTHER_CHANNEL, "server_id": HERE, "name": "other", "private": False, "posting": "members"},
+            {"id": CHANNEL, "server_id": SERVER, "name": "this", "private": community.private, "posting": "members"},
+            {"id": OTHER_CHANNEL, "server_id": SERVER, "name": "other", "private": False, "posting": "members"},
         ],
     )
     insert(
         "channel_role",
-        [{"channel_id": CHANNEL, "role_id": id_, "server_id": HERE} for id_ in community.opening_roles],
+        [{"channel_id": CHANNEL, "role_id": id_, "server_id": SERVER} for id_ in community.opening_roles],
     )
     nothing = Preference("none")
     insert(
         "preference",
         [
-            {"channel_id": channel, "user_id": n, "level": wish.level, "muted_until": wish.muted_until}
+            {"channel_id": channel, "user_id": n, "level": preference.level, "muted_until": preference.muted_until}
             for n, member in members.items()
-            for channel, wish in ((CHANNEL, member.preference), (OTHER_CHANNEL, nothing))
-            if wish
+            for channel, preference in ((CHANNEL, member.preference), (OTHER_CHANNEL, nothing))
+            if preference
         ],
     )
     message = {"id": MESSAGE, "channel_id": CHANNEL, "author_id": community.author, "content": "content"}
@@ -134,20 +134,20 @@ def notified() -> dict[int, str]:
 
 
 def run(kind: str, mention_diff: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Fan the message out; the run's statistics."""
+    """Fan the message out and return the run's statistics."""
     run_id = runs.create_run(MESSAGE, kind, mention_diff)
     assert run_to_end(run_id) == "succeeded"
     return runs.statistics(runs.find_run(run_id))
 
 
-# Random communities ---------------------------------------------------------------------------------------
+# Random servers -------------------------------------------------------------------------------------------
 
 
 # Few choices for each member, each with many values, so that a few hundred examples differ.
 
 
 def subscriptions(now: datetime) -> st.SearchStrategy[Subscription | None]:
-    """Half of them are active, some of them only just; some of the others have only just ended."""
+    """Half of the subscriptions are active, some close to their end; some of the others have just ended."""
     ends = [None, now + 20 * DAY, now - DAY / 2, now - 3 * DAY, now - 400 * DAY]
     ends += [now - slack * DAY + off for slack in (0, 1, 7) for off in NEARLY]
     counting = [Subscription(status, end) for status in ("active", "trialing", "past_due") for end in ends]
@@ -158,8 +158,8 @@ def subscriptions(now: datetime) -> st.SearchStrategy[Subscription | None]:
 def preferences(now: datetime) -> st.SearchStrategy[Preference | None]:
     mutes = [None, None, *(now + off for off in (*NEARLY, -DAY, DAY))]
     levels = ("all", "all", "mentions", "mentions", "none")
-    wishes = [Preference(level, until) for level in levels for until in mutes]
-    return st.sampled_from([*wishes, *[None] * 15])
+    choices = [Preference(level, until) for level in levels for until in mutes]
+    return st.sampled_from([*choices, *[None] * 15])
 
 
 SOME_ROLES = [frozenset(roles) for count in range(4) for roles in combinations(ROLES, count)]
@@ -188,18 +188,18 @@ def communities(now: datetime) -> st.SearchStrategy[Community]:
     )
 
 
-ON_RANDOM_COMMUNITIES = settings(
+RANDOM_COMMUNITIES = settings(
     deadline=None,
     database=None,
-    derandomize=True,  # the same communities each time: a failure is reproducible everywhere
+    derandomize=True,  # the same examples each time, so that a failure is reproducible
     phases=[Phase.generate, Phase.shrink],
 )
 
 
-@settings(ON_RANDOM_COMMUNITIES, max_examples=175)
+@settings(RANDOM_COMMUNITIES, max_examples=175)
 @given(st.data(), st.integers(1, 20))
-def test_the_oracle_agrees_for_any_slice_size(data, fanout_slice_size):
-    with one_moment() as now, overridden(fanout_slice_size=fanout_slice_size):
+def test_decisions_agree_with_the_oracle_for_any_slice_size(data, fanout_slice_size):
+    with constant_time() as now, overridden(fanout_slice_size=fanout_slice_size):
         community = data.draw(communities(now))
         store(community)
         expected = decisions(community, now)
@@ -217,10 +217,10 @@ def test_the_oracle_agrees_for_any_slice_size(data, fanout_slice_size):
         assert counted == {**statistics(expected), "inserted": len(expected_notifications), "retracted": 0}
 
 
-@settings(ON_RANDOM_COMMUNITIES, max_examples=50)
+@settings(RANDOM_COMMUNITIES, max_examples=50)
 @given(st.data())
 def test_the_explanation_is_the_same_before_and_after_the_fan_out(data):
-    with one_moment() as now:
+    with constant_time() as now:
         community = data.draw(communities(now))
         store(community)
         expected = decisions(community, now)
@@ -243,10 +243,10 @@ def may_post(community: Community) -> bool:
     return author is not None and (not community.private or bool(author.roles & community.opening_roles))
 
 
-@settings(ON_RANDOM_COMMUNITIES, max_examples=100)
+@settings(RANDOM_COMMUNITIES, max_examples=100)
 @given(st.data(), st.integers(1, 20))
 def test_after_an_edit_the_notifications_are_those_of_the_new_text(data, fanout_slice_size):
-    with one_moment() as now, overridden(fanout_slice_size=fanout_slice_size):
+    with constant_time() as now, overridden(fanout_slice_size=fanout_slice_size):
         first, other = data.draw(communities(now)), data.draw(communities(now))
         edited = replace(first, named=other.named, named_roles=other.named_roles, everyone=other.everyone)
         store(first)
@@ -278,32 +278,32 @@ def changes(before: Community, after: Community) -> dict[str, Any]:
     }
 
 
-# Each rule, and each pair of neighbours in the order ------------------------------------------------------
+# Each rule, and each pair of consecutive rules ------------------------------------------------------------
 
-WHO = MEMBERS[0]
+MEMBER = MEMBERS[0]
 AUTHOR = STRANGERS[0]
 PAID = Subscription("active")
 
 
 @dataclass
 class Case:
-    """One member of a community, and what must be decided. `at` makes both of the present moment."""
+    """One member of a community and the expected decision. `member` is called with the current time."""
 
     decision: str
     member: Callable[[datetime], Member]
     community: dict[str, Any]
 
     def check(self, **changed: Any) -> None:
-        with one_moment() as now:
-            about = {"author": AUTHOR, **self.community, **changed}
-            community = Community({WHO: self.member(now)}, **about)
-            assert decision(community, WHO, now) == self.decision, "the oracle itself is wrong"
+        with constant_time() as now:
+            options = {"author": AUTHOR, **self.community, **changed}
+            community = Community({MEMBER: self.member(now)}, **options)
+            assert decision(community, MEMBER, now) == self.decision, "the oracle itself is wrong"
             store(community)
-            assert decision_for(load_fanout_message(MESSAGE), WHO) == self.decision
+            assert decision_for(load_fanout_message(MESSAGE), MEMBER) == self.decision
 
 
-def paying(**wish: Any) -> Callable[[datetime], Member]:
-    return lambda now: Member(subscription=PAID, preference=Preference(**wish) if wish else None)
+def subscriber(**preference: Any) -> Callable[[datetime], Member]:
+    return lambda now: Member(subscription=PAID, preference=Preference(**preference) if preference else None)
 
 
 def subscribed(status: str, end: timedelta | None) -> Callable[[datetime], Member]:
@@ -314,93 +314,97 @@ def muted(level: str = "all", until: timedelta = DAY, **member: Any) -> Callable
     return lambda now: Member(**{"subscription": PAID, "preference": Preference(level, now + until), **member})
 
 
-def being(**member: Any) -> Callable[[datetime], Member]:
+def member_with(**member: Any) -> Callable[[datetime], Member]:
     return lambda now: Member(**{"subscription": PAID, **member})
 
 
-NAMED = {"named": frozenset({WHO})}
+NAMED = {"named": frozenset({MEMBER})}
 ROLE = frozenset({ROLES[0]})
 NAMED_ROLE = {"named_roles": ROLE}
 EVERYONE = {"everyone": True}
 ALL_MENTIONS = NAMED | NAMED_ROLE | EVERYONE
-CLOSED = {"private": True}
-MINE = {"author": WHO}
+PRIVATE = {"private": True}
+OWN_MESSAGE = {"author": MEMBER}
 ONLY_MENTIONS, SWITCHED_OFF = Preference("mentions"), Preference("none")
 
 CASES = {
-    # who wrote it
-    "the author is not notified": ("author", paying(), MINE),
-    "the author who mentions themselves is not notified": ("author", being(roles=ROLE), MINE | ALL_MENTIONS),
-    "the author who is an admin is not notified": ("author", being(admin=True), MINE),
-    "author before no_channel_access": ("author", paying(), MINE | CLOSED),
-    # who may see the channel
-    "a private channel without a role is for nobody": ("no_channel_access", being(roles=ROLE), CLOSED),
-    "a private channel is for the role that opens it": ("message", being(roles=ROLE), CLOSED | {"opening_roles": ROLE}),
+    # the author
+    "the author": ("author", subscriber(), OWN_MESSAGE),
+    "an author who mentions themselves": ("author", member_with(roles=ROLE), OWN_MESSAGE | ALL_MENTIONS),
+    "an author who is an admin": ("author", member_with(admin=True), OWN_MESSAGE),
+    "author before no_channel_access": ("author", subscriber(), OWN_MESSAGE | PRIVATE),
+    # access to the channel
+    "a private channel without an opening role": ("no_channel_access", member_with(roles=ROLE), PRIVATE),
+    "the role that opens a private channel": ("message", member_with(roles=ROLE), PRIVATE | {"opening_roles": ROLE}),
     "one of several opening roles is enough": (
         "message",
-        being(roles=frozenset(ROLES[1:2])),
-        CLOSED | {"opening_roles": frozenset(ROLES)},
+        member_with(roles=frozenset(ROLES[1:2])),
+        PRIVATE | {"opening_roles": frozenset(ROLES)},
     ),
-    "another role does not open": (
+    "another role gives no access": (
         "no_channel_access",
-        being(roles=frozenset(ROLES[1:])),
-        CLOSED | {"opening_roles": ROLE},
+        member_with(roles=frozenset(ROLES[1:])),
+        PRIVATE | {"opening_roles": ROLE},
     ),
-    "an admin is notified only of channels that their roles open": ("no_channel_access", being(admin=True), CLOSED),
-    "opening roles of an open channel shut nobody out": ("message", paying(), {"opening_roles": ROLE}),
-    "a mention opens no private channel": ("no_channel_access", being(roles=ROLE), CLOSED | ALL_MENTIONS),
-    "no_channel_access before no_subscription": ("no_channel_access", being(subscription=None), CLOSED),
-    # who pays
-    "no subscription at all": ("no_subscription", being(subscription=None), {}),
-    "an admin needs none": ("message", being(admin=True, subscription=None), {}),
-    "an admin's may have ended": (
+    "an admin needs an opening role too": ("no_channel_access", member_with(admin=True), PRIVATE),
+    "opening roles do not restrict an open channel": ("message", subscriber(), {"opening_roles": ROLE}),
+    "a mention gives no access": ("no_channel_access", member_with(roles=ROLE), PRIVATE | ALL_MENTIONS),
+    "no_channel_access before no_subscription": ("no_channel_access", member_with(subscription=None), PRIVATE),
+    # the subscription
+    "no subscription at all": ("no_subscription", member_with(subscription=None), {}),
+    "an admin needs no subscription": ("message", member_with(admin=True, subscription=None), {}),
+    "an admin's subscription may have ended": (
         "message",
-        being(admin=True, subscription=Subscription("canceled")),
+        member_with(admin=True, subscription=Subscription("canceled")),
         {},
     ),
     "no_subscription before channel_off": (
         "no_subscription",
-        being(subscription=None, preference=SWITCHED_OFF),
+        member_with(subscription=None, preference=SWITCHED_OFF),
         {},
     ),
-    "a mention pays no subscription": ("no_subscription", being(subscription=None, roles=ROLE), ALL_MENTIONS),
-    # who has switched the channel off
-    "switched off": ("channel_off", paying(level="none"), {}),
-    "an admin can switch off as well": ("channel_off", being(admin=True, preference=SWITCHED_OFF), {}),
-    "channel_off before mention": ("channel_off", being(roles=ROLE, preference=SWITCHED_OFF), ALL_MENTIONS),
+    "a mention does not replace a subscription": (
+        "no_subscription",
+        member_with(subscription=None, roles=ROLE),
+        ALL_MENTIONS,
+    ),
+    # the channel is switched off
+    "switched off": ("channel_off", subscriber(level="none"), {}),
+    "an admin can switch off as well": ("channel_off", member_with(admin=True, preference=SWITCHED_OFF), {}),
+    "channel_off before mention": ("channel_off", member_with(roles=ROLE, preference=SWITCHED_OFF), ALL_MENTIONS),
     "channel_off before muted": ("channel_off", muted("none"), {}),
-    # who is mentioned
-    "named": ("mention", paying(), NAMED),
-    "being named passes the wish for mentions only": ("mention", paying(level="mentions"), NAMED),
-    "being named passes a mute": ("mention", muted(), NAMED),
-    "being named passes both": ("mention", muted("mentions"), NAMED),
-    "another being named": ("message", paying(), {"named": frozenset({MEMBERS[1], *STRANGERS})}),
-    "mention before mention_role": ("mention", being(roles=ROLE), ALL_MENTIONS),
-    "a role named": ("mention_role", being(roles=ROLE), NAMED_ROLE),
-    "another role named": ("message", being(roles=frozenset(ROLES[1:])), NAMED_ROLE),
-    "a role passes the wish for mentions only": (
+    # mentions
+    "a named user": ("mention", subscriber(), NAMED),
+    "a named user with the level mentions": ("mention", subscriber(level="mentions"), NAMED),
+    "a named user with a mute": ("mention", muted(), NAMED),
+    "a named user with a mute and the level mentions": ("mention", muted("mentions"), NAMED),
+    "another named user": ("message", subscriber(), {"named": frozenset({MEMBERS[1], *STRANGERS})}),
+    "mention before mention_role": ("mention", member_with(roles=ROLE), ALL_MENTIONS),
+    "a named role": ("mention_role", member_with(roles=ROLE), NAMED_ROLE),
+    "another named role": ("message", member_with(roles=frozenset(ROLES[1:])), NAMED_ROLE),
+    "a named role with the level mentions": (
         "mention_role",
-        being(roles=ROLE, preference=ONLY_MENTIONS),
+        member_with(roles=ROLE, preference=ONLY_MENTIONS),
         NAMED_ROLE,
     ),
-    "a role passes no mute": ("muted", muted(roles=ROLE), NAMED_ROLE),
-    "mention_role before mention_everyone": ("mention_role", being(roles=ROLE), NAMED_ROLE | EVERYONE),
-    "everyone": ("mention_everyone", paying(), EVERYONE),
-    "everyone passes the wish for mentions only": ("mention_everyone", paying(level="mentions"), EVERYONE),
-    "everyone passes no mute": ("muted", muted(), EVERYONE),
-    # who has muted the channel
+    "a named role with a mute": ("muted", muted(roles=ROLE), NAMED_ROLE),
+    "mention_role before mention_everyone": ("mention_role", member_with(roles=ROLE), NAMED_ROLE | EVERYONE),
+    "everyone": ("mention_everyone", subscriber(), EVERYONE),
+    "everyone with the level mentions": ("mention_everyone", subscriber(level="mentions"), EVERYONE),
+    "everyone with a mute": ("muted", muted(), EVERYONE),
+    # mutes
     "muted": ("muted", muted(), {}),
-    "muted for an instant more": ("muted", muted(until=INSTANT), {}),
+    "muted for one more microsecond": ("muted", muted(until=INSTANT), {}),
     "a mute that ends now has ended": ("message", muted(until=timedelta()), {}),
     "a mute that ended": ("message", muted(until=-INSTANT), {}),
-    "a mute that ended lets a role through": ("mention_role", muted(until=-INSTANT, roles=ROLE), NAMED_ROLE),
+    "a named role after a mute that ended": ("mention_role", muted(until=-INSTANT, roles=ROLE), NAMED_ROLE),
     "muted before mentions_only": ("muted", muted("mentions"), {}),
-    # the rest
-    "mentions only, and not mentioned": ("mentions_only", paying(level="mentions"), {}),
-    "a mute that ended leaves the level": ("mentions_only", muted("mentions", until=-INSTANT), {}),
-    "everything": ("message", paying(level="all"), {}),
-    "no preference row means everything": ("message", paying(), {}),
-    "somebody else wrote it, who is a member": ("message", paying(), {"author": STRANGERS[1]}),
+    # the level
+    "mentions only, and not mentioned": ("mentions_only", subscriber(level="mentions"), {}),
+    "the level mentions after a mute that ended": ("mentions_only", muted("mentions", until=-INSTANT), {}),
+    "the level all": ("message", subscriber(level="all"), {}),
+    "no preference row means the level all": ("message", subscriber(), {}),
+    "another user is the author": ("message", subscriber(), {"author": STRANGERS[1]}),
 }
 
 
@@ -455,7 +459,7 @@ def test_the_cases_have_every_status_and_every_decision():
 
 
 @pytest.mark.parametrize("days", [0, 1, 30])
-def test_the_grace_is_as_long_as_configured(override, days):
+def test_the_grace_period_is_configurable(override, days):
     override(past_due_grace_days=days)
     grace = timedelta(days=days)
     Case(ENTITLED, subscribed("past_due", -grace), {}).check(grace=grace)
@@ -464,12 +468,12 @@ def test_the_grace_is_as_long_as_configured(override, days):
     Case(NOT, subscribed("active", -DAY - INSTANT), {}).check(grace=grace)
 
 
-def test_a_test_message_for_one_person_has_an_audience_of_one():
-    with one_moment() as now:
+def test_a_test_message_for_one_user_has_an_audience_of_one():
+    with constant_time() as now:
         community = Community(
-            {number: Member(subscription=PAID) for number in MEMBERS}, author=AUTHOR, only_for=WHO, everyone=True
+            {number: Member(subscription=PAID) for number in MEMBERS}, author=AUTHOR, only_for=MEMBER, everyone=True
         )
         store(community)
         assert run("test")["audience"] == 1
-        assert notified() == {WHO: "mention_everyone"} == decisions(community, now)
+        assert notified() == {MEMBER: "mention_everyone"} == decisions(community, now)
         assert decision_for(load_fanout_message(MESSAGE), MEMBERS[1]) is None

@@ -101,7 +101,7 @@ def test_members_of_a_mentioned_role_are_notified_first_up_to_one_slice(cast, sl
     advance(run_id)
     first = notified(message_id)
     assert len(first) == 4
-    assert first[many[19]] == "mention", "who is named comes before who has a role"
+    assert first[many[19]] == "mention", "named users come before members of a role"
     assert run_to_end(run_id) == "succeeded"
     assert stats(run_id)["mention_role"] == 10
     assert (stats(run_id)["audience"], stats(run_id)["inserted"]) == (25, len(notified(message_id)))
@@ -120,25 +120,25 @@ def test_a_member_notified_first_is_not_decided_again_after_a_preference_change(
 
 
 @pytest.mark.parametrize("error", [RuntimeError("the disk is full"), Killed()], ids=["an error", "a kill"])
-@pytest.mark.parametrize("part", [1, 2, 3])
+@pytest.mark.parametrize("number", [1, 2, 3])
 def test_an_interrupted_work_item_changes_nothing_and_the_next_attempt_continues(
-    cast, slices_of, at_failpoint, error, part
+    cast, slices_of, at_failpoint, error, number
 ):
     many = crowd(cast.server_id, 20)
     slices_of(10)
     message_id, run_id = post(cast.subscriber, cast.general, "@vera")
-    fail_at_slice(at_failpoint, part, error)
+    fail_at_slice(at_failpoint, number, error)
     with pytest.raises(type(error)):
         run_to_end(run_id)
 
     run = run_of(run_id)
-    assert (run["state"], run["members_processed"]) == ("running", {1: 0, 2: 1, 3: 10}[part])
+    assert (run["state"], run["members_processed"]) == ("running", {1: 0, 2: 1, 3: 10}[number])
     assert len(notified(message_id)) == stats(run_id)["notified"] == stats(run_id)["inserted"]
     assert verify() == []
 
     with statements() as seen:
         assert run_to_end(run_id) == "succeeded"
-    assert sum(map(is_slice, seen)) == 5 - part, "it goes on where it stopped"
+    assert sum(map(is_slice, seen)) == 5 - number, "the next attempt continues with the interrupted work item"
     assert stats(run_id) == EVERYBODY | {"audience": 25, "notified": 23, "message": 22, "mention": 1, "inserted": 23}
     assert notified(message_id).keys() == {cast.admin.id, cast.moderator.id, cast.vip.id, *many}
     assert run_of(run_id)["attempts"] == 2
@@ -165,16 +165,16 @@ def test_many_workers_on_one_run_notify_and_count_each_member_once(cast, slices_
     slices = parts_of(run_id)
     assert len(slices) == 15
 
-    def all_of_them() -> int:
+    def process_all() -> int:
         done = 0
-        for part in slices:  # each thread claims all slices
-            attempt = claims.claim(part)
+        for item in slices:  # each thread claims all slices
+            attempt = claims.claim(item)
             if attempt is not None:
-                fanout.process_work_item(part, attempt)
+                fanout.process_work_item(item, attempt)
                 done += 1
         return done
 
-    assert sum(in_threads(all_of_them, 4)) >= 15
+    assert sum(in_threads(process_all, 4)) >= 15
     assert stats(run_id) == EVERYBODY | {"audience": 100, "notified": 98, "message": 97, "mention": 1, "inserted": 98}
     assert len(notified(message_id)) == Notification.select().count() == 98
     run = run_of(run_id)
@@ -190,7 +190,7 @@ def test_two_slices_that_end_at_the_same_time_are_both_counted_and_finish_the_ru
     both_have_inserted = threading.Barrier(2, timeout=30)
     at_failpoint("slice.notified", lambda: both_have_inserted.wait() and None)
     first, second = parts_of(run_id)
-    tokens = [(part, claims.claim(part)) for part in (first, second)]
+    tokens = [(item, claims.claim(item)) for item in (first, second)]
     in_threads(lambda: fanout.process_work_item(*tokens.pop()), 2)
     assert (run_of(run_id)["state"], run_of(run_id)["members_processed"]) == ("succeeded", 10)
     assert verify() == []
@@ -200,14 +200,14 @@ def in_threads(work: Callable[[], Any], number: int) -> list[Any]:
     """The results of `work` in `number` threads, each with its own connection. Errors are raised here."""
     results: list[Any] = []
 
-    def one() -> None:
+    def run() -> None:
         try:
             with db.connection_context():
                 results.append(work())
         except BaseException as error:
             results.append(error)
 
-    threads = [threading.Thread(target=one) for _ in range(number)]
+    threads = [threading.Thread(target=run) for _ in range(number)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -247,10 +247,10 @@ def test_a_message_deleted_before_its_run_notifies_nobody(cast):
 def test_a_test_message_notifies_and_is_visible_to_its_sender_only(api, cast, run_jobs):
     caller = make_person("alma", status=None, admin=True)  # has the highest user id
     servers.put_member(cast.server_id, caller.id, [])
-    answer = api(caller).post("/api/test-notifications", json={"channel_id": cast.general})
-    assert answer.status_code == 202
+    response = api(caller).post("/api/test-notifications", json={"channel_id": cast.general})
+    assert response.status_code == 202
     assert run_jobs() == 0
-    run = api(caller).get(answer.headers["Location"]).get_json()
+    run = api(caller).get(response.headers["Location"]).get_json()
     assert (run["state"], run["kind"], run["progress"]) == ("succeeded", "test", {"done": 1, "total": 1})
     message_id = run["message_id"]
     assert notified(message_id) == {caller.id: "mention"}
@@ -267,14 +267,12 @@ def test_a_test_message_notifies_and_is_visible_to_its_sender_only(api, cast, ru
             assert (listed, in_inbox, found) == ([], [], 404)
 
 
-
-
-# Costs that must not grow with the audience ---------------------------------------------------------------------
+# Costs that must not grow with the audience ---------------------------------------------------------------
 
 
 @dataclass
 class Measured:
-    """What a message to this number of members took."""
+    """The costs of a message to this number of members."""
 
     members: int
     of_post: int  # SQL statements of the request that posted it
@@ -293,43 +291,43 @@ def measured(app, _schema) -> dict[int, Measured]:
     db.connect(reuse_if_open=True)
     author = make_person("author-of-all", status=None, admin=True)
     client = app.test_client()
-    measure(client, author, SMALL)  # load first what stays in memory
+    measure(client, author, SMALL)  # load what stays in memory first
     return {members: measure(client, author, members) for members in (SMALL, MEDIUM, LARGE)}
 
 
 def measure(client, author: Person, members: int) -> Measured:
     community = seed(members, 3)
     with statements() as seen:
-        answer = client.post(
+        response = client.post(
             "/api/messages",
             json={"channel_id": community["channel_ids"][0], "content": f"@{community['usernames'][0]} and @vip"},
             headers={"Authorization": f"Bearer {author.token}"},
         )
-    assert answer.status_code == 201
-    of_post, run_id = len(seen), answer.get_json()["run"]["id"]
+    assert response.status_code == 201
+    of_post, run_id = len(seen), response.get_json()["run"]["id"]
 
-    of_parts = []
+    of_items = []
     tracemalloc.start()
     try:
         with statements() as seen:
             advance(run_id)
-        of_parts.append(len(seen))
-        for part in parts_of(run_id):
+        of_items.append(len(seen))
+        for item in parts_of(run_id):
             with statements() as seen:
-                do(part)
-            of_parts.append(len(seen))
+                do(item)
+            of_items.append(len(seen))
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
     assert run_of(run_id)["state"] == "succeeded"
-    notifications = Notification.select().where(Notification.message_id == answer.get_json()["id"]).count()
-    return Measured(members, of_post, of_parts[0], of_parts[1:], peak, stats(run_id), notifications)
+    notifications = Notification.select().where(Notification.message_id == response.get_json()["id"]).count()
+    return Measured(members, of_post, of_items[0], of_items[1:], peak, stats(run_id), notifications)
 
 
 def test_a_slice_takes_the_same_statements_for_any_number_of_members(measured):
     assert [len(one.of_slices) for one in measured.values()] == [0, 0, LARGE // settings.fanout_slice_size + 1]
     assert measured[SMALL].of_run == measured[MEDIUM].of_run <= 9
-    assert measured[LARGE].of_run - measured[SMALL].of_run == 2, "who is mentioned, and the slices"
+    assert measured[LARGE].of_run - measured[SMALL].of_run == 2, "one for mentioned members and one for the slices"
     assert len(set(measured[LARGE].of_slices)) == 1
     assert measured[LARGE].of_slices[0] <= measured[SMALL].of_run
 

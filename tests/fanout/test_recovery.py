@@ -42,7 +42,7 @@ def doomed(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def finished(run_id: int) -> None:
+def wait_for_success(run_id: int) -> None:
     wait_until(lambda: state_of(run_id) == "succeeded", f"run {run_id} to succeed", RECOVERY)
     assert verify() == []
 
@@ -56,7 +56,7 @@ def enqueue(author: Person, channel_id: int, content: str = "gold breaks out") -
 
 @contextlib.contextmanager
 def two_workers(doomed: Path, **environment: str) -> Iterator[tuple[Any, Any]]:
-    """A worker that will be killed, and one that continues; the second starts when it is waited for."""
+    """Run a worker that a failpoint kills, and one that continues."""
     with a_doomed_worker(doomed, **environment) as first, a_worker(**environment) as second:
         yield first, second
 
@@ -71,10 +71,10 @@ def test_no_notification_is_lost_when_a_worker_is_killed_during_a_job(cast, doom
     with a_doomed_worker(doomed) as first:
         struck = strike(doomed, point, KILL_WITH_PARENT)
         message_id, run_id = enqueue(cast.subscriber, cast.general)
-        wait_until(struck, "somebody to come to the point")
+        wait_until(struck, "a process to reach the failpoint")
         wait_until(lambda: not first.running(), "the worker to die")
         with a_worker():
-            finished(run_id)
+            wait_for_success(run_id)
     assert notified(message_id).keys() == {cast.admin.id, cast.moderator.id, cast.vip.id}
 
 
@@ -83,17 +83,17 @@ def test_another_worker_continues_a_slice_and_repeats_no_other(cast, doomed):
     with a_doomed_worker(doomed, FANOUT_SLICE_SIZE="50") as first:
         struck = strike(doomed, "slice.counted", KILL_WITH_PARENT)
         message_id, run_id = enqueue(cast.subscriber, cast.general, "@vera")
-        wait_until(struck, "somebody to come to the point")
+        wait_until(struck, "a process to reach the failpoint")
         wait_until(lambda: not first.running(), "the worker to die")
         assert run_of(run_id)["members_processed"] < 405
         with a_worker(FANOUT_SLICE_SIZE="50"):
-            finished(run_id)
+            wait_for_success(run_id)
     assert notified(message_id).keys() == {cast.admin.id, cast.moderator.id, cast.vip.id, *many}
     assert (run_of(run_id)["members_processed"], run_of(run_id)["attempts"]) == (405, 2)
 
 
-def test_a_message_that_kills_every_worker_fails_and_delays_no_other(api, cast):
-    """Each attempt ends its own session, so that no failure is recorded, as when a process is killed."""
+def test_a_run_that_ends_every_attempt_fails_and_delays_no_other_run(api, cast):
+    """Each attempt ends its own database session, so that no failure is recorded, as when a process is killed."""
     message_id, poison = write(cast.subscriber, cast.general, "poison")
     execute(
         "CREATE FUNCTION test_poison() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
@@ -105,9 +105,9 @@ def test_a_message_that_kills_every_worker_fails_and_delays_no_other(api, cast):
         with a_worker():
             queues.enqueue_run(poison)
             other, healthy = enqueue(cast.subscriber, cast.general)
-            finished(healthy)
+            wait_for_success(healthy)
             assert len(notified(other)) == 3
-            wait_until(lambda: state_of(poison) == "failed", "the poison to be given up", 120)
+            wait_until(lambda: state_of(poison) == "failed", "the poisoned run to fail", 120)
             failed = api(cast.admin).get("/api/runs?state=failed").get_json()["items"]
             assert [run["id"] for run in failed] == [poison]
             assert failed[0]["error"].startswith("failed after 6 attempts")
@@ -115,7 +115,7 @@ def test_a_message_that_kills_every_worker_fails_and_delays_no_other(api, cast):
         execute("DROP FUNCTION test_poison CASCADE")
     queues.enqueue(recovery.retry_failed([poison]))
     with a_worker():
-        finished(poison)
+        wait_for_success(poison)
     assert len(notified(message_id)) == 3
 
 
@@ -126,28 +126,28 @@ def test_a_message_that_kills_every_worker_fails_and_delays_no_other(api, cast):
 def test_a_worker_that_hangs_is_overtaken_and_writes_nothing_later(cast, doomed, point):
     with two_workers(doomed) as (hanging, _):
         strike(doomed, point, STOP)
-        # Any worker may get the first job; the doomed one gets one soon.
+        # Either worker may get a job; post until the doomed one gets one.
         message_id = run_id = 0
 
-        def another_was_fatal() -> bool:
+        def post_until_a_worker_hangs() -> bool:
             nonlocal message_id, run_id
             message_id, run_id = enqueue(cast.subscriber, cast.general)
             time.sleep(0.3)
             return (doomed / "deaths").exists()
 
-        wait_until(another_was_fatal, "the doomed one to come to the point")
+        wait_until(post_until_a_worker_hangs, "the doomed worker to reach the failpoint")
         horse, stuck = map(int, (doomed / "deaths").read_text().split()[1:3])
         try:
-            finished(stuck)
+            wait_for_success(stuck)
             assert Run.get_by_id(stuck).attempts == 2
         finally:
             os.kill(horse, signal.SIGCONT)
         before = contents_of(stuck)
-        through = re.compile(rf"run {stuck}: attempt 1 was overtaken|Job run-{stuck}: scheduled for retry")
-        wait_until(lambda: through.search(hanging.log()), "the one that hung to be through")
+        overtaken = re.compile(rf"run {stuck}: attempt 1 was overtaken|Job run-{stuck}: scheduled for retry")
+        wait_until(lambda: overtaken.search(hanging.log()), "the hanging worker to end its attempt")
         assert contents_of(stuck) == before
         assert hanging.running()
-        finished(run_id)
+        wait_for_success(run_id)
     assert len(notified(message_id)) == 3
 
 
@@ -165,10 +165,10 @@ def test_an_edit_whose_process_hangs_delays_the_fan_out_only_briefly(cast, in_an
     )
     with a_worker(), contextlib.suppress(psycopg.errors.IdleInTransactionSessionTimeout), in_another_session(statement):
         queues.enqueue_run(run_id)
-        wait_until(lambda: state_of(run_id) == "running", "somebody to begin")
+        wait_until(lambda: state_of(run_id) == "running", "a worker to start the run")
         time.sleep(1)
-        assert state_of(run_id) == "running", "it waits for the edit"
-        finished(run_id)
+        assert state_of(run_id) == "running", "the run waits for the edit"
+        wait_for_success(run_id)
     assert state_of(run_id) == "succeeded"
     assert fetch_one("SELECT content FROM message") == {"content": "gold breaks out"}
 
@@ -192,10 +192,10 @@ def test_slow_statements_do_not_fail_a_run(cast):
     assert verify() == []
 
 
-# Redis is down ---------------------------------------------------------------------------------------------
+# Redis is unavailable ---------------------------------------------------------------------------------
 
 
-def test_posts_while_redis_is_down_are_accepted_and_fan_out_after_it_returns_empty(cast, redis):
+def test_posts_are_accepted_while_redis_is_unavailable_and_notify_users_later(cast, redis):
     with a_gate(os.environ["REDIS_URL"]) as gate:
         behind = {"REDIS_URL": gate.url}
         with a_web_process(**behind) as address, a_worker(**behind), a_worker(**behind):
@@ -218,20 +218,20 @@ def test_posts_while_redis_is_down_are_accepted_and_fan_out_after_it_returns_emp
     assert verify() == []
 
 
-def test_queued_runs_are_found_again_after_flushall(cast, redis):
+def test_queued_runs_are_found_again_after_redis_lost_its_data(cast, redis):
     runs = [enqueue(cast.subscriber, cast.general) for _ in range(5)]
     with a_worker() as process:
-        wait_until(lambda: Run.select().where(Run.state == "succeeded").count() > 0, "the first")
+        wait_until(lambda: Run.select().where(Run.state == "succeeded").count() > 0, "the first run to succeed")
         redis.flushdb()
         runs += [enqueue(cast.subscriber, cast.general) for _ in range(5)]
         redis.flushdb()
         for _, run_id in runs:
-            finished(run_id)
+            wait_for_success(run_id)
         assert process.running()
     assert Notification.select().count() == 30
 
 
-def test_workers_with_different_clocks_use_the_databases(cast, doomed):
+def test_workers_with_wrong_clocks_use_the_clock_of_the_database(cast, doomed):
     crowd(cast.server_id, 100)
     ahead, behind = ("tests.faults.clock", "60"), ("tests.faults.clock", "-60")
     with (
@@ -240,9 +240,9 @@ def test_workers_with_different_clocks_use_the_databases(cast, doomed):
     ):
         struck = strike(doomed, "slice.notified", KILL_WITH_PARENT)
         runs = [enqueue(cast.subscriber, cast.general, "@vera")[1] for _ in range(4)]
-        wait_until(struck, "somebody to come to the point")
+        wait_until(struck, "a process to reach the failpoint")
         for run_id in runs:
-            finished(run_id)
+            wait_for_success(run_id)
         assert first.running()
         assert not second.running()
     assert all(run_of(run_id)["members_processed"] == 105 for run_id in runs)
@@ -261,11 +261,11 @@ def test_several_workers_share_a_fan_out_and_a_small_message_does_not_wait(cast)
         servers.put_member(server.id, person.id, [])
     with a_worker(FANOUT_SLICE_SIZE="50") as first, a_worker(FANOUT_SLICE_SIZE="50") as second:
         large_message, large = enqueue(cast.subscriber, cast.general)
-        wait_until(lambda: run_of(large)["members_processed"] > 200, "the fan-out to be under way")
+        wait_until(lambda: run_of(large)["members_processed"] > 200, "the fan-out to be in progress")
         small_message, small = enqueue(cast.subscriber, elsewhere, "@vera")
-        wait_until(lambda: state_of(small) == "succeeded", "the small one to succeed")
-        assert run_of(large)["members_processed"] < 3_005, "it was notified in the midst of the other"
-        finished(large)
+        wait_until(lambda: state_of(small) == "succeeded", "the small run to succeed")
+        assert run_of(large)["members_processed"] < 3_005, "the small run succeeds during the large one"
+        wait_for_success(large)
         for worker in (first, second):
             assert len({line["job_id"] for line in worker.lines() if line.get("run_id") == large}) > 5
     assert notified(small_message) == {cast.vip.id: "mention"}
@@ -277,17 +277,17 @@ def test_after_sigterm_during_a_fan_out_another_worker_continues(cast):
     crowd(cast.server_id, 3_000)
     with a_worker(FANOUT_SLICE_SIZE="50") as first:
         message_id, run_id = enqueue(cast.subscriber, cast.general)
-        wait_until(lambda: run_of(run_id)["members_processed"] > 200, "the fan-out to be under way")
-        for one in [*psutil.Process(first.pid).children(recursive=True), psutil.Process(first.pid)]:
+        wait_until(lambda: run_of(run_id)["members_processed"] > 200, "the fan-out to be in progress")
+        for child in [*psutil.Process(first.pid).children(recursive=True), psutil.Process(first.pid)]:
             with contextlib.suppress(psutil.NoSuchProcess):
-                one.send_signal(signal.SIGTERM)
+                child.send_signal(signal.SIGTERM)
         assert first.wait(10) == 0
     stopped = run_of(run_id)
     assert (stopped["state"], stopped["members_processed"] % 50, stopped["error"]) == ("running", 0, None)
     assert stopped["members_processed"] < 3_005
     with a_worker(FANOUT_SLICE_SIZE="50"):
-        finished(run_id)
-    assert (run_of(run_id)["members_processed"], run_of(run_id)["attempts"]) == (3_005, 1), "nothing was done again"
+        wait_for_success(run_id)
+    assert (run_of(run_id)["members_processed"], run_of(run_id)["attempts"]) == (3_005, 1), "no slice is repeated"
     assert len(notified(message_id)) == 3_003
 
 
@@ -306,13 +306,13 @@ def test_the_queue_is_bounded_and_runs_are_processed_in_the_order_of_posting(
     assert not queues.enqueue_run(runs[-1])
     assert queues.queue().count == 5
     execute("UPDATE run SET sweep_after = now() - interval '1 minute'")
-    assert maintenance.sweep() == 0, "there is no room, and what is in the queue is not lost"
+    assert maintenance.sweep() == 0, "the queue is full, and its runs are not lost"
 
     for done in (1, 2):
         jobs.notify(runs[done - 1])
         queues.queue().remove(queues.queue().get_job_ids(0, 1)[0])
     assert maintenance.sweep() == 2
-    assert [job.args[0] for job in queues.queue().jobs] == runs[2:7], "what was pending comes last"
+    assert [job.args[0] for job in queues.queue().jobs] == runs[2:7], "pending runs are enqueued last"
     while queues.queue().count:
         run_jobs()
         maintenance.sweep()
@@ -337,14 +337,14 @@ def test_a_job_lost_from_a_long_queue_is_found_and_processed_first(
     override(max_batch_runs=0)
     runs = [enqueue(cast.subscriber, cast.general)[1] for _ in range(30)]
     lost = queues.queue().get_job_ids(3, 1)[0]
-    for taken in (*queues.queue().get_job_ids(0, 3), lost):
-        queues.queue().remove(taken)
+    for removed in (*queues.queue().get_job_ids(0, 3), lost):
+        queues.queue().remove(removed)
     for run_id in runs[:3]:
         jobs.notify(run_id)
     execute("UPDATE run SET sweep_after = now() - interval '1 minute' WHERE sweep_after IS NOT NULL")
     assert maintenance.sweep() == 1
     waiting = [job.args[0] for job in queues.queue().jobs]
-    assert waiting == runs[3:], "it is back, before those that came after it, and nothing is in the queue twice"
+    assert waiting == runs[3:], "it is enqueued again before later runs, and no run is enqueued twice"
     assert run_jobs() == 0
     assert {state_of(run_id) for run_id in runs} == {"succeeded"}
 
@@ -354,26 +354,26 @@ def test_a_slice_lost_from_a_long_queue_is_found(cast, slices_of, run_jobs):
     slices_of(5)
     _, run_id = write(cast.subscriber, cast.general)
     advance(run_id)
-    parts = parts_of(run_id)
-    queues.enqueue(parts[4:])
+    items = parts_of(run_id)
+    queues.enqueue(items[4:])
     execute("UPDATE slice SET sweep_after = now() - interval '1 minute'")
     assert maintenance.sweep() == 4
-    assert [WorkItem(*job.args) for job in queues.queue(queues.BULK).jobs] == parts
+    assert [WorkItem(*job.args) for job in queues.queue(queues.BULK).jobs] == items
     assert run_jobs() == 0
-    finished(run_id)
+    wait_for_success(run_id)
 
 
-def test_a_foreign_job_at_the_head_of_the_queue_makes_nothing_lost(cast, redis):
+def test_a_foreign_job_at_the_head_of_the_queue_does_not_hide_queued_runs(cast, redis):
     enqueue(cast.subscriber, cast.general)
-    for hostile in (b"no-such-job", b"another"):
-        redis.lpush(queues.queue().key, hostile)
+    for entry in (b"no-such-job", b"another"):
+        redis.lpush(queues.queue().key, entry)
     redis.hset("rq:job:another", mapping={"data": b"garbage", "created_at": "yesterday", "origin": "notifications"})
     execute("UPDATE run SET sweep_after = now() - interval '1 minute'")
     assert maintenance.sweep() == 0
 
 
 @pytest.mark.parametrize("argument", [-1, 2**63, "seven", None, float("inf")])
-def test_a_hostile_job_at_the_head_of_the_queue_makes_nothing_lost(cast, argument):
+def test_a_hostile_job_at_the_head_of_the_queue_does_not_hide_queued_runs(cast, argument):
     queues.queue().enqueue("jobs.notify", argument)
     enqueue(cast.subscriber, cast.general)
     execute("UPDATE run SET sweep_after = now() - interval '1 minute'")

@@ -1,4 +1,4 @@
-"""Replays: what would be inserted, what is inserted, and that nothing is retracted."""
+"""Replays: dry runs, the notifications that a replay inserts, and that it retracts nothing."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from tests.fanout_helpers import contents, crowd, notified, post, read_everythin
 
 
 def replayed(run_id: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Replay a run: the answer, and the statistics of the new run."""
+    """Replay a run; return the result of the request and the statistics of the new run."""
     announced = runs.replay(run_id, dry_run=False)
     assert run_to_end(announced["run_id"]) == "succeeded"
     assert announced["inserted"] == stats(announced["run_id"])["inserted"]
@@ -64,7 +64,7 @@ def test_a_replay_does_not_change_read_and_dismissed_notifications(cast):
     assert inbox.list_notifications(cast.vip.user, before=None, limit=10) == []
 
 
-def test_a_dry_run_shows_what_would_be_inserted_and_writes_nothing(cast, slices_of):
+def test_a_dry_run_counts_the_insertions_and_writes_nothing(cast, slices_of):
     slices_of(2)
     _, run_id = post(cast.subscriber, cast.general)
     run_to_end(run_id)
@@ -84,7 +84,7 @@ def test_a_replay_of_a_test_message_notifies_nobody_else(cast):
     assert notified(run_of(run_id)["message_id"]) == {cast.admin.id: "mention"}
 
 
-def test_a_replay_of_a_run_that_has_not_begun_notifies_nobody_twice(cast, slices_of):
+def test_a_replay_of_a_run_that_has_not_started_notifies_no_user_twice(cast, slices_of):
     slices_of(2)
     message_id, run_id = post(cast.subscriber, cast.general)
     again = runs.replay(run_id, dry_run=False)["run_id"]

@@ -1,1 +1,1 @@
-"""Product code with a planted fault, started as a process of its own."""
+"""Modules that start product code with an injected fault in a separate process."""

@@ -1,7 +1,7 @@
 """Run a module with short leases: `python -m tests.faults.hasty MODULE ARGUMENT...`.
 
 Sweep intervals and the idle time-out of transactions are a twentieth of the real ones, so that a database that takes
-0.3 s to answer is a slow one.
+0.3 s to respond is slow in comparison.
 """
 
 import sys

@@ -13,7 +13,7 @@ def main() -> None:
 
     def missed(clients, here, most):
         if any(position.snapshot == POISON for _, position in clients):
-            raise ZeroDivisionError("a fault of our own")
+            raise ZeroDivisionError("an injected fault")
         return real(clients, here, most)
 
     resuming.missed_updates = missed

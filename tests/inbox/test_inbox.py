@@ -1,4 +1,4 @@
-"""The inbox: what somebody was notified, as it is now, and what they want to hear of a channel."""
+"""The inbox: a user's notifications in their current form, and the preferences of a user for a channel."""
 
 import json
 import re
@@ -23,21 +23,21 @@ NOTHING = {"unread": 0, "mentions": 0, "channels": []}
 
 @pytest.fixture
 def notify(api, cast, run_jobs):
-    """`notify("text", channel_id, author)` posts, by default sam in #general, and runs the job; the message's id."""
+    """`notify("text", channel_id, author)`: post, by default as sam in #general, and run the job; return its id."""
 
     def post(content, channel_id=None, author=None):
         message = {"channel_id": channel_id or cast.general, "content": content}
-        answer = api(author or cast.subscriber).post("/api/messages", json=message)
-        assert answer.status_code == 201
+        response = api(author or cast.subscriber).post("/api/messages", json=message)
+        assert response.status_code == 201
         assert run_jobs() == 0
-        return answer.get_json()["id"]
+        return response.get_json()["id"]
 
     return post
 
 
 @pytest.fixture
 def inbox(api):
-    """`inbox(person, "unread=1")`: the items of their inbox."""
+    """`inbox(person, "unread=1")`: the items of that user's inbox."""
     return lambda person, query="": api(person).get(f"/api/notifications?{query}").get_json()["items"]
 
 
@@ -50,10 +50,10 @@ def bodies(items):
     return [item["body"].removeprefix("Sam: ") for item in items]
 
 
-# What it shows --------------------------------------------------------------------------------------------
+# Contents -------------------------------------------------------------------------------------------------
 
 
-def test_a_notification_is_that_of_the_contract(cast, notify, inbox):
+def test_a_notification_has_exactly_the_documented_fields(cast, notify, inbox):
     message = notify("gold breaks out")
     (item,) = inbox(cast.vip)
     expected = {
@@ -67,7 +67,7 @@ def test_a_notification_is_that_of_the_contract(cast, notify, inbox):
     assert TIME.fullmatch(item["created_at"])
 
 
-def test_a_mention_says_so_and_why(cast, notify, inbox):
+def test_a_mention_has_its_own_type_title_and_reason(cast, notify, inbox):
     notify("@vera @vip @everyone", author=cast.admin)
     reasons = {"vip": "mention", "moderator": "mention_everyone"}
     for name, reason in reasons.items():
@@ -78,14 +78,14 @@ def test_a_mention_says_so_and_why(cast, notify, inbox):
     assert [item["reason"] for item in inbox(cast.vip)] == ["mention_role", "mention"]
 
 
-def test_what_is_long_is_cut_at_a_hundred_characters(cast, notify, inbox):
+def test_a_long_body_is_truncated_to_a_hundred_characters(cast, notify, inbox):
     for letter in ("x", "語", "😀"):
         notify(letter * 100)
         notify(letter * 101)
         assert bodies(inbox(cast.vip, "limit=2")) == [letter * 100 + "…", letter * 100]
 
 
-def test_names_are_shown_as_they_are_now(api, cast, notify, inbox):
+def test_the_inbox_shows_current_names(api, cast, notify, inbox):
     notify("hello")
     api(cast.admin).patch(f"/api/channels/{cast.general}", json={"name": "<b>lobby</b>"})
     api(cast.admin).patch(f"/api/users/{cast.subscriber.id}", json={"name": "{{ Sammy }}"})
@@ -94,7 +94,7 @@ def test_names_are_shown_as_they_are_now(api, cast, notify, inbox):
     assert item["body"] == "{{ Sammy }}: hello"
 
 
-def test_edited_and_deleted_messages_are_shown_as_they_are_now(api, cast, notify, inbox, unread):
+def test_the_inbox_shows_edited_messages_and_hides_deleted_ones(api, cast, notify, inbox, unread):
     first, second = notify("first"), notify("second @vera")
     api(cast.subscriber).patch(f"/api/messages/{first}", json={"content": "first, corrected"})
     assert bodies(inbox(cast.vip)) == ["second @vera", "first, corrected"]
@@ -104,7 +104,7 @@ def test_edited_and_deleted_messages_are_shown_as_they_are_now(api, cast, notify
     assert unread(cast.vip)["unread"] == 1
 
 
-def test_newest_first_and_pages_stay_put(api, cast, notify):
+def test_pages_are_newest_first_and_do_not_shift_when_messages_arrive(api, cast, notify):
     for number in range(5):
         notify(f"{number}")
     seen, query = [], "limit=2"
@@ -112,7 +112,7 @@ def test_newest_first_and_pages_stay_put(api, cast, notify):
         page = api(cast.vip).get(f"/api/notifications?{query}").get_json()
         seen += bodies(page["items"])
         query = page["next"] and f"limit=2&cursor={page['next']}"
-        notify("a new one, meanwhile")
+        notify("posted between two pages")
     assert seen == ["4", "3", "2", "1", "0"]
 
 
@@ -124,7 +124,7 @@ def test_filters(api, cast, notify, inbox):
     notify("four")
     api(cast.moderator).post("/api/notifications/read", json={"ids": [f"{cast.moderator.id}-1"]})
     everything = ["four", "Ada: two", "one"]
-    assert bodies(inbox(cast.moderator)) == everything  # of the vault nobody was notified who could not see it then
+    assert bodies(inbox(cast.moderator)) == everything  # the message in the vault notified only its viewers
     assert bodies(inbox(cast.moderator, "unread=0")) == everything
     assert bodies(inbox(cast.moderator, "unread=1")) == ["four", "Ada: two"]
     assert bodies(inbox(cast.moderator, f"channel_id={cast.general}")) == ["four", "one"]
@@ -132,10 +132,10 @@ def test_filters(api, cast, notify, inbox):
     assert_problem(api(cast.moderator).get("/api/notifications?channel_id=999"), 404, "not_found")
 
 
-# How many -------------------------------------------------------------------------------------------------
+# Unread counts --------------------------------------------------------------------------------------------
 
 
-def test_the_unread_are_counted_by_channel(api, cast, notify, unread):
+def test_unread_notifications_are_counted_by_channel(api, cast, notify, unread):
     assert unread(cast.vip) == NOTHING
     notify("one")
     notify("two @vera")
@@ -152,7 +152,7 @@ def test_the_unread_are_counted_by_channel(api, cast, notify, unread):
     assert unread(cast.vip)["channels"] == [{"channel_id": cast.announcements, "unread": 1, "mentions": 0}]
 
 
-def test_however_many_are_unread_the_count_is_exact(api, cast, unread):
+def test_a_large_unread_count_is_exact(api, cast, unread):
     numbers = range(1, 1_235)
     Message.insert_many(
         {"id": n, "channel": cast.general, "author": cast.subscriber.id, "content": f"{n}"} for n in numbers
@@ -163,8 +163,8 @@ def test_however_many_are_unread_the_count_is_exact(api, cast, unread):
     assert (unread(cast.vip)["unread"], unread(cast.vip)["mentions"]) == (1_234, 617)
     ids = [f"{cast.vip.id}-{n}" for n in range(1, 1_001)]
     assert_problem(api(cast.vip).post("/api/notifications/read", json={"ids": [*ids, "1-1"]}), 422, "invalid")
-    answer = api(cast.vip).post("/api/notifications/read", json={"ids": ids}).get_json()
-    assert answer == {"marked": 1_000, "unread": 234}
+    response = api(cast.vip).post("/api/notifications/read", json={"ids": ids}).get_json()
+    assert response == {"marked": 1_000, "unread": 234}
 
 
 # Reading and dismissing -----------------------------------------------------------------------------------
@@ -172,11 +172,11 @@ def test_however_many_are_unread_the_count_is_exact(api, cast, unread):
 
 @pytest.fixture
 def read(api):
-    """`read(person, all=True)`: the answer to marking as read."""
-    return lambda person, **which: api(person).post("/api/notifications/read", json=which)
+    """`read(person, all=True)`: mark as read; return the response."""
+    return lambda person, **selector: api(person).post("/api/notifications/read", json=selector)
 
 
-def test_reading_by_ids(cast, notify, inbox, read):
+def test_mark_as_read_by_ids(cast, notify, inbox, read):
     one, two = notify("one"), notify("two")
     assert read(cast.vip, ids=[f"{cast.vip.id}-{one}"] * 3).get_json() == {"marked": 1, "unread": 1}
     read_at = inbox(cast.vip)[1]["read_at"]
@@ -186,14 +186,14 @@ def test_reading_by_ids(cast, notify, inbox, read):
     assert read(cast.vip, ids=[f"{cast.vip.id}-{two}"]).get_json() == {"marked": 1, "unread": 0}
 
 
-def test_reading_up_to_one(cast, notify, inbox, read):
+def test_mark_as_read_up_to_a_notification(cast, notify, inbox, read):
     ids = [notify(f"{number}") for number in range(3)]
     assert read(cast.vip, up_to=f"{cast.vip.id}-{ids[1]}").get_json() == {"marked": 2, "unread": 1}
     assert bodies(inbox(cast.vip, "unread=1")) == ["2"]
 
 
-def test_reading_up_to_one_leaves_what_was_committed_after_it_and_has_a_lower_id(cast, read, inbox):
-    """Somebody whose list shows `up_to` cannot have seen what was still in progress when that was written."""
+def test_mark_up_to_skips_a_lower_message_id_that_was_committed_later(cast, read, inbox):
+    """A user whose list shows `up_to` cannot have seen a notification whose transaction was still open at that time."""
     late_id, _ = post(cast.subscriber, cast.general, "late")
     with psycopg.connect(settings.database_url) as late:
         late.execute("INSERT INTO notification VALUES (%s, %s, now(), NULL, NULL, 'message')", [cast.vip.id, late_id])
@@ -209,8 +209,8 @@ def test_reading_up_to_one_leaves_what_was_committed_after_it_and_has_a_lower_id
 
 
 @pytest.mark.parametrize("members", [2, 100])
-def test_reading_up_to_one_goes_by_the_transaction_that_wrote_the_readers_own(cast, read, slices_of, members):
-    """In slices as well as in one part."""
+def test_mark_up_to_compares_with_the_transaction_that_inserted_the_users_notification(cast, read, slices_of, members):
+    """With slices as well as without."""
     slices_of(members)
     (_, first_run), (second, second_run) = [post(cast.subscriber, cast.general, "gold") for _ in range(2)]
     run_to_end(second_run)
@@ -222,15 +222,15 @@ def test_reading_up_to_one_goes_by_the_transaction_that_wrote_the_readers_own(ca
     assert read(cast.vip, up_to=f"{cast.vip.id}-{fourth}").get_json() == {"marked": 3, "unread": 0}
 
 
-def test_reading_up_to_one_of_several_that_were_written_together_reads_all_before_it(cast, read):
+def test_mark_up_to_includes_lower_message_ids_of_the_same_batch(cast, read):
     posted = [post(cast.subscriber, cast.general, "gold") for _ in range(3)]
     first, *others = [run_id for _, run_id in posted]
     fanout.process_batch(claims.claim_batch(first, others, 1_000))
     assert read(cast.vip, up_to=f"{cast.vip.id}-{posted[1][0]}").get_json() == {"marked": 2, "unread": 1}
 
 
-def test_reading_up_to_one_leaves_an_older_one_that_an_edit_made_a_mention_after_it(cast, read):
-    """It was read, and is unread again; the list that showed `up_to` had it as no mention."""
+def test_mark_up_to_skips_an_older_notification_that_a_later_edit_made_a_mention(cast, read):
+    """It was read and is unread again; the list that showed `up_to` did not show it as a mention."""
     first, second = [post_and_notify(cast.subscriber, cast.general, "gold") for _ in range(2)]
     assert read(cast.vip, ids=[f"{cast.vip.id}-{first}"]).get_json() == {"marked": 1, "unread": 1}
     edit(cast.subscriber, first, "gold for @vera")
@@ -239,17 +239,17 @@ def test_reading_up_to_one_leaves_an_older_one_that_an_edit_made_a_mention_after
     assert read(cast.vip, up_to=f"{cast.vip.id}-{third}").get_json() == {"marked": 2, "unread": 0}
 
 
-def test_reading_up_to_one_takes_as_many_statements_whatever_there_is(cast, read):
-    asked = []
+def test_mark_up_to_takes_a_fixed_number_of_statements(cast, read):
+    executed = []
     for number in (1, 5):
         last = [post_and_notify(cast.subscriber, cast.general, "gold") for _ in range(number)][-1]
         with statements() as seen:
             assert read(cast.vip, up_to=f"{cast.vip.id}-{last}").get_json()["marked"] == number
-        asked.append(len(seen))
-    assert asked[0] == asked[1]
+        executed.append(len(seen))
+    assert executed[0] == executed[1]
 
 
-def test_reading_a_channel_and_everything(cast, notify, read):
+def test_mark_as_read_by_channel_and_all(cast, notify, read):
     notify("one")
     notify("two", cast.announcements, cast.admin)
     notify("three", cast.announcements, cast.admin)
@@ -258,41 +258,41 @@ def test_reading_a_channel_and_everything(cast, notify, read):
     assert read(cast.vip, all=True).get_json() == {"marked": 0, "unread": 0}
 
 
-def test_reading_takes_exactly_one_of_the_four(cast, notify, read, unread, subtests):
+def test_mark_as_read_requires_exactly_one_selector(cast, notify, read, unread, subtests):
     notify("one")
     own = f"{cast.vip.id}-1"
-    for which in (
+    for selector in (
         {}, {"ids": [own], "all": True}, {"up_to": own, "channel_id": cast.general}, {"all": True, "up_to": own},
         {"ids": [own], "up_to": own, "channel_id": cast.general, "all": True}, {"ids": None}, {"ids": []},
         {"ids": ["x"]}, {"ids": [own, "x"]}, {"ids": [1]}, {"ids": own}, {"ids": [f"{own}'--"]}, {"ids": [f"-{own}"]},
         {"ids": [f"{10**400}-1"]}, {"up_to": 1}, {"up_to": "1"}, {"up_to": None}, {"channel_id": None}, {"all": False},
         {"all": None}, {"all": True, "why": "x"},
     ):  # fmt: skip
-        with subtests.test(str(which)[:60]):
-            assert_problem(read(cast.vip, **which), 422, "invalid")
+        with subtests.test(str(selector)[:60]):
+            assert_problem(read(cast.vip, **selector), 422, "invalid")
     assert unread(cast.vip)["unread"] == 1
 
 
-def test_another_persons_notifications_are_not_there(api, cast, notify, inbox, read, unread):
+def test_notifications_of_another_user_are_treated_as_missing(api, cast, notify, inbox, read, unread):
     notify("one")
     theirs = inbox(cast.vip)[0]["id"]
     mo = cast.moderator
     assert read(mo, ids=[theirs]).get_json() == {"marked": 0, "unread": 1}
     assert read(mo, ids=[theirs, f"{mo.id}-1"]).get_json() == {"marked": 1, "unread": 0}
-    answers = [api(mo).delete(f"/api/notifications/{own}-1") for own in (cast.vip.id, 987_654)]
-    details = {assert_problem(answer, 404, "not_found")["detail"].replace("987654", "4") for answer in answers}
+    responses = [api(mo).delete(f"/api/notifications/{own}-1") for own in (cast.vip.id, 987_654)]
+    details = {assert_problem(response, 404, "not_found")["detail"].replace("987654", "4") for response in responses}
     assert len({re.sub(r"\d+-", "", detail) for detail in details}) == 1
-    refusals = [read(mo, up_to=f"{own}-1").get_json() for own in (cast.vip.id, 987_654)]
-    assert refusals[0] == refusals[1]
+    replies = [read(mo, up_to=f"{own}-1").get_json() for own in (cast.vip.id, 987_654)]
+    assert replies[0] == replies[1]
     assert unread(cast.vip)["unread"] == 1
 
 
-def test_what_is_dismissed_is_gone_for_good(api, cast, notify, inbox, read, unread, run_jobs):
+def test_a_dismissed_notification_does_not_come_back(api, cast, notify, inbox, read, unread, run_jobs):
     notify("one")
     notify("two @vera")
     address = f"/api/notifications/{cast.vip.id}-2"
-    answer = api(cast.vip).delete(address)
-    assert (answer.status_code, answer.data) == (204, b"")
+    response = api(cast.vip).delete(address)
+    assert (response.status_code, response.data) == (204, b"")
     assert_problem(api(cast.vip).delete(address), 404, "not_found")
     assert bodies(inbox(cast.vip)) == ["one"]
     assert unread(cast.vip) == {
@@ -301,17 +301,17 @@ def test_what_is_dismissed_is_gone_for_good(api, cast, notify, inbox, read, unre
         "channels": [{"channel_id": cast.general, "unread": 1, "mentions": 0}],
     }
     assert read(cast.vip, ids=[f"{cast.vip.id}-2"]).get_json()["marked"] == 0
-    set_subscription(cast.lapsed.id, "active", None)  # somebody to be added, so that there is a run
+    set_subscription(cast.lapsed.id, "active", None)  # a member to be notified, so that a run is created
     assert api(cast.admin).post("/api/runs/2/replay").status_code == 202
     assert run_jobs() == 0
     assert bodies(inbox(cast.vip)) == ["one"]
     assert len(inbox(cast.moderator)) == 2
 
 
-# Access that was lost -------------------------------------------------------------------------------------
+# Lost access ----------------------------------------------------------------------------------------------
 
 
-def test_losing_a_channel_hides_its_notifications(api, cast, notify, inbox, read, unread):
+def test_losing_access_to_a_channel_hides_its_notifications(api, cast, notify, inbox, read, unread):
     vic = make_person("vic")
     servers.put_member(cast.server_id, vic.id, [cast.vip_role])
     notify("in the open")
@@ -327,7 +327,7 @@ def test_losing_a_channel_hides_its_notifications(api, cast, notify, inbox, read
     assert bodies(inbox(vic, "unread=1")) == ["Vera: in the vault @vic"]
 
 
-def test_leaving_the_server_empties_the_inbox_of_it(api, cast, notify, inbox, unread):
+def test_leaving_a_server_hides_its_notifications(api, cast, notify, inbox, unread):
     notify("hello @vera")
     api(cast.admin).delete(f"/api/servers/{cast.server_id}/members/{cast.vip.id}")
     assert inbox(cast.vip) == []
@@ -347,35 +347,35 @@ LOST = {
     "posting": ("PATCH", "/api/channels/{cast.general}", {"posting": "admins"}, {"posting": "members"}),
     "admin": ("PATCH", "/api/users/{cast.admin.id}", {"is_admin": False}, {"is_admin": True}),
 }
-"""How an author loses a right: method, address, body; and the body that gives it back."""
+"""How an author loses a right: method, path, body; and the body that restores it."""
 
 
 @pytest.mark.parametrize("lost", list(LOST))
-def test_messages_of_an_author_who_may_not_post_are_hidden_meanwhile(api, cast, notify, inbox, unread, read, lost):
+def test_messages_are_hidden_while_their_author_may_not_post(api, cast, notify, inbox, unread, read, lost):
     admin, vic = make_person("alma", admin=True), make_person("vic")
     servers.put_member(cast.server_id, vic.id, [cast.vip_role])
     channel, author = {"role": (cast.vault, cast.vip), "admin": (cast.announcements, cast.admin)}.get(
         lost, (cast.general, cast.subscriber)
     )
-    notify("by somebody else", cast.vault, admin)
+    notify("by another author", cast.vault, admin)
     message = notify("@vic and all", channel, author)
     before = bodies(inbox(vic)), unread(vic)
     assert len(before[0]) == 2
 
-    method, path, less, more = LOST[lost]
+    method, path, revoke, restore = LOST[lost]
     path = path.format(cast=cast)
-    assert api(admin).open(method, path, **({"json": less} if less else {})).status_code in (200, 204)
+    assert api(admin).open(method, path, **({"json": revoke} if revoke else {})).status_code in (200, 204)
     assert len(inbox(vic)) == unread(vic)["unread"] == 1
     assert_problem(api(vic).delete(f"/api/notifications/{vic.id}-{message}"), 404, "not_found")
     assert read(vic, ids=[f"{vic.id}-{message}"]).get_json()["marked"] == 0
     assert "may no longer post" in api(vic).get(f"/api/messages/{message}/explain").get_json()["detail"]
 
     method = "PUT" if method == "DELETE" else method
-    assert api(admin).open(method, path, json=more).status_code == 200
+    assert api(admin).open(method, path, json=restore).status_code == 200
     assert (bodies(inbox(vic)), unread(vic)) == before
 
 
-def test_what_an_author_wrote_while_they_paid_stays(api, cast, notify, inbox):
+def test_messages_of_a_lapsed_author_stay_in_the_inbox(api, cast, notify, inbox):
     notify("while it lasted")
     api(cast.admin).put(f"/api/users/{cast.subscriber.id}/subscription", json={"status": "canceled"})
     assert bodies(inbox(cast.vip)) == ["while it lasted"]
@@ -391,13 +391,13 @@ def test_a_lapsed_subscriber_keeps_their_notifications(api, cast, notify, inbox)
 # Preferences ----------------------------------------------------------------------------------------------
 
 
-def test_asking_for_a_preference_creates_none(api, cast):
+def test_reading_a_preference_creates_no_row(api, cast):
     path = f"/api/channels/{cast.general}/preference"
     assert api(cast.vip).get(path).get_json() == {"level": "all", "muted_until": None}
     assert Preference.select().count() == 0
 
 
-def test_a_preference_is_set_whole_and_counts(api, cast, notify, inbox):
+def test_a_preference_is_replaced_as_a_whole_and_takes_effect(api, cast, notify, inbox):
     vera, path = api(cast.vip), f"/api/channels/{cast.general}/preference"
     until = (datetime.now(UTC) + timedelta(hours=1)).replace(microsecond=0)
     muted = {"level": "mentions", "muted_until": until.isoformat().replace("+00:00", "Z")}
@@ -417,7 +417,7 @@ def test_a_preference_is_set_whole_and_counts(api, cast, notify, inbox):
     assert api(cast.moderator).get(path).get_json()["level"] == "all"
 
 
-def test_marking_needs_exactly_one_selector(cast):
+def test_mark_read_raises_unless_called_with_one_selector(cast):
     for selectors in ({}, {"ids": [], "channel_id": cast.general}):
         with pytest.raises(ValueError, match="Exactly one"):
             mark_read(cast.vip.user, **selectors)

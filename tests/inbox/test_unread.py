@@ -1,5 +1,5 @@
-"""Unread counts cannot drift: after any sequence of posts, edits, reads and deletions they are what the inbox shows and
-what a model in plain Python says."""
+"""Unread counts cannot drift: after any sequence of posts, edits, reads and deletions they match what the inbox shows
+and a model in plain Python."""
 
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -31,8 +31,8 @@ GROUPS = ("", "", "", "@vip", "@moderators", "@everyone", "@vip @everyone")
 COUNT = "/api/notifications/unread-count"
 
 
-def walk(api: Api, query: str) -> list[dict[str, Any]]:
-    """All that the pages of an inbox show, page by page."""
+def all_pages(api: Api, query: str) -> list[dict[str, Any]]:
+    """The items of all pages of an inbox."""
     items, cursor = [], ""
     while True:
         page = api.get(f"/api/notifications?limit={PAGE}&{query}{cursor}").get_json()
@@ -43,7 +43,7 @@ def walk(api: Api, query: str) -> list[dict[str, Any]]:
 
 
 def counted(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """What unread-count is to say of these items."""
+    """The response of unread-count that corresponds to these items."""
     channels = []
     for channel_id in sorted({item["channel"]["id"] for item in items}):
         here = [item["type"] for item in items if item["channel"]["id"] == channel_id]
@@ -53,7 +53,7 @@ def counted(items: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 class Unread(RuleBasedStateMachine):
-    """The API on one side, tests/unread_model.py on the other."""
+    """Compare the API with tests/inbox/unread_model.py."""
 
     app: Any
 
@@ -63,7 +63,7 @@ class Unread(RuleBasedStateMachine):
         self.overrides = ExitStack()
         self.overrides.enter_context(overridden(fanout_slice_size=fanout_slice_size))
         cast = make_cast()
-        root = make_person("root", admin=True)  # who governs, and is in no server
+        root = make_person("root", admin=True)  # changes rights, and is not a member of any server
         persons = [*cast.everybody.values(), make_person("quentin"), make_person("xenia", admin=True)]
         for newcomer in persons[-2:]:
             servers.put_member(cast.server_id, newcomer.id, [cast.vip_role])
@@ -93,42 +93,42 @@ class Unread(RuleBasedStateMachine):
         self.world.people[cast.moderator.id].roles = {cast.moderators_role}
         for person in (cast.vip, *persons[-2:]):
             self.world.people[person.id].roles = {cast.vip_role}
-        for person in (cast.vip, cast.moderator, persons[-2]):  # whom an edit notifies, and takes it back from
+        for person in (cast.vip, cast.moderator, persons[-2]):  # edits notify them and retract from them
             for channel_id in self.world.channels:
                 self._prefer(person.id, channel_id, "mentions", None)
         self.turns = cycle(self.persons)
         for author in (cast.moderator, cast.vip, cast.admin):
             for channel_id in self.world.channels:
-                self._post(author.id, channel_id, *self.a_text(data))
+                self._post(author.id, channel_id, *self.draw_content(data))
         for run_id in list(self.world.runs)[::2]:
-            self._do_whole(run_id)
+            self._process_run(run_id)
 
     def api(self, person: Person) -> Api:
         return Api(self.app.test_client(), person.token)
 
-    def ask(self, number: int) -> Api:
+    def api_of(self, number: int) -> Api:
         return self.api(self.persons[number])
 
-    def one_of(self, data: Any, label: str, likely: Iterable[Any], possible: Iterable[Any]) -> Any:
-        """Mostly one of the likely ones, where something comes of it; and at times any."""
+    def draw_mostly(self, data: Any, label: str, likely: Iterable[Any], possible: Iterable[Any]) -> Any:
+        """Draw mostly from the likely choices, which have an effect, and sometimes from all possible ones."""
         choices, others = list(likely), list(possible)
-        any_ = not choices or data.draw(st.integers(0, 3), label="any") == 3
-        return data.draw(st.sampled_from(others if any_ else choices), label=label)
+        use_any = not choices or data.draw(st.integers(0, 3), label="any") == 3
+        return data.draw(st.sampled_from(others if use_any else choices), label=label)
 
-    def reader(self, data: Any) -> int:
+    def draw_user_with_unread(self, data: Any) -> int:
         unread = [number for number in self.persons if self.world.shown(number, unread=True)]
-        return int(self.one_of(data, "who", unread, self.persons))
+        return int(self.draw_mostly(data, "user", unread, self.persons))
 
-    def somebody(self, data: Any) -> int:
-        return data.draw(st.sampled_from(list(self.persons)), label="who")
+    def draw_user(self, data: Any) -> int:
+        return data.draw(st.sampled_from(list(self.persons)), label="user")
 
-    def somewhere(self, data: Any) -> int:
+    def draw_channel(self, data: Any) -> int:
         return data.draw(st.sampled_from(list(self.world.channels)), label="channel")
 
-    def a_message(self, data: Any) -> int:
+    def draw_message(self, data: Any) -> int:
         return data.draw(st.sampled_from(list(self.world.messages)), label="message")
 
-    def a_text(self, data: Any) -> tuple[str, Mentions]:
+    def draw_content(self, data: Any) -> tuple[str, Mentions]:
         named = data.draw(st.sets(st.sampled_from(list(self.persons)), max_size=3), label="named")
         groups = data.draw(st.sampled_from(GROUPS), label="groups")
         roles = {"@vip": self.cast.vip_role, "@moderators": self.cast.moderators_role}
@@ -145,20 +145,20 @@ class Unread(RuleBasedStateMachine):
 
     @rule(data=st.data(), notify=st.booleans())
     def post(self, data: Any, notify: bool) -> None:
-        channel_id = self.somewhere(data)
-        may = [one for one in self.persons if not self.world.refusal_to_post(one, channel_id)]
-        run_id = self._post(self.one_of(data, "who", may, self.persons), channel_id, *self.a_text(data))
+        channel_id = self.draw_channel(data)
+        allowed = [one for one in self.persons if not self.world.refusal_to_post(one, channel_id)]
+        run_id = self._post(self.draw_mostly(data, "user", allowed, self.persons), channel_id, *self.draw_content(data))
         if notify and run_id:
-            self._do_whole(run_id)
+            self._process_run(run_id)
 
     def _post(self, author: int, channel_id: int, content: str, wanted: Mentions) -> int:
-        """The run's id; 0 where they may not."""
-        answer = self.ask(author).post("/api/messages", json={"channel_id": channel_id, "content": content})
+        """Post a message; return the run's id, or 0 if the author may not post."""
+        response = self.api_of(author).post("/api/messages", json={"channel_id": channel_id, "content": content})
         refused = self.world.refusal_to_post(author, channel_id)
-        assert answer.status_code == (refused or 201), answer.get_json()
+        assert response.status_code == (refused or 201), response.get_json()
         if refused:
             return 0
-        posted = answer.get_json()
+        posted = response.get_json()
         mentions = self.world.resolve(author, channel_id, wanted)
         self.world.messages[posted["id"]] = Message(channel_id, author, mentions)
         self.world.runs[posted["run"]["id"]] = Run(posted["id"], "message")
@@ -167,30 +167,31 @@ class Unread(RuleBasedStateMachine):
     @precondition(lambda self: self.world.messages)
     @rule(data=st.data(), notify=st.booleans())
     def edit(self, data: Any, notify: bool) -> None:
-        may = [
+
+        allowed = [
             id_
             for id_, one in self.world.messages.items()
             if not one.deleted and not self.world.refusal_to_post(one.author, one.channel)
         ]
-        message_id = self.one_of(data, "message", may, self.world.messages)
+        message_id = self.draw_mostly(data, "message", allowed, self.world.messages)
         message = self.world.messages[message_id]
-        content, wanted = self.a_text(data)
-        answer = self.ask(message.author).patch(f"/api/messages/{message_id}", json={"content": content})
+        content, wanted = self.draw_content(data)
+        response = self.api_of(message.author).patch(f"/api/messages/{message_id}", json={"content": content})
         refused = 404 if message.deleted else self.world.refusal_to_post(message.author, message.channel)
-        assert answer.status_code == (refused or 200), answer.get_json()
+        assert response.status_code == (refused or 200), response.get_json()
         if not refused:
-            was, message.mentions = message.mentions, self.world.resolve(message.author, message.channel, wanted)
-            added, removed = message.mentions.without(was), was.without(message.mentions)
+            old, message.mentions = message.mentions, self.world.resolve(message.author, message.channel, wanted)
+            added, removed = message.mentions.without(old), old.without(message.mentions)
             if added != Mentions() or removed != Mentions():
-                run_id = answer.get_json()["run"]["id"]
+                run_id = response.get_json()["run"]["id"]
                 self.world.runs[run_id] = Run(message_id, "edit", added, removed)
                 if notify:
-                    self._do_whole(run_id)
+                    self._process_run(run_id)
 
     @precondition(lambda self: self.world.messages)
     @rule(data=st.data())
     def delete(self, data: Any) -> None:
-        message_id = self.a_message(data)
+        message_id = self.draw_message(data)
         status = 404 if self.world.messages[message_id].deleted else 204
         assert self.root.delete(f"/api/messages/{message_id}").status_code == status
         self.world.messages[message_id].deleted = True
@@ -198,43 +199,43 @@ class Unread(RuleBasedStateMachine):
     @precondition(lambda self: self.world.messages)
     @rule(data=st.data())
     def replay(self, data: Any) -> None:
-        message_id = self.a_message(data)
+        message_id = self.draw_message(data)
         (first,) = fetch_all("SELECT min(id) AS id FROM run WHERE message_id = %(id)s", {"id": message_id})
-        answer = self.root.post(f"/api/runs/{first['id']}/replay", json={"dry_run": False})
+        response = self.root.post(f"/api/runs/{first['id']}/replay", json={"dry_run": False})
         if self.world.messages[message_id].deleted:
-            assert answer.status_code == 403
+            assert response.status_code == 403
             return
         adds = self.world.replay_adds(message_id, self.now)
-        assert (answer.status_code, answer.get_json()["inserted"]) == (202 if adds else 200, adds)
+        assert (response.status_code, response.get_json()["inserted"]) == (202 if adds else 200, adds)
         if adds:
-            self.world.runs[answer.get_json()["run"]["id"]] = Run(message_id, "replay")
+            self.world.runs[response.get_json()["run"]["id"]] = Run(message_id, "replay")
 
     @precondition(lambda self: self.world.runs)
     @rule(data=st.data())
     def fan_out(self, data: Any) -> None:
-        self._do_whole(data.draw(st.sampled_from(list(self.world.runs)), label="run"))
+        self._process_run(data.draw(st.sampled_from(list(self.world.runs)), label="run"))
 
     @precondition(lambda self: self.world.runs)
     @rule(data=st.data())
-    def fan_out_one_part(self, data: Any) -> None:
-        part = data.draw(st.sampled_from([part for id_ in self.world.runs for part in parts_of(id_)]), label="part")
-        self._do_part(part)
+    def fan_out_one_work_item(self, data: Any) -> None:
+        items = [item for id_ in self.world.runs for item in parts_of(id_)]
+        self._process_work_item(data.draw(st.sampled_from(items), label="work item"))
 
-    def _do_whole(self, run_id: int) -> None:
+    def _process_run(self, run_id: int) -> None:
         while run_id in self.world.runs:
             slices = self.world.runs[run_id].slices
-            self._do_part(WorkItem(run_id, min(slices) if slices else None))
+            self._process_work_item(WorkItem(run_id, min(slices) if slices else None))
 
-    def _do_part(self, part: WorkItem) -> None:
-        do(part)
-        self.world.do_part(part.run_id, part.after_user_id, self.now)
-        left = self.world.runs.get(part.run_id)
-        assert [one.after_user_id for one in parts_of(part.run_id)] == (sorted(left.slices or ()) if left else [])
+    def _process_work_item(self, item: WorkItem) -> None:
+        do(item)
+        self.world.process_work_item(item.run_id, item.after_user_id, self.now)
+        left = self.world.runs.get(item.run_id)
+        assert [one.after_user_id for one in parts_of(item.run_id)] == (sorted(left.slices or ()) if left else [])
 
     @precondition(lambda self: self.world.runs)
     @rule()
     def fan_out_together(self) -> None:
-        """As small messages are that wait."""
+        """Process the waiting runs of small audiences in one batch."""
         first, *others = self.world.runs
         processed = fanout.process_batch(claims.claim_batch(first, others, 1_000))
         done = [run["run_id"] for run in processed]
@@ -242,89 +243,90 @@ class Unread(RuleBasedStateMachine):
         assert done == expected
         self.world.transaction += 1
         for run_id in done:
-            self.world.do_whole(run_id, self.now)
+            self.world.process_run(run_id, self.now)
 
-    # The reader --------------------------------------------------------------------------------------------
+    # Reading and dismissing --------------------------------------------------------------------------------
 
-    def _read(self, number: int, which: dict[str, Any], marked: list[int]) -> None:
-        answer = self.ask(number).post("/api/notifications/read", json=which)
-        assert answer.status_code == 200, answer.get_json()
+    def _read(self, number: int, selector: dict[str, Any], marked: list[int]) -> None:
+        response = self.api_of(number).post("/api/notifications/read", json=selector)
+        assert response.status_code == 200, response.get_json()
         for message_id in marked:
             self.world.notified[number, message_id].read = True
-        assert answer.get_json() == {"marked": len(marked), "unread": self.world.unread(number)["unread"]}
+        assert response.get_json() == {"marked": len(marked), "unread": self.world.unread(number)["unread"]}
 
     @precondition(lambda self: self.world.messages)
     @rule(data=st.data())
     def read_some(self, data: Any) -> None:
-        number = self.reader(data)
+        number = self.draw_user_with_unread(data)
         unread = self.world.shown(number, unread=True)
-        some = {self.one_of(data, "one", unread, self.world.messages) for _ in range(2)}
-        self._read(number, {"ids": [f"{number}-{one}" for one in some]}, [one for one in unread if one in some])
+        chosen = {self.draw_mostly(data, "one", unread, self.world.messages) for _ in range(2)}
+        ids = [f"{number}-{one}" for one in chosen]
+        self._read(number, {"ids": ids}, [one for one in unread if one in chosen])
 
     @precondition(lambda self: self.world.messages)
     @rule(data=st.data())
     def read_up_to(self, data: Any) -> None:
-        number = self.reader(data)
+        number = self.draw_user_with_unread(data)
         unread = self.world.shown(number, unread=True)
-        last = self.one_of(data, "last", unread, self.world.messages)
+        last = self.draw_mostly(data, "last", unread, self.world.messages)
         self._read(number, {"up_to": f"{number}-{last}"}, self.world.read_up_to(number, last))
 
     @rule(data=st.data())
     def read_channel(self, data: Any) -> None:
-        number, channel_id = self.reader(data), self.somewhere(data)
+        number, channel_id = self.draw_user_with_unread(data), self.draw_channel(data)
         if self.world.sees(number, channel_id):
             unread = self.world.shown(number, unread=True, channel_id=channel_id)
             self._read(number, {"channel_id": channel_id}, list(unread))
         else:
-            answer = self.ask(number).post("/api/notifications/read", json={"channel_id": channel_id})
-            assert answer.status_code == 404
+            response = self.api_of(number).post("/api/notifications/read", json={"channel_id": channel_id})
+            assert response.status_code == 404
 
     @rule(data=st.data())
     def read_all(self, data: Any) -> None:
-        number = self.reader(data)
+        number = self.draw_user_with_unread(data)
         self._read(number, {"all": True}, list(self.world.shown(number, unread=True)))
 
     @precondition(lambda self: self.world.notified)
     @rule(data=st.data())
     def dismiss(self, data: Any) -> None:
         shown = [(number, message_id) for number in self.persons for message_id in self.world.shown(number)]
-        number, message_id = self.one_of(data, "which", shown, self.world.notified)
-        answer = self.ask(number).delete(f"/api/notifications/{number}-{message_id}")
+        number, message_id = self.draw_mostly(data, "notification", shown, self.world.notified)
+        response = self.api_of(number).delete(f"/api/notifications/{number}-{message_id}")
         is_shown = (number, message_id) in shown
-        assert answer.status_code == (204 if is_shown else 404)
+        assert response.status_code == (204 if is_shown else 404)
         if is_shown:
             self.world.notified[number, message_id].dismissed = True
 
     @rule(data=st.data(), level=st.sampled_from(["all", "mentions", "none"]), hours=st.sampled_from([None, -1, 1]))
     def prefer(self, data: Any, level: str, hours: int | None) -> None:
         until = self.now + timedelta(hours=hours) if hours else None
-        self._prefer(self.somebody(data), self.somewhere(data), level, until)
+        self._prefer(self.draw_user(data), self.draw_channel(data), level, until)
 
     def _prefer(self, number: int, channel_id: int, level: str, until: datetime | None) -> None:
-        wish = {"level": level, "muted_until": until.isoformat() if until else None}
-        answer = self.ask(number).put(f"/api/channels/{channel_id}/preference", json=wish)
+        body = {"level": level, "muted_until": until.isoformat() if until else None}
+        response = self.api_of(number).put(f"/api/channels/{channel_id}/preference", json=body)
         sees = self.world.sees(number, channel_id)
-        assert answer.status_code == (200 if sees else 404)
+        assert response.status_code == (200 if sees else 404)
         if sees:
-            self.world.people[number].wishes[channel_id] = oracle.Preference(level, until)
+            self.world.people[number].preferences[channel_id] = oracle.Preference(level, until)
 
-    # Rights that come and go -------------------------------------------------------------------------------
+    # Rights that change ------------------------------------------------------------------------------------
 
     @rule(data=st.data(), roles=st.sampled_from([None, (), ("vip",), ("moderators",), ("vip", "moderators")]))
-    def put_in_or_out(self, data: Any, roles: tuple[str, ...] | None) -> None:
-        number = self.somebody(data)
-        person, address = self.world.people[number], f"/api/servers/{self.cast.server_id}/members/{number}"
+    def change_membership(self, data: Any, roles: tuple[str, ...] | None) -> None:
+        number = self.draw_user(data)
+        person, path = self.world.people[number], f"/api/servers/{self.cast.server_id}/members/{number}"
         if roles is None:
-            assert self.root.delete(address).status_code == (204 if person.member else 404)
+            assert self.root.delete(path).status_code == (204 if person.member else 404)
             person.member, person.roles = False, set()
         else:
             person.roles = {self.cast.vip_role if role == "vip" else self.cast.moderators_role for role in roles}
-            assert self.root.put(address, json={"role_ids": list(person.roles)}).status_code == 200
+            assert self.root.put(path, json={"role_ids": list(person.roles)}).status_code == 200
             person.member = True
 
     @rule(data=st.data(), right=st.sampled_from([{"is_admin": True}, {"is_admin": False}, "active", "canceled"]))
-    def change_person(self, data: Any, right: Any) -> None:
-        number = self.somebody(data)
+    def change_user(self, data: Any, right: Any) -> None:
+        number = self.draw_user(data)
         if isinstance(right, dict):
             assert self.root.patch(f"/api/users/{number}", json=right).status_code == 200
             self.world.people[number].admin = right["is_admin"]
@@ -335,42 +337,42 @@ class Unread(RuleBasedStateMachine):
     @rule(data=st.data(), right=st.sampled_from([{"private": True}, {"private": False}, {"posting": "admins"},
                                                  {"posting": "members"}, {"vip"}, {"moderators"}, set()]))  # fmt: skip
     def change_channel(self, data: Any, right: Any) -> None:
-        channel_id = self.somewhere(data)
-        channel, address = self.world.channels[channel_id], f"/api/channels/{channel_id}"
+        channel_id = self.draw_channel(data)
+        channel, path = self.world.channels[channel_id], f"/api/channels/{channel_id}"
         if isinstance(right, dict):
-            assert self.root.patch(address, json=right).status_code == 200
+            assert self.root.patch(path, json=right).status_code == 200
             channel.private = right.get("private", channel.private)
             channel.posting = right.get("posting", channel.posting)
         else:
             channel.roles = {self.cast.vip_role if role == "vip" else self.cast.moderators_role for role in right}
-            assert self.root.put(f"{address}/roles", json={"role_ids": list(channel.roles)}).status_code == 200
+            assert self.root.put(f"{path}/roles", json={"role_ids": list(channel.roles)}).status_code == 200
 
-    # What has to hold --------------------------------------------------------------------------------------
+    # Invariants --------------------------------------------------------------------------------------------
 
     def check(self, number: int) -> None:
-        api = self.ask(number)
+        api = self.api_of(number)
         expected = self.world.shown(number, unread=True)
-        items = walk(api, "unread=1")
+        items = all_pages(api, "unread=1")
         assert {item["message_id"]: item["reason"] for item in items} == {
             message_id: one.reason for message_id, one in expected.items()
         }
         assert [item["message_id"] for item in items] == list(expected)
         assert api.get(COUNT).get_json() == self.world.unread(number) == counted(items)
 
-    def check_pages(self, number: int) -> None:
+    def check_all_pages(self, number: int) -> None:
         shown = self.world.shown(number)
-        found = walk(self.ask(number), "")
+        found = all_pages(self.api_of(number), "")
         assert {item["message_id"]: item["read_at"] is not None for item in found} == {
             message_id: one.read for message_id, one in shown.items()
         }
         assert [item["message_id"] for item in found] == list(shown)
         for channel_id in self.world.channels:
             if self.world.sees(number, channel_id):
-                here = walk(self.ask(number), f"channel_id={channel_id}")
+                here = all_pages(self.api_of(number), f"channel_id={channel_id}")
                 assert [one["message_id"] for one in here] == list(self.world.shown(number, channel_id=channel_id))
 
     @invariant()
-    def two_of_them_find_what_they_should(self) -> None:
+    def the_next_two_users_see_what_the_model_says(self) -> None:
         if hasattr(self, "turns"):
             self.check(next(self.turns))
             self.check(next(self.turns))
@@ -381,9 +383,9 @@ class Unread(RuleBasedStateMachine):
         try:
             for number in self.persons:
                 self.check(number)
-                self.check_pages(number)
+                self.check_all_pages(number)
             while self.world.runs:
-                self._do_whole(next(iter(self.world.runs)))
+                self._process_run(next(iter(self.world.runs)))
             for number in self.persons:
                 self.check(number)
             assert verify() == []
@@ -391,7 +393,7 @@ class Unread(RuleBasedStateMachine):
             self.overrides.close()
 
 
-def test_the_unread_are_what_the_model_says_whatever_happens(app):
+def test_unread_counts_match_the_model_after_any_sequence_of_operations(app):
     machine = type("UnreadOf", (Unread,), {"app": app})
     case = machine.TestCase
     case.settings = settings(
@@ -400,7 +402,7 @@ def test_the_unread_are_what_the_model_says_whatever_happens(app):
         deadline=None,
         database=None,
         derandomize=True,
-        phases=[Phase.generate],  # to shrink a failure takes five minutes: add Phase.shrink then
+        phases=[Phase.generate],  # shrinking takes five minutes: add Phase.shrink after a failure
         suppress_health_check=list(HealthCheck),
     )
     case("runTest").runTest()

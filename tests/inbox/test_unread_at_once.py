@@ -1,5 +1,5 @@
-"""Unread counts with everything at once: in one snapshot of the database what is counted is what is shown, and what the
-stored rows say by the model in plain Python; and at rest as well."""
+"""Unread counts under concurrent changes: in one snapshot of the database the counts match the pages of the inbox and a
+model in plain Python of the stored rows; and also after all threads have ended."""
 
 import random
 import threading
@@ -28,7 +28,7 @@ TEXTS = ("gold", "gold @vera", "@moira @sam", "@vip", "@everyone", "@lars @quent
 
 
 def stored_world(cast: Cast) -> World:
-    """The model, of what is in the database."""
+    """The model, built from the rows in the database."""
     roles, opening = fetch_all("SELECT user_id, role_id FROM member_role"), fetch_all("SELECT * FROM channel_role")
     members = {one["user_id"] for one in fetch_all("SELECT user_id FROM member")}
     return World(
@@ -64,18 +64,18 @@ def stored_world(cast: Cast) -> World:
 
 @contextmanager
 def one_snapshot(app: Flask, person: Person) -> Iterator[Callable[[str], Any]]:
-    """`get(path)` as one person: all those of the block see the database as it is at its beginning.
+    """`get(path)` as one user: all requests in the block see the database as it is at the start of the block.
 
-    Each is a whole request but for its end, which comes after the block: it gives the connection back.
+    Each request ends only after the block, because the end of a request returns the database connection.
     """
     headers = {"Authorization": f"Bearer {person.token}"}
     with ExitStack() as requests:
 
         def get(path: str) -> Any:
             requests.enter_context(app.test_request_context(path, headers=headers))
-            answer = app.full_dispatch_request()
-            assert answer.status_code == 200, answer.get_data(as_text=True)
-            return answer.get_json()
+            response = app.full_dispatch_request()
+            assert response.status_code == 200, response.get_data(as_text=True)
+            return response.get_json()
 
         with db.atomic():
             execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
@@ -83,7 +83,7 @@ def one_snapshot(app: Flask, person: Person) -> Iterator[Callable[[str], Any]]:
 
 
 def check(get: Callable[[str], Any], cast: Cast, person: Person) -> int:
-    """How many they have, as all three say."""
+    """Assert that pages, counts and model agree; return the number of unread notifications of the user."""
     world, items, cursor = stored_world(cast), [], ""
     while cursor is not None:
         page = get(f"/api/notifications?unread=1&limit=40{cursor}")
@@ -94,8 +94,8 @@ def check(get: Callable[[str], Any], cast: Cast, person: Person) -> int:
     return len(items)
 
 
-class _Crowd:
-    """What the threads do, each by its own chance, over HTTP; a fan-out by the function that the job calls."""
+class _Operations:
+    """The operations of the threads, at random: HTTP requests, and fan-out by the function that the job calls."""
 
     def __init__(self, app: Flask, cast: Cast, seed: int) -> None:
         self.app, self.cast = app, cast
@@ -103,13 +103,13 @@ class _Crowd:
         self.persons = [*cast.everybody.values(), make_person("quentin")]
         servers.put_member(cast.server_id, self.persons[-1].id, [cast.vip_role])
         self.seed = seed
-        self.broken: list[str] = []
-        self.counted = 0  # unread ones, in all checks
+        self.errors: list[str] = []
+        self.counted = 0  # unread notifications in all checks
 
     def send(self, person: Person, method: str, path: str, body: Any = None) -> Any:
-        answer = Api(self.app.test_client(), person.token).open(method, path, json=body)
-        assert answer.status_code < 500, f"{method} {path} {body}: {answer.get_data(as_text=True)}"
-        return answer.get_json() if answer.data else None
+        response = Api(self.app.test_client(), person.token).open(method, path, json=body)
+        assert response.status_code < 500, f"{method} {path} {body}: {response.get_data(as_text=True)}"
+        return response.get_json() if response.data else None
 
     def messages(self) -> list[dict[str, Any]]:
         return fetch_all("SELECT id, author_id FROM message WHERE deleted_at IS NULL ORDER BY id DESC LIMIT 6")
@@ -121,17 +121,17 @@ class _Crowd:
             "SELECT r.id AS run_id, s.after_user_id FROM run r LEFT JOIN slice s ON s.run_id = r.id"
             " WHERE r.state NOT IN ('succeeded', 'failed')"
         )
-        for part in [WorkItem(**one) for one in rng.sample(left, min(4, len(left)))]:
-            if (attempt := claims.claim(part)) is not None:
-                fanout.process_work_item(part, attempt)
+        for item in [WorkItem(**one) for one in rng.sample(left, min(4, len(left)))]:
+            if (attempt := claims.claim(item)) is not None:
+                fanout.process_work_item(item, attempt)
 
     def read(self, rng: random.Random) -> None:
         person = rng.choice(self.persons)
         ids = [one["id"] for one in self.messages()] or [1]
-        some = {"ids": [f"{person.id}-{one}" for one in rng.sample(ids, min(2, len(ids)))]}
-        much = ({"up_to": f"{person.id}-{rng.choice(ids)}"}, {"channel_id": self.cast.general}, {"all": True})
-        which = some if rng.random() < 0.8 else rng.choice(much)  # or there would be little to count
-        self.send(person, "POST", "/api/notifications/read", which)
+        few = {"ids": [f"{person.id}-{one}" for one in rng.sample(ids, min(2, len(ids)))]}
+        many = ({"up_to": f"{person.id}-{rng.choice(ids)}"}, {"channel_id": self.cast.general}, {"all": True})
+        selector = few if rng.random() < 0.8 else rng.choice(many)  # mostly few, so that unread ones are left to count
+        self.send(person, "POST", "/api/notifications/read", selector)
 
     def change(self, rng: random.Random) -> None:
         for message in rng.sample(found, 1) if (found := self.messages()) else ():
@@ -143,12 +143,12 @@ class _Crowd:
             person = rng.choice(self.persons)
             self.send(person, "DELETE", f"/api/notifications/{person.id}-{message['id']}")
 
-    def govern(self, rng: random.Random) -> None:
-        """Take a right from somebody, see what that comes to, and give it back."""
+    def change_rights(self, rng: random.Random) -> None:
+        """Revoke a right, check one user, and grant it again."""
         person, cast = rng.choice(self.persons[1:]), self.cast
         member, channel = f"/api/servers/{cast.server_id}/members/{person.id}", f"/api/channels/{cast.general}"
         rights = {cast.moderator.id: [cast.moderators_role], cast.lapsed.id: []}.get(person.id, [cast.vip_role])
-        taken, given = rng.choice(
+        revoke, grant = rng.choice(
             [
                 (("DELETE", member, None), ("PUT", member, {"role_ids": rights})),
                 (("PUT", member, {"role_ids": []}), ("PUT", member, {"role_ids": rights})),
@@ -166,45 +166,48 @@ class _Crowd:
                 ),
             ]
         )  # fmt: skip
-        self.send(self.root, *taken)
+        self.send(self.root, *revoke)
         self.check_one(rng)
-        self.send(self.root, *given)
+        self.send(self.root, *grant)
 
     def check_one(self, rng: random.Random) -> None:
         person = rng.choice(self.persons)
         with one_snapshot(self.app, person) as get:
             self.counted += check(get, self.cast, person)
 
-    def work(self, what: Callable[[random.Random], None], number: int) -> None:
+    def repeat(self, operation: Callable[[random.Random], None], number: int) -> None:
         rng = random.Random(f"{self.seed} {number}")
         try:
             for _ in range(ROUNDS):
-                what(rng)
+                operation(rng)
                 self.check_one(rng)
         except BaseException as error:
-            self.broken.append(f"{what.__name__}: {error!r}")
+            self.errors.append(f"{operation.__name__}: {error!r}")
         finally:
             if not db.is_closed():
                 db.close()
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_what_is_counted_is_what_is_shown_with_everything_at_once(app, cast, slices_of, seed):
+def test_unread_counts_match_the_inbox_under_concurrent_changes(app, cast, slices_of, seed):
     slices_of(3)
-    crowd = _Crowd(app, cast, seed)
+    operations = _Operations(app, cast, seed)
     for number in range(10):
-        crowd.notify(random.Random(number))
-    deeds = (crowd.notify, crowd.notify, crowd.read, crowd.read, crowd.change, crowd.govern)
-    threads = [threading.Thread(target=crowd.work, args=(what, number)) for number, what in enumerate(deeds)]
+        operations.notify(random.Random(number))
+    loops = (
+        *(operations.notify, operations.notify, operations.read, operations.read),
+        *(operations.change, operations.change_rights),
+    )
+    threads = [threading.Thread(target=operations.repeat, args=(loop, number)) for number, loop in enumerate(loops)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert crowd.broken == []
+    assert operations.errors == []
     for unfinished in fetch_all("SELECT id FROM run WHERE state <> 'succeeded' ORDER BY id"):
         assert run_to_end(unfinished["id"]) == "succeeded"
-    assert crowd.counted > 2 * ROUNDS, "there was something to count"
-    for person in crowd.persons:
+    assert operations.counted > 2 * ROUNDS, "the checks counted unread notifications"
+    for person in operations.persons:
         with one_snapshot(app, person) as get:
             check(get, cast, person)
     assert verify() == []

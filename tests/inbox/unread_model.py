@@ -1,6 +1,6 @@
-"""What is unread, in plain Python: a community, what was posted in it, and what each person should find.
+"""A model of unread notifications in plain Python: a server, its messages, and what each user's inbox shows.
 
-Written from the contract's sections on messages, decisions and the inbox. Nothing here may be taken from, or shared
+Written from the documented behaviour of messages, decisions and the inbox. Nothing here may be copied from, or shared
 with, the code under test.
 """
 
@@ -18,7 +18,7 @@ class Person:
     subscription: oracle.Subscription | None = None
     member: bool = True
     roles: set[int] = field(default_factory=set)
-    wishes: dict[int, oracle.Preference] = field(default_factory=dict)  # by channel; kept by who leaves
+    preferences: dict[int, oracle.Preference] = field(default_factory=dict)  # by channel; a user who leaves keeps them
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Mentions:
         everyone = self.everyone and not other.everyone
         return Mentions(self.people - other.people, self.roles - other.roles, everyone)
 
-    def name(self, number: int, roles: set[int]) -> bool:
+    def includes(self, number: int, roles: set[int]) -> bool:
         return number in self.people or bool(self.roles & roles) or self.everyone
 
 
@@ -52,7 +52,7 @@ class Message:
 
 @dataclass
 class Run:
-    """`slices` is None before its own part is done; of each that is left (after, up to, those notified first)."""
+    """`slices` is None before the run is sliced; then {after: (up to, users notified first)} of the slices left."""
 
     message: int
     kind: str
@@ -66,8 +66,8 @@ class Notification:
     reason: str
     read: bool = False
     dismissed: bool = False
-    transaction: int = 0  # which wrote it
-    changed: int = 0  # the last edit that changed its reason
+    transaction: int = 0  # the transaction that inserted it
+    changed: int = 0  # the transaction of the last edit that changed its reason
 
 
 @dataclass
@@ -78,17 +78,17 @@ class World:
     fanout_slice_size: int
     messages: dict[int, Message] = field(default_factory=dict)
     runs: dict[int, Run] = field(default_factory=dict)  # unfinished
-    notified: dict[tuple[int, int], Notification] = field(default_factory=dict)  # by person and message
-    transaction: int = 0  # of the fan-outs, one after the other
+    notified: dict[tuple[int, int], Notification] = field(default_factory=dict)  # by user and message
+    transaction: int = 0  # counter of fan-out transactions
 
-    # Who may what ------------------------------------------------------------------------------------------
+    # Permissions -------------------------------------------------------------------------------------------
 
     def sees(self, number: int, channel_id: int) -> bool:
         person, channel = self.people[number], self.channels[channel_id]
         return person.admin or (person.member and (not channel.private or bool(person.roles & channel.roles)))
 
     def refusal_to_post(self, number: int, channel_id: int) -> int | None:
-        """The status of the answer to who may not post; None for who may."""
+        """The status of the response to a user who may not post; None if the user may post."""
         person = self.people[number]
         if not self.sees(number, channel_id):
             return 404
@@ -98,24 +98,24 @@ class World:
         return None if pays and self.channels[channel_id].posting == "members" else 403
 
     def resolve(self, author: int, channel_id: int, wanted: Mentions) -> Mentions:
-        """Whom it mentions in the end, of those whom its author writes down."""
+        """The mentions that take effect, of those that the author wrote."""
         channel, person = self.channels[channel_id], self.people[author]
-        reached = {
+        visible = {
             number
             for number in wanted.people
             if self.people[number].member and (not channel.private or self.people[number].roles & channel.roles)
         }
         pings = person.admin or self.moderators in person.roles
-        return Mentions(frozenset(reached), wanted.roles if pings else frozenset(), pings and wanted.everyone)
+        return Mentions(frozenset(visible), wanted.roles if pings else frozenset(), pings and wanted.everyone)
 
-    # NotificationLog -----------------------------------------------------------------------------------------------
+    # Fan-out -----------------------------------------------------------------------------------------------
 
     def decision(self, number: int, message: Message, now: object) -> str:
         channel = self.channels[message.channel]
         community = oracle.Community(
             members={
                 one: oracle.Member(
-                    person.admin, person.subscription, frozenset(person.roles), person.wishes.get(message.channel)
+                    person.admin, person.subscription, frozenset(person.roles), person.preferences.get(message.channel)
                 )
                 for one, person in self.people.items()
                 if person.member
@@ -132,8 +132,8 @@ class World:
     def members(self) -> list[int]:
         return sorted(number for number, person in self.people.items() if person.member)
 
-    def do_part(self, run_id: int, after: int | None, now: object) -> None:
-        """The run's own part (None), or the slice that begins after a number."""
+    def process_work_item(self, run_id: int, after: int | None, now: object) -> None:
+        """Process the run itself (`after` is None), or the slice that begins after a user id."""
         self.transaction += 1
         run = self.runs[run_id]
         message, members = self.messages[run.message], self.members()
@@ -160,7 +160,7 @@ class World:
             del self.runs[run_id]
 
     def read_up_to(self, number: int, last: int) -> list[int]:
-        """What a mark up to a message reads: of what is older only what no later transaction wrote or changed."""
+        """The messages that a mark up to `last` reads: not the older ones that a later transaction wrote or changed."""
         own = [id_ for user_id, id_ in self.notified if user_id == number and id_ <= last]
         newest = max(own, default=0)
         latest = self.notified[number, newest].transaction if own else 0
@@ -169,8 +169,8 @@ class World:
             id_ for id_, one in unread if id_ == newest or (one.transaction <= latest and one.changed <= latest)
         ]
 
-    def do_whole(self, run_id: int, now: object) -> None:
-        """All members at once, however many."""
+    def process_run(self, run_id: int, now: object) -> None:
+        """Process all members in one transaction, for any number of members."""
         run = self.runs.pop(run_id)
         self._notify(run, self.members(), now)
 
@@ -178,59 +178,59 @@ class World:
         message = self.messages[run.message]
         for number in () if message.deleted else numbers:
             decision = self.decision(number, message, now)
-            there = self.notified.get((number, run.message))
+            existing = self.notified.get((number, run.message))
             if run.kind == "edit":
-                self._notify_of_edit(run, number, decision, there)
-            elif decision in oracle.NOTIFY_DECISIONS and there is None:
+                self._notify_of_edit(run, number, decision, existing)
+            elif decision in oracle.NOTIFY_DECISIONS and existing is None:
                 self.notified[number, run.message] = Notification(decision, transaction=self.transaction)
 
-    def _notify_of_edit(self, run: Run, number: int, decision: str, there: Notification | None) -> None:
+    def _notify_of_edit(self, run: Run, number: int, decision: str, existing: Notification | None) -> None:
         """An edit notifies only the newly mentioned, and retracts unread notifications of removed mentions."""
         notifying, roles = decision in oracle.NOTIFY_DECISIONS, self.people[number].roles
-        newly, no_more = run.added.name(number, roles), run.removed.name(number, roles)
-        if there and there.reason == "mention_role" and run.removed.roles and decision != "mention_role":
-            no_more = True  # they may have lost the role since
-        if not newly and not no_more:
+        added, removed = run.added.includes(number, roles), run.removed.includes(number, roles)
+        if existing and existing.reason == "mention_role" and run.removed.roles and decision != "mention_role":
+            removed = True  # the user may have lost the role since
+        if not added and not removed:
             return
-        if there is None:
-            if newly and notifying and decision != "message":
+        if existing is None:
+            if added and notifying and decision != "message":
                 self.notified[number, run.message] = Notification(decision, transaction=self.transaction)
         elif notifying:
-            if there.reason == "message" != decision:
-                there.read = False
-            if there.reason != decision:
-                there.reason, there.changed = decision, self.transaction
-        elif no_more and not there.read and not there.dismissed:
+            if existing.reason == "message" != decision:
+                existing.read = False
+            if existing.reason != decision:
+                existing.reason, existing.changed = decision, self.transaction
+        elif removed and not existing.read and not existing.dismissed:
             del self.notified[number, run.message]
 
     def _retract_from_former_members(self, run: Run, after: int, up_to: int) -> None:
         """An edit retracts unread notifications of removed mentions, also from former members."""
         message, removed = self.messages[run.message], run.removed
         for number, person in self.people.items():
-            there = self.notified.get((number, run.message))
-            if message.deleted or person.member or there is None or not after < number <= up_to:
+            existing = self.notified.get((number, run.message))
+            if message.deleted or person.member or existing is None or not after < number <= up_to:
                 continue
-            concerned = number in removed.people or bool(removed.roles) or removed.everyone
-            gone = {
+            affected = number in removed.people or bool(removed.roles) or removed.everyone
+            mention_removed = {
                 "mention": number not in message.mentions.people,
                 "mention_role": not message.mentions.roles,
                 "mention_everyone": not message.mentions.everyone,
             }
-            if concerned and gone.get(there.reason) and not there.read and not there.dismissed:
+            if affected and mention_removed.get(existing.reason) and not existing.read and not existing.dismissed:
                 del self.notified[number, run.message]
 
     def replay_adds(self, message_id: int, now: object) -> int:
-        """How many a replay would notify."""
+        """The number of users that a replay would notify."""
         message = self.messages[message_id]
         return sum(
             self.decision(number, message, now) in oracle.NOTIFY_DECISIONS and (number, message_id) not in self.notified
             for number in self.members()
         )
 
-    # What they find ----------------------------------------------------------------------------------------
+    # The inbox ---------------------------------------------------------------------------------------------
 
     def shown(self, number: int, *, unread: bool = False, channel_id: int | None = None) -> dict[int, Notification]:
-        """Their notifications by message, newest first."""
+        """The user's visible notifications by message, newest first."""
         found = {}
         for message_id in sorted(self.messages, reverse=True):
             message, one = self.messages[message_id], self.notified.get((number, message_id))
@@ -244,7 +244,7 @@ class World:
         return found
 
     def unread(self, number: int) -> dict[str, object]:
-        """What unread-count is to answer."""
+        """The expected response of unread-count."""
         found = self.shown(number, unread=True)
         channels = []
         for channel_id in sorted({self.messages[message_id].channel for message_id in found}):

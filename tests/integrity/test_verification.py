@@ -1,4 +1,4 @@
-"""`verify`: damage to valid data is found by the check that is for it, and valid data has no finding."""
+"""`verify` finds damaged data by the check that covers it and reports no finding for valid data."""
 
 import json
 from datetime import UTC, datetime, timedelta
@@ -21,7 +21,7 @@ from models import Message
 from tests.fanout_helpers import advance, crowd, parts_of, post, post_and_notify, run_to_end, wants_mentions_only
 from tools.dev import ROOT
 
-WHOLE = "UPDATE run SET {} WHERE id = 1"
+UPDATE_RUN = "UPDATE run SET {} WHERE id = 1"
 SWEEPER = "the sweeper can find an unfinished run"
 REASON = "a notification has the reason that the mentions give"
 TIMES = "the times of a notification are in order"
@@ -37,45 +37,45 @@ DAMAGE = {
         "UPDATE run SET kind = 'message' WHERE id = 2",
         "every message has its run",
     ),
-    "a failed run": (WHOLE.format("state = 'failed', error = 'the disk is full'"), "no run has failed"),
-    "a slice that was begun and left": (
+    "a failed run": (UPDATE_RUN.format("state = 'failed', error = 'the disk is full'"), "no run has failed"),
+    "a slice that was started and abandoned": (
         "UPDATE slice SET sweep_after = '2026-01-01T00:00:00Z', attempts = 1 WHERE after_user_id = 0",
         "somebody works on what was begun",
     ),
-    "a run that was begun and left": (
+    "a run that was started and abandoned": (
         "UPDATE run SET state = 'running', attempts = 1, attempts_left = 5, started_at = now(),"
         " sweep_after = '2026-01-01Z' WHERE id = 4",
         "somebody works on what was begun",
     ),
-    "a decision too many": (
-        WHOLE.format("decisions = decisions || '{\"author\": 2}'"),
+    "one decision too many": (
+        UPDATE_RUN.format("decisions = decisions || '{\"author\": 2}'"),
         "a run counts each member under one decision",
     ),
     "a negative decision": (
-        WHOLE.format("decisions = decisions || '{\"author\": -1, \"muted\": 2}'"),
+        UPDATE_RUN.format("decisions = decisions || '{\"author\": -1, \"muted\": 2}'"),
         "a run counts each member under one decision",
     ),
-    "a decision that is no number": (
-        WHOLE.format("decisions = decisions || '{\"author\": \"one\"}'"),
+    "a decision that is not a number": (
+        UPDATE_RUN.format("decisions = decisions || '{\"author\": \"one\"}'"),
         "a run counts each member under one decision",
     ),
-    "a decision that there is not": (
-        WHOLE.format("decisions = decisions - 'author' || '{\"writer\": 1}'"),
+    "an unknown decision": (
+        UPDATE_RUN.format("decisions = decisions - 'author' || '{\"writer\": 1}'"),
         "a run counts each member under one decision",
     ),
-    "a total too large": (WHOLE.format("members_total = 6"), "a run that succeeded is complete"),
-    "an error on a run that succeeded": (WHOLE.format("error = 'no'"), "a run that succeeded is complete"),
-    "a run that is due though it succeeded": (WHOLE.format("sweep_after = now()"), "a run that succeeded is complete"),
-    "more processed than there are": (
+    "a total that is too large": (UPDATE_RUN.format("members_total = 6"), "a run that succeeded is complete"),
+    "an error on a run that succeeded": (UPDATE_RUN.format("error = 'no'"), "a run that succeeded is complete"),
+    "a due run that succeeded": (UPDATE_RUN.format("sweep_after = now()"), "a run that succeeded is complete"),
+    "more members processed than the total": (
         "UPDATE run SET members_total = 1, members_processed = 2 WHERE id = 3",
         "a run processes no more members than there are",
     ),
-    "a slice counted too many": (
+    "one slice too many counted": (
         "UPDATE run SET slices_left = slices_left + 1 WHERE id = 3",
         "a run has the slices that it counts",
     ),
     "a running run without its slices": ("DELETE FROM slice", "a run has the slices that it counts"),
-    "a slice of a run that has none": (
+    "a slice of a run that was not sliced": (
         "INSERT INTO slice (run_id, after_user_id, to_user_id) VALUES (1, 0, 9)",
         "a run has the slices that it counts",
     ),
@@ -83,43 +83,45 @@ DAMAGE = {
         "UPDATE slice SET to_user_id = to_user_id + 1 WHERE after_user_id = 0",
         "no two slices share a member",
     ),
-    "a slice lost with its count": (
+    "a slice missing and not counted": (
         "DELETE FROM slice WHERE after_user_id = 0; UPDATE run SET slices_left = slices_left - 1 WHERE id = 3",
         "the slices cover the members who are not processed",
     ),
-    "a slice shrunk by a member": (
+    "a slice that lacks a member": (
         "UPDATE slice SET to_user_id = to_user_id - 1 WHERE after_user_id = 7",
         "the slices cover the members who are not processed",
     ),
-    "a member passed over by a slice": (
+    "a member excluded from a slice": (
         "UPDATE slice SET excluded_user_ids = ARRAY[to_user_id] WHERE after_user_id = 7",
         "the slices cover the members who are not processed",
     ),
-    "a run that ended a member short": (
-        WHOLE.format("members_processed = 4, members_total = 4, decisions = decisions || '{\"no_subscription\": 0}'"),
+    "a run that ended without one member": (
+        UPDATE_RUN.format(
+            "members_processed = 4, members_total = 4, decisions = decisions || '{\"no_subscription\": 0}'"
+        ),
         "a run that succeeded processed every member",
     ),
-    "a slice that is due in a year": (
+    "a slice due in a year": (
         "UPDATE slice SET sweep_after = now() + interval '1 year' WHERE after_user_id = 0",
         "the sweeper can find a slice",
     ),
-    "a slice given up of a run that goes on": (
+    "a failed slice of an unfinished run": (
         "UPDATE slice SET sweep_after = NULL, attempts_left = 0 WHERE after_user_id = 0",
         "the sweeper can find a slice",
     ),
-    "a queued run that is due in a year": (
+    "a queued run due in a year": (
         "UPDATE run SET sweep_after = now() + interval '1 year' WHERE id = 4",
         SWEEPER,
     ),
-    "a run begun without an attempt": (
-        WHOLE.format("attempts = 0, attempts_left = 6"),
+    "a started run without an attempt": (
+        UPDATE_RUN.format("attempts = 0, attempts_left = 6"),
         "a run that was begun has an attempt",
     ),
-    "a run begun at no time": (WHOLE.format("started_at = NULL"), "a run that was begun has an attempt"),
-    "an attempt that was not counted": (WHOLE.format("attempts_left = 2"), "attempts are counted"),
-    "more attempts than there may be": (WHOLE.format("attempts_left = 7"), "attempts are counted"),
+    "a run without a start time": (UPDATE_RUN.format("started_at = NULL"), "a run that was begun has an attempt"),
+    "an attempt that was not counted": (UPDATE_RUN.format("attempts_left = 2"), "attempts are counted"),
+    "more attempts than the maximum": (UPDATE_RUN.format("attempts_left = 7"), "attempts are counted"),
     "a message that retracts": (
-        WHOLE.format("notifications_retracted = 1, notifications_inserted = 4"),
+        UPDATE_RUN.format("notifications_retracted = 1, notifications_inserted = 4"),
         "only an edit changes mentions",
     ),
     "an edit without changes": (
@@ -127,19 +129,19 @@ DAMAGE = {
         "only an edit changes mentions",
     ),
     "more inserted than decided": (
-        WHOLE.format("notifications_inserted = 4"),
+        UPDATE_RUN.format("notifications_inserted = 4"),
         "a run inserts only the notifications that it decided",
     ),
-    "less inserted than decided": (
-        WHOLE.format("notifications_inserted = 2"),
+    "fewer inserted than decided": (
+        UPDATE_RUN.format("notifications_inserted = 2"),
         "a run inserts all notifications that it decided",
     ),
     "a run from the future": (
-        WHOLE.format("finished_at = now() + interval '1 year'"),
+        UPDATE_RUN.format("finished_at = now() + interval '1 year'"),
         "the times of a run are in order",
     ),
-    "a run finished before it began": (
-        WHOLE.format("finished_at = created_at - interval '1 hour'"),
+    "a run finished before it started": (
+        UPDATE_RUN.format("finished_at = created_at - interval '1 hour'"),
         "the times of a run are in order",
     ),
     "a message from the future": (
@@ -150,16 +152,16 @@ DAMAGE = {
         "UPDATE message SET edited_at = created_at - interval '1 hour' WHERE id = 1",
         "the times of a message are in order",
     ),
-    "a mention of nobody": (
+    "a mention of a user who does not exist": (
         "UPDATE message SET mentioned_users = mentioned_users || 99::bigint WHERE id = 1",
         "a message mentions users who exist",
     ),
-    "a stream that is sent no message": (
+    "a log row of a message that does not exist": (
         "UPDATE notification_log SET message_ids = ARRAY[99]",
         "the stream is sent messages that exist",
     ),
-    "the message ids behind": ("ALTER SEQUENCE message_id_seq RESTART WITH 2", "the next id is free"),
-    "the run ids behind": ("ALTER SEQUENCE run_id_seq RESTART WITH 2", "the next id is free"),
+    "the sequence of message ids behind": ("ALTER SEQUENCE message_id_seq RESTART WITH 2", "the next id is free"),
+    "the sequence of run ids behind": ("ALTER SEQUENCE run_id_seq RESTART WITH 2", "the next id is free"),
     "the message ids beyond the partitions": (
         "ALTER SEQUENCE message_id_seq RESTART WITH 3000000",
         "there are partitions ahead",
@@ -170,12 +172,12 @@ DAMAGE = {
         "no partition is detached",
     ),
     "a partition in the middle missing": ("DROP TABLE notification_before_2000000", "the partitions have no gap"),
-    "a partition of another name": (
-        "ALTER TABLE notification_before_3000000 RENAME TO notification_of_others",
+    "a partition with another name": (
+        "ALTER TABLE notification_before_3000000 RENAME TO notification_foreign",
         "every partition was made by Belfry",
     ),
     "a default partition": (
-        "CREATE TABLE notification_of_others PARTITION OF notification DEFAULT",
+        "CREATE TABLE notification_foreign PARTITION OF notification DEFAULT",
         "every partition was made by Belfry",
     ),
     "a notification deleted": (
@@ -186,21 +188,21 @@ DAMAGE = {
         "INSERT INTO notification (user_id, message_id, reason) VALUES (5, 1, 'message')",
         "there are the notifications that the runs inserted",
     ),
-    "a run that says it notified nobody": (
-        WHOLE.format("notifications_inserted = 0, decisions = '{\"no_subscription\": 5}'"),
+    "a run whose statistics show no notification": (
+        UPDATE_RUN.format("notifications_inserted = 0, decisions = '{\"no_subscription\": 5}'"),
         "there are the notifications that the runs inserted",
     ),
-    "a run that says it notified others than it did": (
-        WHOLE.format("decisions = decisions || '{\"mention\": 2, \"message\": 1}'"),
+    "a run whose statistics show other reasons": (
+        UPDATE_RUN.format("decisions = decisions || '{\"mention\": 2, \"message\": 1}'"),
         BY_REASON,
     ),
     "a mention stored as a message": ("UPDATE notification SET reason = 'message' WHERE reason = 'mention'", BY_REASON),
-    "a mention stored as a message, and the other way round": (
+    "a mention stored as a message, and vice versa": (
         "UPDATE notification SET reason = (CASE reason WHEN 'mention' THEN 'message' ELSE 'mention' END)::reason"
         " WHERE message_id = 1 AND user_id IN (1, 4)",
         REASON,
     ),
-    "a mention that was read, of nobody mentioned": (
+    "a read mention of a user who is not mentioned": (
         "UPDATE notification SET reason = 'mention', read_at = now() WHERE message_id = 1 AND user_id = 1",
         REASON,
     ),
@@ -222,7 +224,7 @@ DAMAGE = {
         "UPDATE notification SET user_id = 999 WHERE message_id = 1 AND user_id = 1",
         "a notification is for a user who exists",
     ),
-    "a notification of no message": (
+    "a notification of a message that does not exist": (
         "UPDATE notification SET message_id = 99 WHERE message_id = 1 AND user_id = 1",
         "a notification is of a message that exists",
     ),
@@ -246,12 +248,12 @@ DAMAGE = {
         "UPDATE notification SET read_at = now() + interval '1 hour' WHERE message_id = 1 AND user_id = 1",
         TIMES,
     ),
-    "a notification dismissed before there was one": (
+    "a notification dismissed before its creation": (
         "UPDATE notification SET dismissed_at = '2020-01-01Z' WHERE message_id = 1 AND user_id = 1",
         TIMES,
     ),
 }
-"""{what was done to the data: (the statement, the check that finds it)}."""
+"""{description of the damage: (the statement, the check that finds it)}."""
 
 REFUSED = {
     "a queued run without a due time": "UPDATE run SET sweep_after = NULL WHERE id = 4",
@@ -259,17 +261,17 @@ REFUSED = {
     "a running run without slices or a due time": (
         "UPDATE run SET state = 'running', attempts = 1, started_at = now(), sweep_after = NULL WHERE id = 4"
     ),
-    "a run that succeeded with slices": WHOLE.format("slices_left = 1"),
-    "decisions that are a list": WHOLE.format("decisions = '[]'"),
+    "a run that succeeded with slices": UPDATE_RUN.format("slices_left = 1"),
+    "decisions that are a list": UPDATE_RUN.format("decisions = '[]'"),
     "a slice without a due time": "UPDATE slice SET sweep_after = NULL WHERE after_user_id = 0",
     "a slice without members": "UPDATE slice SET to_user_id = after_user_id WHERE after_user_id = 0",
     "a second notification": "INSERT INTO notification (user_id, message_id, reason) VALUES (1, 1, 'message')",
 }
-"""{what cannot be done to the data, as the database refuses it: the statement}."""
+"""{description of damage that the database refuses: the statement}."""
 
 
-def a_day_passes() -> None:
-    """Everything that is stored happened a day earlier than it did."""
+def age_by_a_day() -> None:
+    """Move all stored times back by one day."""
     columns = {
         "member": ["joined_at"],
         "member_role": ["added_at"],
@@ -287,13 +289,13 @@ def a_day_passes() -> None:
 
 @pytest.fixture
 def world(cast, slices_of):
-    """Runs 1 to 4: a message that everybody was notified of, a test message, a message to more members that is in
+    """Runs 1 to 4: a message with all members notified, a test message, a message to more members that is in
     progress, and one that is queued; all of it valid, the first two a day old."""
-    a_day_passes()
+    age_by_a_day()
     post_and_notify(cast.subscriber, cast.general, "gold, @vera")
     run_to_end(send_test(cast.admin.user, cast.general, None, "me"))
     crowd(cast.server_id, 15)
-    a_day_passes()
+    age_by_a_day()
     slices_of(5)
     _, run_id = post(cast.subscriber, cast.general)
     advance(run_id)
@@ -312,7 +314,7 @@ def stored_partitions() -> list[dict]:
 
 @pytest.fixture
 def _partitions():
-    """What a test does to the partitions is undone after it."""
+    """Restore the partitions after each test."""
     before = stored_partitions()
     yield
     db.connect(reuse_if_open=True)
@@ -330,19 +332,19 @@ def _partitions():
 
 @pytest.mark.usefixtures("_partitions")
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damage_is_found(world, damage):
+def test_verify_finds_damage_by_its_check(world, damage):
     statement, name = DAMAGE[damage]
     execute(statement)
     assert name in {finding.check for finding in check().findings}, check().findings
 
 
-def test_each_check_finds_something():
+def test_the_damage_cases_cover_every_check():
     refused = {SWEEPER, "only a run that is not finished has slices"}
     assert {name for _, name in DAMAGE.values()} | refused == set(CHECKS)
 
 
 @pytest.mark.parametrize("damage", REFUSED)
-def test_a_state_that_cannot_be_right_is_refused(world, damage):
+def test_the_database_refuses_an_invalid_state(world, damage):
     with pytest.raises(IntegrityError), db.atomic():
         execute(REFUSED[damage])
     assert verify() == []
@@ -358,12 +360,12 @@ def test_a_state_that_cannot_be_right_is_refused(world, damage):
         (REFUSED["a slice without a due time"], "the sweeper can find a slice"),
     ],
 )
-def test_a_refused_state_that_was_there_before_the_constraints_is_found(world, statement, name, caplog):
-    """The migration keeps the constraints, which hold for what is written from then on, and says so."""
+def test_verify_finds_an_invalid_state_that_is_older_than_the_constraints(world, statement, name, caplog):
+    """The migration adds the constraints for new rows only and logs that."""
     migration, names = import_module("migrations.0007_stored_states"), import_module("migrations.0010_names")
 
     def constrain() -> None:
-        """Run the migration with the names that it knows."""
+        """Run the migration with the column names of its version."""
         reverse = {table: names._reverse(columns) for table, columns in names.COLUMNS.items()}
         names._rename_columns(db, reverse, {})
         migration.up(None, db)
@@ -384,7 +386,7 @@ def test_a_refused_state_that_was_there_before_the_constraints_is_found(world, s
     assert fetch_one("SELECT count(*) AS n FROM pg_constraint WHERE NOT convalidated") == {"n": 0}
 
 
-def test_a_mention_that_the_message_has_no_more_is_found_only_while_it_is_unread(world):
+def test_a_notification_of_a_removed_mention_is_a_finding_only_while_unread(world):
     message_id = post_and_notify(world.subscriber, world.general, "@vera")
     run_to_end(edit_message(world.subscriber.user, message_id, "nobody").run_id)
     execute(f"UPDATE notification SET reason = 'mention' WHERE message_id = {message_id}")
@@ -404,40 +406,40 @@ def test_findings_beyond_the_first_hundred_of_a_check_are_counted(cast):
     assert "not shown: 50 more findings of the check 'every message has its run'" in report.notes
 
 
-def test_what_is_being_done_has_no_finding(world, in_another_session):
-    part = parts_of(3)[0]
-    attempt = claims.claim(part)
+def test_a_slice_in_progress_has_no_finding(world, in_another_session):
+    item = parts_of(3)[0]
+    attempt = claims.claim(item)
     with in_another_session("SELECT FROM slice FOR NO KEY UPDATE"):
         assert verify() == []
-    fanout.process_work_item(part, attempt)
+    fanout.process_work_item(item, attempt)
     assert verify() == []
 
 
-def test_what_waits_in_a_long_queue_or_takes_long_has_no_finding(world):
+def test_work_that_waits_in_a_queue_or_takes_long_has_no_finding(world):
     execute("UPDATE run SET sweep_after = '2026-01-01T00:00:00Z' WHERE state = 'queued'")
     execute("UPDATE slice SET sweep_after = '2026-01-01T00:00:00Z'")
     assert verify() == []
-    begun = (
+    set_running = (
         "UPDATE run SET state = 'running', attempts = 1, attempts_left = 5, started_at = now(),"
         " sweep_after = now() - {}"
     )
-    execute(begun.format("interval '5 minutes'") + " WHERE id = 4")
-    assert verify() == [], "as long as a job may run"
-    execute(begun.format("interval '7 minutes'") + " WHERE id = 4")
+    execute(set_running.format("interval '5 minutes'") + " WHERE id = 4")
+    assert verify() == [], "a job may run for that long"
+    execute(set_running.format("interval '7 minutes'") + " WHERE id = 4")
     assert [finding.split(",")[0] for finding in verify()] == ["run 4 was begun"]
 
 
-def test_members_who_left_hide_so_many_recipients_who_are_no_members(world):
+def test_former_members_hide_the_same_number_of_recipients_who_are_not_members(world):
     servers.remove_member(world.server_id, world.admin.id)
     assert verify() == []
     execute(f"UPDATE notification SET user_id = {world.stranger.id} WHERE message_id = 1 AND user_id = {world.vip.id}")
-    assert MEMBER in {finding.check for finding in check().findings}, "two are no members, and one has left"
+    assert MEMBER in {finding.check for finding in check().findings}, "two are not members, and one member has left"
     servers.remove_member(world.server_id, world.lapsed.id)
-    assert MEMBER not in {finding.check for finding in check().findings}, "it cannot be known who has left"
+    assert MEMBER not in {finding.check for finding in check().findings}, "the recipients may be the members who left"
 
 
 @pytest.mark.usefixtures("_partitions")
-def test_the_first_partitions_can_be_left_out(world):
+def test_since_excludes_the_partitions_of_older_messages(world):
     execute("ALTER SEQUENCE message_id_seq RESTART WITH 1000000; DELETE FROM notification WHERE message_id = 1")
     later = post_and_notify(world.subscriber, world.general, "silver")
     assert len(check().findings) == 1
@@ -448,22 +450,22 @@ def test_the_first_partitions_can_be_left_out(world):
     assert len(check(since=later).findings) == 1
 
 
-def test_the_command_says_what_is_wrong_and_what_it_did_not_check_and_exits_1(command, world):
-    unasked = "not checked: who should have been notified by the rules (--decisions)"
-    assert command("verify").stdout == f"nothing is wrong: {len(CHECKS)} checks\n{unasked}\n"
-    assert json.loads(command("verify", "--json").stdout) == {"findings": [], "notes": [unasked]}
+def test_the_command_prints_findings_and_unchecked_parts_and_exits_with_1(command, world):
+    not_checked = "not checked: who should have been notified by the rules (--decisions)"
+    assert command("verify").stdout == f"nothing is wrong: {len(CHECKS)} checks\n{not_checked}\n"
+    assert json.loads(command("verify", "--json").stdout) == {"findings": [], "notes": [not_checked]}
     execute(DAMAGE["a failed run"][0])
     text = "run 1 failed: the disk is full"
-    assert command("verify", code=1).stdout == f"{text}\n{unasked}\n"
+    assert command("verify", code=1).stdout == f"{text}\n{not_checked}\n"
     found = json.loads(command("verify", "--json", code=1).stdout)["findings"]
     assert found == [{"check": "no run has failed", "text": text}]
 
 
-def test_a_database_without_anything_has_no_finding():
+def test_an_empty_database_has_no_finding():
     assert check(decisions=10).findings == []
 
 
-def test_the_documents_list_every_check():
+def test_the_documentation_lists_every_check():
     reliability = (ROOT / "docs" / "reliability.md").read_text()
     for name in (*CHECKS, DECISIONS_CHECK):
         assert f"| {name} |" in reliability, name
@@ -475,9 +477,9 @@ def findings_of_decisions() -> list[str]:
 
 @pytest.fixture
 def decided(cast):
-    """One message in a community whose rules give several decisions: who is whom, and the message's id."""
+    """Post a message that leads to several decisions; return the cast and the message's id."""
     wants_mentions_only(cast.moderator, cast.general)
-    a_day_passes()
+    age_by_a_day()
     message_id = post_and_notify(cast.subscriber, cast.general, "gold, @vera")
     assert findings_of_decisions() == []
     return cast, message_id
@@ -491,7 +493,7 @@ def decided(cast):
         ("DELETE FROM notification WHERE user_id = {admin}", "no notification", "message"),
     ],
 )
-def test_decisions_that_were_not_followed_are_found_by_making_them_again(decided, statement, stored, decision):
+def test_notifications_that_contradict_the_decisions_are_found(decided, statement, stored, decision):
     cast, message_id = decided
     execute(statement.format(**{name: person.id for name, person in cast.everybody.items()}))
     found = findings_of_decisions()
@@ -502,25 +504,25 @@ def test_decisions_that_were_not_followed_are_found_by_making_them_again(decided
 CHANGES = {
     "a preference": lambda cast: set_preference(cast.vip.user, cast.general, "none", None),
     "a mute": lambda cast: set_preference(cast.admin.user, cast.general, "all", datetime.now(UTC) + timedelta(hours=1)),
-    "a preference back to what it was": lambda cast: set_preference(cast.moderator.user, cast.general, "all", None),
+    "a preference restored": lambda cast: set_preference(cast.moderator.user, cast.general, "all", None),
     "a subscription that ended": lambda cast: subscriptions.set_subscription(cast.vip.id, "canceled", None),
-    "a subscription that began": lambda cast: subscriptions.set_subscription(cast.lapsed.id, "active", None),
-    "an admin more": lambda cast: users.update_user(cast.lapsed.id, {"is_admin": True}),
-    "an admin less": lambda cast: users.update_user(cast.admin.id, {"is_admin": False}),
-    "a member more": lambda cast: servers.put_member(cast.server_id, cast.stranger.id, []),
-    "a member less": lambda cast: servers.remove_member(cast.server_id, cast.vip.id),
+    "a subscription that started": lambda cast: subscriptions.set_subscription(cast.lapsed.id, "active", None),
+    "a new admin": lambda cast: users.update_user(cast.lapsed.id, {"is_admin": True}),
+    "a removed admin": lambda cast: users.update_user(cast.admin.id, {"is_admin": False}),
+    "a new member": lambda cast: servers.put_member(cast.server_id, cast.stranger.id, []),
+    "a removed member": lambda cast: servers.remove_member(cast.server_id, cast.vip.id),
     "a member who left and came back": lambda cast: (
         servers.remove_member(cast.server_id, cast.vip.id),
         servers.put_member(cast.server_id, cast.vip.id, []),
     ),
     "a channel that became private": lambda cast: servers.update_channel(cast.general, {"private": True}),
-    "a role that was given": lambda cast: servers.put_member(cast.server_id, cast.lapsed.id, [cast.vip_role]),
-    "a role that was taken": lambda cast: servers.put_member(cast.server_id, cast.vip.id, []),
+    "a role that was granted": lambda cast: servers.put_member(cast.server_id, cast.lapsed.id, [cast.vip_role]),
+    "a role that was revoked": lambda cast: servers.put_member(cast.server_id, cast.vip.id, []),
     "a message that was edited": lambda cast: run_to_end(
         edit_message(cast.subscriber.user, Message.select().first().id, "gold, @moira").run_id
     ),
     "a message that was deleted": lambda cast: delete_message(cast.subscriber.user, Message.select().first().id),
-    "what was read and dismissed": lambda cast: (
+    "a notification that was read and dismissed": lambda cast: (
         mark_all_read(cast.vip.user),
         dismiss(cast.vip.user, cast.vip.id, Message.select().first().id),
     ),
@@ -528,14 +530,14 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_changed_since_a_decision_is_no_finding(decided, change):
+def test_a_change_after_the_decision_is_not_a_finding(decided, change):
     cast, _ = decided
     CHANGES[change](cast)
     assert findings_of_decisions() == []
 
 
-def test_a_private_channel_and_its_roles_that_changed_since_are_no_finding(cast):
-    a_day_passes()
+def test_changed_roles_of_a_private_channel_are_not_a_finding(cast):
+    age_by_a_day()
     post_and_notify(cast.vip, cast.vault, "gold, @vip")
     assert findings_of_decisions() == []
     servers.put_member(cast.server_id, cast.moderator.id, [cast.moderators_role, cast.vip_role])
@@ -546,11 +548,11 @@ def test_a_private_channel_and_its_roles_that_changed_since_are_no_finding(cast)
     assert findings_of_decisions() == []
 
 
-def test_a_period_or_a_mute_that_ended_since_is_no_finding(cast):
+def test_a_period_or_a_mute_that_has_ended_is_not_a_finding(cast):
     soon = datetime.now(UTC) + timedelta(seconds=1)
     subscriptions.set_subscription(cast.vip.id, "active", soon - timedelta(hours=24))
     set_preference(cast.moderator.user, cast.general, "all", soon)
-    a_day_passes()
+    age_by_a_day()
     post_and_notify(cast.subscriber, cast.general, "gold")
     execute("SELECT pg_sleep(1.2)")
     report = check(decisions=10)
@@ -558,7 +560,7 @@ def test_a_period_or_a_mute_that_ended_since_is_no_finding(cast):
     assert "decisions not compared: of 2 members whose inputs have changed since" in report.notes
 
 
-def test_replays_retries_and_failures_leave_nothing_to_find(cast):
+def test_failures_retries_and_replays_leave_no_finding(cast):
     _, run_id = post(cast.subscriber, cast.general)
     execute(
         "UPDATE run SET state = 'failed', error = 'the disk is full', finished_at = now(), attempts_left = 0,"

@@ -1,4 +1,4 @@
-"""Edits: who is notified, who is notified no more, in whatever order the jobs run."""
+"""Edits: which users are notified and which notifications are retracted, in any order of the jobs."""
 
 import threading
 import time
@@ -35,19 +35,19 @@ from tests.fanout_helpers import (
 )
 
 
-def test_an_edit_that_adds_a_mention_notifies_the_newly_mentioned_only(cast):
+def test_an_edit_that_adds_a_mention_notifies_only_newly_mentioned_users(cast):
     wants_mentions_only(cast.vip, cast.general)
     wants_mentions_only(cast.moderator, cast.general)
     message_id = post_and_notify(cast.subscriber, cast.general, "gold, @lars")
     assert notified(message_id) == {cast.admin.id: "message"}
-    set_subscription(cast.lapsed.id, "active", None)  # would be notified of it now, and is not concerned
+    set_subscription(cast.lapsed.id, "active", None)  # would be notified now, but the edit does not change this mention
     edited = edit(cast.subscriber, message_id, "gold, @lars and @vera")
     assert notified(message_id) == {cast.admin.id: "message", cast.vip.id: "mention"}
     assert (edited["inserted"], edited["retracted"]) == (1, 0)
 
 
 @pytest.mark.parametrize("mention", ["@vip", "@everyone"])
-def test_an_edit_that_adds_a_group_notifies_those_in_it(cast, mention):
+def test_an_edit_that_adds_a_group_notifies_its_members(cast, mention):
     wants_mentions_only(cast.vip, cast.general)
     message_id = post_and_notify(cast.moderator, cast.general, "gold")
     assert cast.vip.id not in notified(message_id)
@@ -55,7 +55,7 @@ def test_an_edit_that_adds_a_group_notifies_those_in_it(cast, mention):
     assert notified(message_id)[cast.vip.id] == {"@vip": "mention_role", "@everyone": "mention_everyone"}[mention]
 
 
-def test_an_added_mention_notifies_nobody_whom_the_rules_exclude(cast):
+def test_an_added_mention_follows_the_notification_rules(cast):
     set_preference(cast.vip.user, cast.general, "none", None)
     message_id = post_and_notify(cast.subscriber, cast.general, "gold")
     before = notified(message_id)
@@ -71,7 +71,7 @@ def test_a_plain_notification_becomes_an_unread_mention(cast):
     assert (edited["inserted"], edited["retracted"]) == (0, 0)
     assert notified(message_id)[cast.moderator.id] == "mention"
     assert unread_count(cast.moderator.user)["mentions"] == unread(cast.moderator) == 1
-    assert unread(cast.vip) == 0, "nobody else is bothered again"
+    assert unread(cast.vip) == 0, "other users are not notified again"
     (shown,) = inbox.list_notifications(cast.moderator.user, before=None, limit=10)
     assert shown["title"] == "You were mentioned in Golden Signals #general"
 
@@ -86,7 +86,7 @@ def test_an_edit_that_removes_a_mention_retracts_unread_notifications_of_that_me
     assert unread_count(cast.moderator.user)["mentions"] == 0
 
 
-def test_who_is_still_mentioned_in_another_way_keeps_the_notification(cast):
+def test_a_user_who_is_still_mentioned_in_another_way_keeps_the_notification(cast):
     wants_mentions_only(cast.vip, cast.general)
     message_id = post_and_notify(cast.moderator, cast.general, "@vera @vip @everyone")
     for content, reason in (
@@ -101,7 +101,7 @@ def test_who_is_still_mentioned_in_another_way_keeps_the_notification(cast):
 
 
 @pytest.mark.parametrize(("members", "mention"), [(100, "@vera"), (2, "@vera"), (100, "@vip"), (2, "@everyone")])
-def test_who_has_left_the_server_loses_an_unread_mention_too(cast, slices_of, members, mention):
+def test_an_edit_retracts_an_unread_mention_of_a_former_member(cast, slices_of, members, mention):
     slices_of(members)
     message_id = post_and_notify(cast.moderator, cast.general, mention)
     servers.remove_member(cast.server_id, cast.vip.id)
@@ -112,7 +112,7 @@ def test_who_has_left_the_server_loses_an_unread_mention_too(cast, slices_of, me
     assert verify() == []
 
 
-def test_who_has_left_the_server_keeps_what_was_no_mention_or_is_read(cast):
+def test_a_former_member_keeps_read_mentions_and_plain_notifications(cast):
     plain = post_and_notify(cast.subscriber, cast.general, "@moira")
     read = post_and_notify(cast.subscriber, cast.general, "@vera")
     inbox.mark_read(cast.vip.user, ids=[(cast.vip.id, read)])
@@ -131,14 +131,14 @@ def test_a_read_notification_is_not_retracted(cast):
     assert unread(cast.vip) == 0
 
 
-def test_who_read_a_mention_that_is_gone_has_not_to_read_it_again(cast):
+def test_a_read_notification_stays_read_when_its_mention_is_removed(cast):
     message_id = post_and_notify(cast.subscriber, cast.general, "@moira")
     read_everything(cast.moderator)
     edit(cast.subscriber, message_id, "nobody")
     assert unread(cast.moderator) == 0
 
 
-def test_an_edit_that_is_run_twice_changes_nothing_more(cast):
+def test_a_repeated_edit_run_changes_nothing(cast):
     wants_mentions_only(cast.vip, cast.general)
     message_id = post_and_notify(cast.subscriber, cast.general, "@ada")
     posted = messages.edit_message(cast.subscriber.user, message_id, "@moira @vera")
@@ -152,7 +152,7 @@ def test_an_edit_that_is_run_twice_changes_nothing_more(cast):
     assert (stats(again)["inserted"], stats(again)["retracted"]) == (0, 0)
 
 
-def test_an_edit_that_changes_no_mention_makes_no_run(cast):
+def test_an_edit_without_changed_mentions_creates_no_run(cast):
     message_id = post_and_notify(cast.subscriber, cast.general, "@moira is right")
     before = contents()
     assert messages.edit_message(cast.subscriber.user, message_id, "@moira is wrong, `@vera`").run_id == 0
@@ -161,8 +161,8 @@ def test_an_edit_that_changes_no_mention_makes_no_run(cast):
     assert after == before
 
 
-@pytest.mark.parametrize("edit_first", [False, True], ids=["in order", "the edit's run first"])
-def test_an_edit_before_the_first_run_counts_as_the_original_text(cast, edit_first):
+@pytest.mark.parametrize("edit_first", [False, True], ids=["in order", "edit run first"])
+def test_an_edit_before_the_first_run_gives_the_result_of_the_edited_text(cast, edit_first):
     wants_mentions_only(cast.vip, cast.general)
     wants_mentions_only(cast.moderator, cast.general)
     message_id, first = post(cast.subscriber, cast.general, "@vera")
@@ -173,7 +173,7 @@ def test_an_edit_before_the_first_run_counts_as_the_original_text(cast, edit_fir
     assert unread(cast.moderator) == 1
 
 
-def test_an_edit_during_the_first_run_counts_as_the_original_text(cast, slices_of):
+def test_an_edit_during_the_first_run_gives_the_result_of_the_edited_text(cast, slices_of):
     many = crowd(cast.server_id, 8)
     slices_of(6)
     for person in (cast.vip, cast.moderator):
@@ -208,7 +208,7 @@ def test_an_edit_that_only_adds_a_mention_retracts_nothing(cast):
     assert unread(cast.subscriber) == 1
 
 
-def test_a_dismissed_notification_does_not_come_back_by_edits(cast):
+def test_edits_do_not_restore_a_dismissed_notification(cast):
     wants_mentions_only(cast.vip, cast.general)
     message_id = post_and_notify(cast.subscriber, cast.general, "@vera")
     dismiss(cast.vip.user, cast.vip.id, message_id)
@@ -225,34 +225,34 @@ def test_a_dismissed_notification_that_becomes_a_mention_stays_dismissed(cast):
     assert unread(cast.vip) == 0
 
 
-@pytest.mark.parametrize("members", [100, 2], ids=["one part", "slices"])
-def test_an_edit_waits_for_the_fan_out_and_retracts(cast, slices_of, members):
+@pytest.mark.parametrize("members", [100, 2], ids=["unsliced", "slices"])
+def test_an_edit_waits_for_the_fan_out_and_then_retracts(cast, slices_of, members):
     wants_mentions_only(cast.vip, cast.general)
     slices_of(members)
     message_id, run_id = post(cast.subscriber, cast.general, "gold")
     if members == 2:
-        advance(run_id)  # so that it is her slice that notifies her, and not the first part
+        advance(run_id)  # so that a slice notifies vera, and not the run's first work item
     execute(f"UPDATE message SET mentioned_users = '{{{cast.vip.id}}}'")
-    parts = parts_of(run_id)
+    items = parts_of(run_id)
 
     def notify() -> None:
         with db.connection_context():
-            for part in parts:
-                do(part)
+            for item in items:
+                do(item)
 
-    notifying = threading.Thread(target=notify)
+    fan_out = threading.Thread(target=notify)
     with notifications_that("PERFORM pg_sleep(0.5);"):
-        notifying.start()
+        fan_out.start()
         time.sleep(0.2)
         edited = messages.edit_message(cast.subscriber.user, message_id, "@moira").run_id
         run_to_end(edited)
-        notifying.join()
+        fan_out.join()
     run_to_end(run_id)
     assert notified(message_id) == {cast.admin.id: "message", cast.moderator.id: "mention"}
 
 
-def test_an_edit_does_not_wait_for_the_slices_that_come_after_it(cast, slices_of):
-    """Of a large fan-out by two workers, of whom always one or the other is at it."""
+def test_an_edit_does_not_wait_for_later_slices(cast, slices_of):
+    """Two workers process a large fan-out, so that at least one of them holds the message lock at any time."""
     crowd(cast.server_id, 60)
     slices_of(1)
     message_id, run_id = post(cast.subscriber, cast.general)
@@ -277,7 +277,7 @@ def test_an_edit_does_not_wait_for_the_slices_that_come_after_it(cast, slices_of
     assert run_of(run_id)["state"] == "succeeded"
 
 
-def test_who_may_not_change_a_message_does_not_wait_for_it_nor_holds_anybody_up(cast, in_another_session):
+def test_an_unauthorized_edit_or_deletion_is_refused_without_waiting_for_the_lock(cast, in_another_session):
     message_id = post_and_notify(cast.subscriber, cast.general, "gold")
     execute("SET lock_timeout = '2s'")
     with in_another_session(f"SELECT pg_advisory_xact_lock_shared({claims.MESSAGE_LOCK}, {message_id})"):
@@ -289,7 +289,7 @@ def test_who_may_not_change_a_message_does_not_wait_for_it_nor_holds_anybody_up(
     execute("RESET lock_timeout")
 
 
-def test_the_right_to_change_a_message_is_asked_for_again_when_nobody_else_is_at_it(cast, at_failpoint):
+def test_permission_to_edit_is_checked_again_under_the_lock(cast, at_failpoint):
     message_id = post_and_notify(cast.subscriber, cast.general, "gold")
     at_failpoint("message.locked", lambda: execute("UPDATE message SET deleted_at = now()"))
     with pytest.raises(NotFound):

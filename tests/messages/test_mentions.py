@@ -1,5 +1,5 @@
-"""Mentions: a table of cases (`data/mention_cases.json`) in one small server, properties that hold of any
-text, and an oracle that reads plain text character by character, without the library or a pattern."""
+"""Mentions: a table of cases (`data/mention_cases.json`) in one small server, properties that hold for any
+text, and an oracle that parses plain text character by character, without the library or a pattern."""
 
 from __future__ import annotations
 
@@ -28,14 +28,17 @@ from belfry.messages.mentions import (
 )
 from tools.dev import ROOT
 
-# The server of all cases. Two cannot see the channel; `traders` is a person and a role; some names begin
-# with another's, and one is as long as a name may be.
-SEEING = [
+# The server of all cases. Two users cannot see the channel; `traders` is a user and a role; some names begin
+# with another name, and one has the maximum length.
+WITH_ACCESS = [
     *("alice", "bob", "bob.smith", "carol.ann", "dave", "a_b_c", "x-ray", "007", "abc", "kim", "traders"),
     "abcdefghijklmnopqrstuvwxyz012345",
 ]
-BLIND = ["carol", "bob.hidden"]
-PEOPLE = {name: MentionedUser(at, name, name in SEEING) for at, name in enumerate(SEEING + BLIND, start=1)}
+WITHOUT_ACCESS = ["carol", "bob.hidden"]
+PEOPLE = {
+    name: MentionedUser(at, name, name in WITH_ACCESS)
+    for at, name in enumerate(WITH_ACCESS + WITHOUT_ACCESS, start=1)
+}
 GROUPS = ["moderators", "vip", "vip.gold", "traders", "traders-1", "bob.team", "everyone-gold"]
 ROLES = {name: MentionedRole(at, name) for at, name in enumerate(GROUPS, start=101)}
 
@@ -43,7 +46,7 @@ CASES: list[dict[str, Any]] = json.loads((ROOT / "tests" / "data/mention_cases.j
 
 
 def allowed_in(case: dict[str, Any]) -> AllowedMentions | None:
-    """The case's `allowed`, which has names for ids."""
+    """Convert the case's `allowed`, which has names in place of ids."""
     if (names := case.get("allowed")) is None:
         return None
     return AllowedMentions(
@@ -70,7 +73,7 @@ def texts_in(content: str) -> list[str]:
 
 @pytest.mark.parametrize("case", CASES, ids=[case["name"] for case in CASES])
 def test_case(case: dict[str, Any]) -> None:
-    got = resolve(
+    found = resolve(
         find_mentions(case["content"]),
         PEOPLE,
         ROLES,
@@ -78,10 +81,10 @@ def test_case(case: dict[str, Any]) -> None:
         allowed=allowed_in(case),
     )
     assert {
-        "users": [person.username for person in got.users],
-        "roles": [role.name for role in got.roles],
-        "everyone": got.everyone,
-        "warnings": [warning.code for warning in got.warnings],
+        "users": [person.username for person in found.users],
+        "roles": [role.name for role in found.roles],
+        "everyone": found.everyone,
+        "warnings": [warning.code for warning in found.warnings],
     } == {key: case[key] for key in ("users", "roles", "everyone", "warnings")}
 
 
@@ -95,16 +98,16 @@ def test_the_table_is_well_formed() -> None:
         assert "\0" not in case["content"]
 
 
-# -- What the table does not show: candidates and the words of warnings
+# -- Candidates and the text of warnings, which the table does not cover
 
 
-def test_names_are_lower_case_and_longest_first() -> None:
+def test_candidate_names_are_lower_case_and_longest_first() -> None:
     assert find_mentions("(@Bob.Smith-x_)") == (
         Candidate("@Bob.Smith-x", ("bob.smith-x", "bob.smith", "bob")),
     )
 
 
-def test_beginnings_are_valid_names_too() -> None:
+def test_candidate_names_include_only_valid_prefixes() -> None:
     assert [candidate.names for candidate in find_mentions("@bob.-smith @a_b__c @ab..cd")] == [
         ("bob.-smith", "bob"),
         ("a_b__c", "a_b"),
@@ -112,11 +115,11 @@ def test_beginnings_are_valid_names_too() -> None:
     ]
 
 
-def test_each_text_once_as_first_written() -> None:
+def test_each_mention_is_a_candidate_once_in_its_first_spelling() -> None:
     assert texts_in("@Bob, @alice, @BOB. @bob.smith") == ["@Bob", "@alice", "@bob.smith"]
 
 
-def test_what_must_be_looked_up() -> None:
+def test_possible_names_are_all_names_that_must_be_looked_up() -> None:
     assert possible_names(find_mentions("@bob.smith @everyone @everyone-gold")) == {
         "bob.smith",
         "bob",
@@ -149,9 +152,9 @@ def test_what_must_be_looked_up() -> None:
         ("\u0661\u0662\u0663", False),
     ],
 )
-def test_a_valid_name(name: str, valid: bool) -> None:
-    # However the pattern is applied.
-    assert [bool(apply(name)) for apply in (NAME.match, NAME.search, NAME.fullmatch)] == [valid] * 3
+def test_the_name_pattern_accepts_only_valid_names(name: str, valid: bool) -> None:
+    # The result is the same for every method of the pattern.
+    assert [bool(method(name)) for method in (NAME.match, NAME.search, NAME.fullmatch)] == [valid] * 3
 
 
 @pytest.mark.parametrize("name", [*PEOPLE, *ROLES, EVERYONE])
@@ -160,7 +163,7 @@ def test_every_valid_name_can_be_mentioned(name: str) -> None:
     assert find_mentions(f"@{name}.")[0].names[0] == name
 
 
-def test_words_of_the_warnings() -> None:
+def test_the_text_of_warnings() -> None:
     assert details_of("@bobby") == ["@bobby is not a member of this server"]
     assert details_of("@BoBBy.x.") == ["@BoBBy.x is not a member of this server"]
     assert details_of("@carol") == ["@carol cannot see this channel"]
@@ -168,7 +171,7 @@ def test_words_of_the_warnings() -> None:
         assert details_of(content) == [f"only admins and moderators may mention {content}"]
 
 
-def test_twenty_warnings_are_shown_and_how_many_more_there_are() -> None:
+def test_warnings_are_limited_to_twenty_and_the_rest_is_counted() -> None:
     for count, more in ((20, []), (21, [1]), (1_890, [1_870])):
         warnings = mentions_in(" ".join(f"@x{number:04}" for number in range(count))).warnings
         assert [warning.detail for warning in warnings[20:]] == [f"{rest} more warnings are not shown" for rest in more]
@@ -176,12 +179,12 @@ def test_twenty_warnings_are_shown_and_how_many_more_there_are() -> None:
         assert warnings[19].detail == "@x0019 is not a member of this server"
 
 
-def test_a_warning_is_counted_once_however_often_a_name_is_mentioned() -> None:
-    everybody = " ".join(f"@carol.x{number:04}" for number in range(1_000))  # each means carol, who cannot see it
+def test_repeated_mentions_of_a_name_give_one_warning() -> None:
+    everybody = " ".join(f"@carol.x{number:04}" for number in range(1_000))  # carol, who cannot see the channel
     assert details_of(everybody) == ["@carol cannot see this channel"]
 
 
-def test_the_author_is_warned_where_the_text_cannot_be_read_within_the_limits() -> None:
+def test_a_text_beyond_the_parser_limits_gives_a_warning_and_no_mentions() -> None:
     for content in ("@bob " + "![![a](b" * 1_200, "[" * 9_000 + " @bob", ">#\n;\n" * 1_900 + "\n@bob"):
         found = mentions_in(content)
         assert (found.users, found.roles, found.everyone) == ((), (), False)
@@ -190,18 +193,18 @@ def test_the_author_is_warned_where_the_text_cannot_be_read_within_the_limits() 
         assert not possible_names(find_mentions(content))
 
 
-def test_a_warning_quotes_a_long_run_in_short() -> None:
+def test_a_warning_truncates_a_long_name() -> None:
     [detail] = details_of("@abcd." + "x" * 9_000)
     assert detail == f"@abcd.{'x' * 58}… is not a member of this server"
 
 
-def test_everyone_is_nobodys_name() -> None:
+def test_everyone_is_never_a_username() -> None:
     people = {EVERYONE: MentionedUser(1, EVERYONE, True)}
-    got = resolve(find_mentions("@everyone"), people, {}, may_ping_groups=True)
-    assert got == Mentions((), (), True, ())
+    found = resolve(find_mentions("@everyone"), people, {}, may_ping_groups=True)
+    assert found == Mentions((), (), True, ())
 
 
-# -- What must not grow
+# -- Limits of the time to parse
 
 
 @pytest.mark.parametrize(
@@ -233,14 +236,14 @@ def test_everyone_is_nobodys_name() -> None:
     ],
     ids=lambda content: repr(content[:8]),
 )
-def test_the_nastiest_text_does_not_take_seconds(content: str) -> None:
+def test_a_hostile_text_is_parsed_within_seconds(content: str) -> None:
     started = time.process_time()
     find_mentions(content)
-    # A second on a slow machine; fifteen for some of these without the maxima.
+    # One second on a slow machine; fifteen seconds for some of these texts without the limits.
     assert time.process_time() - started < 5
 
 
-def test_honest_text_is_not_cut_short() -> None:
+def test_ordinary_text_is_parsed_completely() -> None:
     reply = "> # news\n> - @alice said\n>   so\n\n- I do not think so, **really**\n  - nor does [she](http://x)\n\n"
     assert texts_in(reply * (9_900 // len(reply)) + "@bob") == ["@bob"]
     assert texts_in("> x\n- y\n" * 1_200 + "\n@bob") == ["@bob"]
@@ -250,8 +253,8 @@ def test_honest_text_is_not_cut_short() -> None:
 
 # -- Properties
 
-# A busy machine is no failure; what may not take long is above.
-any_time = settings(deadline=None)
+# No deadline: a slow machine must not fail these tests. The tests above limit the time.
+no_deadline = settings(deadline=None)
 
 MARKUP = [*"@aBé0.-_*`~>#[]()<>!\\&;:\"'|{}+=/ \n\r\t\u200b\u0301", "@bob", "    ", "![", "](", "> "]
 ANY_TEXT = st.text(st.characters()) | st.lists(st.sampled_from(MARKUP)).map("".join)
@@ -262,13 +265,13 @@ WORLD_CONTENT = st.lists(
 
 
 def fence_for(text: str) -> str:
-    """A row of backticks longer than any in the text, and long enough for a fence."""
+    """A sequence of backticks that is longer than any in the text, and long enough for a fence."""
     return "`" * (3 + max(map(len, re.findall("`+", text)), default=0))
 
 
-@any_time
+@no_deadline
 @given(ANY_TEXT)
-def test_any_text_gives_well_formed_candidates(content: str) -> None:
+def test_any_text_gives_valid_candidates(content: str) -> None:
     found = find_mentions(content)
     assert len({candidate.text.lower() for candidate in found}) == len(found)
     for candidate in found:
@@ -278,58 +281,58 @@ def test_any_text_gives_well_formed_candidates(content: str) -> None:
         assert list(candidate.names) == sorted(set(candidate.names), key=len, reverse=True)
 
 
-@any_time
+@no_deadline
 @given(ANY_TEXT)
-def test_nothing_in_a_fence_counts(text: str) -> None:
+def test_a_fenced_code_block_contains_no_mentions(text: str) -> None:
     fence = fence_for(text)
     assert texts_in(f"@alice\n\n{fence}\n{text}\n@bob\n{fence}\n\n@dave") == ["@alice", "@dave"]
-    assert texts_in(f"@alice\n{fence}\n{text}\n@bob") == ["@alice"]  # never closed
+    assert texts_in(f"@alice\n{fence}\n{text}\n@bob") == ["@alice"]  # the fence is not closed
 
 
-@any_time
+@no_deadline
 @given(ONE_LINE)
-def test_nothing_in_a_code_span_counts(text: str) -> None:
+def test_a_code_span_contains_no_mentions(text: str) -> None:
     ticks = fence_for(text)
     assert texts_in(f"@alice {ticks} {text} @bob {ticks} @dave") == ["@alice", "@dave"]
 
 
-@any_time
+@no_deadline
 @given(ANY_TEXT)
-def test_nothing_in_a_quote_counts(text: str) -> None:
+def test_a_quote_contains_no_mentions(text: str) -> None:
     quote = "\n".join(f"> {line}" for line in re.split(r"\r\n|\r|\n", text))
     assert texts_in(f"@alice\n\n{quote}\n> @bob\n\n@dave") == ["@alice", "@dave"]
 
 
-@any_time
+@no_deadline
 @given(ANY_TEXT)
-def test_nothing_without_a_plain_at_sign(text: str) -> None:
+def test_a_text_without_a_literal_at_sign_contains_no_mentions(text: str) -> None:
     assert find_mentions(text.replace("@", "&#64;")) == ()
 
 
-@any_time
+@no_deadline
 @given(WORLD_CONTENT, st.booleans())
-def test_only_those_who_are_there_and_may_be_named(content: str, may_ping_groups: bool) -> None:
+def test_only_existing_and_permitted_names_are_mentioned(content: str, may_ping_groups: bool) -> None:
     candidates = find_mentions(content)
-    got = resolve(candidates, PEOPLE, ROLES, may_ping_groups=may_ping_groups)
-    assert got == resolve(candidates, PEOPLE, ROLES, may_ping_groups=may_ping_groups)
-    assert got == resolve(candidates + candidates, PEOPLE, ROLES, may_ping_groups=may_ping_groups)
-    assert all(person in PEOPLE.values() and person.sees_channel for person in got.users)
-    assert all(role in ROLES.values() for role in got.roles)
-    assert may_ping_groups or not (got.roles or got.everyone)
-    for group in (got.users, got.roles, got.warnings):
+    found = resolve(candidates, PEOPLE, ROLES, may_ping_groups=may_ping_groups)
+    assert found == resolve(candidates, PEOPLE, ROLES, may_ping_groups=may_ping_groups)
+    assert found == resolve(candidates + candidates, PEOPLE, ROLES, may_ping_groups=may_ping_groups)
+    assert all(person in PEOPLE.values() and person.sees_channel for person in found.users)
+    assert all(role in ROLES.values() for role in found.roles)
+    assert may_ping_groups or not (found.roles or found.everyone)
+    for group in (found.users, found.roles, found.warnings):
         assert len(set(group)) == len(group)
-    # Somebody else's server: the same text names nobody.
+    # In another server the same text mentions no user.
     assert resolve(candidates, {}, {}, may_ping_groups=may_ping_groups).users == ()
 
 
-@any_time
+@no_deadline
 @given(
     WORLD_CONTENT,
     st.frozensets(st.sampled_from([person.id for person in PEOPLE.values()])),
     st.frozensets(st.sampled_from([role.id for role in ROLES.values()])),
     st.booleans(),
 )
-def test_allowed_only_takes_away(
+def test_allowed_mentions_only_restrict_the_result(
     content: str, users: frozenset[int], roles: frozenset[int], everyone: bool
 ) -> None:
     candidates = find_mentions(content)
@@ -349,13 +352,13 @@ def test_allowed_only_takes_away(
     )
 
 
-# -- The oracle: plain text of one line, in which nothing is markup
+# -- The oracle: plain text of one line without markup
 
 WORDS = [*PEOPLE, *ROLES, EVERYONE, "Bob", "EVERYONE", "bobby", "x", "é", "\u0301", "\u212a", "٣"]
 PLAIN = st.lists(
     st.sampled_from([*WORDS, *"@@@@@@@@ ...,:;-/({'\"|~)}?=+\u200b\u3000", " @", "(@", "@bob", ".com"])
 ).map(
-    # A word first, so that no hyphen or digit starts a list; no underscore but in the one name
+    # A word first, so that no hyphen or digit starts a list; no underscore except in the one name
     # that has some, where it is inside a word.
     lambda parts: re.sub(r"(?<![0-9A-Za-z])a_b_c|a_b_c(?![0-9A-Za-z.-])", "abc", "x" + "".join(parts))
 )
@@ -364,7 +367,7 @@ OPENERS = frozenset("'\"([{/<>*_~|")
 
 
 def is_address(rest: str) -> bool:
-    """Whether what comes after a name makes it the user of an address: `@`, a host, a dot, and more."""
+    """Whether the text after a name makes it the user of an e-mail address: `@`, a host, a dot, and a domain."""
     host, dot, domain = rest[1:].partition(".")
     return (
         rest[:1] == "@"
@@ -375,7 +378,7 @@ def is_address(rest: str) -> bool:
 
 
 def oracle(text: str) -> Mentions:
-    """What a moderator's plain text mentions, the slow way: at each @, every length is tried."""
+    """The mentions in a moderator's plain text, by a slow method: at each @ it tries every length of a name."""
     users: list[MentionedUser] = []
     roles: list[MentionedRole] = []
     everyone = False
@@ -423,13 +426,13 @@ def oracle(text: str) -> Mentions:
     return Mentions(tuple(users), tuple(roles), everyone, tuple(warnings))
 
 
-@any_time
+@no_deadline
 @given(PLAIN)
-def test_plain_text_is_read_as_by_the_oracle(text: str) -> None:
+def test_the_parser_agrees_with_the_oracle_on_plain_text(text: str) -> None:
     assert mentions_in(text, may_ping_groups=True) == oracle(text)
 
 
-@any_time
+@no_deadline
 @given(PLAIN)
-def test_said_twice_is_said_once(text: str) -> None:
+def test_a_repeated_text_has_the_same_mentions(text: str) -> None:
     assert find_mentions(f"{text}\n\n{text}") == find_mentions(text)

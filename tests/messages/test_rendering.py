@@ -1,6 +1,6 @@
-"""What a message's content becomes in a page: the HTML that CommonMark says, and none that could do harm.
+"""Rendering of a message's content in a page: the HTML that CommonMark specifies, and no harmful HTML.
 
-What could do harm is asked of an HTML parser, which builds the tree that a browser would, and not of a pattern.
+The tests check the tree that an HTML parser builds, which is the same as in a browser, and not the text.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ NAMES = MENTIONED.names
 
 
 def tree(html: str) -> Any:
-    """As a browser has it, in a page's body. Fails where it would have to mend something."""
+    """Parse HTML as a browser does in a page's body; fail if a browser would have to correct an error."""
     parsed = JustHTML(html, fragment=True, sanitize=False, collect_errors=True)
     assert parsed.errors == [], html
     return parsed.root
@@ -54,7 +54,7 @@ def nodes(node: Any) -> Iterator[Any]:
 
 
 def check(html: str) -> None:
-    """Only the allowed elements, with the allowed attributes, and nothing interactive inside of another."""
+    """Assert that only allowed elements and attributes occur, and no interactive element is inside another."""
     for node in nodes(tree(html)):
         if node.name == "#text":
             continue
@@ -97,7 +97,7 @@ def steps_of(content: str) -> int:
 REL = 'rel="nofollow noopener noreferrer ugc"'
 
 
-# -- What it looks like
+# -- CommonMark and links
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_links_and_images(content: str, html: str) -> None:
     check(html)
 
 
-def test_what_would_show_nothing_is_shown_as_it_was_written() -> None:
+def test_content_that_renders_to_nothing_is_shown_as_source() -> None:
     assert render("[a]: <b>\n[c]: d") == "<p>[a]: &lt;b&gt;<br>\n[c]: d</p>\n"
 
 
@@ -186,24 +186,24 @@ def test_mentions(content: str, html: str) -> None:
     check(html)
 
 
-def test_no_mention_in_a_quote_or_in_code() -> None:
+def test_names_in_quotes_and_code_are_not_marked_as_mentions() -> None:
     assert mentions_in(render("> @bob\n\n```\n@bob\n```\n\n    @bob\n\n- @alice", MENTIONED)) == ["@alice"]
 
 
-def test_what_calls_the_reader() -> None:
+def test_mentions_of_the_reader_have_their_own_class() -> None:
     assert body("@Bob @bob.smith @everyone", reader_names=frozenset({"bob", "everyone"})) == (
         '<span class="mention me">@Bob</span> <span class="mention">@bob.smith</span> '
         '<span class="mention me">@everyone</span>'
     )
 
 
-def test_who_was_not_mentioned_is_not_marked() -> None:
+def test_names_that_are_not_mentioned_are_not_marked() -> None:
     only_bob = Mentions(PEOPLE[:1], (), False, ())
     assert mentions_in(render("@bob @alice @vip @everyone", only_bob)) == ["@bob"]
     assert mentions_in(render("@bob")) == []
 
 
-# -- Nothing that could do harm
+# -- No harmful HTML
 
 
 PLACES = [
@@ -214,20 +214,20 @@ PLACES = [
 
 
 @pytest.mark.parametrize("group", VECTORS)
-def test_vectors(group: str) -> None:
+def test_xss_vectors_render_to_allowed_html(group: str) -> None:
     for vector in VECTORS[group]:
         for place in PLACES:
             check(render(place.replace("…", vector), MENTIONED, frozenset({"bob"})))
 
 
-def test_vectors_outside_commonmark_are_shown_letter_by_letter() -> None:
+def test_xss_vectors_in_code_spans_are_shown_literally() -> None:
     for group in ("element", "image and media", "link", "SVG, MathML and XML", "event handler"):
         for vector in VECTORS[group]:
             shown = text_of(render(f"`` {vector} ``"))
             assert shown.strip() == vector.replace("\n", " ").strip(), vector
 
 
-def test_there_are_many_vectors() -> None:
+def test_the_vectors_are_complete() -> None:
     assert sum(len(vectors) for vectors in VECTORS.values()) > 500
 
 
@@ -248,13 +248,13 @@ DANGEROUS = st.lists(
 
 @settings(deadline=None, max_examples=400)
 @given(DANGEROUS | st.text(max_size=200))
-def test_any_text_keeps_to_what_is_allowed(content: str) -> None:
+def test_any_text_renders_to_allowed_html(content: str) -> None:
     check(render(content, MENTIONED, frozenset({"bob"})))
 
 
 @settings(deadline=None, max_examples=300)
 @given(DANGEROUS)
-def test_marking_mentions_changes_nothing_else(content: str) -> None:
+def test_marking_mentions_changes_no_other_html(content: str) -> None:
     marked, plain = render(content, MENTIONED), render(content)
     assert re.sub(r'<span class="mention">|</span>', "", marked) == plain
     named = {name for candidate in find_mentions(content) for name in candidate.names}
@@ -262,7 +262,7 @@ def test_marking_mentions_changes_nothing_else(content: str) -> None:
     assert bool(mentions_in(marked)) == bool(named & NAMES)
 
 
-# -- Bounds
+# -- Limits
 
 
 @pytest.mark.parametrize(
@@ -273,18 +273,18 @@ def test_marking_mentions_changes_nothing_else(content: str) -> None:
         *("@bob ", "@a-", "@a_b_c"),
     ],
 )
-def test_no_text_takes_long(piece: str) -> None:
+def test_any_text_is_rendered_in_half_a_second(piece: str) -> None:
     content = (piece * 10_000)[:10_000]
-    took = []
+    durations = []
     for _ in range(3):
-        began = time.process_time()
+        started = time.process_time()
         html = render(content, MENTIONED)
-        took.append(time.process_time() - began)
-    assert min(took) < 0.5  # 0.08 s on the machine that it was written on
+        durations.append(time.process_time() - started)
+    assert min(durations) < 0.5  # a typical machine takes 0.08 s
     assert isinstance(html, Markup)
 
 
-def test_what_is_nested_too_deep_is_shown_as_it_was_written() -> None:
+def test_content_that_is_nested_too_deeply_is_shown_as_source() -> None:
     for content in (">" * 60 + " deep", "- " * 30 + "deep", "> # a\n> b\n" * 10 + ">" * 60 + " deep\n\nafter"):
         html = render(content)
         check(html)
@@ -292,7 +292,7 @@ def test_what_is_nested_too_deep_is_shown_as_it_was_written() -> None:
     assert render("- " * 15 + "deep").count("<ul>") == 15
 
 
-def test_what_would_take_long_is_shown_as_it_was_written() -> None:
+def test_content_that_takes_too_many_steps_is_shown_as_source() -> None:
     content = "![" * 5_000
     assert render(content) == f"<p>{content}</p>\n"
 
@@ -301,17 +301,17 @@ HOSTILE = [">#\n;\n", "- a\n", "*a_ ", "[a](b ", "[a](b)", "\\@", "&amp;", "![![
 
 
 @pytest.mark.parametrize("piece", HOSTILE)
-def test_a_page_of_hostile_messages_spends_no_more_than_its_budget(piece: str) -> None:
+def test_a_page_of_hostile_messages_stays_within_its_budget(piece: str) -> None:
     short = "**gold** breaks out, @bob: [more](http://b.example)\n\n- a\n- b"
     budget = page_budget(50)
     for number in range(49):
         content = f"{number} {piece * 10_000}"[:10_000]
         render_in_page(content, MENTIONED, frozenset(), budget)
     assert budget.left >= 0
-    assert render_in_page(short, MENTIONED, frozenset(), budget) == render(short, MENTIONED)  # each has its part
+    assert render_in_page(short, MENTIONED, frozenset(), budget) == render(short, MENTIONED)  # its own share
 
 
-def test_what_people_write_takes_a_third_of_the_limit_at_most() -> None:
+def test_ordinary_text_takes_at_most_a_third_of_the_step_limit() -> None:
     line = "**BTC** broke 104,200 @bob, see [the chart](https://charts.example/btc?tf=4h) 🚀 比特币突破, `stop` below\n"
     for text in (line, f"- {line}", f"> {line}", f"1. {line}", f"{line}\n", f"| a | b |\n|---|---|\n{line}"):
         content = (text * 10_000)[:10_000]
@@ -320,34 +320,34 @@ def test_what_people_write_takes_a_third_of_the_limit_at_most() -> None:
 
 
 @pytest.mark.parametrize("piece", ["- a\n", "#\n", "&", "*", "a\n", "1. a\n", "*-\n", "> x\n- y\n", "<a@b.c>", "[x]\n"])
-def test_a_text_that_is_read_once_keeps_within_the_limit(piece: str) -> None:
+def test_text_that_is_parsed_in_one_pass_stays_within_the_step_limit(piece: str) -> None:
     assert steps_of((piece * 10_000)[:10_000]) < markdown.MAX_STEPS
 
 
 def calls_of(content: str) -> int:
-    """How many Python functions parsing calls."""
+    """The number of Python function calls that parsing takes."""
     calls = 0
 
     def count(frame: Any, event: str, argument: Any) -> None:
         nonlocal calls
         calls += event == "call"
 
-    traced = sys.getprofile()
+    previous = sys.getprofile()
     sys.setprofile(count)
     try:
         find_mentions(f"@bob {content}")
     finally:
-        sys.setprofile(traced)
+        sys.setprofile(previous)
     return calls
 
 
 @pytest.mark.parametrize("piece", ["![![a](b", "[", ">#\n;\n", "- a\n", "\n#"])
-def test_a_crafted_text_costs_at_most_twice_what_the_longest_list_does(piece: str) -> None:
+def test_a_hostile_text_takes_at_most_twice_the_calls_of_the_longest_list(piece: str) -> None:
     assert calls_of((piece * 10_000)[:10_000]) < 80 * 10_000
 
 
 @pytest.mark.parametrize("piece", ["![](", "[a](b", "![a](", "[a](\\((b", f"[x](a{'b' * 100}"])
-def test_destinations_of_links_are_not_read_again_and_again(piece: str) -> None:
+def test_link_destinations_are_parsed_in_linear_time(piece: str) -> None:
     content = (piece * 10_000)[:9_000]
     assert calls_of(content) < 20 * len(content)
 
@@ -363,23 +363,23 @@ def test_destinations_of_links_are_not_read_again_and_again(piece: str) -> None:
         ("[a](http://b.example/(c)d(e) 'f')", "http://b.example/(c)d(e)"),
     ],
 )
-def test_destinations_with_brackets(content: str, target: str) -> None:
+def test_link_destinations_can_contain_parentheses(content: str, target: str) -> None:
     assert body(content) == f'<a href="{escape(target)}" {REL}>a</a>'
 
 
-def test_a_destination_whose_brackets_are_no_pairs_is_text() -> None:
+def test_a_destination_with_unbalanced_parentheses_is_text() -> None:
     for content in ("[a](http://b.example/(c)", "[a]((((((b))))))", "[a](b c)"):
         assert body(content) == str(escape(content))
 
 
 @pytest.mark.parametrize("piece", ["\n#", "[a]\n", "<a@b.c>", "[a](http://b)", "- \n", "@bob ", "&", "```\n", "[a] "])
 def test_html_is_at_most_five_times_as_long_as_its_content(piece: str) -> None:
-    for prefix in ("", f"[a]: http://b.example/{'c' * 5_000}\n\n"):  # to which every `[a]` links
+    for prefix in ("", f"[a]: http://b.example/{'c' * 5_000}\n\n"):  # the target of every `[a]`
         content = (prefix + piece * 10_000)[:10_000]
         assert len(render(content, MENTIONED)) <= 5 * len(content) + 1_000
 
 
-def test_a_page_of_what_people_write_is_rendered_whole() -> None:
+def test_a_page_of_ordinary_messages_is_rendered_completely() -> None:
     honest = "**gold** breaks out, @bob: [more](http://b.example), and *silver*.\n\n- a\n- b\n\n> so it is\n" * 10
     budget = page_budget(50)
     for number in range(50):
@@ -393,20 +393,20 @@ def test_a_page_of_what_people_write_is_rendered_whole() -> None:
 def in_page(
     content: str, mentioned: Mentions = NO_MENTIONS, reader_names: frozenset[str] = frozenset()
 ) -> tuple[str, int]:
-    """The HTML on a page of its own, and how many steps of the page's budget it took."""
+    """Render the content on a separate page; return the HTML and the steps of the page's budget that it took."""
     budget = page_budget(1)
     before = budget.left
     return str(render_in_page(content, mentioned, reader_names, budget)), before - budget.left
 
 
-def test_the_second_view_takes_no_steps() -> None:
+def test_a_cached_message_takes_no_steps() -> None:
     for content in ("**gold**, @bob", "![" * 5_000):
         first, steps = in_page(content)
         assert steps > 0
         assert in_page(content) == (first, 0)
 
 
-def test_each_reader_sees_their_own_marks_and_each_version_its_own_text() -> None:
+def test_the_cache_distinguishes_readers_mentions_and_versions() -> None:
     only_bob = Mentions(PEOPLE[:1], (), False, ())
     for content in ("@bob @alice", "@bob @alice!"):
         for mentioned in (MENTIONED, only_bob, NO_MENTIONS):
@@ -416,13 +416,13 @@ def test_each_reader_sees_their_own_marks_and_each_version_its_own_text() -> Non
                     assert html == render(content, mentioned, frozenset(reader_names))
 
 
-def test_readers_who_are_not_mentioned_share_an_entry() -> None:
+def test_readers_who_are_not_mentioned_share_a_cache_entry() -> None:
     _, steps = in_page("@bob @alice", MENTIONED, frozenset({"carol"}))
     assert steps > 0
     assert in_page("@bob @alice", MENTIONED, frozenset({"dave", "gold"}))[1] == 0
 
 
-def test_what_one_page_has_no_budget_for_the_next_page_renders() -> None:
+def test_messages_beyond_the_budget_of_one_page_are_rendered_by_later_pages() -> None:
     contents = [f"{number} {'- **a**' * 10}\n\n{'> # b' * 700}" + "*c* " * 1_500 for number in range(20)]
     whole = [str(render(content)) for content in contents]
     shown, views = [], 0
@@ -434,7 +434,7 @@ def test_what_one_page_has_no_budget_for_the_next_page_renders() -> None:
     assert views > 1
 
 
-def test_the_cache_is_bounded_by_bytes_and_drops_what_was_used_least() -> None:
+def test_the_cache_is_limited_in_bytes_and_drops_the_least_recently_used_entry() -> None:
     small = HtmlCache(100_000)
     for number in range(1_000):
         small.put(number.to_bytes(32, "big"), Markup("é" * number))

@@ -26,15 +26,15 @@ BURST = 1_000
 
 
 class Dashboard:
-    """What an admin sees at /rq."""
+    """The data that rq-dashboard shows to an admin at /rq."""
 
     def __init__(self, api: Any) -> None:
         self._api = api
 
     def json(self, path: str) -> Any:
-        answer = self._api.get(f"/rq/0/data/{path}.json")
-        assert answer.status_code == 200, answer.text
-        return answer.get_json()
+        response = self._api.get(f"/rq/0/data/{path}.json")
+        assert response.status_code == 200, response.text
+        return response.get_json()
 
     def jobs(self, registry: str, queue: str = queues.NOTIFICATIONS) -> list[str]:
         """The ids of a registry, of all pages."""
@@ -76,7 +76,7 @@ def runs_by_state() -> dict[str, set[str]]:
 
 
 def assert_settled(dashboard: Dashboard, redis: Redis) -> None:
-    """Nothing runs: each ended run is in its registry, and no registry has an entry without a job."""
+    """Assert that nothing runs, each ended run is in its registry, and no registry has an entry without a job."""
     states = runs_by_state()
     assert set(dashboard.jobs("finished")) == states.get("succeeded", set())
     assert set(dashboard.jobs("failed")) == states.get("failed", set())
@@ -93,30 +93,30 @@ def finished(run_id: int) -> bool:
     return str(Run.get_by_id(run_id).state) == "succeeded"
 
 
-def test_a_burst_of_a_thousand_jobs_by_two_workers(dashboard, cast, redis):
+def test_the_dashboard_agrees_with_the_database_during_a_burst(dashboard, cast, redis):
     runs = [write(cast.subscriber, cast.general, f"gold {number}")[1] for number in range(BURST)]
     queues.enqueue([WorkItem(run_id) for run_id in runs])
     everything = {queues.run_job_id(run_id) for run_id in runs}
     assert dashboard.counts() == {"queued": BURST, "started": 0, "scheduled": 0, "finished": 0, "failed": 0}
-    busy, looks = 0, 0
+    busy, polls = 0, 0
     with notifications_that("PERFORM pg_sleep(0.6);"), a_worker(), a_worker():
         wait_until(lambda: len(dashboard.workers()) == 2, "both workers to register")
         while len(dashboard.jobs("finished")) < BURST:
-            looks += 1
+            polls += 1
             before = runs_by_state()
             seen = {kind: set(dashboard.jobs(kind)) for kind in REGISTRIES}
             workers = dashboard.workers()
             after = runs_by_state()
-            assert seen["finished"] <= after["succeeded"], "what is shown as finished has succeeded"
+            assert seen["finished"] <= after["succeeded"], "jobs that are shown as finished have succeeded"
             shown = seen["queued"] | seen["started"] | seen["finished"]
             assert shown >= before.get("queued", set()) - after["succeeded"], "no waiting job is missing"
             assert seen["failed"] == seen["scheduled"] == set()
             if seen["started"]:
                 busy += any(worker["state"] == "busy" for worker in workers)
-            assert looks < 2_000, "the burst never ends"
+            assert polls < 2_000, "the burst never ends"
             time.sleep(0.02)
         assert set(dashboard.jobs("finished")) == everything == runs_by_state()["succeeded"]
-        assert busy, f"a busy worker with started jobs is seen in {looks} looks"
+        assert busy, f"none of {polls} polls shows a busy worker with started jobs"
         assert sum(worker["successful_job_count"] for worker in dashboard.workers()) == BURST
         assert sum(worker["failed_job_count"] for worker in dashboard.workers()) == 0
     assert_settled(dashboard, redis)
@@ -150,27 +150,27 @@ def test_a_failure_is_scheduled_then_failed_with_its_error_and_a_requeue_retries
     assert_settled(dashboard, redis)
 
 
-@pytest.mark.parametrize("whole", [False, True], ids=["work-horse", "worker"])
-def test_what_a_killed_process_left_is_gone_when_another_has_done_it(dashboard, cast, redis, whole):
+@pytest.mark.parametrize("kill_worker", [False, True], ids=["work-horse", "worker"])
+def test_no_entry_of_a_killed_process_is_left_after_another_has_run_its_jobs(dashboard, cast, redis, kill_worker):
     with a_worker() as first, a_worker():
         with notifications_that("PERFORM pg_sleep(3);"):
             runs = [write(cast.subscriber, cast.general, f"gold {number}")[1] for number in range(3)]
             queues.enqueue([WorkItem(run_id) for run_id in runs])
             wait_until(lambda: dashboard.jobs("started") != [], "jobs to be started")
             [horse] = horses_of(first.pid)
-            if whole:
+            if kill_worker:
                 os.kill(first.pid, signal.SIGKILL)
             else:
                 os.kill(horse, signal.SIGKILL)
-        wait_until(lambda: all(finished(run_id) for run_id in runs), "another process to do it", 60)
+        wait_until(lambda: all(finished(run_id) for run_id in runs), "another process to run the jobs", 60)
         wait_until(lambda: len(dashboard.jobs("finished")) == 3, "the jobs to be finished", 60)
         wait_until(lambda: redis.keys("rq:execution*") == [], "no execution to be left", 60)
-        if whole and psutil.pid_exists(horse):
-            wait_until(lambda: not psutil.pid_exists(horse), "the orphan to end")
+        if kill_worker and psutil.pid_exists(horse):
+            wait_until(lambda: not psutil.pid_exists(horse), "the orphaned work-horse to end")
     assert_settled(dashboard, redis)
 
 
-def test_a_fan_out_in_slices(dashboard, cast, redis):
+def test_the_dashboard_shows_the_slices_of_a_fan_out(dashboard, cast, redis):
     crowd(cast.server_id, 95)
     _, run_id = write(cast.subscriber, cast.general)
     queues.enqueue_run(run_id)
@@ -181,8 +181,8 @@ def test_a_fan_out_in_slices(dashboard, cast, redis):
             seen["busy"] += any(worker["state"] == "busy" for worker in dashboard.workers())
             time.sleep(0.02)
         wait_until(lambda: dashboard.counts(queues.BULK)["finished"] == 10, "all slices to be finished")
-    assert seen["started"], "a slice is seen started"
-    assert seen["busy"], "a worker is seen busy"
+    assert seen["started"], "no poll shows a started slice"
+    assert seen["busy"], "no poll shows a busy worker"
     slices = dashboard.jobs("finished", queues.BULK)
     assert all(re.fullmatch(rf"slice-{run_id}-[0-9]+", job_id) for job_id in slices)
     assert Run.get_by_id(run_id).members_processed == 100
@@ -205,12 +205,12 @@ def test_a_run_that_the_sweeper_fails_is_shown_as_failed_with_its_error(dashboar
     assert_settled(dashboard, redis)
 
 
-def test_deleting_a_job_does_what_it_says(dashboard, cast, redis):
+def test_deleting_jobs_is_refused_for_unfinished_runs(dashboard, cast, redis):
     runs = [write(cast.subscriber, cast.general, f"gold {number}")[1] for number in range(3)]
     queues.enqueue([WorkItem(run_id) for run_id in runs])
     unfinished, succeeded, failed = map(queues.run_job_id, runs)
-    done = "UPDATE run SET state = 'succeeded', finished_at = now(), sweep_after = NULL WHERE id = %(id)s"
-    execute(done, {"id": runs[1]})
+    set_succeeded = "UPDATE run SET state = 'succeeded', finished_at = now(), sweep_after = NULL WHERE id = %(id)s"
+    execute(set_succeeded, {"id": runs[1]})
     execute("UPDATE run SET state = 'failed', error = 'no', finished_at = now() WHERE id = %(id)s", {"id": runs[2]})
     refused = dashboard.post(f"job/{unfinished}/delete")
     assert (refused.status_code, f"Run {runs[0]} is unfinished" in refused.text) == (409, True)

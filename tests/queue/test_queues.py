@@ -1,4 +1,4 @@
-"""What is put into the queues, and in which order."""
+"""The jobs in the queues and their order."""
 
 import pytest
 from rq import Queue, Retry
@@ -9,17 +9,17 @@ from config import settings
 
 
 @pytest.mark.parametrize(
-    ("name", "part", "function", "arguments"),
+    ("name", "item", "function", "arguments"),
     [
         (queues.NOTIFICATIONS, WorkItem(7), "jobs.notify", (7,)),
         (queues.BULK, WorkItem(7, 40), "jobs.notify_slice", (7, 40)),
     ],
 )
-def test_a_job_is_written_as_rq_itself_would_write_it(redis, override, name, part, function, arguments):
+def test_a_job_is_stored_as_rq_itself_stores_it(redis, override, name, item, function, arguments):
     override(retry_jitter=0)
-    assert queues.enqueue([part])
+    assert queues.enqueue([item])
     [job_id] = queues.queue(name).get_job_ids()
-    key, known = f"rq:job:{job_id}", redis.smembers("rq:queues")
+    key, queue_keys = f"rq:job:{job_id}", redis.smembers("rq:queues")
     ours = redis.hgetall(key)
     redis.flushdb()
     Queue(name, connection=redis, serializer="json").enqueue_many(
@@ -30,7 +30,7 @@ def test_a_job_is_written_as_rq_itself_would_write_it(redis, override, name, par
                 timeout=settings.job_timeout_seconds,
                 result_ttl=86_400,
                 failure_ttl=7 * 86_400,
-                description=str(part),
+                description=str(item),
                 job_id=job_id,
                 retry=Retry(max=5, interval=queues.retry_intervals()),
             )
@@ -41,43 +41,43 @@ def test_a_job_is_written_as_rq_itself_would_write_it(redis, override, name, par
         assert job[b"created_at"][:10] == job.pop(b"enqueued_at")[:10]
         del job[b"created_at"]
     assert ours == theirs
-    assert known == redis.smembers("rq:queues")
+    assert queue_keys == redis.smembers("rq:queues")
     assert [job_id] == queues.queue(name).get_job_ids()
 
 
-def test_what_is_lost_goes_first_and_the_oldest_before_all_however_many_there_are(redis, override):
+def test_lost_work_items_are_enqueued_first_in_their_order(redis, override):
     override(enqueue_batch_size=3)
     assert queues.enqueue([WorkItem(9), WorkItem(10)])
     assert queues.enqueue([WorkItem(number) for number in range(1, 9)], lost=True)
     assert queues.queue().get_job_ids() == [f"run-{number}" for number in range(1, 11)]
 
 
-def test_many_are_enqueued_some_at_a_time(redis, override):
+def test_many_work_items_are_enqueued_in_batches(redis, override):
     override(enqueue_batch_size=3)
     assert queues.enqueue([WorkItem(7, after) for after in range(8)])
     assert queues.queue(queues.BULK).get_job_ids() == [f"slice-7-{after}" for after in range(8)]
     assert [job.args for job in queues.queue(queues.BULK).jobs] == [[7, after] for after in range(8)]
 
 
-def test_nothing_is_left_of_a_job_whose_process_died(redis):
-    redis.hset("rq:job:run-1", mapping={"exc_info": "an old one", "number_of_retries": 3})
+def test_an_abandoned_job_is_replaced_completely(redis):
+    redis.hset("rq:job:run-1", mapping={"exc_info": "an old error", "number_of_retries": 3})
     redis.expire("rq:job:run-1", 50)
-    redis.set("rq:job:run-2", "nobody's job")
+    redis.set("rq:job:run-2", "not a job")
     assert queues.enqueue([WorkItem(1), WorkItem(2)])
     assert [job.args for job in queues.queue().jobs] == [[1], [2]]
     assert (redis.ttl("rq:job:run-1"), redis.hget("rq:job:run-1", "exc_info")) == (-1, None)
 
 
-def test_redis_may_forget_what_enqueues(redis):
+def test_enqueuing_loads_its_script_again_after_redis_lost_it(redis):
     assert queues.enqueue([WorkItem(1)])
     redis.script_flush()
     assert queues.enqueue([WorkItem(2)])
     assert queues.queue().count == 2
 
 
-def test_keys_of_another_type_in_the_place_of_rqs_do_not_stop_a_job(redis):
+def test_foreign_keys_with_the_names_of_rqs_keys_do_not_block_a_job(redis):
     for key in ("executions:run-1", "results:run-1", "finished:notifications", "wip:notifications"):
-        redis.set(f"rq:{key}", "nobody's")
+        redis.set(f"rq:{key}", "foreign")
     assert queues.enqueue([WorkItem(1)])
     assert queues.queue().get_job_ids() == ["run-1"]
     assert not redis.exists("rq:executions:run-1", "rq:results:run-1")

@@ -1,4 +1,4 @@
-"""Belfry works with exactly the rights in Redis that docs/guides/deploy.md gives it."""
+"""Belfry works with exactly the Redis permissions that docs/guides/deploy.md lists."""
 
 import os
 import re
@@ -26,29 +26,29 @@ pytestmark = pytest.mark.slow
 GUIDE = ROOT / "docs" / "guides" / "deploy.md"
 
 
-def documented_rights() -> list[str]:
-    """The words of the guide's one ACL line that follow the user's name and password."""
+def documented_rules() -> list[str]:
+    """The rules after the name and the password in the ACL line of the guide."""
     [line] = re.findall(r"^user belfry on >PASSWORD (.+)$", GUIDE.read_text(), re.MULTILINE)
     return line.split()
 
 
 @pytest.fixture
 def restricted(redis: Redis) -> Iterator[str]:
-    """The address of the tests' Redis for a user with those rights; fails where it was refused anything."""
+    """The URL of the tests' Redis for a user with these rules; fail if Redis refused a command of this user."""
     name, password = f"belfry-{secrets.token_hex(4)}", secrets.token_urlsafe(32)
-    redis.execute_command("ACL", "SETUSER", name, "on", f">{password}", *documented_rights())
+    redis.execute_command("ACL", "SETUSER", name, "on", f">{password}", *documented_rules())
     place = parse_url(settings.redis_url)
-    where = place.get("path") or f"{place.get('host', 'localhost')}:{place.get('port', 6379)}"
+    address = place.get("path") or f"{place.get('host', 'localhost')}:{place.get('port', 6379)}"
     scheme = settings.redis_url.partition("://")[0]
     try:
-        yield f"{scheme}://{name}:{password}@{where}?db={place.get('db', 0)}"
+        yield f"{scheme}://{name}:{password}@{address}?db={place.get('db', 0)}"
         refused = [(entry["reason"], entry["object"]) for entry in redis.acl_log() if entry["username"] == name]
         assert refused == []
     finally:
         redis.execute_command("ACL", "DELUSER", name)
 
 
-def test_the_user_may_do_nothing_else(redis, restricted):
+def test_the_user_cannot_run_other_commands(redis, restricted):
     [name] = re.findall(r"//(.+?):", restricted)
     for words in (
         ["FLUSHALL"], ["FLUSHDB"], ["KEYS", "*"], ["CONFIG", "GET", "*"], ["SHUTDOWN"], ["EVAL", "return 1", "0"],
@@ -59,20 +59,20 @@ def test_the_user_may_do_nothing_else(redis, restricted):
     assert redis.execute_command("ACL", "DRYRUN", name, "GET", "rq:queue:bulk") == b"OK"
 
 
-def test_the_web_process_the_workers_and_the_dashboard_do_with_it(cast, redis, restricted):
+def test_the_web_process_workers_and_dashboard_work_with_the_documented_rules(cast, redis, restricted):
     crowd(cast.server_id, 30)
     behind = {"REDIS_URL": restricted}
     bulk = Queue(queues.BULK, connection=redis, serializer="json")
     with a_web_process(**behind) as address, Listener(address, cast.vip.token) as stream:
 
-        def ask(path: str, method: str = "GET", data: bytes | None = None) -> bytes:
+        def send_request(path: str, method: str = "GET", data: bytes | None = None) -> bytes:
             headers = {"Authorization": f"Bearer {cast.admin.token}", "Content-Type": "application/json"}
-            with urlopen(Request(address + path, data, headers, method=method), timeout=20) as answer:
-                return bytes(answer.read())
+            with urlopen(Request(address + path, data, headers, method=method), timeout=20) as response:
+                return bytes(response.read())
 
         with a_worker(FANOUT_SLICE_SIZE="9", **behind):
             for _ in range(3):
-                ask("/api/messages", "POST", f'{{"channel_id": {cast.general}, "content": "gold"}}'.encode())
+                send_request("/api/messages", "POST", f'{{"channel_id": {cast.general}, "content": "gold"}}'.encode())
             wait_until(lambda: {run.state for run in Run.select()} == {"succeeded"}, "the runs to succeed")
             with notifications_that("RAISE EXCEPTION 'the disk is full';"):
                 _, run_id = post(cast.subscriber, cast.general)
@@ -95,20 +95,20 @@ def test_the_web_process_the_workers_and_the_dashboard_do_with_it(cast, redis, r
         assert dependency.is_finished
         waiting = bulk.enqueue("jobs.notify", 0)
         for path in ("/rq/", "/rq/0/view/workers", "/rq/0/data/queues.json", "/rq/0/data/workers.json"):
-            ask(path)
+            send_request(path)
         for state in ("queued", "started", "finished", "failed", "scheduled", "deferred", "canceled"):
-            ask(f"/rq/0/data/jobs/bulk/{state}/8/asc/1.json")
+            send_request(f"/rq/0/data/jobs/bulk/{state}/8/asc/1.json")
         for job_id in (waiting.id, dependency.id, f"run-{failing[0]}"):
-            ask(f"/rq/0/view/job/{job_id}")
-            ask(f"/rq/0/data/job/{job_id}.json")
-        ask(f"/rq/job/run-{failing[0]}/requeue", "POST")
-        ask(f"/rq/job/{dependency.id}/delete", "POST")
-        ask("/rq/requeue/bulk", "POST")
-        ask("/rq/queue/bulk/compact", "POST")
+            send_request(f"/rq/0/view/job/{job_id}")
+            send_request(f"/rq/0/data/job/{job_id}.json")
+        send_request(f"/rq/job/run-{failing[0]}/requeue", "POST")
+        send_request(f"/rq/job/{dependency.id}/delete", "POST")
+        send_request("/rq/requeue/bulk", "POST")
+        send_request("/rq/queue/bulk/compact", "POST")
         execute("UPDATE run SET state = 'succeeded', finished_at = now(), sweep_after = NULL")
-        ask("/rq/queue/bulk/queued/empty", "POST")
-        ask("/rq/queue/bulk/finished/empty", "POST")
-        assert b'belfry_dependency_up{dependency="redis"} 1.0' in ask("/metrics")
-        ask("/readyz")
+        send_request("/rq/queue/bulk/queued/empty", "POST")
+        send_request("/rq/queue/bulk/finished/empty", "POST")
+        assert b'belfry_dependency_up{dependency="redis"} 1.0' in send_request("/metrics")
+        send_request("/readyz")
     assert bulk.count == 0
     assert os.environ["REDIS_URL"] != restricted

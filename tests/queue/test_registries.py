@@ -1,5 +1,5 @@
-"""What rq-dashboard and RQ's registries say of jobs agrees with the database: while they run, after they end, and after
-failures, retries and dead workers."""
+"""RQ's registries and rq-dashboard agree with the database while jobs run, after they end, and after failures, retries
+and the death of a worker."""
 
 import os
 import signal
@@ -22,8 +22,8 @@ from tests.worker.test_worker import horses_of
 pytestmark = pytest.mark.slow
 
 
-def work(at_most: int | None = None) -> worker.BelfryWorker:
-    """Run what is queued by a worker of Belfry's, in this process; the worker."""
+def run_worker(at_most: int | None = None) -> worker.BelfryWorker:
+    """Run the queued jobs by a Belfry worker in this process; return the worker."""
     with Redis.from_url(settings.redis_url) as connection:
         all_queues = [queues.queue(name, connection) for name in queues.QUEUES]
         one = worker.BelfryWorker(all_queues, connection=connection)
@@ -33,7 +33,7 @@ def work(at_most: int | None = None) -> worker.BelfryWorker:
 
 
 def runs_by_state() -> dict[str, set[str]]:
-    """The ids of the jobs of runs, by the state that the database has."""
+    """{state of runs in the database: ids of their jobs}."""
     found: dict[str, set[str]] = {}
     for run in Run.select():
         found.setdefault(run.state, set()).add(queues.run_job_id(run.id))
@@ -41,7 +41,7 @@ def runs_by_state() -> dict[str, set[str]]:
 
 
 def in_registries(name: str = queues.NOTIFICATIONS) -> dict[str, set[str]]:
-    """The ids of jobs by registry, without clean-up."""
+    """{registry: ids of its jobs}, without cleaning it up."""
     one = queues.queue(name)
     found = {"queued": set(one.get_job_ids())}
     for kind in ("started", "finished", "failed", "scheduled"):
@@ -49,8 +49,8 @@ def in_registries(name: str = queues.NOTIFICATIONS) -> dict[str, set[str]]:
     return found
 
 
-def assert_true(redis: Redis) -> None:
-    """Every job of a run that ended is where the database says, and each entry of a registry has its job."""
+def assert_consistent(redis: Redis) -> None:
+    """Assert that each job of an ended run is in the registry of the run's state, and each entry has its job."""
     states, found = runs_by_state(), in_registries()
     assert found["finished"] == states.get("succeeded", set())
     assert found["failed"] == states.get("failed", set())
@@ -63,22 +63,22 @@ def assert_true(redis: Redis) -> None:
 
 
 def listed(api, cast, name: str, registry: str) -> list[str]:
-    """The jobs that rq-dashboard shows, of all pages."""
+    """The ids of the jobs that rq-dashboard shows on all pages."""
     shown: list[str] = []
     for page in range(1, 100):
-        answer = api(cast.admin).get(f"/rq/0/data/jobs/{name}/{registry}/100/asc/{page}.json").get_json()
-        shown += [job["id"] for job in answer["jobs"]]
-        if page >= answer["pagination"]["num_pages"]:
+        response = api(cast.admin).get(f"/rq/0/data/jobs/{name}/{registry}/100/asc/{page}.json").get_json()
+        shown += [job["id"] for job in response["jobs"]]
+        if page >= response["pagination"]["num_pages"]:
             break
     return shown
 
 
-def test_a_burst_is_shown_finished_job_by_job_with_results_times_and_counters(api, cast, redis):
+def test_each_job_of_a_batch_is_shown_finished_with_result_times_and_counters(api, cast, redis):
     runs = [write(cast.subscriber, cast.general, f"gold {number}")[1] for number in range(300)]
     queues.enqueue([WorkItem(run_id) for run_id in runs])
     assert listed(api, cast, "notifications", "queued") == [queues.run_job_id(run_id) for run_id in runs]
-    one = work()
-    assert_true(redis)
+    one = run_worker()
+    assert_consistent(redis)
     assert len(listed(api, cast, "notifications", "finished")) == 300
     info = api(cast.admin).get(f"/rq/0/data/job/{queues.run_job_id(runs[7])}.json").get_json()
     assert (info["status"], info["origin"]) == ("finished", "notifications")
@@ -94,38 +94,38 @@ def test_a_burst_is_shown_finished_job_by_job_with_results_times_and_counters(ap
     assert redis.ttl(f"rq:job:{job.id}") <= registries.RESULT_SECONDS
 
 
-def test_slices_are_shown_too(api, cast, redis, slices_of):
+def test_jobs_of_slices_are_shown(api, cast, redis, slices_of):
     slices_of(2)
     _, run_id = write(cast.subscriber, cast.general)
     queues.enqueue_run(run_id)
-    work()
+    run_worker()
     assert Run.get_by_id(run_id).state == "succeeded"
-    assert_true(redis)
+    assert_consistent(redis)
     slices = listed(api, cast, "bulk", "finished")
     assert len(slices) == 3
     assert all(job_id.startswith(f"slice-{run_id}-") for job_id in slices)
 
 
-def test_a_failure_its_retries_and_its_end_are_shown(api, cast, redis):
+def test_a_failure_its_retries_and_the_final_failure_are_shown(api, cast, redis):
     _, run_id = write(cast.subscriber, cast.general)
     job_id = queues.run_job_id(run_id)
     queues.enqueue_run(run_id)
     with notifications_that():
-        work()
+        run_worker()
         assert (Run.get_by_id(run_id).state, in_registries()["scheduled"]) == ("queued", {job_id})
         while Run.get_by_id(run_id).state != "failed":
             redis.zadd("rq:scheduled:notifications", {job_id: 0})
             queues.queue().scheduled_job_registry.remove(job_id)
             redis.rpush(queues.queue().key, job_id)
-            work()
-    assert_true(redis)
+            run_worker()
+    assert_consistent(redis)
     assert listed(api, cast, "notifications", "failed") == [job_id]
     assert "division by zero" in queues.queue().fetch_job(job_id).latest_result().exc_string
     queues.enqueue(recovery.retry_failed([run_id]))
     assert in_registries()["failed"] == set()
-    work()
+    run_worker()
     assert Run.get_by_id(run_id).state == "succeeded"
-    assert_true(redis)
+    assert_consistent(redis)
 
 
 def test_requeueing_a_failed_job_retries_its_run(api, cast, redis):
@@ -135,19 +135,19 @@ def test_requeueing_a_failed_job_retries_its_run(api, cast, redis):
     execute("UPDATE run SET attempts_left = 1")
     redis.hset(f"rq:job:{job_id}", "retries_left", 0)
     with notifications_that():
-        work()
+        run_worker()
     assert (Run.get_by_id(run_id).state, in_registries()["failed"]) == ("failed", {job_id})
     assert api(cast.admin).post(f"/rq/job/{job_id}/requeue").status_code == 200
     assert (Run.get_by_id(run_id).state, in_registries()["queued"], in_registries()["failed"]) == (
         "queued", {job_id}, set()
     )  # fmt: skip
-    work()
+    run_worker()
     assert Run.get_by_id(run_id).state == "succeeded"
-    assert_true(redis)
+    assert_consistent(redis)
     assert api(cast.admin).post(f"/rq/job/{job_id}/requeue").status_code == 409
 
 
-def test_a_busy_worker_is_seen_at_its_job(api, cast, redis):
+def test_a_busy_worker_is_shown_with_its_job(api, cast, redis):
     with notifications_that("PERFORM pg_sleep(2);"), a_worker():
         _, run_id = write(cast.subscriber, cast.general)
         queues.enqueue_run(run_id)
@@ -157,14 +157,14 @@ def test_a_busy_worker_is_seen_at_its_job(api, cast, redis):
         [shown] = api(cast.admin).get("/rq/0/data/workers.json").get_json()["workers"]
         assert (shown["state"], shown["current_job"]["job_id"]) == ("busy", job_id)
         wait_until(lambda: in_registries()["finished"] == {job_id}, "the job to be finished")
-    assert_true(redis)
+    assert_consistent(redis)
 
 
 def _started(api, cast) -> list[dict]:
     return api(cast.admin).get("/rq/0/data/jobs/notifications/started/100/asc/1.json").get_json()["jobs"]
 
 
-def test_what_a_dead_worker_left_is_not_shown_as_started_once_it_is_done(cast, redis):
+def test_a_job_of_a_dead_worker_is_not_shown_as_started_after_its_run_succeeded(cast, redis):
     with a_worker() as process:
         with notifications_that("PERFORM pg_sleep(2);"):
             _, run_id = write(cast.subscriber, cast.general)
@@ -172,25 +172,25 @@ def test_what_a_dead_worker_left_is_not_shown_as_started_once_it_is_done(cast, r
             wait_until(lambda: in_registries()["started"] != set(), "the job to be started")
             [horse] = horses_of(process.pid)
             os.kill(horse, signal.SIGKILL)
-        wait_until(lambda: Run.get_by_id(run_id).state == "succeeded", "another attempt", 60)
-        wait_until(lambda: in_registries()["finished"] != set(), "it to be finished")
-    assert_true(redis)
+        wait_until(lambda: Run.get_by_id(run_id).state == "succeeded", "another attempt to succeed", 60)
+        wait_until(lambda: in_registries()["finished"] != set(), "the job to be finished")
+    assert_consistent(redis)
 
 
-def test_no_more_finished_jobs_are_kept_than_the_limit(cast, redis, override):
+def test_finished_jobs_are_kept_up_to_the_limit(cast, redis, override):
     override(max_finished_jobs=5)
     runs = [write(cast.subscriber, cast.general)[1] for _ in range(12)]
     queues.enqueue([WorkItem(run_id) for run_id in runs])
-    work()
+    run_worker()
     assert len(in_registries()["finished"]) == 5
     assert len(redis.keys("rq:job:*")) == len(redis.keys("rq:results:*")) == 5
 
 
-def test_a_job_that_is_gone_when_its_batch_ends_leaves_no_record(cast, redis, at_failpoint):
+def test_a_job_that_is_deleted_during_its_batch_leaves_no_record(cast, redis, at_failpoint):
     _, run_id = write(cast.subscriber, cast.general)
     queues.enqueue_run(run_id)
     at_failpoint("run.committed", lambda: redis.delete(f"rq:job:{queues.run_job_id(run_id)}"))
-    work()
+    run_worker()
     assert Run.get_by_id(run_id).state == "succeeded"
     assert (in_registries()["finished"], in_registries()["started"]) == (set(), set())
     assert redis.keys("rq:job:*") == redis.keys("rq:execution*") == []

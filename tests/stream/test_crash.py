@@ -1,4 +1,4 @@
-"""After a crash of PostgreSQL transaction ids come again: the stream says `reset`, and passes nothing over."""
+"""After a crash PostgreSQL may assign transaction ids again: the stream sends `reset` and skips no notification."""
 
 import os
 import signal
@@ -26,34 +26,34 @@ pytestmark = pytest.mark.slow
 
 
 class Database:
-    """A PostgreSQL of this test's own, which can crash; `db` is connected to it meanwhile."""
+    """A separate PostgreSQL server that can crash; `db` is connected to it during the test."""
 
     def __init__(self, data_dir: Path, sockets: Path) -> None:
-        self._places = (data_dir, sockets)
-        self.url = postgres.start(*self._places)
+        self._directories = (data_dir, sockets)
+        self.url = postgres.start(*self._directories)
 
     def connect(self) -> psycopg.Connection:
         return psycopg.connect(self.url, autocommit=True)
 
-    def crash_of_a_backend(self) -> None:
-        """One server process is killed: PostgreSQL ends the others and recovers, and the postmaster goes on."""
+    def crash_a_backend(self) -> None:
+        """Kill one backend: PostgreSQL ends the other backends and recovers; the postmaster keeps running."""
         victim = self.connect()
         db.close_all()
         os.kill(victim.info.backend_pid, signal.SIGKILL)
         victim.close()
-        self._wait()
+        self._wait_for_recovery()
 
-    def crash_of_the_server(self) -> None:
-        """The postmaster goes without a checkpoint, and starts again."""
-        postmaster = postgres._postmaster(*self._places)
+    def crash_the_server(self) -> None:
+        """Stop the postmaster without a checkpoint and start it again."""
+        postmaster = postgres._postmaster(*self._directories)
         db.close_all()
         postmaster.send_signal(signal.SIGQUIT)
         postmaster.wait(60)
-        postgres.start(*self._places)
-        self._wait()
+        postgres.start(*self._directories)
+        self._wait_for_recovery()
 
-    def _wait(self) -> None:
-        def answers() -> bool:
+    def _wait_for_recovery(self) -> None:
+        def is_available() -> bool:
             try:
                 with self.connect() as session:
                     session.execute("SELECT pg_current_xact_id()")
@@ -62,10 +62,10 @@ class Database:
             return True
 
         time.sleep(0.2)
-        wait_until(answers, "PostgreSQL to recover")
+        wait_until(is_available, "PostgreSQL to recover")
 
     def use_up(self, transactions: int) -> None:
-        """Transaction ids that are handed out, and of which nothing is logged."""
+        """Assign transaction ids without logging a notification."""
         with self.connect() as session:
             for _ in range(transactions):
                 session.execute("SELECT pg_current_xact_id()")
@@ -88,23 +88,23 @@ def database() -> Iterator[Database]:
     with temporary_data_dir() as data_dir:
         sockets = data_dir / "s"
         sockets.mkdir(mode=0o711)
-        made = Database(data_dir, sockets)
+        server = Database(data_dir, sockets)
         try:
-            _connect_to(made.url)
+            _connect_to(server.url)
             migrations.migrate()
-            yield made
+            yield server
         finally:
             _connect_to(settings.database_url)
             postgres.stop(data_dir, sockets)
 
 
-CRASHES: tuple[Callable[[Database], None], ...] = (Database.crash_of_a_backend, Database.crash_of_the_server)
+CRASHES: tuple[Callable[[Database], None], ...] = (Database.crash_a_backend, Database.crash_the_server)
 
 
 @pytest.mark.parametrize("crash", CRASHES)
-def test_a_position_of_before_a_crash_reads_the_inbox(database, crash):
+def test_a_cursor_from_before_a_crash_is_reset(database, crash):
     cast = make_cast()
-    for _ in range(5):  # every 15 s PostgreSQL logs the next transaction id by itself, which may be just now
+    for _ in range(5):  # PostgreSQL logs the next transaction id every 15 s, perhaps just before the crash
         with database.connect() as session:
             session.execute("CHECKPOINT")
         database.use_up(50)
@@ -115,23 +115,23 @@ def test_a_position_of_before_a_crash_reads_the_inbox(database, crash):
         if database.next_transaction() < here.next_transaction:
             break
     else:
-        pytest.fail("no transaction id came again")
+        pytest.fail("no transaction id was assigned again")
     post_and_notify(cast.subscriber, cast.general, "gold")
     database.use_up(100)
     with updates.take_snapshot() as now:
         assert now.next_transaction > here.next_transaction
         connected = updates.updates_since(here, now, [cast.vip.id])
-        back = resuming.missed_updates([client], now)[client]
+        resumed = resuming.missed_updates([client], now)[client]
     assert connected.overflow
-    assert back.overflow
+    assert resumed.overflow
 
 
-def test_a_running_web_process_notices_a_crash_and_sends_its_clients_to_the_inbox(database):
+def test_a_running_web_process_detects_a_crash_and_resets_its_clients(database):
     cast = make_cast()
     with a_web_process(DATABASE_URL=database.url) as web, Listener(web, cast.vip.token) as listener:
         wait_until(lambda: "unread" in listener.kinds(), "the stream to begin")
-        database.crash_of_a_backend()
+        database.crash_a_backend()
         db.connect(reuse_if_open=True)
         wait_until(lambda: "reset" in listener.kinds(), "the reset")
         message_id = post_and_notify(cast.subscriber, cast.general, "gold")
-        wait_until(lambda: listener.messages() == [message_id], "what is announced after it")
+        wait_until(lambda: listener.messages() == [message_id], "the notification after the reset")

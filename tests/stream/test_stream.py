@@ -1,4 +1,4 @@
-"""The live stream over a real web process: what happens is sent at once, once, and to nobody else."""
+"""The live stream of a real web process: each event is sent immediately, once, and only to its user."""
 
 import socket
 import time
@@ -41,7 +41,7 @@ def web(gate) -> Iterator[str]:
 
 
 class Browser:
-    """Signs in and out as a browser does; `cookie` is its session."""
+    """A browser that signs in and out; `cookie` is its session."""
 
     def __init__(self, web: str, token: str) -> None:
         self._web = web
@@ -50,69 +50,69 @@ class Browser:
         self._csrf, self.cookie = self._form(self.cookie)
 
     def _form(self, cookie: str) -> tuple[str, str]:
-        with urlopen(Request(f"{self._web}/login", headers={"Cookie": cookie})) as answer:
-            return csrf_of(answer.read().decode()), answer.headers["Set-Cookie"].partition(";")[0]
+        with urlopen(Request(f"{self._web}/login", headers={"Cookie": cookie})) as response:
+            return csrf_of(response.read().decode()), response.headers["Set-Cookie"].partition(";")[0]
 
     def _post(self, path: str, csrf: str, **fields: str) -> str:
         connection = HTTPConnection(urlsplit(self._web).netloc, timeout=30)
         headers = {"Cookie": self.cookie, "Content-Type": "application/x-www-form-urlencoded"}
         with closing(connection):
             connection.request("POST", path, urlencode({"csrf": csrf, **fields}), headers)
-            answer = connection.getresponse()
-            assert answer.status == 303
-            return (answer.headers["Set-Cookie"] or "").partition(";")[0]
+            response = connection.getresponse()
+            assert response.status == 303
+            return (response.headers["Set-Cookie"] or "").partition(";")[0]
 
     def sign_out(self, **fields: str) -> None:
         self._post("/logout", self._csrf, **fields)
 
 
 def notify(person, channel_id: int, content: str = "gold breaks out") -> int:
-    """Post and notify as a worker does; the message's id."""
+    """Post a message and notify as a worker does; return the message's id."""
     message_id = post_and_notify(person, channel_id, content)
     publish.publish(notified=True)
     return message_id
 
 
-def listening(web: str, person, **options: str) -> Listener:
-    """A reader who is connected: it has had its count."""
-    listener = Listener(web, person.token, **options)
-    wait_until(lambda: "unread" in listener.kinds(), "the count that a stream begins with")
-    return listener
+def connected(web: str, person, **options: str) -> Listener:
+    """A client that is connected and has received its first count."""
+    client = Listener(web, person.token, **options)
+    wait_until(lambda: "unread" in client.kinds(), "the count at the start of the stream")
+    return client
 
 
-def test_a_stream_begins_with_the_count_and_goes_on_with_what_happens(web, cast):
+def test_a_stream_starts_with_the_count_and_continues_with_new_notifications(web, cast):
     notify(cast.subscriber, cast.general)
-    with listening(web, cast.vip) as listener:
-        assert listener.kinds() == ["unread"]
-        assert listener.unread() == 1
+    with connected(web, cast.vip) as client:
+        assert client.kinds() == ["unread"]
+        assert client.unread() == 1
         message_id = notify(cast.subscriber, cast.general, "gold, @vera")
-        listener.wait_for_unread(2)
-        assert listener.kinds() == ["unread", "notification", "unread"]
+        client.wait_for_unread(2)
+        assert client.kinds() == ["unread", "notification", "unread"]
         [shown, _] = list_notifications(cast.vip.user, before=None, limit=9)
-        assert listener.events[1].data == Notification().dump(shown)
-        assert listener.messages() == [message_id]
-        assert listener.events[2].data == {
+        assert client.events[1].data == Notification().dump(shown)
+        assert client.messages() == [message_id]
+        assert client.events[2].data == {
             "unread": 2,
             "mentions": 1,
             "channels": [{"channel_id": cast.general, "unread": 2, "mentions": 1}],
         }
 
 
-def test_the_head_of_the_response_disables_buffering_in_proxies(web, cast):
-    with listening(web, cast.vip) as listener:
-        headers = listener.answer.headers
+def test_the_response_headers_disable_buffering_in_proxies(web, cast):
+    with connected(web, cast.vip) as client:
+        headers = client.answer.headers
         assert headers["Content-Type"] == "text/event-stream; charset=utf-8"
         assert headers["Cache-Control"] == "no-store, no-transform"
         assert headers["X-Accel-Buffering"] == "no"
         assert "Content-Length" not in headers
 
 
-def test_everybody_is_sent_their_own_and_nobody_anything_else(web, cast):
+def test_each_user_is_sent_only_their_own_notifications(web, cast):
     with (
-        listening(web, cast.vip) as vip,
-        listening(web, cast.admin) as admin,
-        listening(web, cast.moderator) as moderator,
-        listening(web, cast.subscriber) as author,
+        connected(web, cast.vip) as vip,
+        connected(web, cast.admin) as admin,
+        connected(web, cast.moderator) as moderator,
+        connected(web, cast.subscriber) as author,
     ):
         first = notify(cast.subscriber, cast.general)
         second = notify(cast.admin, cast.vault)
@@ -124,88 +124,88 @@ def test_everybody_is_sent_their_own_and_nobody_anything_else(web, cast):
         assert author.messages() == []
 
 
-def test_every_window_of_one_person_is_sent_the_same(web, cast):
-    with listening(web, cast.vip) as one, listening(web, cast.vip) as other:
+def test_all_clients_of_one_user_are_sent_the_same_events(web, cast):
+    with connected(web, cast.vip) as one, connected(web, cast.vip) as other:
         notify(cast.subscriber, cast.general)
         mark_all_read(cast.vip.user)
         publish.publish(user_id=cast.vip.id)
-        for listener in (one, other):
-            wait_until(lambda listener=listener: listener.unread() == 0 and listener.messages(), "what was read")
+        for client in (one, other):
+            wait_until(lambda client=client: client.unread() == 0 and client.messages(), "the count after reading")
         assert one.messages() == other.messages()
 
 
-# --- going on where one was
+# --- resuming
 
 
-def test_who_comes_back_is_sent_what_they_missed_and_nothing_twice(web, cast):
-    with listening(web, cast.vip) as listener:
+def test_a_reconnecting_client_is_sent_missed_notifications_once(web, cast):
+    with connected(web, cast.vip) as client:
         notify(cast.subscriber, cast.general)
-        listener.wait_for_unread(1)
+        client.wait_for_unread(1)
     missed = [notify(cast.subscriber, cast.general) for _ in range(3)]
-    with listening(web, cast.vip, since=listener.last_id()) as again:
+    with connected(web, cast.vip, since=client.last_id()) as again:
         assert again.messages() == missed
         assert again.unread() == 4
         after = notify(cast.subscriber, cast.general)
         again.wait_for_unread(5)
         assert again.messages() == [*missed, after]
-    with listening(web, cast.vip, since=again.last_id()) as once_more:
-        assert once_more.messages() == []
+    with connected(web, cast.vip, since=again.last_id()) as third:
+        assert third.messages() == []
 
 
-def test_who_broke_off_in_the_midst_of_several_goes_on_in_their_midst(web, cast):
-    with listening(web, cast.vip) as listener:
+def test_a_client_resumes_after_any_event_of_one_update(web, cast):
+    with connected(web, cast.vip) as client:
         pass
     notified = [notify(cast.subscriber, cast.general) for _ in range(4)]
-    with listening(web, cast.vip, since=listener.last_id()) as all_:
-        notifications = [event for event in all_.events if event.kind == "notification"]
+    with connected(web, cast.vip, since=client.last_id()) as complete:
+        notifications = [event for event in complete.events if event.kind == "notification"]
     for number, event in enumerate(notifications, 1):
-        with listening(web, cast.vip, since=event.id) as rest:
+        with connected(web, cast.vip, since=event.id) as rest:
             assert rest.messages() == notified[number:]
 
 
-def test_a_stream_goes_on_in_another_process(web, cast):
-    with listening(web, cast.vip) as listener:
+def test_a_client_can_resume_at_another_web_process(web, cast):
+    with connected(web, cast.vip) as client:
         pass
     message_id = notify(cast.subscriber, cast.general)
-    with a_web_process() as other, listening(other, cast.vip, since=listener.last_id()) as again:
+    with a_web_process() as other, connected(other, cast.vip, since=client.last_id()) as again:
         assert again.messages() == [message_id]
 
 
-def test_what_is_committed_late_is_sent_late_and_holds_nothing_up(web, cast):
+def test_a_late_commit_is_sent_late_and_delays_no_other_notification(web, cast):
     early, _ = post(cast.subscriber, cast.general)
-    with psycopg.connect(settings.database_url) as late, listening(web, cast.vip) as listener:
+    with psycopg.connect(settings.database_url) as late, connected(web, cast.vip) as client:
         late.execute(
             "INSERT INTO notification (user_id, message_id, reason) VALUES (%s, %s, 'message')", [cast.vip.id, early]
         )
         late.execute("INSERT INTO notification_log (message_ids) VALUES (%s)", [[early]])
         message_id = notify(cast.subscriber, cast.general)
-        listener.wait_for_unread(1)
+        client.wait_for_unread(1)
         late.commit()
         publish.publish(notified=True)
-        listener.wait_for_unread(2)
-        assert listener.messages() == [message_id, early]
-    with listening(web, cast.vip, since=listener.last_id()) as again:
+        client.wait_for_unread(2)
+        assert client.messages() == [message_id, early]
+    with connected(web, cast.vip, since=client.last_id()) as again:
         assert again.messages() == []
 
 
-def test_a_position_of_which_nothing_is_known_any_more_sends_to_the_inbox(web, cast):
+def test_a_cursor_older_than_the_log_is_reset(web, cast):
     notify(cast.subscriber, cast.general)
-    with listening(web, cast.vip, since="1700000000-700:700:") as listener:
-        assert listener.kinds() == ["reset", "unread"]
-    with listening(web, cast.vip, since=listener.last_id()) as again:
+    with connected(web, cast.vip, since="1700000000-700:700:") as client:
+        assert client.kinds() == ["reset", "unread"]
+    with connected(web, cast.vip, since=client.last_id()) as again:
         assert again.kinds() == ["unread"]
 
 
-def test_a_made_up_position_sends_to_the_inbox_and_is_no_error(web, cast):
-    """A browser does not come back after an error; and after a change of SECRET_KEY all of them have such positions."""
+def test_a_forged_cursor_is_reset_without_an_error(web, cast):
+    """A browser does not reconnect after an error, and after a change of SECRET_KEY all browsers have such cursors."""
     notify(cast.subscriber, cast.general)
-    with listening(web, cast.vip) as listener:
-        for since in (f"{int(time.time())}-3:3:", listener.last_id()[:-1]):
-            with listening(web, cast.vip, since=since) as made_up:
-                assert made_up.kinds() == ["reset", "unread"]
+    with connected(web, cast.vip) as client:
+        for since in (f"{int(time.time())}-3:3:", client.last_id()[:-1]):
+            with connected(web, cast.vip, since=since) as forged:
+                assert forged.kinds() == ["reset", "unread"]
     with (
         a_web_process(SECRET_KEY="another key, which has been set since then") as other,
-        listening(other, cast.vip, since=listener.last_id()) as again,
+        connected(other, cast.vip, since=client.last_id()) as again,
     ):
         assert again.kinds() == ["reset", "unread"]
 
@@ -213,36 +213,36 @@ def test_a_made_up_position_sends_to_the_inbox_and_is_no_error(web, cast):
 # --- counts
 
 
-@pytest.mark.parametrize("how", ["read", "dismissed", "deleted", "edited", "moved", "lost"])
-def test_the_count_follows_what_happens_elsewhere(web, cast, api, how):
-    """Each by the request that does it, of another process: the announcement goes through Redis."""
-    with listening(web, cast.vip) as listener:
+@pytest.mark.parametrize("change", ["read", "dismissed", "deleted", "edited", "moved", "lost"])
+def test_the_count_is_updated_after_changes_in_another_process(web, cast, api, change):
+    """Each change is a request in another process, which publishes it through Redis."""
+    with connected(web, cast.vip) as client:
         first = notify(cast.subscriber, cast.general, "gold, @vera")
         second = notify(cast.admin, cast.vault, "gold")
-        listener.wait_for_unread(2)
+        client.wait_for_unread(2)
         vip, admin = api(cast.vip), api(cast.admin)
-        if how == "read":
+        if change == "read":
             assert vip.post("/api/notifications/read", json={"up_to": f"{cast.vip.id}-{first}"}).status_code == 200
-        elif how == "dismissed":
+        elif change == "dismissed":
             assert vip.delete(f"/api/notifications/{cast.vip.id}-{second}").status_code == 204
-        elif how == "deleted":
+        elif change == "deleted":
             assert admin.delete(f"/api/messages/{first}").status_code == 204
-        elif how == "edited":
+        elif change == "edited":
             wants_mentions_only(cast.vip, cast.general)
-            edit(cast.subscriber, first, "gold")  # nobody is mentioned any more
+            edit(cast.subscriber, first, "gold")  # the edit removes the mention
             publish.publish(notified=True)
-        elif how == "moved":
+        elif change == "moved":
             assert admin.patch(f"/api/channels/{cast.general}", json={"private": True}).status_code == 200
         else:
             member = f"/api/servers/{cast.server_id}/members/{cast.vip.id}"
             assert admin.put(member, json={"role_ids": []}).status_code == 200
-        listener.wait_for_unread(1)
-        assert listener.events[-1].data == api(cast.vip).get("/api/notifications/unread-count").json
+        client.wait_for_unread(1)
+        assert client.events[-1].data == api(cast.vip).get("/api/notifications/unread-count").json
 
 
-def test_the_count_is_the_count_after_a_storm(web, cast, api):
-    """Notified, read, edited, deleted, while streams come and go: what was last sent is what there is."""
-    with listening(web, cast.vip) as listener:
+def test_the_last_count_is_exact_after_many_concurrent_changes(web, cast, api):
+    """Notify, read, edit and delete while other streams open and close: the last count that was sent is exact."""
+    with connected(web, cast.vip) as client:
         for number in range(20):
             message_id = notify(cast.subscriber, cast.general, "gold, @vera" if number % 3 else "gold")
             if number % 5 == 1:
@@ -254,20 +254,20 @@ def test_the_count_is_the_count_after_a_storm(web, cast, api):
             if number % 5 == 3:
                 dismiss(cast.vip.user, cast.vip.id, message_id)
                 publish.publish(user_id=cast.vip.id)
-            listening(web, cast.vip).close()
-        real = api(cast.vip).get("/api/notifications/unread-count").json
+            connected(web, cast.vip).close()
+        exact = api(cast.vip).get("/api/notifications/unread-count").json
         wait_until(
-            lambda: [event.data for event in listener.events if event.kind == "unread"][-1] == real, "the real count"
+            lambda: [event.data for event in client.events if event.kind == "unread"][-1] == exact, "the exact count"
         )
-        assert real["unread"] > 0
-        assert len(listener.messages()) == len(set(listener.messages()))
+        assert exact["unread"] > 0
+        assert len(client.messages()) == len(set(client.messages()))
 
 
-def test_a_large_fan_out_is_sent_slice_by_slice(web, cast, slices_of):
+def test_all_slices_of_a_large_fan_out_are_sent(web, cast, slices_of):
     people = crowd(cast.server_id, 40)
     slices_of(10)
     token = tokens.create_token(users.find_user(people[-1]))[1]
-    with listening(web, cast.vip) as first, Listener(web, token) as last:
+    with connected(web, cast.vip) as first, Listener(web, token) as last:
         wait_until(lambda: last.kinds() == ["unread"], "the count")
         message_id, run_id = post(cast.subscriber, cast.general)
         run_to_end(run_id)
@@ -276,7 +276,7 @@ def test_a_large_fan_out_is_sent_slice_by_slice(web, cast, slices_of):
     assert not parts_of(run_id)
 
 
-# --- who may listen
+# --- permission
 
 
 @pytest.mark.parametrize(
@@ -288,50 +288,50 @@ def test_a_large_fan_out_is_sent_slice_by_slice(web, cast, slices_of):
     ],
 )
 def test_a_user_who_cannot_be_notified_gets_no_stream(web, cast, who, status, code):
-    listener = Listener(web, cast.everybody[who].token if who else None)
-    assert (listener.answer.status, listener.problem["code"]) == (status, code)
+    client = Listener(web, cast.everybody[who].token if who else None)
+    assert (client.answer.status, client.problem["code"]) == (status, code)
 
 
-def test_a_position_that_was_never_given_out_is_refused(web, cast):
-    listener = Listener(web, cast.vip.token, since="7; DROP TABLE notification_log")
-    assert (listener.answer.status, listener.problem["code"]) == (422, "invalid")
-    assert "Last-Event-ID" in listener.problem["errors"]
+def test_an_invalid_cursor_is_rejected(web, cast):
+    client = Listener(web, cast.vip.token, since="7; DROP TABLE notification_log")
+    assert (client.answer.status, client.problem["code"]) == (422, "invalid")
+    assert "Last-Event-ID" in client.problem["errors"]
 
 
-@pytest.mark.parametrize("how", ["revoked", "unpaid", "removed", "left another"])
-def test_a_stream_ends_with_what_it_stands_on(web, cast, api, how):
+@pytest.mark.parametrize("change", ["revoked", "unpaid", "removed", "left another"])
+def test_a_stream_ends_when_its_user_loses_the_right_to_it(web, cast, api, change):
     admin = api(cast.admin)
-    if how == "left another":
+    if change == "left another":
         other = admin.post("/api/servers", json={"name": "Silver Signals"}).json["id"]
         servers.put_member(other, cast.vip.id, [])
-    with listening(web, cast.vip) as listener, listening(web, cast.subscriber) as untouched:
-        if how == "revoked":
+    with connected(web, cast.vip) as client, connected(web, cast.subscriber) as untouched:
+        if change == "revoked":
             token = ApiToken.get(ApiToken.token_hash == tokens.hash_token(cast.vip.token))
-            answer = admin.delete(f"/api/users/{cast.vip.id}/tokens/{token.id}")
-        elif how == "unpaid":
-            answer = admin.put(
+            response = admin.delete(f"/api/users/{cast.vip.id}/tokens/{token.id}")
+        elif change == "unpaid":
+            response = admin.put(
                 f"/api/users/{cast.vip.id}/subscription", json={"status": "canceled", "current_period_end": None}
             )
         else:
-            server_id = other if how == "left another" else cast.server_id
-            answer = admin.delete(f"/api/servers/{server_id}/members/{cast.vip.id}")
-        assert answer.status_code in (200, 204)
-        listener.wait_for_end()
-        again = Listener(web, cast.vip.token, since=listener.last_id())
-        assert again.answer.status == {"revoked": 401, "left another": 200}.get(how, 403)
+            server_id = other if change == "left another" else cast.server_id
+            response = admin.delete(f"/api/servers/{server_id}/members/{cast.vip.id}")
+        assert response.status_code in (200, 204)
+        client.wait_for_end()
+        again = Listener(web, cast.vip.token, since=client.last_id())
+        assert again.answer.status == {"revoked": 401, "left another": 200}.get(change, 403)
         again.close()
         assert not untouched.ended.is_set()
 
 
-def test_signing_out_ends_the_streams_of_that_session_alone(web, cast):
-    windows = [Browser(web, cast.vip.token) for _ in range(2)]
+def test_signing_out_ends_only_the_streams_of_that_session(web, cast):
+    browsers = [Browser(web, cast.vip.token) for _ in range(2)]
     with (
-        Listener(web, Cookie=windows[0].cookie) as one,
-        Listener(web, Cookie=windows[1].cookie) as other,
-        listening(web, cast.vip) as by_token,
+        Listener(web, Cookie=browsers[0].cookie) as one,
+        Listener(web, Cookie=browsers[1].cookie) as other,
+        connected(web, cast.vip) as by_token,
     ):
-        wait_until(lambda: "unread" in one.kinds() and "unread" in other.kinds(), "both to listen")
-        windows[0].sign_out()
+        wait_until(lambda: "unread" in one.kinds() and "unread" in other.kinds(), "both clients to connect")
+        browsers[0].sign_out()
         one.wait_for_end()
         notify(cast.subscriber, cast.general)
         other.wait_for_unread(1)
@@ -339,29 +339,29 @@ def test_signing_out_ends_the_streams_of_that_session_alone(web, cast):
 
 
 def test_signing_out_everywhere_ends_the_streams_of_all_sessions(web, cast):
-    windows = [Browser(web, cast.vip.token) for _ in range(2)]
+    browsers = [Browser(web, cast.vip.token) for _ in range(2)]
     with (
-        Listener(web, Cookie=windows[0].cookie) as one,
-        Listener(web, Cookie=windows[1].cookie) as other,
-        listening(web, cast.vip) as by_token,
+        Listener(web, Cookie=browsers[0].cookie) as one,
+        Listener(web, Cookie=browsers[1].cookie) as other,
+        connected(web, cast.vip) as by_token,
     ):
-        wait_until(lambda: "unread" in one.kinds() and "unread" in other.kinds(), "both to listen")
-        windows[0].sign_out(everywhere="1")
+        wait_until(lambda: "unread" in one.kinds() and "unread" in other.kinds(), "both clients to connect")
+        browsers[0].sign_out(everywhere="1")
         one.wait_for_end()
         other.wait_for_end()
         notify(cast.subscriber, cast.general)
         by_token.wait_for_unread(1)
 
 
-def test_revoking_ones_own_token_ends_its_streams_and_those_of_its_sessions(web, api, cast):
+def test_revoking_a_token_ends_its_streams_and_the_streams_of_its_sessions(web, api, cast):
     _, second = tokens.create_token(cast.vip.user)
-    window = Browser(web, cast.vip.token)
+    browser = Browser(web, cast.vip.token)
     with (
-        listening(web, cast.vip) as revoked,
-        Listener(web, Cookie=window.cookie) as by_session,
+        connected(web, cast.vip) as revoked,
+        Listener(web, Cookie=browser.cookie) as by_session,
         Listener(web, second) as by_another,
     ):
-        wait_until(lambda: "unread" in by_session.kinds() and "unread" in by_another.kinds(), "all to listen")
+        wait_until(lambda: "unread" in by_session.kinds() and "unread" in by_another.kinds(), "all clients to connect")
         token = ApiToken.get(ApiToken.token_hash == tokens.hash_token(cast.vip.token))
         assert api(cast.vip).delete(f"/api/me/tokens/{token.id}").status_code == 204
         revoked.wait_for_end()
@@ -370,83 +370,83 @@ def test_revoking_ones_own_token_ends_its_streams_and_those_of_its_sessions(web,
         by_another.wait_for_unread(1)
 
 
-def test_a_session_that_ends_unannounced_ends_its_streams(web, cast):
-    window = Browser(web, cast.vip.token)
-    with Listener(web, Cookie=window.cookie) as listener:
-        wait_until(lambda: "unread" in listener.kinds(), "it to listen")
+def test_an_expired_session_ends_its_streams(web, cast):
+    browser = Browser(web, cast.vip.token)
+    with Listener(web, Cookie=browser.cookie) as client:
+        wait_until(lambda: "unread" in client.kinds(), "the client to connect")
         execute("UPDATE session SET last_seen_at = now() - interval '7 days'")
-        listener.wait_for_end()
+        client.wait_for_end()
 
 
-def test_a_reader_who_is_gone_is_forgotten(web, cast):
+def test_a_closed_stream_does_not_disturb_others(web, cast):
     for _ in range(3):
-        listening(web, cast.vip).close()
-    with listening(web, cast.vip) as listener:
+        connected(web, cast.vip).close()
+    with connected(web, cast.vip) as client:
         notify(cast.subscriber, cast.general)
-        listener.wait_for_unread(1)
+        client.wait_for_unread(1)
 
 
-def test_of_one_person_the_oldest_of_too_many_streams_ends(web, cast):
-    listeners = [listening(web, cast.vip) for _ in range(21)]
+def test_the_oldest_stream_of_a_user_ends_beyond_the_limit(web, cast):
+    clients = [connected(web, cast.vip) for _ in range(21)]
     try:
-        listeners[0].wait_for_end()
-        assert not any(listener.ended.is_set() for listener in listeners[1:])
+        clients[0].wait_for_end()
+        assert not any(client.ended.is_set() for client in clients[1:])
     finally:
-        for listener in listeners:
-            listener.close()
+        for client in clients:
+            client.close()
 
 
-# --- what may go wrong
+# --- failures
 
 
-def test_while_redis_is_away_and_after_it_nothing_is_lost(web, gate, cast):
-    with listening(web, cast.vip) as listener:
+def test_no_notification_is_lost_while_redis_is_unavailable(web, gate, cast):
+    with connected(web, cast.vip) as client:
         gate.shut()
         try:
-            during = post_and_notify(cast.subscriber, cast.general, "gold")  # nobody announces it
-            listener.wait_for_unread(1)
-            with listening(web, cast.subscriber) as other:
+            during = post_and_notify(cast.subscriber, cast.general, "gold")  # it is not published
+            client.wait_for_unread(1)
+            with connected(web, cast.subscriber) as other:
                 assert other.unread() == 0
         finally:
             gate.open()
         after = notify(cast.subscriber, cast.general)
-        listener.wait_for_unread(2)
-        assert listener.messages() == [during, after]
+        client.wait_for_unread(2)
+        assert client.messages() == [during, after]
 
 
-def test_an_announcement_that_is_lost_does_no_harm(web, cast):
-    with listening(web, cast.vip) as listener:
-        post_and_notify(cast.subscriber, cast.general, "gold")  # and no word of it
-        listener.wait_for_unread(1)
+def test_a_notification_is_sent_although_its_announcement_is_lost(web, cast):
+    with connected(web, cast.vip) as client:
+        post_and_notify(cast.subscriber, cast.general, "gold")  # it is not published
+        client.wait_for_unread(1)
 
 
 @pytest.mark.parametrize("announced", ["5", '{"message_id": "x"}', '{"user_id": []}', "no JSON", "null", '{"new": 1}'])
-def test_an_announcement_that_nobody_understands_stops_nothing(web, cast, redis, announced):
-    """As of a later version, while both are at work."""
-    with listening(web, cast.vip) as listener:
+def test_an_invalid_announcement_is_ignored(web, cast, redis, announced):
+    """Such an announcement may come from a later version that runs at the same time."""
+    with connected(web, cast.vip) as client:
         redis.publish(publish.live_channel(), announced)
         notify(cast.subscriber, cast.general)
-        listener.wait_for_unread(1)
-        with listening(web, cast.subscriber) as other:
+        client.wait_for_unread(1)
+        with connected(web, cast.subscriber) as other:
             assert other.unread() == 0
 
 
-def test_a_reader_who_cannot_be_looked_up_stops_nobody(cast):
-    """A fault of Belfry's own that one reader meets: they are let go, each time, and all others go on."""
-    with a_web_process(through=("tests.faults.poisoned",)) as web, listening(web, cast.vip) as listener:
+def test_an_error_in_the_lookup_of_one_client_affects_no_other_client(cast):
+    """An internal error that one cursor causes: that client is disconnected each time, and all others continue."""
+    with a_web_process(through=("tests.faults.poisoned",)) as web, connected(web, cast.vip) as client:
         with Listener(web, cast.admin.token, since="1-7777:7777:") as poisoned:
             poisoned.wait_for_end()
         notify(cast.subscriber, cast.general)
-        listener.wait_for_unread(1)
-        assert not listener.ended.is_set()
-        with listening(web, cast.subscriber):
+        client.wait_for_unread(1)
+        assert not client.ended.is_set()
+        with connected(web, cast.subscriber):
             pass
 
 
-def test_while_the_database_is_away_streams_wait(web, cast):
-    with listening(web, cast.vip) as listener, psycopg.connect(settings.database_url, autocommit=True) as outside:
+def test_streams_stay_open_while_the_database_is_unavailable(web, cast):
+    with connected(web, cast.vip) as client, psycopg.connect(settings.database_url, autocommit=True) as administrator:
         for _ in range(5):
-            outside.execute(
+            administrator.execute(
                 "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
                 " WHERE pid <> pg_backend_pid() AND datname = current_database() AND application_name = 'belfry'"
             )
@@ -455,36 +455,36 @@ def test_while_the_database_is_away_streams_wait(web, cast):
         db.close_all()
         db.connect(reuse_if_open=True)
         message_id = notify(cast.subscriber, cast.general)
-        listener.wait_for_unread(1)
-        assert listener.messages() == [message_id]
-        assert not listener.ended.is_set()
+        client.wait_for_unread(1)
+        assert client.messages() == [message_id]
+        assert not client.ended.is_set()
 
 
-def test_who_does_not_read_is_cut_off_and_goes_on_later(web, cast):
-    """The kernel and UNSENT_BYTES hold some 700 notifications. What is more is found for a reader who takes them."""
-    listener = listening(web, cast.vip)
-    listener.close()
-    with a_connection(web, cast.vip, f"Last-Event-ID: {listener.last_id()}", receives=4096) as deaf:
-        assert deaf.recv(100).startswith(b"HTTP/1.1 200 OK")
-        message_ids = at_once(cast.subscriber, cast.general, cast.vip, 900)
+def test_a_client_that_does_not_read_is_disconnected_and_resumes_later(web, cast):
+    """The kernel and UNSENT_BYTES buffer about 700 notifications. The rest is read when the client resumes."""
+    client = connected(web, cast.vip)
+    client.close()
+    with a_connection(web, cast.vip, f"Last-Event-ID: {client.last_id()}", receives=4096) as stalled:
+        assert stalled.recv(100).startswith(b"HTTP/1.1 200 OK")
+        message_ids = notify_in_one_transaction(cast.subscriber, cast.general, cast.vip, 900)
         publish.publish(notified=True)
-        with listening(web, cast.subscriber) as other:
+        with connected(web, cast.subscriber) as other:
             notify(cast.vip, cast.general)
-            other.wait_for_unread(1)  # nobody waits for the deaf one
+            other.wait_for_unread(1)  # the stalled client delays no other client
             message_ids.append(notify(cast.subscriber, cast.general))
             notify(cast.vip, cast.general)
             other.wait_for_unread(2)
-        received = rest_of(deaf)
+        received = read_until_closed(stalled)
     assert received.count(b"event: notification") < 900
-    with listening(web, cast.vip, since=listener.last_id()) as again:
+    with connected(web, cast.vip, since=client.last_id()) as again:
         assert again.messages() == message_ids
 
 
-def test_who_missed_very_much_reads_the_inbox(web, cast):
-    listener = listening(web, cast.vip)
-    listener.close()
-    at_once(cast.subscriber, cast.general, cast.vip, 1_001)
-    with listening(web, cast.vip, since=listener.last_id()) as again:
+def test_a_client_that_missed_too_many_notifications_is_reset(web, cast):
+    client = connected(web, cast.vip)
+    client.close()
+    notify_in_one_transaction(cast.subscriber, cast.general, cast.vip, 1_001)
+    with connected(web, cast.vip, since=client.last_id()) as again:
         assert again.kinds() == ["reset", "unread"]
         assert again.unread() == 1_001
         message_id = notify(cast.subscriber, cast.general)
@@ -494,30 +494,30 @@ def test_who_missed_very_much_reads_the_inbox(web, cast):
 
 @contextmanager
 def a_connection(web: str, person, *headers: str, version: str = "1.1", receives: int = 0) -> Iterator[socket.socket]:
-    """One that has asked for the stream, and of which nothing is read yet."""
+    """A connection that has requested the stream and has read nothing yet."""
     place = urlsplit(web)
     with socket.socket() as connection:
         if receives:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receives)
         connection.settimeout(30)
         connection.connect((place.hostname, place.port))
-        asked = [f"GET /api/notifications/stream HTTP/{version}", "Host: x", *headers]
-        lines = [*asked, f"Authorization: Bearer {person.token}", ""]
+        request = [f"GET /api/notifications/stream HTTP/{version}", "Host: x", *headers]
+        lines = [*request, f"Authorization: Bearer {person.token}", ""]
         connection.sendall("".join(f"{line}\r\n" for line in lines).encode())
         yield connection
 
 
-def rest_of(connection: socket.socket) -> bytes:
-    """All that comes until the other side ends it."""
+def read_until_closed(connection: socket.socket) -> bytes:
+    """Read until the server closes the connection."""
     received = b""
     with suppress(ConnectionResetError):
-        while some := connection.recv(65536):
-            received += some
+        while chunk := connection.recv(65536):
+            received += chunk
     return received
 
 
-def at_once(author, channel_id: int, reader, number: int) -> list[int]:
-    """So many messages, of which one transaction notifies one reader; their ids."""
+def notify_in_one_transaction(author, channel_id: int, recipient, number: int) -> list[int]:
+    """Insert this number of messages and notify one user of them in one transaction; return the message ids."""
     [(message_ids,)] = db.execute_sql(
         """
         WITH posted AS (
@@ -531,13 +531,13 @@ def at_once(author, channel_id: int, reader, number: int) -> list[int]:
         logged AS (INSERT INTO notification_log (message_ids) SELECT array_agg(id) FROM posted)
         SELECT array_agg(id ORDER BY id) FROM posted
         """,
-        {"channel_id": channel_id, "author_id": author.id, "user_id": reader.id, "number": number},
+        {"channel_id": channel_id, "author_id": author.id, "user_id": recipient.id, "number": number},
     ).fetchall()
     return message_ids
 
 
-def test_an_old_proxy_gets_the_stream_without_chunks(web, cast):
-    """nginx asks by HTTP/1.0 unless notified otherwise."""
+def test_an_http_1_0_proxy_gets_the_stream_without_chunked_encoding(web, cast):
+    """nginx sends HTTP/1.0 unless it is configured otherwise."""
     with a_connection(web, cast.vip, version="1.0") as connection, connection.makefile("rb") as lines:
         head = list(iter(lines.readline, b"\r\n"))
         assert head[0].startswith(b"HTTP/1.0 200") or head[0].startswith(b"HTTP/1.1 200")
@@ -547,44 +547,44 @@ def test_an_old_proxy_gets_the_stream_without_chunks(web, cast):
         assert lines.readline() == b"event: unread\n"
 
 
-def test_the_head_alone_opens_no_stream(web, cast):
+def test_a_head_request_opens_no_stream(web, cast):
     connection = HTTPConnection(urlsplit(web).netloc, timeout=30)
     connection.request("HEAD", "/api/notifications/stream", headers={"Authorization": f"Bearer {cast.vip.token}"})
-    with closing(connection), connection.getresponse() as answer:
-        assert (answer.status, answer.headers["Content-Type"]) == (200, "text/event-stream; charset=utf-8")
-        assert answer.read() == b""
+    with closing(connection), connection.getresponse() as response:
+        assert (response.status, response.headers["Content-Type"]) == (200, "text/event-stream; charset=utf-8")
+        assert response.read() == b""
 
 
-def test_another_server_than_gunicorn_says_that_it_cannot(api, cast):
-    answer = api(cast.vip).get("/api/notifications/stream")
-    assert (answer.status_code, answer.json["code"]) == (501, "not_implemented")
-    assert "gunicorn" in answer.json["detail"]
+def test_a_server_other_than_gunicorn_answers_501(api, cast):
+    response = api(cast.vip).get("/api/notifications/stream")
+    assert (response.status_code, response.json["code"]) == (501, "not_implemented")
+    assert "gunicorn" in response.json["detail"]
 
 
-def test_a_process_that_is_full_says_so(cast):
-    with a_web_process(MAX_STREAMS_PER_PROCESS="1") as small, listening(small, cast.vip):
+def test_a_process_with_the_maximum_of_streams_answers_503(cast):
+    with a_web_process(MAX_STREAMS_PER_PROCESS="1") as small, connected(small, cast.vip):
         refused = Listener(small, cast.admin.token)
         assert (refused.answer.status, refused.problem["code"]) == (503, "unavailable")
         assert refused.answer.headers["Retry-After"]
 
 
-def test_open_streams_do_not_hold_up_the_end_of_the_process(cast):
-    began = None
-    with a_web_process() as short_lived, listening(short_lived, cast.vip) as listener:
-        began = time.monotonic()
-    listener.wait_for_end()
-    assert time.monotonic() - began < 20  # gunicorn would wait 25 for a request
+def test_open_streams_do_not_delay_the_shutdown_of_the_process(cast):
+    started = None
+    with a_web_process() as short_lived, connected(short_lived, cast.vip) as client:
+        started = time.monotonic()
+    client.wait_for_end()
+    assert time.monotonic() - started < 20  # gunicorn waits 25 s for a request
 
 
-def test_all_streams_take_one_thread(web, cast):
-    """So does the answer to everything else beside them, on as many threads as ever."""
-    listeners = [listening(web, person) for person in (cast.vip, cast.admin, cast.moderator) for _ in range(15)]
+def test_all_streams_of_a_process_share_one_thread(web, cast):
+    """Other requests are answered meanwhile, by the same number of threads as without streams."""
+    clients = [connected(web, person) for person in (cast.vip, cast.admin, cast.moderator) for _ in range(15)]
     try:
-        answers = [Listener(web, cast.lapsed.token).answer.status for _ in range(20)]
-        assert answers == [403] * 20
+        statuses = [Listener(web, cast.lapsed.token).answer.status for _ in range(20)]
+        assert statuses == [403] * 20
         notify(cast.subscriber, cast.general)
-        for listener in listeners:
-            listener.wait_for_unread(1)
+        for client in clients:
+            client.wait_for_unread(1)
     finally:
-        for listener in listeners:
-            listener.close()
+        for client in clients:
+            client.close()

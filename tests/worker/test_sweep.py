@@ -1,4 +1,4 @@
-"""The parts of the sweep: each fails by itself, is reported, and old rows are deleted in batches."""
+"""The steps of the sweep: a failure affects only its own step and is reported, and old rows are deleted in batches."""
 
 import time
 
@@ -15,7 +15,7 @@ from config import settings
 from tests.fanout_helpers import post, statements
 
 
-def old_keys(number: int, hours: int = 25) -> None:
+def insert_old_keys(number: int, hours: int = 25) -> None:
     execute(
         "INSERT INTO idempotency_key (user_id, key, request_hash, response, created_at)"
         " SELECT (SELECT min(id) FROM user_account), gen_random_uuid()::text, sha256('x'), '{}',"
@@ -24,19 +24,19 @@ def old_keys(number: int, hours: int = 25) -> None:
     )
 
 
-def keys_left() -> int:
+def count_keys() -> int:
     return fetch_one("SELECT count(*) AS keys FROM idempotency_key")["keys"]
 
 
-def lost_run(cast) -> int:
-    """A run that a dead worker left, which only recovery brings back into the queue."""
+def create_lost_run(cast) -> int:
+    """Create a run that a dead worker left and that only recovery enqueues again; return its id."""
     _, run_id = post(cast.subscriber, cast.general)
     execute("UPDATE run SET sweep_after = now() - interval '1 minute'")
     return run_id
 
 
-def refuse(table: str) -> None:
-    """Every deletion from a table fails, until `allow`."""
+def fail_deletions(table: str) -> None:
+    """Make every deletion from a table fail until `allow_deletions` is called."""
     execute(
         "CREATE FUNCTION test_refuse() RETURNS trigger LANGUAGE plpgsql AS"
         " $$ BEGIN RAISE query_canceled USING MESSAGE = 'canceling statement due to statement timeout'; END $$;"
@@ -44,19 +44,19 @@ def refuse(table: str) -> None:
     )
 
 
-def allow() -> None:
+def allow_deletions() -> None:
     execute("DROP FUNCTION IF EXISTS test_refuse CASCADE")
 
 
 @pytest.fixture(autouse=True)
-def _allowed(_clean):
+def _deletions_allowed(_clean):
     yield
-    allow()
+    allow_deletions()
 
 
 def readiness(client) -> tuple[int, dict]:
-    answer = client.get("/readyz")
-    return answer.status_code, answer.get_json()
+    response = client.get("/readyz")
+    return response.status_code, response.get_json()
 
 
 def metric(api, cast, name: str) -> dict[str, float]:
@@ -66,38 +66,38 @@ def metric(api, cast, name: str) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("table", ["idempotency_key", "notification_log"])
-def test_a_clean_up_that_fails_stops_no_recovery_and_is_reported(api, cast, client, table, caplog):
-    run_id = lost_run(cast)
-    old_keys(3)
-    refuse(table)
+def test_a_failing_clean_up_does_not_stop_recovery_and_is_reported(api, cast, client, table, caplog):
+    run_id = create_lost_run(cast)
+    insert_old_keys(3)
+    fail_deletions(table)
     assert maintenance.sweep() == 1
     assert [job.args for job in queues.queue().jobs] == [[run_id]]
-    part = {"idempotency_key": "idempotency_keys", "notification_log": "stream_log"}[table]
-    assert f"{part} is delayed until the next sweep" in caplog.text
+    step = {"idempotency_key": "idempotency_keys", "notification_log": "stream_log"}[table]
+    assert f"{step} is delayed until the next sweep" in caplog.text
     status, ready = readiness(client)
     (warning,) = ready["warnings"]
-    assert (status, warning.split(" has failed ")[0]) == (200, f"The worker's {part}")
-    assert metric(api, cast, "belfry_sweep_part_failing") == {part: 1}
-    assert part not in metric(api, cast, "belfry_sweep_part_last_success_timestamp_seconds")
-    assert keys_left() == (3 if table == "idempotency_key" else 0), "the other one went on"
-    allow()
+    assert (status, warning.split(" has failed ")[0]) == (200, f"The worker's {step}")
+    assert metric(api, cast, "belfry_sweep_part_failing") == {step: 1}
+    assert step not in metric(api, cast, "belfry_sweep_part_last_success_timestamp_seconds")
+    assert count_keys() == (3 if table == "idempotency_key" else 0), "the other clean-up continues"
+    allow_deletions()
     maintenance.sweep()
-    assert (readiness(client)[1]["warnings"], keys_left()) == ([], 0)
+    assert (readiness(client)[1]["warnings"], count_keys()) == ([], 0)
     assert metric(api, cast, "belfry_sweep_part_failing") == {}
     succeeded = metric(api, cast, "belfry_sweep_part_last_success_timestamp_seconds")
     assert set(maintenance.SWEEP_STEPS) - {"partitions"} <= set(succeeded)
 
 
-def test_recovery_that_fails_stops_no_other_part_and_is_an_error_once_lost_work_waits_too_long(cast, client, redis):
-    old_keys(3)
+def test_failing_recovery_stops_no_other_step_and_becomes_an_error_after_a_while(cast, client, redis):
+    insert_old_keys(3)
     with psycopg.connect(settings.database_url) as other:
         other.execute("LOCK TABLE slice")
         execute("SET lock_timeout = '200ms'")
         maintenance.sweep()
         execute("RESET lock_timeout")
-        assert keys_left() == 0
+        assert count_keys() == 0
         status, ready = readiness(client)
-        assert (status, len(ready["warnings"])) == (200, 1), "it may be well again in a moment"
+        assert (status, len(ready["warnings"])) == (200, 1), "a short failure is only a warning"
         redis.hset(sweep_status.SWEEP_KEY, "recovery failing since", round(time.time()) - 31)
         status, problem = readiness(client)
         assert (status, list(problem["errors"])) == (503, ["recovery"])
@@ -105,8 +105,8 @@ def test_recovery_that_fails_stops_no_other_part_and_is_an_error_once_lost_work_
     assert readiness(client)[0] == 200
 
 
-def test_a_part_that_gets_no_connection_is_reported_as_failed(cast, client, database_away):
-    """Recovery most of all: nothing is recovered then."""
+def test_a_step_without_a_database_connection_is_reported_as_failed(cast, client, database_away):
+    """Recovery above all, because without it no lost work is found."""
     with database_away(), pytest.raises(OperationalError):
         maintenance.sweep()
     status, ready = readiness(client)
@@ -116,36 +116,36 @@ def test_a_part_that_gets_no_connection_is_reported_as_failed(cast, client, data
     assert readiness(client)[1]["warnings"] == []
 
 
-def test_while_redis_is_away_what_needs_postgresql_alone_goes_on(cast, redis_away):
-    lost_run(cast)
-    old_keys(3)
+def test_steps_that_need_only_postgresql_run_while_redis_is_unavailable(cast, redis_away):
+    create_lost_run(cast)
+    insert_old_keys(3)
     with redis_away():
         assert maintenance.sweep() == 0
-    assert keys_left() == 0
+    assert count_keys() == 0
     assert maintenance.sweep() == 1
 
 
-def test_old_keys_are_deleted_in_batches_and_young_ones_stay(cast, override):
+def test_old_keys_are_deleted_in_batches_and_recent_keys_are_kept(cast, override):
     override(cleanup_batch_rows=100)
-    old_keys(350)
-    old_keys(20, hours=23)
+    insert_old_keys(350)
+    insert_old_keys(20, hours=23)
     with statements() as seen:
         maintenance.sweep()
     assert sum("DELETE FROM idempotency_key" in statement for statement in seen) == 4
-    assert keys_left() == 20
+    assert count_keys() == 20
 
 
-def test_a_sweep_deletes_one_batch_where_there_is_no_time_for_more(cast, override):
+def test_a_sweep_deletes_one_batch_when_its_time_is_used_up(cast, override):
     override(cleanup_batch_rows=100)
     override(cleanup_seconds=0)
-    old_keys(350)
+    insert_old_keys(350)
     for left in (250, 150, 50, 0):
         maintenance.sweep()
-        assert keys_left() == left
+        assert count_keys() == left
 
 
 def test_two_workers_do_not_clean_up_at_the_same_time(cast, in_another_session):
-    old_keys(3)
+    insert_old_keys(3)
     with in_another_session(f"SELECT pg_advisory_xact_lock({cleanup.CLEANUP_LOCK})"):
         assert [cleanup.clean_up(name) for name in CLEANUPS] == [None] * len(CLEANUPS)
     assert cleanup.clean_up("idempotency_keys") == 3

@@ -1,4 +1,4 @@
-"""The path through real processes: a web process, Redis, and a separate worker."""
+"""From a request to a notification through real processes: a web process, Redis, and a separate worker."""
 
 import contextlib
 import json
@@ -38,8 +38,8 @@ def post(address: str, token: str, channel_id: int, content: str) -> tuple[int, 
         json.dumps({"channel_id": channel_id, "content": content}).encode(),
         {"Authorization": f"Bearer {token}", "Content-Type": "application/json"},
     )
-    with urllib.request.urlopen(request, timeout=20) as answer:
-        return answer.status, json.load(answer)
+    with urllib.request.urlopen(request, timeout=20) as response:
+        return response.status, json.load(response)
 
 
 def state_of(run_id: int) -> str:
@@ -67,7 +67,7 @@ def test_a_message_reaches_the_inbox_through_web_queue_and_worker(cast, redis):
         assert result.return_value["run"] == message["run"]["id"]
 
 
-def test_an_error_is_recorded_on_the_run_and_retried_until_it_passes(cast):
+def test_an_error_is_recorded_on_the_run_which_is_retried_until_it_succeeds(cast):
     with a_web_process() as address, a_worker() as process:
         with notifications_that("RAISE EXCEPTION 'the disk is full';"):
             _, message = post(address, cast.subscriber.token, cast.general, "gold")
@@ -82,11 +82,11 @@ def test_an_error_is_recorded_on_the_run_and_retried_until_it_passes(cast):
         assert retried.attempts >= 2
         assert retried.error is None
         assert notified_of(message["id"]) == {cast.admin.id, cast.moderator.id, cast.vip.id}
-        jobs_of_it = {line["job_id"] for line in process.lines() if line.get("run_id") == run_id}
-        assert len(jobs_of_it) == 1, "it is RQ's retry that is shown here: the sweeper would have made another job"
+        job_ids = {line["job_id"] for line in process.lines() if line.get("run_id") == run_id}
+        assert len(job_ids) == 1, "RQ retried the job: the sweeper would have created another one"
 
 
-def test_with_redis_out_posting_answers_201_and_the_sweeper_finds_the_run(cast, redis):
+def test_posting_answers_201_while_redis_is_unavailable_and_the_sweeper_finds_the_run(cast, redis):
     with a_gate(os.environ["REDIS_URL"]) as gate:
         behind = {"REDIS_URL": gate.url}
         with a_web_process(**behind) as address, a_worker(**behind) as process:
@@ -97,7 +97,7 @@ def test_with_redis_out_posting_answers_201_and_the_sweeper_finds_the_run(cast, 
             assert {run.state for run in Run.select()} == {"pending"}
             redis.flushdb()
             gate.open()
-            wait_until(lambda: {run.state for run in Run.select()} == {"succeeded"}, "the runs to be found", 60)
+            wait_until(lambda: {run.state for run in Run.select()} == {"succeeded"}, "the sweeper to find the runs", 60)
             for _, message in posted:
                 assert notified_of(message["id"]) == {cast.admin.id, cast.moderator.id, cast.vip.id}
             assert process.running()
@@ -107,7 +107,7 @@ def test_a_worker_that_starts_before_redis_waits_for_it(cast):
     with a_gate(os.environ["REDIS_URL"]) as gate:
         gate.shut()
         with running(["flask", "--app", "app", "worker"], REDIS_URL=gate.url, SWEEP_INTERVAL_SECONDS="1") as process:
-            wait_until(lambda: "Redis is unavailable" in process.log(), "the worker to say so")
+            wait_until(lambda: "Redis is unavailable" in process.log(), "the worker to report it")
             gate.open()
             wait_until(lambda: "Listening on" in process.log(), "the worker to listen")
 
@@ -116,16 +116,16 @@ def test_sigterm_finishes_the_current_job(api, cast):
     with a_worker() as process, notifications_that("PERFORM pg_sleep(2);"):
         message = api(cast.subscriber).post("/api/messages", json={"channel_id": cast.general, "content": "gold"})
         run_id = message.get_json()["run"]["id"]
-        wait_until(_at_work, "the worker to be at work")
-        # As Heroku does it: to every process of the dyno, the work-horse included.
-        for one in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
-            one.send_signal(signal.SIGTERM)
+        wait_until(_is_sleeping_in_the_database, "the worker to process the job")
+        # As Heroku does: to every process of the dyno, including the work-horse.
+        for child in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+            child.send_signal(signal.SIGTERM)
         assert process.wait() == 0
         assert state_of(run_id) == "succeeded"
         assert notified_of(message.get_json()["id"]) == {cast.admin.id, cast.moderator.id, cast.vip.id}
 
 
-def _at_work() -> bool:
+def _is_sleeping_in_the_database() -> bool:
     found = fetch_one(
         "SELECT count(*) AS sessions FROM pg_stat_activity"
         " WHERE wait_event = 'PgSleep' AND datname = current_database()"
@@ -133,18 +133,18 @@ def _at_work() -> bool:
     return bool(found and found["sessions"])
 
 
-def test_sigterm_ends_a_worker_from_which_redis_was_taken():
+def test_sigterm_ends_a_worker_that_has_lost_redis():
     with a_gate(os.environ["REDIS_URL"]) as gate, a_worker(REDIS_URL=gate.url) as process:
         gate.shut()
         os.kill(process.pid, signal.SIGTERM)
         assert process.wait() == 0
 
 
-def test_a_worker_that_goes_on_is_signalled_again_but_not_during_a_job(redis, monkeypatch):
+def test_sigterm_is_repeated_for_a_worker_that_keeps_running_but_not_during_a_job(redis, monkeypatch):
     horse = worker.BelfryWorker([queues.queue()], connection=redis)
     with pytest.raises(StopRequested):
         horse.request_stop(signal.SIGTERM, None)
-    horse.request_stop(signal.SIGTERM, None)  # it is leaving
+    horse.request_stop(signal.SIGTERM, None)  # the worker is stopping
     now = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now + tuning.stop_retry_seconds + 0.1)
     with pytest.raises(StopRequested):
@@ -154,17 +154,17 @@ def test_a_worker_that_goes_on_is_signalled_again_but_not_during_a_job(redis, mo
     another.request_stop(signal.SIGTERM, None)
     assert another._stop_requested
     another._busy = False
-    another.request_stop(signal.SIGTERM, None)  # the job is done, and it is leaving
+    another.request_stop(signal.SIGTERM, None)  # the job is done and the worker is stopping
     monkeypatch.setattr(time, "monotonic", lambda: now + 60)
     with pytest.raises(StopRequested):
         another.request_stop(signal.SIGTERM, None)
 
 
-def test_a_killed_work_horse_costs_nobody_their_notification(api, cast):
+def test_no_notification_is_lost_when_a_work_horse_is_killed(api, cast):
     with a_worker() as process, notifications_that("PERFORM pg_sleep(1);"):
         message = api(cast.subscriber).post("/api/messages", json={"channel_id": cast.general, "content": "gold"})
         run_id = message.get_json()["run"]["id"]
-        wait_until(_at_work, "the worker to be at work")
+        wait_until(_is_sleeping_in_the_database, "the worker to process the job")
         horse = max(psutil.Process(process.pid).children(), key=lambda child: child.create_time())
         horse.kill()
         wait_until(lambda: state_of(run_id) == "succeeded", "another attempt to succeed", 60)
@@ -172,7 +172,7 @@ def test_a_killed_work_horse_costs_nobody_their_notification(api, cast):
     assert notified_of(message.get_json()["id"]) == {cast.admin.id, cast.moderator.id, cast.vip.id}
 
 
-def test_plain_rq_workers_can_run_the_jobs_too(api, cast):
+def test_a_plain_rq_worker_can_run_the_jobs(api, cast):
     message = api(cast.subscriber).post("/api/messages", json={"channel_id": cast.general, "content": "gold"})
     with running(
         [*RQ_WORKER, "--burst", "-u", os.environ["REDIS_URL"], *queues.QUEUES]
@@ -181,23 +181,23 @@ def test_plain_rq_workers_can_run_the_jobs_too(api, cast):
     assert state_of(message.get_json()["run"]["id"]) == "succeeded"
 
 
-def test_the_burst_worker_ends_when_all_is_done(api, cast):
+def test_the_burst_worker_ends_when_the_queues_are_empty(api, cast):
     message = api(cast.subscriber).post("/api/messages", json={"channel_id": cast.general, "content": "gold"})
     with running(["flask", "--app", "app", "worker", "--burst"]) as process:
         assert process.wait(60) == 0
     assert state_of(message.get_json()["run"]["id"]) == "succeeded"
 
 
-def test_the_sweeper_outlives_what_nobody_foresaw(monkeypatch, caplog):
-    def break_down() -> None:
+def test_the_sweeper_survives_an_unexpected_error(monkeypatch, caplog):
+    def fail() -> None:
         raise RuntimeError("no such table")
 
-    monkeypatch.setattr(maintenance, "sweep", break_down)
+    monkeypatch.setattr(maintenance, "sweep", fail)
     supervisor.sweep_once()
     assert "the sweep failed" in caplog.text
 
 
-def test_small_messages_are_first_and_do_not_starve_a_large_one(cast, slices_of, at_failpoint, override):
+def test_small_messages_have_priority_and_do_not_starve_a_large_one(cast, slices_of, at_failpoint, override):
     crowd(cast.server_id, 20)
     slices_of(5)
     _, large = write(cast.subscriber, cast.general)
@@ -240,19 +240,19 @@ def test_a_killed_worker_leaves_no_process_behind():
         wait_until(lambda: not psutil.pid_exists(horses[0]), "its work-horse to end")
 
 
-def test_a_work_horse_that_dies_is_followed_by_another(cast):
+def test_a_work_horse_that_dies_is_replaced(cast):
     with a_worker() as process:
         (horse,) = horses_of(process.pid)
         os.kill(horse, signal.SIGKILL)
-        wait_until(lambda: horses_of(process.pid) not in ([], [horse]), "another")
+        wait_until(lambda: horses_of(process.pid) not in ([], [horse]), "another work-horse")
         assert "the work-horse ended with signal 9 and is replaced" in process.log()
         _, run_id = write(cast.subscriber, cast.general)
         queues.enqueue_run(run_id)
         wait_until(lambda: state_of(run_id) == "succeeded", "the run to succeed")
 
 
-def test_a_job_that_cannot_be_broken_off_ends_with_its_process(cast, override):
-    """RQ breaks off what hears signals; this one does not."""
+def test_a_job_that_ignores_signals_is_killed_with_its_process(cast, override):
+    """RQ interrupts a job by a signal, which this job ignores."""
     override(job_timeout_seconds=1)
     with a_worker(through=("tests.faults.deaf",)) as process:
         (horse,) = horses_of(process.pid)
@@ -264,7 +264,7 @@ def test_a_job_that_cannot_be_broken_off_ends_with_its_process(cast, override):
         wait_until(lambda: state_of(run_id) == "succeeded", "the run to succeed")
 
 
-def test_a_work_horse_ends_after_so_many_jobs(cast, override):
+def test_a_work_horse_ends_after_the_maximum_number_of_jobs(cast, override):
     override(max_jobs_per_process=3, max_batch_runs=0)
     queues.enqueue([WorkItem(write(cast.subscriber, cast.general)[1]) for _ in range(5)])
     assert worker.run_jobs()
@@ -282,8 +282,8 @@ def test_a_deadline_expires_only_while_a_job_runs():
     assert not deadline.has_passed()
 
 
-def work_on_jobs(at_most: int | None = None) -> None:
-    """Let a worker of Belfry's, in this process, take jobs out of the queue until it is empty, or so many."""
+def run_worker(at_most: int | None = None) -> None:
+    """Run a Belfry worker in this process until the queue is empty or it has run `at_most` jobs."""
     with Redis.from_url(settings.redis_url) as connection:
         one = worker.BelfryWorker([queues.queue(queues.NOTIFICATIONS, connection)], connection=connection)
         one.log_result_lifespan = False
@@ -291,28 +291,28 @@ def work_on_jobs(at_most: int | None = None) -> None:
 
 
 def test_small_runs_that_wait_are_processed_in_one_batch(cast, run_jobs):
-    """In one transaction, by one job; edits, tests and retries among them are done as ever."""
+    """One job processes them in one transaction; edits, test messages and retries are processed separately."""
     runs = [write(cast.subscriber, cast.general, f"gold {number}, @vera")[1] for number in range(30)]
     message_id, first = write(cast.moderator, cast.general, "silver")
     runs += [first, messages.edit_message(cast.moderator.user, message_id, "@vera").run_id]
     execute("UPDATE run SET attempts = 1, attempts_left = 5 WHERE id = 7")
     queues.enqueue([WorkItem(run_id) for run_id in runs])
-    with statements() as said:
-        work_on_jobs(1)
-    assert sum("INSERT INTO notification" in statement for statement in said) == 1
+    with statements() as executed:
+        run_worker(1)
+    assert sum("INSERT INTO notification" in statement for statement in executed) == 1
     assert [state_of(run_id) for run_id in runs].count("succeeded") == len(runs) - 2
-    assert [job.args[0] for job in queues.queue().jobs] == [7, runs[-1]], "the others' jobs are gone"
+    assert [job.args[0] for job in queues.queue().jobs] == [7, runs[-1]], "the jobs of the other runs are removed"
     assert run_jobs() == 0
     assert {state_of(run_id) for run_id in runs} == {"succeeded"}
     assert notified_of(message_id) == {cast.admin.id, cast.subscriber.id, cast.vip.id}
     assert verify() == []
 
 
-def test_a_failing_run_of_a_batch_costs_the_others_nothing(cast, run_jobs):
+def test_a_failing_run_of_a_batch_does_not_affect_the_others(cast, run_jobs):
     runs = [write(cast.subscriber, cast.general)[1] for _ in range(5)]
     queues.enqueue([WorkItem(run_id) for run_id in runs])
     with notifications_that_fail_for(3):
-        work_on_jobs()
+        run_worker()
         states = [state_of(run_id) for run_id in runs]
     assert states == ["succeeded", "succeeded", "queued", "succeeded", "succeeded"]
     assert "poison" in Run.get_by_id(3).error
@@ -325,13 +325,13 @@ def test_a_failing_run_of_a_batch_costs_the_others_nothing(cast, run_jobs):
 
 
 def test_large_audiences_are_not_in_a_batch_with_small_ones(cast, slices_of):
-    slices_of(11)  # two messages to five members
+    slices_of(11)  # room for two messages to five members
     runs = [write(cast.subscriber, cast.general)[1] for _ in range(5)]
     queues.enqueue([WorkItem(run_id) for run_id in runs])
-    work_on_jobs(1)
+    run_worker(1)
     assert [state_of(run_id) for run_id in runs] == ["succeeded"] * 2 + ["queued"] * 3
     slices_of(4)
-    work_on_jobs(1)
+    run_worker(1)
     assert [state_of(run_id) for run_id in runs] == ["succeeded"] * 2 + ["running"] + ["queued"] * 2
 
 
@@ -348,7 +348,7 @@ def notifications_that_fail_for(message_id: int) -> Iterator[None]:
         execute("DROP FUNCTION test_poison CASCADE")
 
 
-def test_a_large_run_notifies_the_mentioned_and_enqueues_one_job_for_each_slice(api, cast, run_jobs, slices_of):
+def test_a_large_run_notifies_mentioned_members_and_enqueues_one_job_for_each_slice(api, cast, run_jobs, slices_of):
     slices_of(2)
     message = api(cast.subscriber).post("/api/messages", json={"channel_id": cast.general, "content": "gold, @vera"})
     run_id = message.get_json()["run"]["id"]
@@ -356,7 +356,7 @@ def test_a_large_run_notifies_the_mentioned_and_enqueues_one_job_for_each_slice(
     assert (state_of(run_id), Run.get_by_id(run_id).members_processed) == ("running", 1)
     assert notified_of(message.get_json()["id"]) == {cast.vip.id}
     waiting = [(job.func_name, *job.args) for job in queues.queue(queues.BULK).jobs]
-    assert waiting == [("jobs.notify_slice", run_id, part.after_user_id) for part in parts_of(run_id)]
+    assert waiting == [("jobs.notify_slice", run_id, item.after_user_id) for item in parts_of(run_id)]
     assert len(waiting) == 3
     assert run_jobs() == 0
     finished = Run.get_by_id(run_id)
@@ -364,14 +364,14 @@ def test_a_large_run_notifies_the_mentioned_and_enqueues_one_job_for_each_slice(
     assert notified_of(message.get_json()["id"]) == {cast.admin.id, cast.moderator.id, cast.vip.id}
 
 
-def test_a_job_that_finds_its_run_in_other_hands_leaves_it_there(api, cast, in_another_session):
+def test_a_job_does_not_claim_a_run_that_another_session_has_locked(api, cast, in_another_session):
     api(cast.subscriber).post("/api/messages", json={"channel_id": cast.general, "content": "gold"})
     with in_another_session("SELECT FROM run FOR NO KEY UPDATE"):
         jobs.notify(1)
     assert (state_of(1), Run.get_by_id(1).attempts) == ("queued", 0)
 
 
-def test_a_job_that_was_overtaken_says_so_and_not_that_it_is_done(cast, at_failpoint, caplog):
+def test_an_overtaken_job_logs_that_it_was_overtaken_and_not_that_it_is_done(cast, at_failpoint, caplog):
     _, run_id = write(cast.subscriber, cast.general)
     at_failpoint("run.claimed", lambda: execute("UPDATE run SET attempts = attempts + 1"))
     with caplog.at_level("INFO"):
@@ -380,7 +380,7 @@ def test_a_job_that_was_overtaken_says_so_and_not_that_it_is_done(cast, at_failp
     assert "done" not in caplog.text
 
 
-def test_an_author_does_not_see_the_inside_of_an_error(api, cast):
+def test_an_author_does_not_see_the_details_of_an_error(api, cast):
     message = api(cast.subscriber).post("/api/messages", json={"channel_id": cast.general, "content": "gold"})
     execute("UPDATE run SET error = 'connection to 10.0.0.7 failed'")
     url = message.get_json()["run"]["url"]
@@ -388,18 +388,18 @@ def test_an_author_does_not_see_the_inside_of_an_error(api, cast):
     assert "10.0.0.7" in api(cast.admin).get(url).get_json()["error"]
 
 
-def test_a_heartbeat_takes_one_round_trip_and_extends_the_workers_life(redis, monkeypatch):
+def test_a_heartbeat_takes_one_round_trip_and_extends_the_expiry_of_the_worker(redis, monkeypatch):
     one = worker.BelfryWorker([queues.queue()], connection=redis)
     one.register_birth()
     redis.expire(one.key, 1)
     sent = []
     send = AbstractConnection.send_packed_command
 
-    def recorded(connection, command, **options):
+    def record(connection, command, **options):
         sent.append(command)
         return send(connection, command, **options)
 
-    monkeypatch.setattr(AbstractConnection, "send_packed_command", recorded)
+    monkeypatch.setattr(AbstractConnection, "send_packed_command", record)
     one.heartbeat()
     assert len(sent) == 1
     assert redis.ttl(one.key) > 60
