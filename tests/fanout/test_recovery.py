@@ -133,10 +133,10 @@ def test_a_worker_that_hangs_is_overtaken_and_writes_nothing_later(cast, doomed,
             nonlocal message_id, run_id
             message_id, run_id = enqueue(cast.subscriber, cast.general)
             time.sleep(0.3)
-            return (doomed / "deaths").exists()
+            return (doomed / "hits").exists()
 
         wait_until(another_was_fatal, "the doomed one to come to the point")
-        horse, stuck = map(int, (doomed / "deaths").read_text().split()[1:3])
+        horse, stuck = map(int, (doomed / "hits").read_text().split()[1:3])
         try:
             finished(stuck)
             assert Run.get_by_id(stuck).attempts == 2

@@ -12,15 +12,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
 from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from tools.bench import environments
-from tools.bench.stage import Stage
-from tools.dev import ROOT, CommandError, say, stack
+from tools.bench.harness import BenchHarness
+from tools.dev import ROOT, CommandError, say
+from tools.dev.harness import UNDER_LOAD
 
 PARTS = {
     "large": "tools.bench.large",
@@ -31,9 +31,9 @@ PARTS = {
     "inbox": "tools.bench.inbox",
     "table": "tools.bench.table",
 }
-"""Name: the module, which has `measure(stage, arguments) -> dict`, of what JSON can hold, and `table(that) -> str`: of
-that as JSON has it, with names for keys. It is imported when the environment names the servers."""
-SIZES = (1_000, 10_000)  # communities beside those of --members; see `Stage`
+"""Name: module. It has `measure(harness, arguments)`, which returns a dict that JSON can represent, and
+`table(results)`, which formats that dict after a round trip through JSON: its keys are strings."""
+SIZES = (1_000, 10_000)  # members of servers that are created in addition to those of --members
 
 
 def main() -> int:
@@ -89,22 +89,17 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "command": shlex.join(["python", "-m", "tools.bench", *sys.argv[1:]]),
     }
     began, seconds, parts = time.perf_counter(), {}, {}
-    with ExitStack() as running:
-        listening, data_dir, env = running.enter_context(stack.of_its_own("bench"))
-        env |= {"RATE_LIMIT_MESSAGES": "1000000 per minute", "RATE_LIMIT_DEFAULT": "10000000 per minute"}
-        env |= {"LOG_LEVEL": "WARNING"}
-        os.environ.update(env)
-        from tools.bench import machine  # what is imported from here on may read the environment
+    with BenchHarness.start("bench", UNDER_LOAD) as harness:
+        from tools.bench import machine
 
-        stage = Stage(env, listening, data_dir)
-        stage.populate([*SIZES, *arguments.members])
-        seconds["communities"] = time.perf_counter() - began
+        harness.create_servers([*SIZES, *arguments.members])
+        seconds["servers"] = time.perf_counter() - began
         for name in arguments.only:
             began, module = time.perf_counter(), import_module(PARTS[name])
-            parts[name] = module.measure(stage, arguments)
+            parts[name] = module.measure(harness, arguments)
             seconds[name] = time.perf_counter() - began
             say(f"\n{module.table(json.loads(json.dumps(parts[name])))}\n")
-        results |= machine.described(env)
+        results |= machine.describe(harness.env)
     results |= {"seconds": {name: round(took) for name, took in seconds.items()}, "parts": parts}
     versions = {name: version for name, version in results["versions"].items() if name != "peers"}
     say(", ".join(f"{name} {version}" for name, version in versions.items()))

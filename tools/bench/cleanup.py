@@ -4,20 +4,21 @@ import time
 from typing import Any
 
 from tools.dev import say
+from tools.dev.harness import Harness
 
 KEYS = 10_000_000  # to insert them takes longer than the rest
 AT_ONCE = 1_000_000  # keys that one statement inserts
 WATCHED_SECONDS = 120.0  # of the deletion, for its rate
 
 
-def cleanup(ground: Any, _: int, __: int) -> dict[str, Any]:
+def cleanup(harness: Harness, _: int, __: int) -> dict[str, Any]:
     """One lost run and 10,000,000 old idempotency keys: until the run is in the queue, and how fast the keys go."""
     import jobs
     from belfry.core.db import execute, fetch_one
     from belfry.queue import queues
     from belfry.worker.supervisor import sweep_once
 
-    run_id = ground.post(ground.community(20), "gold breaks out")["run"]["id"]
+    run_id = harness.post(harness.create_server(20)["channel_ids"][0])["run"]["id"]
     for first in range(0, KEYS, AT_ONCE):
         say(f"  {first:,} of {KEYS:,} keys")
         execute(
@@ -25,7 +26,7 @@ def cleanup(ground: Any, _: int, __: int) -> dict[str, Any]:
             " SELECT %(user_id)s, gen_random_uuid()::text, sha256(n::text::bytea), repeat('x', 100),"
             " now() - interval '3 days' + n * interval '1 millisecond'"
             " FROM generate_series(%(first)s + 1, %(first)s + %(number)s) AS n",
-            {"user_id": ground.admin.id, "first": first, "number": AT_ONCE},
+            {"user_id": harness.admin.id, "first": first, "number": AT_ONCE},
         )
     execute("VACUUM (ANALYZE) idempotency_key")
     queues.queue().empty()
@@ -42,8 +43,8 @@ def cleanup(ground: Any, _: int, __: int) -> dict[str, Any]:
     found = fetch_one("SELECT count(*) AS keys FROM idempotency_key")
     deleted = KEYS - (found["keys"] if found else 0)
     execute("TRUNCATE idempotency_key")
-    with ground.workers(1):
-        ground.wait(run_id)
+    with harness.workers(1):
+        harness.wait_for_run(run_id)
     return {
         "keys": KEYS,
         "first_sweep_s": round(first_sweep, 2),

@@ -20,8 +20,8 @@ from belfry.core.db import execute, fetch_all
 from belfry.identity import tokens, users
 from config import tuning
 from tools.bench.filling import fill_partition, leave_partitions, timed
-from tools.bench.stage import Stage
-from tools.dev import ports, say
+from tools.bench.harness import BenchHarness
+from tools.dev import say
 from tools.dev.client import Client
 
 RECIPIENTS = 100
@@ -33,11 +33,11 @@ FIRST, DEEP, UNREAD_PAGE = "first page", "page in the middle", "page of the unre
 COUNT, MARK = "unread count", "mark all"
 
 
-def measure(stage: Stage, arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(harness: BenchHarness, arguments: argparse.Namespace) -> dict[str, Any]:
     """{"rows", "own", "ms": {situation: {request: {"p50", "p95"}}}}."""
-    inbox = _Inbox(stage, arguments.inbox_rows)
+    inbox = _Inbox(harness, arguments.inbox_rows)
     ms: dict[str, dict[str, dict[str, float]]] = {}
-    with stage.web():
+    with harness.web():
         say(f"the inbox of somebody with {FEW}, and nothing else")
         inbox.fill_few()
         ms[f"{FEW} of {FEW} unread"] = inbox.reads(200, inbox.first_page) | {MARK: inbox.marking(FEW, 30)}
@@ -51,16 +51,16 @@ def measure(stage: Stage, arguments: argparse.Namespace) -> dict[str, Any]:
             if unread:
                 found[MARK] = inbox.marking(unread, 6 if unread > 1_000 else 20)
             ms[f"{unread:,} of {inbox.messages:,} unread"] = found
-    there, number = stage.count(), len(partitions.list_partitions())
-    stage.without_messages()
+    there, number = harness.count_notifications(), len(partitions.list_partitions())
+    harness.delete_messages()
     return {"rows": there, "own": inbox.messages, "few": FEW, "partitions": number, "ms": ms}
 
 
 class _Inbox:
     """A person, their server, and what is in the table."""
 
-    def __init__(self, stage: Stage, all_rows: int) -> None:
-        self.stage, self.messages = stage, max(1_000, all_rows // RECIPIENTS)
+    def __init__(self, harness: BenchHarness, all_rows: int) -> None:
+        self.harness, self.messages = harness, max(1_000, all_rows // RECIPIENTS)
         made = seeding.seed(MEMBERS, CHANNELS)
         self.channel_ids = made["channel_ids"][:1] + made["channel_ids"][3:]  # where members post, and all see
         found = fetch_all(
@@ -76,7 +76,7 @@ class _Inbox:
         self.user_id = next(one["user_id"] for one in found if one["wants_all"])
         self.others = [one for one in people if one != self.user_id]
         token = tokens.create_token(users.find_user(self.user_id))[1]
-        self.client = Client(ports.address_of(stage.listening), token)
+        self.client = Client(harness.address, token)
 
     def get(self, what: str) -> Callable[[], Any]:
         return lambda: self.client.get(f"/api/notifications{what}")
@@ -86,8 +86,8 @@ class _Inbox:
         return self.get("")
 
     def fill_few(self) -> None:
-        self.stage.empty()
-        ids = self.stage.new_messages(self.channel_ids[:1], FEW)
+        self.harness.delete_notifications()
+        ids = self.harness.insert_messages(self.channel_ids[:1], FEW)
         execute(
             "INSERT INTO notification (user_id, message_id, reason)"
             " SELECT %(user_id)s, message_id, 'message' FROM unnest(%(ids)s::bigint[]) AS message_id",
@@ -128,7 +128,7 @@ class _Inbox:
             here,
         )
         fill_partition(
-            self.stage.env["DATABASE_URL"],
+            self.harness.env["DATABASE_URL"],
             lower,
             "SELECT CASE notified WHEN 0 THEN %(user_id)s::bigint"
             "  ELSE (%(others)s::bigint[])[1 + (n * %(recipients)s + notified) %% cardinality(%(others)s::bigint[])]"
@@ -140,7 +140,7 @@ class _Inbox:
         )
 
     def _execute(self, statement: str, parameters: dict[str, Any]) -> None:
-        with psycopg.connect(self.stage.env["DATABASE_URL"], autocommit=True) as connection:
+        with psycopg.connect(self.harness.env["DATABASE_URL"], autocommit=True) as connection:
             connection.execute(statement, parameters)
 
     def walk_to_the_middle(self) -> Callable[[], Any]:

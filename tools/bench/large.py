@@ -22,7 +22,7 @@ import psycopg
 
 from belfry.fanout import decision
 from tools.bench import environments, machine
-from tools.bench.stage import Stage, reached
+from tools.bench.harness import BenchHarness, compare
 from tools.dev import CommandError, say
 from tools.dev.processes import Child, finish
 
@@ -60,25 +60,25 @@ _FOUR_INDEXES = """
 """
 
 
-def measure(stage: Stage, arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(harness: BenchHarness, arguments: argparse.Namespace) -> dict[str, Any]:
     """{"people", "sizes": {members: figures}, "horse_peak_mib": {members: MiB}}; seconds, rows a second, MiB."""
     with (
-        psycopg.connect(stage.env["DATABASE_URL"], autocommit=True) as connection,
-        _django(stage, arguments.people) as by_django,
-        stage.web(),
+        psycopg.connect(harness.env["DATABASE_URL"], autocommit=True) as connection,
+        _django(harness, arguments.people) as by_django,
+        harness.web(),
     ):
         connection.execute(AS_BELFRY)
         connection.execute(_FOUR_INDEXES)
         for table in ("notification", "bench_notification"):  # the first of a connection is slow
-            _by_statement(stage, connection, stage.warming, table)
+            _by_statement(harness, connection, harness.warm_up_channel, table)
         sizes = {
-            members: _rounds(stage, connection, by_django, members, _runs(members, arguments.runs))
+            members: _rounds(harness, connection, by_django, members, _runs(members, arguments.runs))
             for members in arguments.members
         }
         connection.execute("DROP TABLE bench_notification")
         few = 1_000
-        with stage.workers(1, large=False) as workers:
-            peak = end_to_end(stage, stage.communities[few], workers)["horse_peak_mib"]
+        with harness.workers(1, large=False) as workers:
+            peak = end_to_end(harness, harness.large_channels[few], workers)["horse_peak_mib"]
     peaks = {few: round(peak, 1)} | {members: figures.pop("horse_peak_mib") for members, figures in sizes.items()}
     return {"people": arguments.people, "sizes": sizes, "horse_peak_mib": peaks}
 
@@ -88,17 +88,17 @@ def _runs(members: int, asked: int | None) -> int:
 
 
 def _rounds(
-    stage: Stage, connection: Any, by_django: Callable[[], dict[str, float]], members: int, runs: int
+    harness: BenchHarness, connection: Any, by_django: Callable[[], dict[str, float]], members: int, runs: int
 ) -> dict[str, Any]:
-    channel_id = stage.communities[members]
+    channel_id = harness.large_channels[members]
     found: dict[str, list[dict[str, float]]] = {name: [] for name in NAMES}
     for number in range(runs):
         say(f"one message to {members:,}: {number + 1} of {runs}")
-        found[LIMIT].append(_by_statement(stage, connection, channel_id, "notification"))
+        found[LIMIT].append(_by_statement(harness, connection, channel_id, "notification"))
         for workers, name in BELFRY.items():
-            with stage.workers(workers) as children:
-                found[name].append(end_to_end(stage, channel_id, children, int(found[LIMIT][0]["rows"])))
-        found[FOUR].append(_by_statement(stage, connection, channel_id, "bench_notification"))
+            with harness.workers(workers) as children:
+                found[name].append(end_to_end(harness, channel_id, children, int(found[LIMIT][0]["rows"])))
+        found[FOUR].append(_by_statement(harness, connection, channel_id, "bench_notification"))
         found[DJANGO].append(by_django())
         assert found[FOUR][-1]["rows"] == found[LIMIT][-1]["rows"] == found[LIMIT][0]["rows"]
     return {
@@ -130,11 +130,11 @@ def _ratio(ours: list[dict[str, float]], others: list[dict[str, float]]) -> floa
     return round(statistics.median(one["rows"] / one["s"] / (other["rows"] / other["s"]) for one, other in pairs), 3)
 
 
-def _by_statement(stage: Stage, connection: Any, channel_id: int, table: str) -> dict[str, float]:
+def _by_statement(harness: BenchHarness, connection: Any, channel_id: int, table: str) -> dict[str, float]:
     """BARE_STATEMENT into one of the tables."""
     connection.execute("TRUNCATE bench_notification")
-    stage.empty()
-    (message_id,) = stage.new_messages([channel_id])
+    harness.delete_notifications()
+    (message_id,) = harness.insert_messages([channel_id])
     subject = decision.load_fanout_message(message_id)
     assert subject is not None
     server, statement = machine.postmaster(connection), BARE_STATEMENT.replace("INTO notification", f"INTO {table}")
@@ -144,19 +144,21 @@ def _by_statement(stage: Stage, connection: Any, channel_id: int, table: str) ->
     return {"rows": rows, "s": took, "postgres_cpu_s": machine.cpu_of(server) - before}
 
 
-def end_to_end(stage: Stage, channel_id: int, workers: list[Child], expected: int | None = None) -> dict[str, float]:
+def end_to_end(
+    harness: BenchHarness, channel_id: int, workers: list[Child], expected: int | None = None
+) -> dict[str, float]:
     """One message through Belfry as it runs, by these workers, to so many: {"rows", "s", "cpu_s", "pss_mib",
-    "postgres_cpu_s", "horse_peak_mib"}. `stage.web` has to run."""
+    "postgres_cpu_s", "horse_peak_mib"}. `harness.web` has to run."""
     pids = [worker.process.pid for worker in workers]
-    server = machine.postmaster(stage.reader)
-    stage.empty()
+    server = machine.postmaster(harness.reader)
+    harness.delete_notifications()
     with machine.watch(pids) as used:
         before, began = machine.cpu_of(server), time.perf_counter()
-        message_id = stage.post(channel_id)
-        run = stage.wait(message_id)
+        message_id = harness.post(channel_id)["id"]
+        run = harness.wait_for_commit(message_id)
         took = time.perf_counter() - began
         by_server = machine.cpu_of(server) - before
-    there = stage.count(message_id)
+    there = harness.count_notifications(message_id)
     inserted = run["notifications_inserted"]
     assert there == inserted == (there if expected is None else expected), (there, inserted, expected)
     horses = [horse.pid for pid in pids for horse in psutil.Process(pid).children()]
@@ -165,14 +167,14 @@ def end_to_end(stage: Stage, channel_id: int, workers: list[Child], expected: in
 
 
 @contextmanager
-def _django(stage: Stage, people: int) -> Iterator[Callable[[], dict[str, float]]]:
+def _django(harness: BenchHarness, people: int) -> Iterator[Callable[[], dict[str, float]]]:
     """A message to so many by django-notifications-hq, in its own process and schema."""
     python = environments.python_of("django")
-    with open(stage.data_dir / "peer.log", "wb") as log:
+    with open(harness.data_dir / "peer.log", "wb") as log:
         process = subprocess.Popen(
             [str(python), "peer_django.py", str(people)],
             cwd=environments.PEERS,
-            env=stage.env,
+            env=harness.env,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
@@ -185,12 +187,12 @@ def _django(stage: Stage, people: int) -> Iterator[Callable[[], dict[str, float]
     def answer() -> str:
         line = answers.readline().strip()
         if not line:
-            said = (stage.data_dir / "peer.log").read_text()[-2000:]
+            said = (harness.data_dir / "peer.log").read_text()[-2000:]
             raise CommandError(f"django-notifications-hq did not answer: {said}")
         return line
 
     def send() -> dict[str, float]:
-        server = machine.postmaster(stage.reader)
+        server = machine.postmaster(harness.reader)
         with machine.watch([process.pid]) as used:
             before = machine.cpu_of(server)
             sent.write("\n")
@@ -228,7 +230,7 @@ def table(results: dict[str, Any]) -> str:
             )
         lines.append(f"  Belfry to {'':28} {'target':>8} {'one worker':>15} {'two workers':>17}")
         for other, target in TARGETS.items():
-            one, two = (reached(found["ratios"][name][other], target) for name in BELFRY.values())
+            one, two = (compare(found["ratios"][name][other], target) for name in BELFRY.values())
             lines.append(f"  {NAMES[other]:38} {f'>= {target:g}':>8} {one:>15} {two:>17}")
         lines.append("")
     peaks = {int(members): mib for members, mib in results["horse_peak_mib"].items()}
@@ -236,6 +238,6 @@ def table(results: dict[str, Any]) -> str:
     most = max(peaks.values()) / min(peaks.values())
     lines.append(
         f"Peak of the work-horse, by members: {said}; most to least (target: <= {MEMORY_TARGET})"
-        f" {reached(most, MEMORY_TARGET, at_most=True)}"
+        f" {compare(most, MEMORY_TARGET, at_most=True)}"
     )
     return "\n".join(lines)

@@ -20,9 +20,9 @@ import psutil
 
 from belfry.core.db import fetch_all
 from belfry.identity.tokens import TOKEN_PREFIX, hash_token
-from tools.bench.stage import Stage, give_up_after, reached
+from tools.bench.harness import BenchHarness, compare
 from tools.bench.web import CONNECTIONS, TEXT, Bench, Load, load, request_of
-from tools.dev import say, stack
+from tools.dev import say, signals, stack
 from tools.dev.client import Client
 
 MAX_STREAMS_PER_PROCESS = 1_000
@@ -83,10 +83,7 @@ class Listeners:
 def listening(address: tuple[str, int], tokens: list[str]) -> Iterator[Listeners]:
     """While the block runs, each token's person listens."""
     listeners = Listeners(address, tokens)
-    give_up = time.monotonic() + PATIENCE
-    while not listeners.all_have_begun():
-        give_up_after(give_up)
-        time.sleep(0.05)
+    signals.wait_until(listeners.all_have_begun, "the streams", PATIENCE)
     try:
         yield listeners
     finally:
@@ -125,17 +122,17 @@ def _paced(client: Client, channel_id: int) -> tuple[dict[int, float], list[floa
     return began, took
 
 
-def measure(stage: Stage, arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(harness: BenchHarness, arguments: argparse.Namespace) -> dict[str, Any]:
     """{"streams", "quiet": {"reached_ms", "posts_ms", "memory_mib", "others_per_s", "others_ms"}, "busy": the like}."""
-    bench, channel_id = Bench(stage), stage.communities[MEMBERS]
+    bench, channel_id = Bench(harness), harness.large_channels[MEMBERS]
     tokens = _people(channel_id)
     found: dict[str, Any] = {"streams": MAX_STREAMS_PER_PROCESS, "members": MEMBERS, "per_minute": PER_MINUTE}
-    env = {**stage.env, "WEB_CONCURRENCY": "1"}
+    env = {**harness.env, "WEB_CONCURRENCY": "1"}
     with ExitStack() as running:
         listening_socket = running.enter_context(socket.create_server(("127.0.0.1", 0), backlog=1024))
         address = listening_socket.getsockname()
-        child = running.enter_context(stack.web(env, listening_socket, stage.data_dir / "live.log"))
-        running.enter_context(stack.worker(env, stage.data_dir / "live-worker.log"))
+        child = running.enter_context(stack.web(env, listening_socket, harness.data_dir / "live.log"))
+        running.enter_context(stack.worker(env, harness.data_dir / "live-worker.log"))
         web = psutil.Process(child.process.pid).children()[0]
         client = Client(f"http://127.0.0.1:{address[1]}", bench.token)
         elsewhere = request_of(bench.token, {"channel_id": bench.channels[min(bench.channels)], "content": TEXT})
@@ -213,10 +210,11 @@ class _Others:
 
 def _delays(listeners: Listeners, began: dict[int, float]) -> list[float]:
     """Milliseconds from each post to each listener, all of whom have had it."""
-    give_up = time.monotonic() + PATIENCE
-    while any(len(listeners.arrived.get(id_, [])) < MAX_STREAMS_PER_PROCESS for id_ in began):
-        give_up_after(give_up)
-        time.sleep(0.05)
+    signals.wait_until(
+        lambda: all(len(listeners.arrived.get(id_, [])) >= MAX_STREAMS_PER_PROCESS for id_ in began),
+        "the notifications on all streams",
+        PATIENCE,
+    )
     assert all(len(listeners.arrived[id_]) == MAX_STREAMS_PER_PROCESS for id_ in began), "somebody was sent one twice"
     return [(at - when) * 1000 for id_, when in began.items() for at in listeners.arrived[id_]]
 
@@ -240,7 +238,7 @@ def table(results: dict[str, Any]) -> str:
         reached_ms, posts, memory = one["reached_ms"], one["posts_ms"], one["memory_mib"]
         lines += [
             f"  {name}: from the post to the browser, ms: p50 {reached_ms['p50']:.0f}, p99 {reached_ms['p99']:.0f};"
-            f" p95 (target: <= {TARGET:.0f}) {reached(reached_ms['p95'], TARGET, at_most=True)}",
+            f" p95 (target: <= {TARGET:.0f}) {compare(reached_ms['p95'], TARGET, at_most=True)}",
             f"    a post, ms: p50 {posts['with']['p50']:.1f}, p99 {posts['with']['p99']:.1f};"
             f" without streams {posts['without']['p50']:.1f}, {posts['without']['p99']:.1f}",
             f"    memory of the process, MiB: {memory['with']:.0f}; without streams {memory['without']:.0f}",

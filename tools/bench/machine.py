@@ -99,7 +99,7 @@ def postmaster(connection: psycopg.Connection[Any]) -> list[int]:
         return []
 
 
-def described(env: dict[str, str]) -> dict[str, Any]:
+def describe(env: dict[str, str]) -> dict[str, Any]:
     """What the results are of: {"tree", "cores", "machine", "versions"}."""
     with psycopg.connect(env["DATABASE_URL"]) as connection:
         server = connection.info.parameter_status("server_version")

@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from tools.bench.environments import PEERS, python_of
-from tools.bench.stage import Stage
+from tools.bench.harness import BenchHarness
 from tools.dev import CommandError, last_lines
 from tools.dev.processes import finish
 
@@ -21,15 +21,15 @@ WORKERS: dict[str, tuple[str, str, list[str]]] = {
 
 
 @contextmanager
-def peer(stage: Stage, name: str) -> Iterator[tuple[Callable[..., None], Callable[[], int]]]:
+def peer(harness: BenchHarness, name: str) -> Iterator[tuple[Callable[..., None], Callable[[], int]]]:
     """A way to enqueue messages, and one to start the worker, which answers its process's id."""
     environment, program, command = WORKERS[name]
     python = python_of(environment)
-    env = {**stage.env, "STATEMENT": str(stage.data_dir / "statement.json"), "PYTHONPATH": str(PEERS)}
+    env = {**harness.env, "STATEMENT": str(harness.data_dir / "statement.json"), "PYTHONPATH": str(PEERS)}
     env["PATH"] = f"{python.parent}:{env['PATH']}"
     arguments = [*command[:-1], "--url", env["REDIS_URL"], command[-1]] if command[0] == "rq" else command
     with ExitStack() as running:
-        log = running.enter_context(open(stage.data_dir / "peer.log", "wb"))
+        log = running.enter_context(open(harness.data_dir / "peer.log", "wb"))
 
         def start(line: list[str], **pipes: Any) -> subprocess.Popen[str]:
             process = subprocess.Popen(line, cwd=PEERS, env=env, stderr=log, text=True, **pipes)
@@ -44,7 +44,7 @@ def peer(stage: Stage, name: str) -> Iterator[tuple[Callable[..., None], Callabl
             enqueuer.stdin.write("".join(f"{message_id}\n" for message_id in ids) + ("\n" if wait else ""))
             enqueuer.stdin.flush()
             if wait and enqueuer.stdout.readline() != "enqueued\n":
-                raise CommandError(f"{name} did not enqueue:\n{last_lines(stage.data_dir / 'peer.log')}")
+                raise CommandError(f"{name} did not enqueue:\n{last_lines(harness.data_dir / 'peer.log')}")
 
         def start_worker() -> int:
             return start([str(python.parent / arguments[0]), *arguments[1:]], stdout=log).pid

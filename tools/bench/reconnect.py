@@ -18,6 +18,7 @@ import psycopg
 
 from tools.dev import say
 from tools.dev.client import Client
+from tools.dev.harness import Harness
 
 MEMBERS = 10_000
 CLIENTS = 1_000
@@ -93,17 +94,17 @@ class Stream:
             writer.close()
 
 
-def reconnect(ground: Any, _: int, __: int) -> dict[str, Any]:
+def reconnect(harness: Harness, _: int, __: int) -> dict[str, Any]:
     """1,000 streams that come back at once after an hour of messages, and after ten seconds; then an attacker with
     positions of long ago. From opening to the first event, and what those who are connected wait for a message."""
-    return asyncio.run(_reconnect(ground))
+    return asyncio.run(_reconnect(harness))
 
 
-async def _reconnect(ground: Any) -> dict[str, Any]:
-    community = await asyncio.to_thread(ground.community, MEMBERS)
-    drill = _Drill(ground, community)
+async def _reconnect(harness: Harness) -> dict[str, Any]:
+    server = await asyncio.to_thread(harness.create_server, MEMBERS)
+    drill = _Drill(harness, server["channel_ids"][0])
     found: dict[str, Any] = {"clients": CLIENTS, "members": MEMBERS}
-    with ground.workers(1):
+    with harness.workers(1):
         connected = await drill.opened(drill.tokens[CLIENTS : CLIENTS + CONNECTED])
         clients = await drill.opened(drill.tokens[:CLIENTS])
         captured: list[str] = []
@@ -140,14 +141,14 @@ async def _reconnect(ground: Any) -> dict[str, Any]:
 
 
 class _Drill:
-    def __init__(self, ground: Any, community: dict[str, Any]) -> None:
-        place = urlsplit(ground.address)
+    def __init__(self, harness: Harness, channel_id: int) -> None:
+        place = urlsplit(harness.address)
         self.address = (place.hostname or "", place.port or 80)
-        self.channel_id = community["channel_ids"][0]
-        self.database = psycopg.connect(ground.env["DATABASE_URL"], autocommit=True)
+        self.channel_id = channel_id
+        self.database = psycopg.connect(harness.env["DATABASE_URL"], autocommit=True)
         self.database.execute("SET synchronous_commit = off")
-        self.author_id = ground.admin.id
-        self.poster = Client(ground.address, ground.client.token)
+        self.author_id = harness.admin.id
+        self.poster = Client(harness.address, harness.client.token)
         self.user_ids, self.tokens = self._people()
         self.enough = asyncio.Event()
 

@@ -12,6 +12,7 @@ from importlib import metadata
 from typing import Any
 
 from tools.dev import ROOT
+from tools.dev.harness import Harness
 
 LENGTH = 10_000  # characters: the greatest that a message may have
 VIEWS = 80  # of which the last 20 find everything in the cache of each web process
@@ -49,12 +50,12 @@ CRAFTED = {
 }
 
 
-def rendering(ground: Any, members: int, posts: int) -> dict[str, Any]:
+def rendering(harness: Harness, members: int, posts: int) -> dict[str, Any]:
     """Steps of ordinary texts; milliseconds, steps and HTML of crafted ones; a page of 50 of them, and a post."""
     figures = {**_ordinary(), **_crafted()}
     for piece in ("", "![![a](b", "[a]\n"):
-        figures |= _page(ground, piece)
-    return {**figures, **_many_names(ground)}
+        figures |= _page(harness, piece)
+    return {**figures, **_many_names(harness)}
 
 
 def crafted(piece: str, number: int = 0) -> str:
@@ -125,13 +126,14 @@ def _milliseconds(function: Callable[[str], Any], content: str) -> int:
     return round(min(took) * 1000)
 
 
-def _page(ground: Any, piece: str) -> dict[str, Any]:
+def _page(harness: Harness, piece: str) -> dict[str, Any]:
     """VIEWS of a channel with 50 crafted messages, one after another: the first, the slowest, and the last 20."""
-    community = ground.community(3)
+    server = harness.create_server(3)
+    channel_id = server["channel_ids"][0]
     for number in range(50 if piece else 0):
-        ground.post(community, crafted(piece, number))
-    view = _reader(ground)
-    path = f"/servers/{community['server_id']}/channels/{community['channel_ids'][0]}"
+        harness.post(channel_id, crafted(piece, number))
+    view = _reader(harness)
+    path = f"/servers/{server['server_id']}/channels/{channel_id}"
     took, sizes = [], []
     for _ in range(VIEWS):
         began = time.perf_counter()
@@ -145,7 +147,7 @@ def _page(ground: Any, piece: str) -> dict[str, Any]:
     }
 
 
-def _reader(ground: Any) -> Callable[[str], bytes]:
+def _reader(harness: Harness) -> Callable[[str], bytes]:
     """What a signed-in browser gets at a path."""
     opener = urllib.request.build_opener(
         urllib.request.ProxyHandler({}), urllib.request.HTTPCookieProcessor(CookieJar())
@@ -153,23 +155,23 @@ def _reader(ground: Any) -> Callable[[str], bytes]:
 
     def get(path: str, form: dict[str, str] | None = None) -> bytes:
         data = urllib.parse.urlencode(form).encode() if form else None
-        with opener.open(ground.address + path, data, timeout=60) as answer:
+        with opener.open(harness.address + path, data, timeout=60) as answer:
             body: bytes = answer.read()
         return body
 
     found = re.search(rb'name="csrf" value="([^"]+)"', get("/login"))
     assert found
-    get("/login", {"csrf": found[1].decode(), "token": ground.client.token})
+    get("/login", {"csrf": found[1].decode(), "token": harness.client.token})
     return get
 
 
-def _many_names(ground: Any) -> dict[str, Any]:
+def _many_names(harness: Harness) -> dict[str, Any]:
     """A post of names that nobody has: how long it takes, and how large the answer is."""
-    community = ground.community(3)
+    channel_id = harness.create_server(3)["channel_ids"][0]
     took, size = [], 0
     for number in range(10):
         content = " ".join(f"@{name:04}" for name in range(number, number + 1_660))
         began = time.perf_counter()
-        size = len(json.dumps(ground.post(community, content), ensure_ascii=False).encode())
+        size = len(json.dumps(harness.post(channel_id, content), ensure_ascii=False).encode())
         took.append((time.perf_counter() - began) * 1000)
     return {"post of 1,660 unknown names: p50 ms, bytes of the answer": f"{statistics.median(took):.0f}, {size:,}"}

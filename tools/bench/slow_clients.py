@@ -13,13 +13,11 @@ import threading
 import time
 from contextlib import suppress
 from http.client import HTTPConnection
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlsplit
 
 from tools.dev import CommandError, say
-
-if TYPE_CHECKING:
-    from tools.bench.drills import Ground
+from tools.dev.harness import Harness
 
 SLOW_HEADS, SLOW_BODIES, SILENT = 200, 200, 2_000
 SECONDS = 60.0  # longer than any time limit of the server but that of silent connections
@@ -99,7 +97,7 @@ class SlowClients:
                 one.close()
 
 
-def slow_clients(ground: "Ground", _: int, __: int) -> dict[str, Any]:
+def slow_clients(harness: Harness, _: int, __: int) -> dict[str, Any]:
     """`/healthz` and posts before, and while 200 slow heads, 200 slow bodies and 2,000 silent connections are open."""
     needed = 2 * (SLOW_HEADS + SLOW_BODIES + SILENT)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -107,16 +105,16 @@ def slow_clients(ground: "Ground", _: int, __: int) -> dict[str, Any]:
         if hard != resource.RLIM_INFINITY and hard < needed:
             raise CommandError(f"The drill needs {needed} open files (ulimit -Hn).")
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
-    where = urlsplit(ground.address)
+    where = urlsplit(harness.address)
     address = (where.hostname or "", where.port or 0)
-    community = ground.community(20)
-    ground.post(community, "warm")
+    channel_id = harness.create_server(20)["channel_ids"][0]
+    harness.post(channel_id)
     found: dict[str, Any] = {}
-    found |= _figures("before", *_probe(ground, address, community, SECONDS / 4))
+    found |= _figures("before", *_probe(harness, address, channel_id, SECONDS / 4))
     say(f"  {SLOW_HEADS} slow heads, {SLOW_BODIES} slow bodies, {SILENT:,} silent connections …")
-    clients = SlowClients(address, ground.client.token)
+    clients = SlowClients(address, harness.client.token)
     try:
-        found |= _figures("during", *_probe(ground, address, community, SECONDS))
+        found |= _figures("during", *_probe(harness, address, channel_id, SECONDS))
         found["during_connections_reopened"] = clients.reopened
     finally:
         clients.close()
@@ -124,7 +122,7 @@ def slow_clients(ground: "Ground", _: int, __: int) -> dict[str, Any]:
 
 
 def _probe(
-    ground: "Ground", address: tuple[str, int], community: dict[str, Any], seconds: float
+    harness: Harness, address: tuple[str, int], channel_id: int, seconds: float
 ) -> tuple[list[float], list[float]]:
     """Seconds of each `/healthz` and of each post. One without an answer took PATIENCE, or as long as it lasted."""
     healthz: list[float] = []
@@ -154,7 +152,7 @@ def _probe(
 
     threads = [
         threading.Thread(target=repeat, args=(healthz, ask_healthz)),
-        threading.Thread(target=repeat, args=(posts, lambda: ground.post(community, "gold breaks out"))),
+        threading.Thread(target=repeat, args=(posts, lambda: harness.post(channel_id))),
     ]
     for thread in threads:
         thread.start()

@@ -27,9 +27,9 @@ from belfry.fanout import decision
 from belfry.identity import tokens, users
 from models import Notification
 from tools.bench.filling import fill_partition, leave_partitions, timed
+from tools.bench.harness import BenchHarness, compare
 from tools.bench.large import AS_BELFRY, BARE_STATEMENT
-from tools.bench.stage import Stage, reached
-from tools.dev import ports, say
+from tools.dev import say
 from tools.dev.client import Client
 
 PER_PARTITION = 15  # messages to 100,000 members, of whom 70,000 are notified: a million rows
@@ -41,27 +41,27 @@ MARKED = 3_000
 RATE_TARGET, READ_TARGET = 0.85, 1.5
 
 
-def measure(stage: Stage, arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(harness: BenchHarness, arguments: argparse.Namespace) -> dict[str, Any]:
     """{"rows", "partitions", "empty_rows_per_s", "full_rows_per_s", "reads_ms", "marking"}."""
-    members = 100_000 if 100_000 in stage.communities else max(stage.communities)
-    channel_id = stage.communities[members]
-    stage.empty()
-    reader = _reader(stage, channel_id)
+    members = 100_000 if 100_000 in harness.large_channels else max(harness.large_channels)
+    channel_id = harness.large_channels[members]
+    harness.delete_notifications()
+    reader = _reader(harness, channel_id)
     reads: dict[str, dict[str, dict[str, float]]] = {}
-    with stage.web(), stage.workers(1):
+    with harness.web(), harness.workers(1):
         say(f"one message to {members:,}, into an empty table")
-        empty = [_notified(stage, channel_id, emptied=True) for _ in range(EMPTY_RUNS)]
-        stage.empty()
-        begun = [_notified(stage, channel_id) for _ in range(PER_PARTITION)]
+        empty = [_notified(harness, channel_id, emptied=True) for _ in range(EMPTY_RUNS)]
+        harness.delete_notifications()
+        begun = [_notified(harness, channel_id) for _ in range(PER_PARTITION)]
     _read_but_the_newest(reader, begun)
-    reads["few"] = _reads(stage, reader)
-    marking = _marking(stage, channel_id)
-    filled, seconds = _fill(stage, channel_id, members, arguments.rows)
-    with stage.web(), stage.workers(1, large=False):
+    reads["few"] = _reads(harness, reader)
+    marking = _marking(harness, channel_id)
+    filled, seconds = _fill(harness, channel_id, members, arguments.rows)
+    with harness.web(), harness.workers(1, large=False):
         say(f"one message to {members:,}, into a table of {filled:,}")
-        full = [_notified(stage, channel_id) for _ in range(PER_PARTITION)]
+        full = [_notified(harness, channel_id) for _ in range(PER_PARTITION)]
     _read_but_the_newest(reader, full)
-    reads["many"] = _reads(stage, reader)
+    reads["many"] = _reads(harness, reader)
     there = len(partitions.list_partitions())
     execute("TRUNCATE notification")
     return {
@@ -81,7 +81,7 @@ class _Reader(Client):
     user_id: int
 
 
-def _reader(stage: Stage, channel_id: int) -> _Reader:
+def _reader(harness: BenchHarness, channel_id: int) -> _Reader:
     """A member with an active subscription who wants to hear everything."""
     found = fetch_one(
         "SELECT min(m.user_id) AS user_id FROM channel c JOIN member m ON m.server_id = c.server_id"
@@ -90,18 +90,18 @@ def _reader(stage: Stage, channel_id: int) -> _Reader:
         {"id": channel_id},
     )
     assert found is not None
-    reader = _Reader(ports.address_of(stage.listening), tokens.create_token(users.find_user(found["user_id"]))[1])
+    reader = _Reader(harness.address, tokens.create_token(users.find_user(found["user_id"]))[1])
     reader.user_id = found["user_id"]
     return reader
 
 
-def _notified(stage: Stage, channel_id: int, *, emptied: bool = False) -> dict[str, Any]:
+def _notified(harness: BenchHarness, channel_id: int, *, emptied: bool = False) -> dict[str, Any]:
     """One message end to end."""
     if emptied:
-        stage.empty()
+        harness.delete_notifications()
     began = time.perf_counter()
-    message_id = stage.post(channel_id)
-    run = stage.wait(message_id)
+    message_id = harness.post(channel_id)["id"]
+    run = harness.wait_for_commit(message_id)
     return {"message_id": message_id, "rows_per_s": run["notifications_inserted"] / (time.perf_counter() - began)}
 
 
@@ -112,7 +112,7 @@ def _read_but_the_newest(reader: _Reader, notified: list[dict[str, Any]]) -> Non
     )
 
 
-def _reads(stage: Stage, reader: _Reader) -> dict[str, dict[str, float]]:
+def _reads(harness: BenchHarness, reader: _Reader) -> dict[str, dict[str, float]]:
     """By connections that began with the table as it is: none is older than five minutes, and what PostgreSQL has
     learned of its statements when there were few partitions it does not have when there are many."""
     asked = {
@@ -120,13 +120,13 @@ def _reads(stage: Stage, reader: _Reader) -> dict[str, dict[str, float]]:
         "page of the inbox": "/api/notifications?limit=10",
         "unread count": "/api/notifications/unread-count",
     }
-    with stage.web():
+    with harness.web():
         unread = reader.get("/api/notifications/unread-count")["unread"]
         assert unread == UNREAD, unread
         return {name: timed(partial(reader.get, path), READS, warm=WARM_READS) for name, path in asked.items()}
 
 
-def _fill(stage: Stage, channel_id: int, members: int, rows: int) -> tuple[int, float]:
+def _fill(harness: BenchHarness, channel_id: int, members: int, rows: int) -> tuple[int, float]:
     """Make so many rows, all read, in partitions; how many there are, and the seconds it took."""
     execute("TRUNCATE notification")
     partitions.maintain()
@@ -137,25 +137,25 @@ def _fill(stage: Stage, channel_id: int, members: int, rows: int) -> tuple[int, 
     began = time.perf_counter()
     with ThreadPoolExecutor(2) as pool:
         bounds = [first + one * partitions.PARTITION_SPAN for one in range(number)]
-        list(pool.map(lambda lower: _fill_partition(stage, channel_id, notified, lower), bounds))
+        list(pool.map(lambda lower: _fill_partition(harness, channel_id, notified, lower), bounds))
     execute(f"ALTER SEQUENCE message_id_seq RESTART WITH {first + number * partitions.PARTITION_SPAN}")
     leave_partitions()
     execute("VACUUM (ANALYZE)")
     execute("CHECKPOINT")
-    return stage.count(), time.perf_counter() - began
+    return harness.count_notifications(), time.perf_counter() - began
 
 
-def _fill_partition(stage: Stage, channel_id: int, notified: int, lower: int) -> None:
+def _fill_partition(harness: BenchHarness, channel_id: int, notified: int, lower: int) -> None:
     here = {"channel_id": channel_id, "notified": notified, "lower": lower, "upper": lower + PER_PARTITION - 1}
-    with psycopg.connect(stage.env["DATABASE_URL"], autocommit=True) as connection:
+    with psycopg.connect(harness.env["DATABASE_URL"], autocommit=True) as connection:
         connection.execute(
             "INSERT INTO message (id, channel_id, author_id, content)"
             " SELECT n, %(channel_id)s, %(author_id)s, 'gold'"
             " FROM generate_series(%(lower)s::bigint, %(upper)s::bigint) AS n",
-            {**here, "author_id": stage.admin.id},
+            {**here, "author_id": harness.admin.id},
         )
     fill_partition(
-        stage.env["DATABASE_URL"],
+        harness.env["DATABASE_URL"],
         lower,
         "SELECT user_id, message_id, now() AS read_at FROM ("
         "  SELECT m.user_id FROM member m JOIN channel c ON c.server_id = m.server_id WHERE c.id = %(channel_id)s"
@@ -165,19 +165,19 @@ def _fill_partition(stage: Stage, channel_id: int, notified: int, lower: int) ->
     )
 
 
-def _marking(stage: Stage, channel_id: int) -> dict[int, dict[str, float]]:
+def _marking(harness: BenchHarness, channel_id: int) -> dict[int, dict[str, float]]:
     """By fillfactor: the rate of the bare statement, and of marking read one by one, in an order of chance."""
     found: dict[int, dict[str, float]] = {}
-    with psycopg.connect(stage.env["DATABASE_URL"], autocommit=True) as connection:
+    with psycopg.connect(harness.env["DATABASE_URL"], autocommit=True) as connection:
         connection.execute(AS_BELFRY)
         for fillfactor in (100, 90):
             say(f"marking read with fillfactor {fillfactor}")
             rates = []
             for _ in range(3):
-                stage.empty()
+                harness.delete_notifications()
                 for one in partitions.list_partitions():
                     connection.execute(f"ALTER TABLE {one.name} SET (fillfactor = {fillfactor})")
-                (message_id,) = stage.new_messages([channel_id])
+                (message_id,) = harness.insert_messages([channel_id])
                 subject = decision.load_fanout_message(message_id)
                 assert subject is not None
                 began = time.perf_counter()
@@ -224,8 +224,8 @@ def table(results: dict[str, Any]) -> str:
         f"  one message to {results['members']:,}, each into an empty table     {empty:9,.0f} rows/s",
         f"  {PER_PARTITION}, one after the other, from an empty table on      {begun:9,.0f} rows/s",
         f"  {PER_PARTITION}, one after the other, from all those rows on      {full:9,.0f} rows/s",
-        f"  to the like from an empty table on (target: >= {RATE_TARGET}) {reached(full / begun, RATE_TARGET)};"
-        f" to an empty table each {reached(full / empty, RATE_TARGET)}",
+        f"  to the like from an empty table on (target: >= {RATE_TARGET}) {compare(full / begun, RATE_TARGET)};"
+        f" to an empty table each {compare(full / empty, RATE_TARGET)}",
         f"  {'over HTTP':28} {'few: p50':>9} {'p95':>8}   {'many: p50':>10} {'p95':>8}"
         f"   p95 (target: <= {READ_TARGET})",
     ]
@@ -233,7 +233,7 @@ def table(results: dict[str, Any]) -> str:
         many = results["reads_ms"]["many"][name]
         lines.append(
             f"  {name:28} {few['p50']:6.2f} ms {few['p95']:5.2f} ms   {many['p50']:7.2f} ms {many['p95']:5.2f} ms"
-            f"   {reached(many['p95'] / few['p95'], READ_TARGET, at_most=True)}"
+            f"   {compare(many['p95'] / few['p95'], READ_TARGET, at_most=True)}"
         )
     for fillfactor, one in results["marking"].items():
         lines.append(

@@ -25,7 +25,7 @@ from belfry.fanout import runs
 from belfry.identity import tokens
 from belfry.queue import queues
 from models import Channel, Message, Server
-from tools.bench.stage import Stage, reached
+from tools.bench.harness import BenchHarness, compare
 from tools.dev import CommandError, say, stack
 
 PATIENCE = 30.0  # seconds for one answer
@@ -111,11 +111,11 @@ def request_of(token: str, body: dict[str, Any]) -> bytes:
 class Bench:
     """An admin who posts, and a channel of each size: {members: channel id}."""
 
-    def __init__(self, stage: Stage) -> None:
-        self.env, self.data_dir, self.author = stage.env, stage.data_dir, stage.admin
+    def __init__(self, harness: BenchHarness) -> None:
+        self.env, self.data_dir, self.author = harness.env, harness.data_dir, harness.admin
         _, self.token = tokens.create_token(self.author)
-        large = max(stage.communities)
-        self.channels = {SMALL: seeding.seed(SMALL, 1)["channel_ids"][0], large: stage.communities[large]}
+        large = max(harness.large_channels)
+        self.channels = {SMALL: seeding.seed(SMALL, 1)["channel_ids"][0], large: harness.large_channels[large]}
         self.bare_channel = Channel.create(server=Server.create(name="bare"), name="general").id
 
     @contextmanager
@@ -202,10 +202,10 @@ def _figures(loads: list[Load]) -> dict[str, float]:
     }
 
 
-def measure(stage: Stage, arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(harness: BenchHarness, arguments: argparse.Namespace) -> dict[str, Any]:
     """{"bare", "belfry", "ratio", "audiences": {members: figures}, "during_a_fanout"}: posts beside the bare route; to
     both communities; and to the small one while a worker notifies the large one."""
-    bench = Bench(stage)
+    bench = Bench(harness)
     bare: list[Load] = []
     belfry: list[Load] = []
     audiences: dict[int, list[Load]] = {size: [] for size in bench.channels}
@@ -245,6 +245,6 @@ def table(results: dict[str, Any]) -> str:
             f"  {name:34} {found['requests_per_s']:11,.0f} {found['p50_ms']:6.2f} ms {found['p99_ms']:7.2f} ms"
         )
     lines.append(
-        f"  Belfry to the bare route, median of pairs (target: >= {TARGET}): {reached(results['ratio'], TARGET)}"
+        f"  Belfry to the bare route, median of pairs (target: >= {TARGET}): {compare(results['ratio'], TARGET)}"
     )
     return "\n".join(lines)
