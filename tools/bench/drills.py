@@ -1,7 +1,7 @@
-"""`make drill ARGS="mention stop outage backlog"`: what the documents say of a busy, a broken and an attacked Belfry.
+"""`make drill ARGS="mention stop outage backlog"`: measure Belfry when it is busy, broken or attacked.
 
-It sets up servers of its own, as the demo does, checks every notification after each as `verify` does, and prints
-the figures, and them as JSON in the last line. Without a name, all of them.
+Starts its own servers, runs `verify` after each drill, and prints the figures; the last line has all of them as JSON.
+Without a name, it runs all drills.
 """
 
 import argparse
@@ -27,12 +27,12 @@ from tools.dev.client import Client
 from tools.dev.harness import TIMEOUT_SECONDS, UNDER_LOAD, Harness
 
 PAUSE = 0.15  # seconds between two mentions
-TURNS = 5  # fan-outs during which mentions are posted: enough of them for a p95
+FANOUTS = 5  # during which mentions are posted: enough mentions for a p95
 
 
 def mention(harness: Harness, members: int, _: int) -> dict[str, Any]:
-    """A personal mention posted elsewhere while a message goes to so many members by two workers: until it is in the
-    inbox of the mentioned, as they see it over HTTP."""
+    """A mention in another server while two workers process a message to many members: seconds until it is in the
+    inbox, over HTTP."""
     from belfry.identity import users
 
     large = harness.create_server(members)["channel_ids"][0]
@@ -44,8 +44,8 @@ def mention(harness: Harness, members: int, _: int) -> dict[str, Any]:
     with harness.workers(2):
         harness.wait_for_run(harness.post(small)["run"]["id"])
         alone = [_seconds_to_inbox(harness, small, name, reader) for _ in range(20)]
-        for turn in range(TURNS):
-            say(f"  fan-out to {members:,}: {turn + 1} of {TURNS}")
+        for turn in range(FANOUTS):
+            say(f"  fan-out to {members:,}: {turn + 1} of {FANOUTS}")
             message = harness.post(large, "gold breaks out")
             run_id = message["run"]["id"]
             harness.wait_for_run(run_id, lambda run: run["progress"]["done"] > 0)
@@ -84,7 +84,7 @@ def _seconds_to_inbox(harness: Harness, channel_id: int, name: str, reader: Clie
 
 
 def stop(harness: Harness, members: int, _: int) -> dict[str, Any]:
-    """SIGTERM for the only worker in the midst of a fan-out to so many members; then another one comes."""
+    """SIGTERM for the only worker during a fan-out to many members; then another worker starts."""
     large = harness.create_server(members)["channel_ids"][0]
     with harness.workers(1) as (worker,):
         run_id = harness.post(large, "gold breaks out")["run"]["id"]
@@ -108,7 +108,7 @@ def stop(harness: Harness, members: int, _: int) -> dict[str, Any]:
 
 
 def outage(harness: Harness, _: int, __: int) -> dict[str, Any]:
-    """100 posts while Redis is down; it comes back empty."""
+    """100 posts while Redis is down; it returns empty."""
     small = harness.create_server(50)["channel_ids"][0]
     with harness.workers(2):
         harness.wait_for_run(harness.post(small)["run"]["id"])
@@ -134,7 +134,7 @@ def outage(harness: Harness, _: int, __: int) -> dict[str, Any]:
 
 
 def backlog(harness: Harness, _: int, posts: int) -> dict[str, Any]:
-    """So many posts while no worker runs, by four authors at once; then two workers come."""
+    """Posts by four authors at once while no worker runs; then two workers start."""
     small = harness.create_server(20)["channel_ids"][0]
     client = harness.redis()
     empty, took, lock = _used(client), [], threading.Lock()
@@ -209,9 +209,9 @@ DRILLS = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="make drill", description=__doc__)
-    parser.add_argument("names", nargs="*", choices=[*DRILLS, []], help="which; all of them unless given")
-    parser.add_argument("--members", type=int, default=1_000_000, help="of the large audience (1000000)")
-    parser.add_argument("--posts", type=int, default=100_000, help="of the backlog (100000)")
+    parser.add_argument("names", nargs="*", choices=[*DRILLS, []], help="drills to run (all)")
+    parser.add_argument("--members", type=int, default=1_000_000, help="members of the large server (%(default)s)")
+    parser.add_argument("--posts", type=int, default=100_000, help="posts of the backlog (%(default)s)")
     arguments = parser.parse_args()
     return signals.exit_status(lambda: _drill(arguments))
 

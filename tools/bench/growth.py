@@ -1,8 +1,8 @@
-"""A part of `make bench`: what grows with the audience, and with the number of servers.
+"""A part of `make bench`: growth with the audience, and with the number of servers.
 
 - One message to 1,000 members, and to ten, a hundred and a thousand times as many, end to end, with one worker and two.
-- The same number of messages at once to one server of 57, and shared by 100 such servers, through the queue: from the
-  first enqueueing to the last committed row, by one worker and by two, which run already.
+- The same number of messages at once to one server of 57, and to 100 such servers: from the first enqueueing to the
+  last committed row, by one worker and by two, which are running and warm.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def _audience(harness: BenchHarness, members: int, workers: list[Child]) -> dict
 
 
 def _burst(harness: BenchHarness, channel_ids: list[int]) -> float:
-    """Messages a second."""
+    """Return the messages a second."""
     harness.delete_notifications()
     ids = harness.insert_messages(channel_ids, BURST // len(channel_ids))
     parts = [WorkItem(run_id) for run_id in queued_runs(ids)]
@@ -76,7 +76,7 @@ def _all_finished() -> bool:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The results for people."""
+    """Format the results."""
     one, two = (results["audiences"][workers] for workers in ("1", "2"))
     lines = [
         f"One message end to end; medians of {results['runs']}, above 100,000 once",

@@ -137,9 +137,3 @@ class BenchHarness(harness.Harness):
             if large:
                 self.wait_for_commit(self.post(self.warm_up_channel)["id"])
             yield children
-
-
-def compare(value: float, target: float, *, at_most: bool = False) -> str:
-    """Format a figure with the result of its comparison with the target."""
-    good = value <= target if at_most else value >= target
-    return f"{value:.2f} {'reached' if good else 'MISSED'}"

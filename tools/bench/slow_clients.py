@@ -1,9 +1,9 @@
-"""A drill: other people's requests while slow and silent clients keep as many connections open as they can.
+"""A drill: requests of other users while slow and silent clients keep as many connections open as they can.
 
 SLOW_HEADS send a byte of a request head every few seconds, SLOW_BODIES a byte of a body (half `POST /login`, half
-`POST /api/messages`; every fourth announces a body and sends nothing), SILENT nothing. All have one address, and
-what the server closes is opened again at once. Meanwhile `/healthz` is asked and messages are posted, each over a new
-connection. `WEB_CONCURRENCY=1 make drill ARGS=slow_clients` does the same with one web process.
+`POST /api/messages`; every fourth announces a body and sends nothing), SILENT nothing. All have the
+same IP address, and reopen a closed connection at once. Meanwhile `/healthz` is requested and messages are posted, each
+over a new connection. `WEB_CONCURRENCY=1 make drill ARGS=slow_clients` runs it with one web process.
 """
 
 import resource
@@ -20,15 +20,15 @@ from tools.dev import CommandError, say
 from tools.dev.harness import Harness
 
 SLOW_HEADS, SLOW_BODIES, SILENT = 200, 200, 2_000
-SECONDS = 60.0  # longer than any time limit of the server but that of silent connections
+SECONDS = 60.0  # longer than all time limits of the server, except that of silent connections
 PACE_SECONDS = 3.0  # between two bytes of one slow client
 PROBE_SECONDS = 0.1
-PATIENCE = 10.0  # for one answer
+RESPONSE_SECONDS = 10.0
 TARGET_SECONDS = 2.0
 
 
 class SlowClients:
-    """Keeps its connections open, and sends their bytes, in a thread of its own until `close`."""
+    """Keep the connections open, and send their bytes, in a thread until `close`."""
 
     def __init__(self, address: tuple[str, int], token: str) -> None:
         self.address = address
@@ -124,12 +124,12 @@ def slow_clients(harness: Harness, _: int, __: int) -> dict[str, Any]:
 def _probe(
     harness: Harness, address: tuple[str, int], channel_id: int, seconds: float
 ) -> tuple[list[float], list[float]]:
-    """Seconds of each `/healthz` and of each post. One without an answer took PATIENCE, or as long as it lasted."""
+    """Return the seconds of each `/healthz` and of each post, at least RESPONSE_SECONDS for one that failed."""
     healthz: list[float] = []
     posts: list[float] = []
 
-    def ask_healthz() -> None:
-        connection = HTTPConnection(*address, timeout=PATIENCE)
+    def request_healthz() -> None:
+        connection = HTTPConnection(*address, timeout=RESPONSE_SECONDS)
         try:
             connection.request("GET", "/healthz")
             answer = connection.getresponse()
@@ -139,19 +139,19 @@ def _probe(
         finally:
             connection.close()
 
-    def repeat(took: list[float], ask: Any) -> None:
+    def repeat(took: list[float], request: Any) -> None:
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             began = time.perf_counter()
             try:
-                ask()
+                request()
                 took.append(time.perf_counter() - began)
             except (OSError, CommandError):
-                took.append(max(PATIENCE, time.perf_counter() - began))
+                took.append(max(RESPONSE_SECONDS, time.perf_counter() - began))
             time.sleep(PROBE_SECONDS)
 
     threads = [
-        threading.Thread(target=repeat, args=(healthz, ask_healthz)),
+        threading.Thread(target=repeat, args=(healthz, request_healthz)),
         threading.Thread(target=repeat, args=(posts, lambda: harness.post(channel_id))),
     ]
     for thread in threads:
