@@ -1,6 +1,6 @@
 """Failpoints: named points of the code at which `make chaos` kills a process and tests interfere.
 
-Without a on_failpoint, as in production, a failpoint costs one comparison.
+Without a listener (`on_failpoint`), as in production, a failpoint costs one comparison.
 """
 
 from collections.abc import Callable

@@ -122,7 +122,7 @@ class BatchRecord:
     def start(self, job_ids: Sequence[str], ttl: int) -> None:
         """Move jobs from the queue into the started registry, where RQ takes them for abandoned after `ttl` seconds.
 
-        The command is sent, and its response is read by `end`: a lone message would wait for it.
+        The response is read in `end`, so that a lone message does not wait for it.
         """
         worker = self._worker
         keys = [self._queue.key, self._queue.started_job_registry.key, worker.executions_key, worker.key]

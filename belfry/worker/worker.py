@@ -20,7 +20,7 @@ from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
-from rq import SimpleWorker
+from rq import SimpleWorker, worker_registration
 from rq.exceptions import StopRequested
 from rq.job import Job
 from rq.queue import Queue
@@ -76,13 +76,19 @@ class BelfryWorker(SimpleWorker):  # type: ignore[misc]
                 log.error("an entry of a queue is not a job id and is dropped: %a", error.object[:100])
 
     def heartbeat(self, timeout: int | None = None, pipeline: Any = None) -> None:
-        """Extend the worker's life as RQ does, in one round trip in place of three: this comes before each job."""
+        """Extend the worker's life as RQ does, in one round trip in place of three, because it precedes each job.
+
+        Where Redis has lost the worker, as after a restart without its data, the worker is registered again.
+        """
         if pipeline is not None:
             super().heartbeat(timeout, pipeline)
             return
         with self.connection.pipeline(transaction=False) as own_pipeline:
             super().heartbeat(timeout, own_pipeline)
-            own_pipeline.execute()
+            is_new = own_pipeline.execute()[0]
+        if is_new:
+            self.connection.hset(self.key, mapping=self.serialize())
+            worker_registration.register(self)
 
     def run_maintenance_tasks(self) -> None:
         """Clean RQ's registries. Entries that RQ cannot read do not stop the worker."""

@@ -13,6 +13,7 @@ import psutil
 import pytest
 from redis import Redis
 from redis.connection import AbstractConnection
+from rq import Worker
 from rq.exceptions import StopRequested
 
 import jobs
@@ -402,5 +403,16 @@ def test_a_heartbeat_takes_one_round_trip_and_extends_the_expiry_of_the_worker(r
     monkeypatch.setattr(AbstractConnection, "send_packed_command", record)
     one.heartbeat()
     assert len(sent) == 1
+    assert redis.ttl(one.key) > 60
+    one.register_death()
+
+
+def test_a_worker_is_registered_again_after_redis_lost_its_data(redis):
+    one = worker.BelfryWorker([queues.queue()], connection=redis)
+    one.register_birth()
+    redis.flushdb()
+    one.heartbeat()
+    assert [found.name for found in Worker.all(connection=redis)] == [one.name]
+    assert redis.hget(one.key, "birth")
     assert redis.ttl(one.key) > 60
     one.register_death()
