@@ -33,13 +33,13 @@ def written(post) -> list[int]:
 @contextmanager
 def written_late(author: Person, channel_id: int) -> Iterator[int]:
     """A message that has its id, and that nobody sees before this is over; then it is notified."""
-    written, go_on, posted = threading.Event(), threading.Event(), []
+    written, run_module, posted = threading.Event(), threading.Event(), []
 
     def write() -> None:
         with db.atomic():
             posted.append(messages.post_message(author.user, channel_id, "late"))
             written.set()
-            go_on.wait()
+            run_module.wait()
         enqueue_run(posted[0].run_id)
         db.close()
 
@@ -47,7 +47,7 @@ def written_late(author: Person, channel_id: int) -> Iterator[int]:
     writer.start()
     assert written.wait(30)
     yield posted[0].message["id"]
-    go_on.set()
+    run_module.set()
     writer.join()
 
 

@@ -133,10 +133,10 @@ def test_a_worker_that_hangs_is_overtaken_and_writes_nothing_later(cast, doomed,
             nonlocal message_id, run_id
             message_id, run_id = enqueue(cast.subscriber, cast.general)
             time.sleep(0.3)
-            return (doomed / "deaths").exists()
+            return (doomed / "hits").exists()
 
         wait_until(post_until_a_worker_hangs, "the doomed worker to reach the failpoint")
-        horse, stuck = map(int, (doomed / "deaths").read_text().split()[1:3])
+        horse, stuck = map(int, (doomed / "hits").read_text().split()[1:3])
         try:
             wait_for_success(stuck)
             assert Run.get_by_id(stuck).attempts == 2

@@ -8,9 +8,9 @@ from datetime import UTC, datetime, timedelta
 
 import time_machine
 
-from tools.chaos.process_under_test import go_on
+from tools.chaos.process_under_test import run_module
 
 if __name__ == "__main__":
     seconds, *arguments = sys.argv[1:]
     time_machine.travel(datetime.now(UTC) + timedelta(seconds=int(seconds))).start()
-    go_on(arguments)
+    run_module(arguments)

@@ -8,7 +8,7 @@ import sys
 import time
 
 from belfry.fanout import fanout
-from tools.chaos.process_under_test import go_on
+from tools.chaos.process_under_test import run_module
 
 
 def main() -> None:
@@ -20,7 +20,7 @@ def main() -> None:
         return process_batch(run_ids)
 
     fanout.process_batch = hang
-    go_on(sys.argv[1:])
+    run_module(sys.argv[1:])
 
 
 if __name__ == "__main__":

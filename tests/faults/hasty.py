@@ -8,7 +8,7 @@ import sys
 
 from belfry.core import db
 from belfry.fanout import claims
-from tools.chaos.process_under_test import go_on
+from tools.chaos.process_under_test import run_module
 
 TWENTIETH = 0.05
 
@@ -20,7 +20,7 @@ def main() -> None:
         assert claims._SWEEP_BACKOFF_SQL in statement
         faster = f"{TWENTIETH} * {claims._SWEEP_BACKOFF_SQL}"
         setattr(claims, name, statement.replace(claims._SWEEP_BACKOFF_SQL, faster))
-    go_on(sys.argv[1:])
+    run_module(sys.argv[1:])
 
 
 if __name__ == "__main__":

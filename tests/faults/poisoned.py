@@ -3,7 +3,7 @@
 import sys
 
 from belfry.stream import resuming
-from tools.chaos.process_under_test import go_on
+from tools.chaos.process_under_test import run_module
 
 POISON = "7777:7777:"
 
@@ -17,7 +17,7 @@ def main() -> None:
         return real(clients, here, most)
 
     resuming.missed_updates = missed
-    go_on(sys.argv[1:])
+    run_module(sys.argv[1:])
 
 
 if __name__ == "__main__":

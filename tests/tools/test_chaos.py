@@ -19,12 +19,12 @@ from belfry.messages import messages
 from tests.fanout_helpers import run_to_end
 from tests.oracle import Preference
 from tests.processes import a_web_process
-from tools.chaos.__main__ import ends_well
+from tools.chaos.__main__ import has_passed
 from tools.chaos.audit import audit
-from tools.chaos.load import Diary, Posted, Text
+from tools.chaos.harness import FailpointHit, ProgressEvent
+from tools.chaos.load import History, PostedMessage, Revision
 from tools.chaos.process_under_test import KILL, KILL_WITH_PARENT, STOP
-from tools.chaos.recovery import OWN, Blow, blow_of, parts_of, recoveries
-from tools.chaos.stage import Death, Sign
+from tools.chaos.recovery import RUN_ITSELF, Fault, fault_of, recoveries, work_items_of
 from tools.chaos.world import World, make_world
 from tools.dev import ROOT
 from tools.dev.processes import finish
@@ -72,31 +72,32 @@ def test_every_point_is_in_the_code_and_every_one_in_the_code_is_known():
 # How recovery is measured ---------------------------------------------------------------------------------
 
 
-def signs(*of: tuple[float, str, str]) -> list[Sign]:
-    return [Sign(when, 1, after, point) for when, after, point in of]
+def events(*of: tuple[float, str, str]) -> list[ProgressEvent]:
+    return [ProgressEvent(when, 1, after, point) for when, after, point in of]
 
 
-LARGE = signs(
-    (1, OWN, "run.claimed"), (2, OWN, "run.committed"), (3, "0", "slice.claimed"), (4, "50", "slice.claimed"),
+LARGE = events(
+    (1, RUN_ITSELF, "run.claimed"), (2, RUN_ITSELF, "run.committed"),
+    (3, "0", "slice.claimed"), (4, "50", "slice.claimed"),
     (5, "50", "slice.committed"), (6, "0", "attempt.recorded"), (7, "99", "slice.claimed"), (12, "0", "slice.claimed"),
     (13, "0", "slice.committed"), (40, "99", "slice.claimed"), (41, "99", "slice.committed"),
 )  # fmt: skip
 
 
 def test_a_part_has_gone_on_with_its_next_sign_of_life():
-    own, *_ = parts_of(1, 0.0, 41.0, LARGE)
+    own, *_ = work_items_of(1, 0.0, 41.0, LARGE)
     assert [own.wait(when) for when in (-0.1, 0, 0.5, 1, 1.5, 2, 3)] == [None, 1, 0.5, 1, 0.5, None, None]
 
 
 def test_slices_are_open_from_when_the_runs_own_part_is_committed_until_they_are_themselves():
-    _, zero, fifty, ninety_nine = parts_of(1, 0.0, 41.0, LARGE)
+    _, zero, fifty, ninety_nine = work_items_of(1, 0.0, 41.0, LARGE)
     assert [fifty.wait(when) for when in (1.9, 2, 4, 4.5, 5)] == [None, 2, 1, 0.5, None]
     assert [zero.wait(when) for when in (3.5, 6, 11, 12, 13)] == [2.5, None, None, 1, None], "but for its retry"
     assert [ninety_nine.wait(when) for when in (7, 8, 40)] == [33, 32, 1]
 
 
 def test_what_died_before_it_could_say_so_is_over_with_the_run():
-    own, first = parts_of(1, 0.0, 9.0, signs((1, OWN, "run.claimed"), (5, "0", "slice.claimed")))
+    own, first = work_items_of(1, 0.0, 9.0, events((1, RUN_ITSELF, "run.claimed"), (5, "0", "slice.claimed")))
     assert (own.wait(2), own.wait(5), first.wait(6), first.wait(9)) == (3, None, 3, None)
 
 
@@ -107,19 +108,19 @@ RUNS = [
 ]
 
 
-def recovered(*blows: Blow) -> list[tuple[float, int, str]]:
-    return [found[:3] for found in recoveries(blows, RUNS, LARGE, now=100.0)]
+def recovered(*faults: Fault) -> list[tuple[float, int, str]]:
+    return [found[:3] for found in recoveries(faults, RUNS, LARGE, now=100.0)]
 
 
 def test_the_recovery_of_a_current_slice_counts_only_its_own_progress():
-    assert recovered(Blow(8, "kill", 1, "99")) == [(32, 1, "99")]
-    assert recovered(Blow(12.5, "kill", 1, "0")) == [(0.5, 1, "0")]
-    assert recovered(Blow(2, "kill", 1)) == [(5, 1, "99")], "and when the part is done: its slices"
-    assert recovered(Blow(50, "kill", 1)) == [], "there was nothing to do"
+    assert recovered(Fault(8, "kill", 1, "99")) == [(32, 1, "99")]
+    assert recovered(Fault(12.5, "kill", 1, "0")) == [(0.5, 1, "0")]
+    assert recovered(Fault(2, "kill", 1)) == [(5, 1, "99")], "and when the part is done: its slices"
+    assert recovered(Fault(50, "kill", 1)) == [], "there was nothing to do"
 
 
 def test_where_the_current_work_item_is_unknown_the_slowest_recovery_counts():
-    assert recovered(Blow(50, "Redis emptied")) == [(50, 3, OWN)]
+    assert recovered(Fault(50, "Redis emptied")) == [(50, 3, RUN_ITSELF)]
 
 
 @pytest.mark.parametrize(
@@ -129,8 +130,8 @@ def test_where_the_current_work_item_is_unknown_the_slowest_recovery_counts():
      ("attempt.failed", KILL, True)],
 )  # fmt: skip
 def test_only_a_work_horse_has_nothing_but_its_current_work_item(point, action, known):
-    blow = blow_of(Death(1.0, 4711, 1, "50", point, action))
-    assert (blow.run_id, blow.after) == ((1, "50") if known else (None, OWN))
+    fault = fault_of(FailpointHit(1.0, 4711, 1, "50", point, action))
+    assert (fault.run_id, fault.after) == ((1, "50") if known else (None, RUN_ITSELF))
 
 
 # What the audit finds -------------------------------------------------------------------------------------
@@ -143,26 +144,26 @@ def address() -> Iterator[str]:
 
 
 @pytest.fixture
-def play(monkeypatch, address) -> tuple[World, Diary, str]:
+def chaos_run(monkeypatch, address) -> tuple[World, History, str]:
     """A small world in which one message was posted and notified; where a web process answers; and no fault."""
     monkeypatch.setattr("tools.chaos.world.SMALL_MEMBERS", 24)
     monkeypatch.setattr("tools.chaos.world.LARGE_MEMBERS", 10)
     world = make_world()
-    return world, Diary(posted=[a_message(world, "gold")]), address
+    return world, History(posted=[a_message(world, "gold")]), address
 
 
-def a_message(world: World, content: str) -> Posted:
+def a_message(world: World, content: str) -> PostedMessage:
     channel_id, author = world.small.channels["general"], users.find_user(world.admin)
     sent_at = time.time()
     posted = messages.post_message(author, channel_id, content)
     run_to_end(posted.run_id)
-    text = {content: Text(content)}
-    return Posted(posted.message["id"], posted.run_id, world.small, channel_id, world.admin, sent_at, text)
+    text = {content: Revision(content)}
+    return PostedMessage(posted.message["id"], posted.run_id, world.small, channel_id, world.admin, sent_at, text)
 
 
-def found(play: tuple[World, Diary, str]) -> dict[str, int]:
+def found(chaos_run: tuple[World, History, str]) -> dict[str, int]:
     """{kind: how many}, of what was found."""
-    findings = audit(*play)
+    findings = audit(*chaos_run)
     kinds = ("missing", "duplicates", "wrong_decision", "unresolved_runs")
     return {kind: len(getattr(findings, kind)) for kind in kinds if getattr(findings, kind)}
 
@@ -170,23 +171,24 @@ def found(play: tuple[World, Diary, str]) -> dict[str, int]:
 def somebody_notified(world: World) -> int:
     """A member who was notified, and changes nothing."""
     notified = fetch_all("SELECT user_id FROM notification ORDER BY 1")
-    return next(one["user_id"] for one in notified if one["user_id"] not in world.changing)
+    return next(one["user_id"] for one in notified if one["user_id"] not in world.changing_users)
 
 
-def test_the_audit_finds_nothing_where_nothing_is_off(play):
-    world, diary, _ = play
-    assert found(play) == {}
-    diary.posted += [a_message(world, "silver @everyone"), a_message(world, "lead")]
+def test_the_audit_finds_nothing_where_nothing_is_off(chaos_run):
+    world, history, _ = chaos_run
+    assert found(chaos_run) == {}
+    history.posted += [a_message(world, "silver @everyone"), a_message(world, "lead")]
     messages.edit_message(users.find_user(world.admin), 2, "copper")
-    diary.posted[1].revisions = {"silver @everyone": Text("silver @everyone", everyone=True), "copper": Text("copper")}
+    revisions = (Revision("silver @everyone", everyone=True), Revision("copper"))
+    history.posted[1].revisions = {revision.content: revision for revision in revisions}
     messages.delete_message(users.find_user(world.admin), 3)
-    diary.posted[2].deleted = True
+    history.posted[2].deleted = True
     for run in fetch_all("SELECT id FROM run ORDER BY id"):
         run_to_end(run["id"])
-    findings = audit(*play)
+    findings = audit(*chaos_run)
     assert findings.all() == []
-    assert findings.predicted + findings.allowed_for == 2 * len(world.small.members)
-    assert 0 < findings.allowed_for <= len(world.changing)
+    assert findings.predicted + findings.ambiguous == 2 * len(world.small.members)
+    assert 0 < findings.ambiguous <= len(world.changing_users)
 
 
 @pytest.mark.parametrize(
@@ -206,62 +208,63 @@ def test_the_audit_finds_nothing_where_nothing_is_off(play):
     ],
     ids=["missing", "reason", "outsider", "edited", "deleted", "failed", "counted"],
 )
-def test_the_audit_finds_what_is_off(play, fault, kinds):
-    world, _, _ = play
+def test_the_audit_finds_what_is_off(chaos_run, fault, kinds):
+    world, _, _ = chaos_run
     outsider = users.create_user("outsider").id
     execute(fault.format(notified=somebody_notified(world), outsider=outsider))
-    assert found(play) == kinds
+    assert found(chaos_run) == kinds
 
 
-def test_the_audit_finds_what_was_answered_and_did_not_happen(play):
-    _, diary, _ = play
-    (posted,) = diary.posted
-    posted.revisions["silver"] = Text("silver")
-    assert found(play) == {"wrong_decision": 1}
-    posted.stragglers.add("gold")
-    assert found(play) == {}, "it may have come late"
+def test_the_audit_finds_what_was_answered_and_did_not_happen(chaos_run):
+    _, history, _ = chaos_run
+    (posted,) = history.posted
+    posted.revisions["silver"] = Revision("silver")
+    assert found(chaos_run) == {"wrong_decision": 1}
+    posted.late_revisions.add("gold")
+    assert found(chaos_run) == {}, "it may have come late"
     posted.deleted = True
-    assert found(play) == {"wrong_decision": 1}
+    assert found(chaos_run) == {"wrong_decision": 1}
 
 
-def test_the_audit_finds_messages_that_nobody_or_two_requests_made_or_that_are_gone(play):
-    world, diary, _ = play
+def test_the_audit_finds_messages_that_nobody_or_two_requests_made_or_that_are_gone(chaos_run):
+    world, history, _ = chaos_run
     a_message(world, "silver")
-    assert found(play) == {"duplicates": 1}
-    diary.posted += [diary.posted[0]]
-    assert found(play) == {"duplicates": 2}
-    diary.posted[:] = [replace(diary.posted[0], id=99), *diary.posted[:1], replace(diary.posted[0], id=2)]
-    assert found(play)["missing"] >= 1
+    assert found(chaos_run) == {"duplicates": 1}
+    history.posted += [history.posted[0]]
+    assert found(chaos_run) == {"duplicates": 2}
+    history.posted[:] = [replace(history.posted[0], id=99), *history.posted[:1], replace(history.posted[0], id=2)]
+    assert found(chaos_run)["missing"] >= 1
 
 
-def test_the_audit_finds_what_was_read_and_is_not_any_more(play):
-    world, diary, _ = play
+def test_the_audit_finds_what_was_read_and_is_not_any_more(chaos_run):
+    world, history, _ = chaos_run
     reader = somebody_notified(world)
-    diary.read.append((reader, diary.posted[0].id))
-    assert found(play) == {"duplicates": 1}
+    history.read.append((reader, history.posted[0].id))
+    assert found(chaos_run) == {"duplicates": 1}
     execute(f"UPDATE notification SET read_at = now() WHERE user_id = {reader}")
-    assert found(play) == {}
+    assert found(chaos_run) == {}
     execute(f"DELETE FROM notification WHERE user_id = {reader}")
-    assert found(play) == {"missing": 2, "wrong_decision": 1}
+    assert found(chaos_run) == {"missing": 2, "wrong_decision": 1}
 
 
-def test_what_somebody_changed_is_predicted_again_once_its_request_was_answered(play):
-    world, _, _ = play
-    channel_id, user_id = world.small.channels["general"], world.changing[0]
-    matter = (user_id, channel_id)
-    with world.change(matter, Preference("none")):
+def test_what_somebody_changed_is_predicted_again_once_its_request_was_answered(chaos_run):
+    world, _, _ = chaos_run
+    channel_id, user_id = world.small.channels["general"], world.changing_users[0]
+    key = (user_id, channel_id)
+    with world.change(key, Preference("none")):
         pass
     later = time.time() + 1
-    assert world.possible(matter, later, later) == [Preference("none")]
-    with world.change(matter, Preference("all")) as change:
+    assert world.possible_settings(key, later, later) == [Preference("none")]
+    with world.change(key, Preference("all")) as change:
         change.attempts = 2
-    with world.change(matter, Preference("mentions")):
+    with world.change(key, Preference("mentions")):
         pass
-    assert world.possible(matter, later, later) == [Preference("all"), Preference("mentions")], "one may come late"
+    possible = world.possible_settings(key, later, later)
+    assert possible == [Preference("all"), Preference("mentions")], "one may come late"
 
 
-def test_it_ends_well_where_nothing_was_found_and_nothing_waited_longer_than_was_promised():
-    assert ends_well([], [1.0, 29.9])
-    assert ends_well([], [])
-    assert not ends_well([], [1.0, 30.0])
-    assert not ends_well(["user 1 has no notification of message 2"], [])
+def test_a_run_passes_without_findings_and_with_all_recoveries_in_time():
+    assert has_passed([], [1.0, 29.9])
+    assert has_passed([], [])
+    assert not has_passed([], [1.0, 30.0])
+    assert not has_passed(["user 1 has no notification of message 2"], [])

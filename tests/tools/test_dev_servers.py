@@ -21,7 +21,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from tools.dev import ROOT, CommandError, ports, processes
 from tools.dev.__main__ import main
-from tools.dev.pids import end, has_ended, process_of
+from tools.dev.processes import end, has_ended, process_of
 from tools.dev.scratch_databases import private
 from tools.dev.servers import servers, stop_unused
 

@@ -1,6 +1,6 @@
 """Draw what `make bench` measured: `python tools/bench/charts.py RESULTS.json DIRECTORY`. Needs matplotlib.
 
-Imports nothing of Belfry. A part that the results have not is not drawn.
+Imports nothing of Belfry. Draws the parts that the results have.
 """
 
 import json
@@ -19,7 +19,7 @@ OURS, OTHERS, LIMIT = "#1f5fa8", "#9aa5b1", "#c9a227"
 WORKERS = {"1": "one worker", "2": "two workers"}
 ALPHA = {"1": 1.0, "2": 0.55}
 OTHER_NAMES = {
-    "limit": "the limit: one statement",
+    "limit": "one statement (limit)",
     "four indexes": "one with four indexes",
     "django": "django-notifications-hq,\nto {people:,}",
 }
@@ -28,12 +28,12 @@ OTHER_NAMES = {
 def main(results: dict[str, Any], directory: Path) -> None:
     pyplot.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
     queue, server = results["versions"]["queue"], results["versions"]["PostgreSQL"]
-    made = f"PostgreSQL {server}, {queue}, {results['machine']}; {results['date'][:10]}, {results['tree']}"
+    source = f"PostgreSQL {server}, {queue}, {results['machine']}; {results['date'][:10]}, {results['tree']}"
     for part, charts in CHARTS.items():
         for chart in charts if part in results["parts"] else ():
             figure, title = chart(results["parts"][part])
             figure.suptitle(f"{title}; {results['cores']} cores", x=0.012, ha="left", fontsize=12)
-            figure.text(0.988, 0.012, made, ha="right", va="bottom", fontsize=8, color="#666666")
+            figure.text(0.988, 0.012, source, ha="right", va="bottom", fontsize=8, color="#666666")
             figure.tight_layout(rect=(0, 0.045, 1, 1))
             figure.savefig(directory / f"{chart.__name__}.png", dpi=130)
             pyplot.close(figure)
@@ -62,7 +62,7 @@ def small_messages(part: dict[str, Any]) -> tuple[Any, str]:
     axes.xaxis.set_major_formatter("{x:,.0f}")
     return figure, (
         f"Small messages to {part['recipients']} recipients each, one worker process,\n"
-        f"in a database with a community of {part['beside']:,}"
+        f"in a database with a server of {part['beside']:,}"
     )
 
 
@@ -130,7 +130,7 @@ CHARTS: dict[str, list[Callable[[dict[str, Any]], tuple[Any, str]]]] = {
     "small": [small_messages, lone_message],
     "growth": [growth],
 }
-"""A part of the results: its charts, each named like its file; they answer the figure and its title."""
+"""Part of the results: its charts. Each is named like its file, and returns the figure and its title."""
 
 if __name__ == "__main__":
     main(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))

@@ -1,31 +1,32 @@
-"""`make drill ARGS="cleanup"`: a sweep beside many idempotency keys that are older than a day."""
+"""A drill: a sweep while there are many idempotency keys that are older than a day."""
 
 import time
 from typing import Any
 
 from tools.dev import say
+from tools.dev.harness import Harness
 
-KEYS = 10_000_000  # to insert them takes longer than the rest
-AT_ONCE = 1_000_000  # keys that one statement inserts
-WATCHED_SECONDS = 120.0  # of the deletion, for its rate
+KEYS = 10_000_000  # inserting them takes longer than the rest of the drill
+BATCH = 1_000_000  # keys that one statement inserts
+MEASURED_SECONDS = 120.0  # of the deletion, for its rate
 
 
-def cleanup(ground: Any, _: int, __: int) -> dict[str, Any]:
-    """One lost run and 10,000,000 old idempotency keys: until the run is in the queue, and how fast the keys go."""
+def cleanup(harness: Harness, _: int, __: int) -> dict[str, Any]:
+    """A lost run and 10,000,000 old idempotency keys: seconds until the run is queued, and deleted keys a second."""
     import jobs
     from belfry.core.db import execute, fetch_one
     from belfry.queue import queues
     from belfry.worker.supervisor import sweep_once
 
-    run_id = ground.post(ground.community(20), "gold breaks out")["run"]["id"]
-    for first in range(0, KEYS, AT_ONCE):
+    run_id = harness.post(harness.create_server(20)["channel_ids"][0])["run"]["id"]
+    for first in range(0, KEYS, BATCH):
         say(f"  {first:,} of {KEYS:,} keys")
         execute(
             "INSERT INTO idempotency_key (user_id, key, request_hash, response, created_at)"
             " SELECT %(user_id)s, gen_random_uuid()::text, sha256(n::text::bytea), repeat('x', 100),"
             " now() - interval '3 days' + n * interval '1 millisecond'"
             " FROM generate_series(%(first)s + 1, %(first)s + %(number)s) AS n",
-            {"user_id": ground.admin.id, "first": first, "number": AT_ONCE},
+            {"user_id": harness.admin.id, "first": first, "number": BATCH},
         )
     execute("VACUUM (ANALYZE) idempotency_key")
     queues.queue().empty()
@@ -34,7 +35,7 @@ def cleanup(ground: Any, _: int, __: int) -> dict[str, Any]:
     swept = sweep_once()
     first_sweep = time.perf_counter() - began
     sweeps = 1
-    while time.perf_counter() - began < WATCHED_SECONDS:
+    while time.perf_counter() - began < MEASURED_SECONDS:
         time.sleep(jobs.settings.sweep_interval_seconds)
         sweep_once()
         sweeps += 1
@@ -42,8 +43,8 @@ def cleanup(ground: Any, _: int, __: int) -> dict[str, Any]:
     found = fetch_one("SELECT count(*) AS keys FROM idempotency_key")
     deleted = KEYS - (found["keys"] if found else 0)
     execute("TRUNCATE idempotency_key")
-    with ground.workers(1):
-        ground.wait(run_id)
+    with harness.workers(1):
+        harness.wait_for_run(run_id)
     return {
         "keys": KEYS,
         "first_sweep_s": round(first_sweep, 2),

@@ -1,22 +1,18 @@
-"""`make drill ARGS="mention stop outage backlog"`: what the documents say of a busy, a broken and an attacked Belfry.
+"""`make drill ARGS="mention stop outage backlog"`: measure Belfry when it is busy, broken or attacked.
 
-It sets up servers of its own, as the demo does, checks every notification after each as `verify` does, and prints
-the figures, and them as JSON in the last line. Without a name, all of them.
+Starts its own servers, runs `verify` after each drill, and prints the figures; the last line has all of them as JSON.
+Without a name, it runs all drills.
 """
 
 import argparse
 import json
-import os
 import random
 import signal
 import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
 import redis
@@ -26,84 +22,40 @@ from tools.bench.reconnect import reconnect
 from tools.bench.rendering import rendering
 from tools.bench.slow_clients import slow_clients
 from tools.bench.verify import verify
-from tools.dev import CommandError, ports, say, stack, valkey
-from tools.dev import signals as asked
+from tools.dev import CommandError, say, signals
 from tools.dev.client import Client
-from tools.dev.paths import temporary_data_dir
-from tools.dev.servers import named, servers
+from tools.dev.harness import TIMEOUT_SECONDS, UNDER_LOAD, Harness
 
-PATIENCE = 120.0  # seconds without any progress
 PAUSE = 0.15  # seconds between two mentions
-TURNS = 5  # fan-outs during which mentions are posted: enough of them for a p95
+FANOUTS = 5  # during which mentions are posted: enough mentions for a p95
 
 
-class Ground:
-    """A web process on servers of its own, an administrator, and communities as they are asked for."""
+def mention(harness: Harness, members: int, _: int) -> dict[str, Any]:
+    """A mention in another server while two workers process a message to many members: seconds until it is in the
+    inbox, over HTTP."""
+    from belfry.identity import users
 
-    def __init__(self, data_dir: Path, env: dict[str, str], address: str) -> None:
-        from belfry.identity import tokens, users
-
-        self.data_dir, self.env, self.address = data_dir, env, address
-        self.sockets = Path((data_dir / "sockets").read_text())
-        self.admin = users.create_user("admin", is_admin=True)
-        self.client = Client(address, tokens.create_token(self.admin)[1])
-
-    def community(self, members: int) -> dict[str, Any]:
-        """`seeding.seed`, with the admin in it."""
-        from belfry.cli import seeding
-
-        say(f"  making a community of {members:,} …")
-        return seeding.seed(members, 1)
-
-    @contextmanager
-    def workers(self, number: int) -> Iterator[list[Any]]:
-        with ExitStack() as running:
-            yield [
-                running.enter_context(stack.worker(self.env, self.data_dir / f"worker-{one}.log"))
-                for one in range(number)
-            ]
-
-    def post(self, community: dict[str, Any], content: str) -> dict[str, Any]:
-        message: dict[str, Any] = self.client.post(
-            "/api/messages", {"channel_id": community["channel_ids"][0], "content": content}
-        )
-        return message
-
-    def wait(self, run_id: int, condition: Callable[[dict[str, Any]], bool] = lambda run: run["finished_at"]) -> Any:
-        give_up = time.monotonic() + PATIENCE
-        while not condition(run := self.client.get(f"/api/runs/{run_id}")):
-            _give_up_after(give_up, f"run {run_id}")
-            asked.sleep(0.05)
-        return run
-
-
-def mention(ground: Ground, members: int, _: int) -> dict[str, Any]:
-    """A personal mention posted elsewhere while a message goes to so many members by two workers: until it is in the
-    inbox of the mentioned, as they see it over HTTP."""
-    from belfry.identity import tokens, users
-
-    large, small = ground.community(members), ground.community(20)
-    name = small["usernames"][0]
-    reader = Client(ground.address, tokens.create_token(users.find_user_by_username(name))[1])
+    large = harness.create_server(members)["channel_ids"][0]
+    small_server = harness.create_server(20)
+    small, name = small_server["channel_ids"][0], small_server["usernames"][0]
+    reader = harness.client_of(users.find_user_by_username(name))
     took: list[float] = []
     fan_outs, edits = [], []
-    with ground.workers(2):
-        ground.wait(ground.post(small, "warm")["run"]["id"])
-        alone = [_until_it_is_there(ground, small, name, reader) for _ in range(20)]
-        for turn in range(TURNS):
-            say(f"  fan-out to {members:,}: {turn + 1} of {TURNS}")
-            message = ground.post(large, "gold breaks out")
+    with harness.workers(2):
+        harness.wait_for_run(harness.post(small)["run"]["id"])
+        alone = [_seconds_to_inbox(harness, small, name, reader) for _ in range(20)]
+        for turn in range(FANOUTS):
+            say(f"  fan-out to {members:,}: {turn + 1} of {FANOUTS}")
+            message = harness.post(large, "gold breaks out")
             run_id = message["run"]["id"]
-            ground.wait(run_id, lambda run: run["progress"]["done"] > 0)
+            harness.wait_for_run(run_id, lambda run: run["progress"]["done"] > 0)
             began = time.perf_counter()
-            ground.client.patch(f"/api/messages/{message['id']}", {"content": "silver breaks out"})
+            harness.client.patch(f"/api/messages/{message['id']}", {"content": "silver breaks out"})
             edits.append(time.perf_counter() - began)
-            give_up = time.monotonic() + PATIENCE
-            while not ground.client.get(f"/api/runs/{run_id}")["finished_at"]:
-                _give_up_after(give_up, f"run {run_id}")
-                took.append(_until_it_is_there(ground, small, name, reader))
-                time.sleep(random.uniform(0, PAUSE))
-            run = ground.wait(run_id)
+            while not harness.client.get(f"/api/runs/{run_id}")["finished_at"]:
+                took.append(_seconds_to_inbox(harness, small, name, reader))
+                signals.sleep(random.uniform(0, PAUSE))
+            run = harness.wait_for_run(run_id)
             fan_outs.append(_seconds(run))
             assert run["state"] == "succeeded", run["error"]
     return {
@@ -118,28 +70,32 @@ def mention(ground: Ground, members: int, _: int) -> dict[str, Any]:
     }
 
 
-def _until_it_is_there(ground: Ground, small: dict[str, Any], name: str, reader: Client) -> float:
-    began, give_up = time.perf_counter(), time.monotonic() + PATIENCE
-    message_id = ground.post(small, f"@{name}")["id"]
-    while (page := reader.get("/api/notifications?limit=1")["items"])[:1] == [] or page[0]["message_id"] != message_id:
-        _give_up_after(give_up, f"message {message_id} to be in the inbox")
-        time.sleep(0.01)
+def _seconds_to_inbox(harness: Harness, channel_id: int, name: str, reader: Client) -> float:
+    """Mention the user; returns the seconds until the notification is the first item of their inbox."""
+    began = time.perf_counter()
+    message_id = harness.post(channel_id, f"@{name}")["id"]
+
+    def is_first() -> bool:
+        items = reader.get("/api/notifications?limit=1")["items"]
+        return bool(items) and items[0]["message_id"] == message_id
+
+    signals.wait_until(is_first, f"message {message_id} in the inbox", TIMEOUT_SECONDS, 0.01)
     return time.perf_counter() - began
 
 
-def stop(ground: Ground, members: int, _: int) -> dict[str, Any]:
-    """SIGTERM for the only worker in the midst of a fan-out to so many members; then another one comes."""
-    large = ground.community(members)
-    with ground.workers(1) as (worker,):
-        run_id = ground.post(large, "gold breaks out")["run"]["id"]
-        ground.wait(run_id, lambda run: run["progress"]["done"] > members / 4)
+def stop(harness: Harness, members: int, _: int) -> dict[str, Any]:
+    """SIGTERM for the only worker during a fan-out to many members; then another worker starts."""
+    large = harness.create_server(members)["channel_ids"][0]
+    with harness.workers(1) as (worker,):
+        run_id = harness.post(large, "gold breaks out")["run"]["id"]
+        harness.wait_for_run(run_id, lambda run: run["progress"]["done"] > members / 4)
         began = time.perf_counter()
         worker.process.send_signal(signal.SIGTERM)
         status = worker.process.wait(60)
         ended = time.perf_counter() - began
-    stopped = ground.client.get(f"/api/runs/{run_id}")
-    with ground.workers(1):
-        run = ground.wait(run_id)
+    stopped = harness.client.get(f"/api/runs/{run_id}")
+    with harness.workers(1):
+        run = harness.wait_for_run(run_id)
     assert run["state"] == "succeeded", run["error"]
     return {
         "members": members,
@@ -151,25 +107,24 @@ def stop(ground: Ground, members: int, _: int) -> dict[str, Any]:
     }
 
 
-def outage(ground: Ground, _: int, __: int) -> dict[str, Any]:
-    """100 posts while Redis is down; it comes back empty."""
-    small = ground.community(50)
-    with ground.workers(2):
-        ground.wait(ground.post(small, "warm")["run"]["id"])
-        valkey.stop(ground.data_dir, ground.sockets)
+def outage(harness: Harness, _: int, __: int) -> dict[str, Any]:
+    """100 posts while Redis is down; it returns empty."""
+    small = harness.create_server(50)["channel_ids"][0]
+    with harness.workers(2):
+        harness.wait_for_run(harness.post(small)["run"]["id"])
+        harness.stop_redis()
         took = []
         runs = []
         for number in range(100):
             began = time.perf_counter()
-            message = ground.post(small, f"gold {number}")
+            message = harness.post(small, f"gold {number}")
             took.append(time.perf_counter() - began)
             assert message["run"]["state"] == "pending", message
             runs.append(message["run"]["id"])
-        valkey.start(ground.data_dir, ground.sockets)
-        _redis(ground).flushall()
+        harness.start_redis(empty=True)
         back = time.perf_counter()
         for run_id in runs:
-            assert ground.wait(run_id)["state"] == "succeeded"
+            assert harness.wait_for_run(run_id)["state"] == "succeeded"
     return {
         "posts": len(runs),
         "post_p50_ms": _percentile(took, 50, 1000),
@@ -178,37 +133,38 @@ def outage(ground: Ground, _: int, __: int) -> dict[str, Any]:
     }
 
 
-def backlog(ground: Ground, _: int, posts: int) -> dict[str, Any]:
-    """So many posts while no worker runs, by four authors at once; then two workers come."""
-    small = ground.community(20)
-    client = _redis(ground)
+def backlog(harness: Harness, _: int, posts: int) -> dict[str, Any]:
+    """Posts by four authors at once while no worker runs; then two workers start."""
+    small = harness.create_server(20)["channel_ids"][0]
+    client = harness.redis()
     empty, took, lock = _used(client), [], threading.Lock()
     most = empty
 
     def author(_: int) -> None:
         began = time.perf_counter()
-        ground.post(small, "gold")
+        harness.post(small, "gold")
         with lock:
             took.append(time.perf_counter() - began)
 
     with ThreadPoolExecutor(4) as authors:
         for first in range(0, posts, 1000):
-            asked.check()
+            signals.check()
             list(authors.map(author, range(min(1000, posts - first))))
             most = max(most, _used(client))
             say(f"  {first + 1000:,} posted, {_used(client) / 2**20:.1f} MiB in Redis")
     waiting = client.llen("rq:queue:notifications")
     began = time.perf_counter()
-    with ground.workers(2):
-        left, give_up = _unfinished(), time.monotonic() + PATIENCE
+    with harness.workers(2):
+        left, deadline = _unfinished(), time.monotonic() + TIMEOUT_SECONDS
         while left:
-            say(f"  {left:,} runs to go")
+            say(f"  {left:,} unfinished runs")
             most = max(most, _used(client))
-            asked.sleep(10)
+            signals.sleep(10)
             before, left = left, _unfinished()
             if left < before:
-                give_up = time.monotonic() + PATIENCE
-            _give_up_after(give_up, f"{left:,} runs")
+                deadline = time.monotonic() + TIMEOUT_SECONDS
+            if time.monotonic() > deadline:
+                raise CommandError(f"No run finished for {TIMEOUT_SECONDS:.0f} s; {left:,} are unfinished.")
     edge = max(100, posts // 20)
     return {
         "posts": posts,
@@ -223,20 +179,11 @@ def backlog(ground: Ground, _: int, posts: int) -> dict[str, Any]:
     }
 
 
-def _give_up_after(when: float, what: str) -> None:
-    if time.monotonic() > when:
-        raise CommandError(f"Waited {PATIENCE:.0f} s for {what}.")
-
-
 def _unfinished() -> int:
     from belfry.fanout.runs import count_unfinished
 
     states = count_unfinished()["states"]
     return int(states["pending"] + states["queued"] + states["running"])
-
-
-def _redis(ground: Ground) -> redis.Redis:
-    return redis.Redis.from_url(ground.env["REDIS_URL"])
 
 
 def _used(client: redis.Redis) -> int:
@@ -262,50 +209,27 @@ DRILLS = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="make drill", description=__doc__)
-    parser.add_argument("names", nargs="*", choices=[*DRILLS, []], help="which; all of them unless given")
-    parser.add_argument("--members", type=int, default=1_000_000, help="of the large audience (1000000)")
-    parser.add_argument("--posts", type=int, default=100_000, help="of the backlog (100000)")
+    parser.add_argument("names", nargs="*", choices=[*DRILLS, []], help="drills to run (all)")
+    parser.add_argument("--members", type=int, default=1_000_000, help="members of the large server (%(default)s)")
+    parser.add_argument("--posts", type=int, default=100_000, help="posts of the backlog (%(default)s)")
     arguments = parser.parse_args()
-    asked.listen()
-    try:
-        return _drill(arguments)
-    except asked.Stopped as stopped:
-        return 128 + stopped.signum
-    except CommandError as error:
-        say(str(error))
-        return 1
+    return signals.exit_status(lambda: _drill(arguments))
 
 
 def _drill(arguments: argparse.Namespace) -> int:
     results = {}
-    with _ground() as ground:
+    with Harness.start("drill", UNDER_LOAD, stops_servers=True) as harness, harness.web():
         from belfry.integrity import verification  # reads the environment that was just made
 
         for name in arguments.names or DRILLS:
             say(f"{name}: {' '.join((DRILLS[name].__doc__ or '').split())}")
-            results[name] = DRILLS[name](ground, arguments.members, arguments.posts)
+            results[name] = DRILLS[name](harness, arguments.members, arguments.posts)
             findings = verification.verify()
             assert findings == [], findings
             for figure, value in results[name].items():
                 say(f"  {figure:30} {value}")
     say(json.dumps(results))
     return 0
-
-
-@contextmanager
-def _ground() -> Iterator[Ground]:
-    if named():
-        raise CommandError("It stops its servers: it starts its own. Unset DATABASE_URL and REDIS_URL.")
-    with ExitStack() as stage:
-        listening = stage.enter_context(ports.listen())
-        data_dir = stage.enter_context(temporary_data_dir())
-        env = stack.environment(stage.enter_context(servers(data_dir)), ports.address_of(listening))
-        env |= {"RATE_LIMIT_MESSAGES": "1000000 per minute", "RATE_LIMIT_DEFAULT": "10000000 per minute"}
-        env |= {"LOG_LEVEL": "WARNING"}
-        os.environ.update(env)
-        stack.migrate(env)
-        stage.enter_context(stack.web(env, listening, data_dir / "web.log"))
-        yield Ground(data_dir, env, ports.address_of(listening))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""A part of `make bench`: what grows with the audience, and with the number of servers.
+"""A part of `make bench`: growth with the audience, and with the number of servers.
 
 - One message to 1,000 members, and to ten, a hundred and a thousand times as many, end to end, with one worker and two.
-- The same number of messages at once to one server of 57, and shared by 100 such servers, through the queue: from the
-  first enqueueing to the last committed row, by one worker and by two, which run already.
+- The same number of messages at once to one server of 57, and to 100 such servers: from the first enqueueing to the
+  last committed row, by one worker and by two, which are running and warm.
 """
 
 import argparse
@@ -13,38 +13,38 @@ from typing import Any
 from belfry.core.db import fetch_one
 from belfry.fanout.claims import WorkItem
 from belfry.queue import queues
+from tools.bench.harness import SERVERS, TIMEOUT_SECONDS, BenchHarness
 from tools.bench.large import end_to_end
 from tools.bench.small import queued_runs
-from tools.bench.stage import PATIENCE, SERVERS, Stage, give_up_after
-from tools.dev import say
+from tools.dev import say, signals
 from tools.dev.processes import Child
 
 RUNS = 3
 BURST = 4_000  # messages at once: less than a queue holds
 
 
-def measure(stage: Stage, arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(harness: BenchHarness, arguments: argparse.Namespace) -> dict[str, Any]:
     """{"audiences": {workers: {members: figures}}, "servers": {workers: {servers: messages a second}}}."""
     found: dict[str, Any] = {"audiences": {}, "servers": {}, "messages": BURST, "runs": RUNS}
-    with stage.web():
+    with harness.web():
         for number in (1, 2):
-            with stage.workers(number) as workers:
+            with harness.workers(number) as workers:
                 found["audiences"][number] = {
-                    members: _audience(stage, members, workers) for members in sorted(stage.communities)
+                    members: _audience(harness, members, workers) for members in sorted(harness.large_channels)
                 }
                 say(f"{BURST:,} messages at once, {number} worker(s)")
                 rates: dict[int, list[float]] = {1: [], SERVERS: []}
                 for _ in range(RUNS):
                     for servers, all_ in rates.items():
-                        all_.append(_burst(stage, stage.small[:servers]))
+                        all_.append(_burst(harness, harness.small_channels[:servers]))
                 found["servers"][number] = {servers: round(statistics.median(all_)) for servers, all_ in rates.items()}
     return found
 
 
-def _audience(stage: Stage, members: int, workers: list[Child]) -> dict[str, float]:
+def _audience(harness: BenchHarness, members: int, workers: list[Child]) -> dict[str, float]:
     say(f"one message to {members:,}, {len(workers)} worker(s)")
     runs = RUNS if members <= 100_000 else 1
-    all_ = [end_to_end(stage, stage.communities[members], workers) for _ in range(runs)]
+    all_ = [end_to_end(harness, harness.large_channels[members], workers) for _ in range(runs)]
     return {
         "s": round(statistics.median(one["s"] for one in all_), 4),
         "rows_per_s": round(statistics.median(one["rows"] / one["s"] for one in all_)),
@@ -53,33 +53,30 @@ def _audience(stage: Stage, members: int, workers: list[Child]) -> dict[str, flo
     }
 
 
-def _burst(stage: Stage, channel_ids: list[int]) -> float:
-    """Messages a second."""
-    stage.empty()
-    ids = stage.new_messages(channel_ids, BURST // len(channel_ids))
+def _burst(harness: BenchHarness, channel_ids: list[int]) -> float:
+    """Return the messages a second."""
+    harness.delete_notifications()
+    ids = harness.insert_messages(channel_ids, BURST // len(channel_ids))
     parts = [WorkItem(run_id) for run_id in queued_runs(ids)]
-    began, give_up = time.perf_counter(), time.monotonic() + PATIENCE
+    began = time.perf_counter()
     assert queues.enqueue(parts)
-    while _unfinished():
-        give_up_after(give_up)
-        time.sleep(0.01)
+    signals.wait_until(_all_finished, "the runs", TIMEOUT_SECONDS, 0.01)
     took = time.perf_counter() - began
     found = fetch_one(
         "SELECT count(*) AS done, sum(notifications_inserted) AS added"
         " FROM run WHERE state = 'succeeded' AND message_id = ANY(%(ids)s)",
         {"ids": ids},
     )
-    assert found == {"done": len(ids), "added": stage.count()}, found
+    assert found == {"done": len(ids), "added": harness.count_notifications()}, found
     return len(ids) / took
 
 
-def _unfinished() -> bool:
-    found = fetch_one("SELECT EXISTS (SELECT FROM run WHERE state IN ('pending', 'queued', 'running')) AS any")
-    return bool(found and found["any"])
+def _all_finished() -> bool:
+    return not fetch_one("SELECT id FROM run WHERE state IN ('pending', 'queued', 'running') LIMIT 1")
 
 
 def table(results: dict[str, Any]) -> str:
-    """The results for people."""
+    """Format the results."""
     one, two = (results["audiences"][workers] for workers in ("1", "2"))
     lines = [
         f"One message end to end; medians of {results['runs']}, above 100,000 once",

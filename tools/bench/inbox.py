@@ -1,10 +1,10 @@
-"""A part of `make bench`: the inbox of somebody with 100,000 notifications, in a table of 10,000,000.
+"""A part of `make bench`: the inbox of a user with 100,000 notifications, in a table of 10,000,000.
 
-They are one of RECIPIENTS of each of 100,000 messages, which are in several channels and by several authors; the others
-are all users in turn. So each of their rows lies on a page of its own, as in production. Each request over HTTP, beside
-the same one of a person with FEW notifications in a table that holds nothing else.
+The user is one of RECIPIENTS of each of 100,000 messages, in several channels and by several authors; the other
+recipients are all members in turn. So each row of the user is on a different page, as in production. Each HTTP request
+is compared with the same request of a user with FEW notifications in a table that has no others.
 
-Of the partitions they lie in, the last one is in use, and half full.
+The last partition is in use, and half full.
 """
 
 import argparse
@@ -17,52 +17,51 @@ import psycopg
 from belfry.cli import seeding
 from belfry.core import partitions
 from belfry.core.db import execute, fetch_all
-from belfry.identity import tokens, users
+from belfry.identity import users
 from config import tuning
-from tools.bench.filling import fill_partition, leave_partitions, timed
-from tools.bench.stage import Stage
-from tools.dev import ports, say
-from tools.dev.client import Client
+from tools.bench.harness import BenchHarness
+from tools.bench.measuring import fill_partition, maintain_partitions, time_requests
+from tools.dev import say
 
 RECIPIENTS = 100
 MEMBERS, CHANNELS, AUTHORS = 10_000, 10, 50
 FEW = 10
-PER_PARTITION = tuning.partition_min_rows * 9 // 10 // RECIPIENTS  # messages; with more it might be left
-WARM = 24  # requests: each of the web's connections is to have its plans, as it has in production
+PER_PARTITION = tuning.partition_min_rows * 9 // 10 // RECIPIENTS  # messages; a fuller partition might be closed
+WARM_UP = 24  # requests, after which each database connection has its plans, as in production
 FIRST, DEEP, UNREAD_PAGE = "first page", "page in the middle", "page of the unread"
 COUNT, MARK = "unread count", "mark all"
 
 
-def measure(stage: Stage, arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(harness: BenchHarness, arguments: argparse.Namespace) -> dict[str, Any]:
     """{"rows", "own", "ms": {situation: {request: {"p50", "p95"}}}}."""
-    inbox = _Inbox(stage, arguments.inbox_rows)
+    inbox = _Inbox(harness, arguments.inbox_rows)
     ms: dict[str, dict[str, dict[str, float]]] = {}
-    with stage.web():
-        say(f"the inbox of somebody with {FEW}, and nothing else")
+    with harness.web():
+        say(f"an inbox of {FEW} notifications, with no others in the table")
         inbox.fill_few()
         ms[f"{FEW} of {FEW} unread"] = inbox.reads(200, inbox.first_page) | {MARK: inbox.marking(FEW, 30)}
-        say(f"making {inbox.messages * RECIPIENTS:,} notifications …")
+        say(f"inserting {inbox.messages * RECIPIENTS:,} notifications …")
         inbox.fill()
-        middle = inbox.walk_to_the_middle()
+        middle = inbox.request_of_middle_page()
         for unread, times in ((inbox.messages, 30), (100, 40), (0, 40)):
-            say(f"the inbox of somebody with {inbox.messages:,}, {unread:,} of them unread")
-            inbox.let_be_unread(unread)
+            say(f"an inbox of {inbox.messages:,} notifications, {unread:,} of them unread")
+            inbox.set_unread(unread)
             found = inbox.reads(times, middle)
             if unread:
                 found[MARK] = inbox.marking(unread, 6 if unread > 1_000 else 20)
             ms[f"{unread:,} of {inbox.messages:,} unread"] = found
-    there, number = stage.count(), len(partitions.list_partitions())
-    stage.without_messages()
-    return {"rows": there, "own": inbox.messages, "few": FEW, "partitions": number, "ms": ms}
+    rows, number = harness.count_notifications(), len(partitions.list_partitions())
+    harness.delete_messages()
+    return {"rows": rows, "own": inbox.messages, "few": FEW, "partitions": number, "ms": ms}
 
 
 class _Inbox:
-    """A person, their server, and what is in the table."""
+    """A user, their server, and the requests."""
 
-    def __init__(self, stage: Stage, all_rows: int) -> None:
-        self.stage, self.messages = stage, max(1_000, all_rows // RECIPIENTS)
+    def __init__(self, harness: BenchHarness, all_rows: int) -> None:
+        self.harness, self.messages = harness, max(1_000, all_rows // RECIPIENTS)
         made = seeding.seed(MEMBERS, CHANNELS)
-        self.channel_ids = made["channel_ids"][:1] + made["channel_ids"][3:]  # where members post, and all see
+        self.channel_ids = made["channel_ids"][:1] + made["channel_ids"][3:]  # that all members can read
         found = fetch_all(
             "SELECT m.user_id, p.user_id IS NULL AND s.status = 'active' AS wants_all"
             " FROM member m"
@@ -72,11 +71,9 @@ class _Inbox:
             " ORDER BY m.user_id",
             made,
         )
-        people = [one["user_id"] for one in found]
         self.user_id = next(one["user_id"] for one in found if one["wants_all"])
-        self.others = [one for one in people if one != self.user_id]
-        token = tokens.create_token(users.find_user(self.user_id))[1]
-        self.client = Client(ports.address_of(stage.listening), token)
+        self.others = [one["user_id"] for one in found if one["user_id"] != self.user_id]
+        self.client = harness.client_of(users.find_user(self.user_id))
 
     def get(self, what: str) -> Callable[[], Any]:
         return lambda: self.client.get(f"/api/notifications{what}")
@@ -86,8 +83,8 @@ class _Inbox:
         return self.get("")
 
     def fill_few(self) -> None:
-        self.stage.empty()
-        ids = self.stage.new_messages(self.channel_ids[:1], FEW)
+        self.harness.delete_notifications()
+        ids = self.harness.insert_messages(self.channel_ids[:1], FEW)
         execute(
             "INSERT INTO notification (user_id, message_id, reason)"
             " SELECT %(user_id)s, message_id, 'message' FROM unnest(%(ids)s::bigint[]) AS message_id",
@@ -98,13 +95,13 @@ class _Inbox:
     def fill(self) -> None:
         execute("TRUNCATE notification")
         partitions.maintain()
-        first = partitions.list_partitions()[-1].upper  # beyond what is there
+        first = partitions.list_partitions()[-1].upper  # after the existing ones
         number = -(-self.messages // PER_PARTITION)
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(lambda one: self._fill_one(first, one), range(number)))
         following = first + (number - 1) * partitions.PARTITION_SPAN + PER_PARTITION
         execute(f"ALTER SEQUENCE message_id_seq RESTART WITH {following}")
-        leave_partitions()
+        maintain_partitions()
         execute("VACUUM (ANALYZE)")
         execute("CHECKPOINT")
 
@@ -128,7 +125,7 @@ class _Inbox:
             here,
         )
         fill_partition(
-            self.stage.env["DATABASE_URL"],
+            self.harness.env["DATABASE_URL"],
             lower,
             "SELECT CASE notified WHEN 0 THEN %(user_id)s::bigint"
             "  ELSE (%(others)s::bigint[])[1 + (n * %(recipients)s + notified) %% cardinality(%(others)s::bigint[])]"
@@ -140,18 +137,18 @@ class _Inbox:
         )
 
     def _execute(self, statement: str, parameters: dict[str, Any]) -> None:
-        with psycopg.connect(self.stage.env["DATABASE_URL"], autocommit=True) as connection:
+        with psycopg.connect(self.harness.env["DATABASE_URL"], autocommit=True) as connection:
             connection.execute(statement, parameters)
 
-    def walk_to_the_middle(self) -> Callable[[], Any]:
-        """The request for a page there, as somebody gets it who goes from page to page."""
+    def request_of_middle_page(self) -> Callable[[], Any]:
+        """Go from page to page to the middle; returns the request for that page."""
         page = self.client.get("/api/notifications?limit=100")
         for _ in range(self.messages // 200):
             page = self.client.get(f"/api/notifications?limit=100&cursor={page['next']}")
         return self.get(f"?cursor={page['next']}")
 
-    def let_be_unread(self, newest: int, *, tidy: bool = True) -> None:
-        """So many of theirs, the newest; the rest is read. With `tidy` PostgreSQL has vacuumed since."""
+    def set_unread(self, newest: int, *, vacuum: bool = True) -> None:
+        """Make the newest notifications of the user unread, and the others read; then `vacuum` the table."""
         execute(
             "WITH newest AS ("
             "  SELECT message_id FROM notification WHERE user_id = %(user_id)s ORDER BY 1 DESC LIMIT %(newest)s)"
@@ -161,35 +158,35 @@ class _Inbox:
             " WHERE n.user_id = %(user_id)s AND n.message_id = o.message_id AND (n.read_at IS NULL) <> unread",
             {"user_id": self.user_id, "newest": newest},
         )
-        if tidy:
+        if vacuum:
             execute("VACUUM notification")
         assert self.client.get("/api/notifications/unread-count")["unread"] == newest
 
     def reads(self, times: int, middle: Callable[[], Any]) -> dict[str, dict[str, float]]:
-        asked = {
-            "who one is": lambda: self.client.get("/api/me"),  # the same without a notification: a yardstick
+        requests = {
+            "own user": lambda: self.client.get("/api/me"),  # a request without notifications, for comparison
             FIRST: self.first_page,
             DEEP: middle,
             UNREAD_PAGE: self.get("?unread=1"),
             COUNT: self.get("/unread-count"),
         }
-        return {name: timed(ask, times, warm=WARM) for name, ask in asked.items()}
+        return {name: time_requests(request, times, warm_up=WARM_UP) for name, request in requests.items()}
 
     def marking(self, unread: int, times: int) -> dict[str, float]:
-        """All of so many unread ones, the same again each time."""
+        """Mark all as read, with that number of unread ones each time."""
 
         def mark() -> None:
             assert self.client.post("/api/notifications/read", {"all": True}) == {"marked": unread, "unread": 0}
 
-        return timed(mark, times, warm=2, before=lambda: self.let_be_unread(unread, tidy=unread > 1_000))
+        return time_requests(mark, times, warm_up=2, before=lambda: self.set_unread(unread, vacuum=unread > 1_000))
 
 
 def table(results: dict[str, Any]) -> str:
-    """The results for people."""
+    """Format the results."""
     few, *many = results["ms"].items()
     lines = [
-        f"The inbox of somebody with {results['own']:,} notifications, among {results['rows']:,} in"
-        f" {results['partitions']} partitions; ms, and the ratio of the p50 to that with {few[0]} alone in the table",
+        f"The inbox of a user with {results['own']:,} notifications, of {results['rows']:,} in"
+        f" {results['partitions']} partitions; ms, and the p50 divided by that with only {few[0]} in the table",
         f"  {'':20} {few[0]:>19}" + "".join(f"{name:>27}" for name, _ in many),
     ]
     for name, alone in few[1].items():

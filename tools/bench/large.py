@@ -1,12 +1,11 @@
-"""A part of `make bench`: one message to a large audience, beside the limit, and beside what is usual.
+"""A part of `make bench`: one message to a large audience, compared with a lower limit and with usual solutions.
 
-In turn, so many times, each into an empty table, every count of rows checked:
+Each is measured in turn, into an empty table, and the rows are counted:
 
 - the limit: Belfry's own INSERT … SELECT as one statement, into the same table, without a run or its statistics;
-- Belfry end to end, with one worker and with two: from the moment that the POST is sent until its run is finished and
-  committed, as another connection sees it;
-- that one statement into a table with the usual four indexes;
-- django-notifications-hq, `notify.send`; to fewer people, for it inserts them one by one.
+- Belfry end to end, with one worker and with two: from sending the POST until another connection sees the finished run;
+- the same statement into a table with the usual four indexes;
+- django-notifications-hq, `notify.send`; to fewer users, because it inserts the rows one by one.
 """
 
 import argparse
@@ -21,22 +20,24 @@ import psutil
 import psycopg
 
 from belfry.fanout import decision
-from tools.bench import environments, machine
-from tools.bench.stage import Stage, reached
-from tools.dev import CommandError, say
-from tools.dev.processes import Child, finish
+from tools.bench import machine
+from tools.bench.harness import BenchHarness
+from tools.bench.measuring import compare
+from tools.bench.peer_processes import start_peers
+from tools.dev import say
+from tools.dev.processes import Child
 
 LIMIT, FOUR, DJANGO = "limit", "four indexes", "django"
 BELFRY = {1: "Belfry, one worker", 2: "Belfry, two workers"}
 NAMES = {
-    LIMIT: "the limit: one statement, by psycopg",
+    LIMIT: "one statement, by psycopg (limit)",
     FOUR: "that statement, four usual indexes",
     DJANGO: "django-notifications-hq",
     **{name: name for name in BELFRY.values()},
 }
 TARGETS = {LIMIT: 0.9, FOUR: 1.5, DJANGO: 50.0}
-"""How many times their rows a second Belfry is to reach."""
-MEMORY_TARGET = 1.1  # the largest of the work-horses' peaks to the least
+"""Targets: Belfry's rows a second, divided by theirs."""
+MEMORY_TARGET = 1.1  # the largest peak of a work-horse, divided by the smallest
 
 _NOTIFY_DECISIONS = ", ".join(f"'{reason}'" for reason in decision.NOTIFY_DECISIONS)
 BARE_STATEMENT = (
@@ -47,7 +48,7 @@ BARE_STATEMENT = (
 )
 """The notifications of one message by Belfry's own rules, without statistics, progress or a run. For
 `Subject.parameters`."""
-AS_BELFRY = "SET jit = off; SET plan_cache_mode = force_custom_plan"  # what its connections have
+AS_BELFRY = "SET jit = off; SET plan_cache_mode = force_custom_plan"  # the settings of its connections
 
 _FOUR_INDEXES = """
     CREATE TABLE bench_notification (
@@ -60,27 +61,27 @@ _FOUR_INDEXES = """
 """
 
 
-def measure(stage: Stage, arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(harness: BenchHarness, arguments: argparse.Namespace) -> dict[str, Any]:
     """{"people", "sizes": {members: figures}, "horse_peak_mib": {members: MiB}}; seconds, rows a second, MiB."""
     with (
-        psycopg.connect(stage.env["DATABASE_URL"], autocommit=True) as connection,
-        _django(stage, arguments.people) as by_django,
-        stage.web(),
+        psycopg.connect(harness.env["DATABASE_URL"], autocommit=True) as connection,
+        _django(harness, arguments.users) as by_django,
+        harness.web(),
     ):
         connection.execute(AS_BELFRY)
         connection.execute(_FOUR_INDEXES)
-        for table in ("notification", "bench_notification"):  # the first of a connection is slow
-            _by_statement(stage, connection, stage.warming, table)
+        for table in ("notification", "bench_notification"):  # the first statement of a connection is slow
+            _by_statement(harness, connection, harness.warm_up_channel, table)
         sizes = {
-            members: _rounds(stage, connection, by_django, members, _runs(members, arguments.runs))
+            members: _rounds(harness, connection, by_django, members, _runs(members, arguments.runs))
             for members in arguments.members
         }
         connection.execute("DROP TABLE bench_notification")
         few = 1_000
-        with stage.workers(1, large=False) as workers:
-            peak = end_to_end(stage, stage.communities[few], workers)["horse_peak_mib"]
+        with harness.workers(1, large=False) as workers:
+            peak = end_to_end(harness, harness.large_channels[few], workers)["horse_peak_mib"]
     peaks = {few: round(peak, 1)} | {members: figures.pop("horse_peak_mib") for members, figures in sizes.items()}
-    return {"people": arguments.people, "sizes": sizes, "horse_peak_mib": peaks}
+    return {"people": arguments.users, "sizes": sizes, "horse_peak_mib": peaks}
 
 
 def _runs(members: int, asked: int | None) -> int:
@@ -88,17 +89,17 @@ def _runs(members: int, asked: int | None) -> int:
 
 
 def _rounds(
-    stage: Stage, connection: Any, by_django: Callable[[], dict[str, float]], members: int, runs: int
+    harness: BenchHarness, connection: Any, by_django: Callable[[], dict[str, float]], members: int, runs: int
 ) -> dict[str, Any]:
-    channel_id = stage.communities[members]
+    channel_id = harness.large_channels[members]
     found: dict[str, list[dict[str, float]]] = {name: [] for name in NAMES}
     for number in range(runs):
         say(f"one message to {members:,}: {number + 1} of {runs}")
-        found[LIMIT].append(_by_statement(stage, connection, channel_id, "notification"))
+        found[LIMIT].append(_by_statement(harness, connection, channel_id, "notification"))
         for workers, name in BELFRY.items():
-            with stage.workers(workers) as children:
-                found[name].append(end_to_end(stage, channel_id, children, int(found[LIMIT][0]["rows"])))
-        found[FOUR].append(_by_statement(stage, connection, channel_id, "bench_notification"))
+            with harness.workers(workers) as children:
+                found[name].append(end_to_end(harness, channel_id, children, int(found[LIMIT][0]["rows"])))
+        found[FOUR].append(_by_statement(harness, connection, channel_id, "bench_notification"))
         found[DJANGO].append(by_django())
         assert found[FOUR][-1]["rows"] == found[LIMIT][-1]["rows"] == found[LIMIT][0]["rows"]
     return {
@@ -125,16 +126,16 @@ def _medians(all_: list[dict[str, float]]) -> dict[str, Any]:
 
 
 def _ratio(ours: list[dict[str, float]], others: list[dict[str, float]]) -> float:
-    """How many times the others' rows a second: the median of pairs."""
+    """Return the median of pairs of our rows a second, divided by theirs."""
     pairs = zip(ours, others, strict=True)
     return round(statistics.median(one["rows"] / one["s"] / (other["rows"] / other["s"]) for one, other in pairs), 3)
 
 
-def _by_statement(stage: Stage, connection: Any, channel_id: int, table: str) -> dict[str, float]:
-    """BARE_STATEMENT into one of the tables."""
+def _by_statement(harness: BenchHarness, connection: Any, channel_id: int, table: str) -> dict[str, float]:
+    """Execute BARE_STATEMENT for one of the tables."""
     connection.execute("TRUNCATE bench_notification")
-    stage.empty()
-    (message_id,) = stage.new_messages([channel_id])
+    harness.delete_notifications()
+    (message_id,) = harness.insert_messages([channel_id])
     subject = decision.load_fanout_message(message_id)
     assert subject is not None
     server, statement = machine.postmaster(connection), BARE_STATEMENT.replace("INTO notification", f"INTO {table}")
@@ -144,19 +145,21 @@ def _by_statement(stage: Stage, connection: Any, channel_id: int, table: str) ->
     return {"rows": rows, "s": took, "postgres_cpu_s": machine.cpu_of(server) - before}
 
 
-def end_to_end(stage: Stage, channel_id: int, workers: list[Child], expected: int | None = None) -> dict[str, float]:
-    """One message through Belfry as it runs, by these workers, to so many: {"rows", "s", "cpu_s", "pss_mib",
-    "postgres_cpu_s", "horse_peak_mib"}. `stage.web` has to run."""
+def end_to_end(
+    harness: BenchHarness, channel_id: int, workers: list[Child], expected: int | None = None
+) -> dict[str, float]:
+    """Post one message and wait for its run. `harness.web` must run. Returns {"rows", "s", "cpu_s", "pss_mib",
+    "postgres_cpu_s", "horse_peak_mib"}; checks the number of rows, if it is `expected`."""
     pids = [worker.process.pid for worker in workers]
-    server = machine.postmaster(stage.reader)
-    stage.empty()
+    server = machine.postmaster(harness.reader)
+    harness.delete_notifications()
     with machine.watch(pids) as used:
         before, began = machine.cpu_of(server), time.perf_counter()
-        message_id = stage.post(channel_id)
-        run = stage.wait(message_id)
+        message_id = harness.post(channel_id)["id"]
+        run = harness.wait_for_commit(message_id)
         took = time.perf_counter() - began
         by_server = machine.cpu_of(server) - before
-    there = stage.count(message_id)
+    there = harness.count_notifications(message_id)
     inserted = run["notifications_inserted"]
     assert there == inserted == (there if expected is None else expected), (there, inserted, expected)
     horses = [horse.pid for pid in pids for horse in psutil.Process(pid).children()]
@@ -165,53 +168,28 @@ def end_to_end(stage: Stage, channel_id: int, workers: list[Child], expected: in
 
 
 @contextmanager
-def _django(stage: Stage, people: int) -> Iterator[Callable[[], dict[str, float]]]:
-    """A message to so many by django-notifications-hq, in its own process and schema."""
-    python = environments.python_of("django")
-    with open(stage.data_dir / "peer.log", "wb") as log:
-        process = subprocess.Popen(
-            [str(python), "peer_django.py", str(people)],
-            cwd=environments.PEERS,
-            env=stage.env,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-        )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    sent, answers = process.stdin, process.stdout
+def _django(harness: BenchHarness, users: int) -> Iterator[Callable[[], dict[str, float]]]:
+    """Yield a function that sends a message to that many users by django-notifications-hq, in its own schema."""
+    with start_peers(harness, "django") as start:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        process = start("python", "peer_django.py", str(users), **pipes)
 
-    def answer() -> str:
-        line = answers.readline().strip()
-        if not line:
-            said = (stage.data_dir / "peer.log").read_text()[-2000:]
-            raise CommandError(f"django-notifications-hq did not answer: {said}")
-        return line
+        def send() -> dict[str, float]:
+            server = machine.postmaster(harness.reader)
+            with machine.watch([process.pid]) as used:
+                before = machine.cpu_of(server)
+                process.send("\n")
+                seconds = float(process.receive())
+                by_server = machine.cpu_of(server) - before
+            return {"rows": users, "s": seconds, "postgres_cpu_s": by_server, **used}
 
-    def send() -> dict[str, float]:
-        server = machine.postmaster(stage.reader)
-        with machine.watch([process.pid]) as used:
-            before = machine.cpu_of(server)
-            sent.write("\n")
-            sent.flush()
-            took = float(answer())
-            by_server = machine.cpu_of(server) - before
-        return {"rows": people, "s": took, "postgres_cpu_s": by_server, **used}
-
-    try:
-        assert answer() == "ready"
+        assert process.receive() == "ready"
         yield send
-    finally:
-        sent.close()
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            finish(process)
+        harness.reader.execute("DROP SCHEMA django_peer CASCADE")
 
 
 def table(results: dict[str, Any]) -> str:
-    """The results for people."""
+    """Format the results."""
     lines = []
     for members, found in results["sizes"].items():
         lines += [
@@ -228,14 +206,14 @@ def table(results: dict[str, Any]) -> str:
             )
         lines.append(f"  Belfry to {'':28} {'target':>8} {'one worker':>15} {'two workers':>17}")
         for other, target in TARGETS.items():
-            one, two = (reached(found["ratios"][name][other], target) for name in BELFRY.values())
+            one, two = (compare(found["ratios"][name][other], target) for name in BELFRY.values())
             lines.append(f"  {NAMES[other]:38} {f'>= {target:g}':>8} {one:>15} {two:>17}")
         lines.append("")
     peaks = {int(members): mib for members, mib in results["horse_peak_mib"].items()}
-    said = ", ".join(f"{mib:.1f} MiB for {members:,}" for members, mib in sorted(peaks.items()))
+    figures = ", ".join(f"{mib:.1f} MiB for {members:,}" for members, mib in sorted(peaks.items()))
     most = max(peaks.values()) / min(peaks.values())
     lines.append(
-        f"Peak of the work-horse, by members: {said}; most to least (target: <= {MEMORY_TARGET})"
-        f" {reached(most, MEMORY_TARGET, at_most=True)}"
+        f"Peak of the work-horse, by members: {figures}; largest to smallest (target: <= {MEMORY_TARGET})"
+        f" {compare(most, MEMORY_TARGET, at_most=True)}"
     )
     return "\n".join(lines)

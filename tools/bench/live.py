@@ -1,12 +1,11 @@
 """A part of `make bench`: 1,000 live streams on one web process.
 
-The streams are of members of a community of 10,000, in which somebody posts 100 messages a minute, in turn with and
-without streams: from each post, the milliseconds until every listener has read the notification; the posts' own times;
-and the process's memory. Then the same while others keep the API busy with posts elsewhere.
+The clients are members of a server of 10,000, to which 100 messages a minute are posted, alternately with and without
+streams. Measured are the milliseconds from each post until each client has read the notification, the posts' own times,
+and the memory of the process. Then the same while other connections post to another server as fast as they can.
 """
 
 import argparse
-import secrets
 import selectors
 import socket
 import statistics
@@ -18,11 +17,10 @@ from typing import Any
 
 import psutil
 
-from belfry.core.db import fetch_all
-from belfry.identity.tokens import TOKEN_PREFIX, hash_token
-from tools.bench.stage import Stage, give_up_after, reached
-from tools.bench.web import CONNECTIONS, TEXT, Bench, Load, load, request_of
-from tools.dev import say, stack
+from tools.bench.harness import BenchHarness
+from tools.bench.measuring import compare, create_subscriber_tokens, percentiles
+from tools.bench.web import CONNECTIONS, SMALL, TEXT, Load, Posting, encode_request, load
+from tools.dev import say, signals, stack
 from tools.dev.client import Client
 
 MAX_STREAMS_PER_PROCESS = 1_000
@@ -30,12 +28,12 @@ MEMBERS = 10_000
 PER_MINUTE = 100
 SECONDS = 20.0
 ROUNDS = 2
-PATIENCE = 60.0
+TIMEOUT_SECONDS = 60.0
 TARGET = 1_000.0  # ms, at the 95th percentile
 
 
-class Listeners:
-    """So many open streams, read by one thread. `arrived` has, by message id, when each had its notification."""
+class Clients:
+    """Open streams, read by one thread. `arrived` has for each message id the times at which a client received it."""
 
     def __init__(self, address: tuple[str, int], tokens: list[str]) -> None:
         self._selector = selectors.DefaultSelector()
@@ -44,7 +42,7 @@ class Listeners:
         self._begun: set[int] = set()
         self._stop = False
         for token in tokens:
-            one = socket.create_connection(address, PATIENCE)
+            one = socket.create_connection(address, TIMEOUT_SECONDS)
             one.sendall(
                 b"GET /api/notifications/stream HTTP/1.1\r\nHost: 127.0.0.1\r\n"
                 b"Authorization: Bearer %b\r\n\r\n" % token.encode()
@@ -69,7 +67,7 @@ class Listeners:
                     key.data[:] = rest
 
     def all_have_begun(self) -> bool:
-        """Whether each has had the count that a stream begins with."""
+        """Whether each has received the count that a stream begins with."""
         return len(self._begun) == len(self._open)
 
     def close(self) -> None:
@@ -80,41 +78,18 @@ class Listeners:
 
 
 @contextmanager
-def listening(address: tuple[str, int], tokens: list[str]) -> Iterator[Listeners]:
-    """While the block runs, each token's person listens."""
-    listeners = Listeners(address, tokens)
-    give_up = time.monotonic() + PATIENCE
-    while not listeners.all_have_begun():
-        give_up_after(give_up)
-        time.sleep(0.05)
+def connected_clients(address: tuple[str, int], tokens: list[str]) -> Iterator[Clients]:
+    """Keep a stream open for each token while the block runs."""
+    clients = Clients(address, tokens)
+    signals.wait_until(clients.all_have_begun, "the streams", TIMEOUT_SECONDS)
     try:
-        yield listeners
+        yield clients
     finally:
-        listeners.close()
+        clients.close()
 
 
-def _people(channel_id: int) -> list[str]:
-    """Tokens of members who are notified of every message."""
-    found = fetch_all(
-        "SELECT m.user_id FROM channel c JOIN member m ON m.server_id = c.server_id"
-        " JOIN subscription s ON s.user_id = m.user_id AND s.status = 'active'"
-        " AND COALESCE(s.current_period_end > now(), true)"
-        " WHERE c.id = %(id)s AND NOT EXISTS (SELECT FROM preference p WHERE p.user_id = m.user_id)"
-        " ORDER BY m.user_id LIMIT %(streams)s",
-        {"id": channel_id, "streams": MAX_STREAMS_PER_PROCESS},
-    )
-    assert len(found) == MAX_STREAMS_PER_PROCESS, len(found)
-    tokens = [TOKEN_PREFIX + secrets.token_urlsafe(32) for _ in found]
-    fetch_all(
-        "INSERT INTO api_token (user_id, token_hash)"
-        " SELECT * FROM unnest(%(user_ids)s::bigint[], %(hashes)s::bytea[]) RETURNING id",
-        {"user_ids": [one["user_id"] for one in found], "hashes": [hash_token(token) for token in tokens]},
-    )
-    return tokens
-
-
-def _paced(client: Client, channel_id: int) -> tuple[dict[int, float], list[float]]:
-    """PER_MINUTE for SECONDS: when each message's post began, and the milliseconds that each took."""
+def _post_at_rate(client: Client, channel_id: int) -> tuple[dict[int, float], list[float]]:
+    """Post PER_MINUTE for SECONDS; returns the time of each message's post, and the milliseconds that each took."""
     began, took = {}, []
     first = time.perf_counter()
     for number in range(round(SECONDS * PER_MINUTE / 60)):
@@ -125,25 +100,25 @@ def _paced(client: Client, channel_id: int) -> tuple[dict[int, float], list[floa
     return began, took
 
 
-def measure(stage: Stage, arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(harness: BenchHarness, arguments: argparse.Namespace) -> dict[str, Any]:
     """{"streams", "quiet": {"reached_ms", "posts_ms", "memory_mib", "others_per_s", "others_ms"}, "busy": the like}."""
-    bench, channel_id = Bench(stage), stage.communities[MEMBERS]
-    tokens = _people(channel_id)
+    posting, channel_id = Posting(harness), harness.large_channels[MEMBERS]
+    _, tokens = create_subscriber_tokens(channel_id, MAX_STREAMS_PER_PROCESS)
     found: dict[str, Any] = {"streams": MAX_STREAMS_PER_PROCESS, "members": MEMBERS, "per_minute": PER_MINUTE}
-    env = {**stage.env, "WEB_CONCURRENCY": "1"}
+    env = {**harness.env, "WEB_CONCURRENCY": "1"}
     with ExitStack() as running:
-        listening_socket = running.enter_context(socket.create_server(("127.0.0.1", 0), backlog=1024))
-        address = listening_socket.getsockname()
-        child = running.enter_context(stack.web(env, listening_socket, stage.data_dir / "live.log"))
-        running.enter_context(stack.worker(env, stage.data_dir / "live-worker.log"))
+        listening = running.enter_context(socket.create_server(("127.0.0.1", 0), backlog=1024))
+        address = listening.getsockname()
+        child = running.enter_context(stack.web(env, listening, harness.data_dir / "live.log"))
+        running.enter_context(stack.worker(env, harness.data_dir / "live-worker.log"))
         web = psutil.Process(child.process.pid).children()[0]
-        client = Client(f"http://127.0.0.1:{address[1]}", bench.token)
-        elsewhere = request_of(bench.token, {"channel_id": bench.channels[min(bench.channels)], "content": TEXT})
+        client = Client(f"http://127.0.0.1:{address[1]}", posting.token)
+        elsewhere = encode_request(posting.token, {"channel_id": posting.channels[SMALL], "content": TEXT})
         for _ in range(20):
             client.post("/api/messages", {"channel_id": channel_id, "content": TEXT})
         for name, others in (("quiet", None), ("busy", elsewhere)):
             found[name] = _rounds(address, tokens, client, channel_id, web, others)
-    bench.forget()
+    posting.delete_runs()
     return found
 
 
@@ -155,7 +130,7 @@ def _rounds(
     web: psutil.Process,
     others: bytes | None,
 ) -> dict[str, Any]:
-    """The paced posts without and with streams in turn, beside others who ask for `others`, if that is given."""
+    """Post alternately without and with streams, while other connections send the request `others`, if any."""
     posts: dict[bool, list[float]] = {False: [], True: []}
     loads: dict[bool, list[Load]] = {False: [], True: []}
     memory: dict[bool, float] = {}
@@ -165,14 +140,14 @@ def _rounds(
         busy = ", busy" if others else ""
         say(f"{MAX_STREAMS_PER_PROCESS if streams else 'no'} streams{busy}: {number // 2 + 1} of {ROUNDS}")
         with ExitStack() as round_:
-            listeners = round_.enter_context(listening(address, tokens)) if streams else None
-            asking = _Others(address, others) if others else None
+            clients = round_.enter_context(connected_clients(address, tokens)) if streams else None
+            asking = _OtherPosts(address, others) if others else None
             if asking:
                 round_.callback(asking.join)
-            began, took = _paced(client, channel_id)
+            began, took = _post_at_rate(client, channel_id)
             posts[streams] += took
-            if listeners:
-                delays += _delays(listeners, began)
+            if clients:
+                delays += _delays(clients, began)
             memory[streams] = web.memory_info().rss / 2**20
         if asking:
             loads[streams].append(asking.done)
@@ -191,46 +166,43 @@ def _rounds(
     return found
 
 
+def _percentiles(milliseconds: list[float]) -> dict[str, float]:
+    return percentiles(milliseconds, 0.5, 0.95, 0.99, digits=1)
+
+
 def _both(figure: Callable[[bool], Any]) -> dict[str, Any]:
     return {"with": figure(True), "without": figure(False)}
 
 
-class _Others:
-    """They post elsewhere as fast as they are answered, as long as the paced posts last."""
+class _OtherPosts:
+    """Send a request over several connections as fast as they are answered, for nearly SECONDS."""
 
     def __init__(self, address: tuple[str, int], request: bytes) -> None:
         self.done: Load
 
-        def ask() -> None:
+        def run() -> None:
             self.done = load(address, request, CONNECTIONS, SECONDS - 1)
 
-        self._thread = threading.Thread(target=ask)
+        self._thread = threading.Thread(target=run)
         self._thread.start()
 
     def join(self) -> None:
         self._thread.join()
 
 
-def _delays(listeners: Listeners, began: dict[int, float]) -> list[float]:
-    """Milliseconds from each post to each listener, all of whom have had it."""
-    give_up = time.monotonic() + PATIENCE
-    while any(len(listeners.arrived.get(id_, [])) < MAX_STREAMS_PER_PROCESS for id_ in began):
-        give_up_after(give_up)
-        time.sleep(0.05)
-    assert all(len(listeners.arrived[id_]) == MAX_STREAMS_PER_PROCESS for id_ in began), "somebody was sent one twice"
-    return [(at - when) * 1000 for id_, when in began.items() for at in listeners.arrived[id_]]
-
-
-def _percentiles(times: list[float]) -> dict[str, float]:
-    in_order = sorted(times)
-    return {
-        name: round(in_order[min(len(in_order) - 1, int(len(in_order) * share))], 1)
-        for name, share in (("p50", 0.5), ("p95", 0.95), ("p99", 0.99))
-    }
+def _delays(clients: Clients, began: dict[int, float]) -> list[float]:
+    """Return the milliseconds from each post to each client, after all have received it."""
+    signals.wait_until(
+        lambda: all(len(clients.arrived.get(id_, [])) >= MAX_STREAMS_PER_PROCESS for id_ in began),
+        "the notifications on all streams",
+        TIMEOUT_SECONDS,
+    )
+    assert all(len(clients.arrived[id_]) == MAX_STREAMS_PER_PROCESS for id_ in began), "a client received one twice"
+    return [(at - when) * 1000 for id_, when in began.items() for at in clients.arrived[id_]]
 
 
 def table(results: dict[str, Any]) -> str:
-    """The results for people."""
+    """Format the results."""
     lines = [
         f"{results['streams']:,} live streams on one web process, {results['per_minute']} messages a minute to"
         f" {results['members']:,} members"
@@ -240,14 +212,14 @@ def table(results: dict[str, Any]) -> str:
         reached_ms, posts, memory = one["reached_ms"], one["posts_ms"], one["memory_mib"]
         lines += [
             f"  {name}: from the post to the browser, ms: p50 {reached_ms['p50']:.0f}, p99 {reached_ms['p99']:.0f};"
-            f" p95 (target: <= {TARGET:.0f}) {reached(reached_ms['p95'], TARGET, at_most=True)}",
+            f" p95 (target: <= {TARGET:.0f}) {compare(reached_ms['p95'], TARGET, at_most=True)}",
             f"    a post, ms: p50 {posts['with']['p50']:.1f}, p99 {posts['with']['p99']:.1f};"
             f" without streams {posts['without']['p50']:.1f}, {posts['without']['p99']:.1f}",
             f"    memory of the process, MiB: {memory['with']:.0f}; without streams {memory['without']:.0f}",
         ]
         if one["others_per_s"]:
             lines.append(
-                f"    posts elsewhere, as fast as they go: {one['others_per_s']['with']:,.0f}/s,"
+                f"    posts to another server, as fast as possible: {one['others_per_s']['with']:,.0f}/s,"
                 f" p99 {one['others_ms']['with']['p99']:.1f} ms; without streams"
                 f" {one['others_per_s']['without']:,.0f}/s, p99 {one['others_ms']['without']['p99']:.1f} ms"
             )

@@ -1,4 +1,4 @@
-"""The machine: CPU seconds and memory of processes with all that they started, and the versions of everything."""
+"""CPU seconds and memory of processes with their descendants, and the versions of everything."""
 
 import os
 import platform
@@ -14,15 +14,15 @@ import psutil
 import psycopg
 import redis
 
-from tools.bench import environments
+from tools.bench import peer_processes
 from tools.dev import ROOT
 
-SAMPLE_SECONDS = 0.2  # between two looks at the memory: each costs some milliseconds
+SAMPLE_SECONDS = 0.2  # between two samples of the memory: each takes some milliseconds
 PACKAGES = ("flask", "gunicorn", "rq", "redis", "peewee", "psycopg")
 
 
 def family(pids: Iterable[int]) -> list[psutil.Process]:
-    """The processes, and all below them, that are there."""
+    """Return the processes that exist, with their descendants."""
     found = []
     for pid in pids:
         try:
@@ -34,7 +34,7 @@ def family(pids: Iterable[int]) -> list[psutil.Process]:
 
 
 def cpu_of(pids: Iterable[int]) -> float:
-    """CPU seconds of the processes and all below them, those that have ended included."""
+    """Return the CPU seconds of the processes and their descendants, including those that have ended."""
     seconds = 0.0
     for process in family(pids):
         try:
@@ -46,8 +46,7 @@ def cpu_of(pids: Iterable[int]) -> float:
 
 
 def memory_of(pids: Iterable[int]) -> float:
-    """MiB of the processes and all below them, what they share counted once; on other systems than Linux, what is
-    theirs alone."""
+    """Return the MiB of the processes and their descendants: PSS, or USS on other systems than Linux."""
     total = 0
     for process in family(pids):
         try:
@@ -59,7 +58,7 @@ def memory_of(pids: Iterable[int]) -> float:
 
 
 def peak_of(pid: int) -> float:
-    """MiB that a process had at most, with what it shares; on other systems than Linux, that it has now."""
+    """Return the peak RSS of a process in MiB, or its present RSS on other systems than Linux."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 2**10
@@ -69,17 +68,17 @@ def peak_of(pid: int) -> float:
 
 @contextmanager
 def watch(pids: list[int]) -> Iterator[dict[str, float]]:
-    """While the block runs: what the processes and all below them use. Filled at its end: {"cpu_s", "pss_mib"}, CPU
-    seconds of the block and their memory at most."""
+    """Measure the processes and their descendants while the block runs. The dict has {"cpu_s", "pss_mib"} at its end:
+    CPU seconds, and the peak of the memory."""
     used: dict[str, float] = {}
     peak, ended, began = memory_of(pids), threading.Event(), cpu_of(pids)
 
-    def look() -> None:
+    def sample() -> None:
         nonlocal peak
         while not ended.wait(SAMPLE_SECONDS):
             peak = max(peak, memory_of(pids))
 
-    thread = threading.Thread(target=look, daemon=True)
+    thread = threading.Thread(target=sample, daemon=True)
     thread.start()
     try:
         yield used
@@ -91,7 +90,7 @@ def watch(pids: list[int]) -> Iterator[dict[str, float]]:
 
 
 def postmaster(connection: psycopg.Connection[Any]) -> list[int]:
-    """The server's process, for `cpu_of`; [] where it runs on another machine."""
+    """Return the pid of the postmaster, for `cpu_of`; [] where it runs on another machine."""
     try:
         backend = psutil.Process(connection.info.backend_pid)
         return [backend.ppid()] if "postgres" in backend.name() else []
@@ -99,8 +98,8 @@ def postmaster(connection: psycopg.Connection[Any]) -> list[int]:
         return []
 
 
-def described(env: dict[str, str]) -> dict[str, Any]:
-    """What the results are of: {"tree", "cores", "machine", "versions"}."""
+def describe(env: dict[str, str]) -> dict[str, Any]:
+    """Return {"tree", "cores", "machine", "versions"}."""
     with psycopg.connect(env["DATABASE_URL"]) as connection:
         server = connection.info.parameter_status("server_version")
     with redis.Redis.from_url(env["REDIS_URL"]) as client:
@@ -115,13 +114,13 @@ def described(env: dict[str, str]) -> dict[str, Any]:
             "PostgreSQL": server,
             "queue": queue,
             **{name: version(name) for name in PACKAGES},
-            "peers": environments.versions(),
+            "peers": peer_processes.versions(),
         },
     }
 
 
 def _tree() -> str | None:
-    """The commit, and `-dirty` where something is changed; None where there is no git, or no repository."""
+    """Return the commit, with `-dirty` after changes; None where there is no git, or no repository."""
     try:
         answer = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--tags"], cwd=ROOT, capture_output=True, text=True, check=True

@@ -1,4 +1,4 @@
-"""The cost of reading and showing messages: ordinary texts, and texts made to be expensive."""
+"""A drill: the cost of parsing and rendering ordinary messages, and messages crafted to be expensive."""
 
 import json
 import re
@@ -12,9 +12,10 @@ from importlib import metadata
 from typing import Any
 
 from tools.dev import ROOT
+from tools.dev.harness import Harness
 
-LENGTH = 10_000  # characters: the greatest that a message may have
-VIEWS = 80  # of which the last 20 find everything in the cache of each web process
+LENGTH = 10_000  # characters, the longest message
+VIEWS = 80  # for the last 20, everything is in the cache of each web process
 
 _POST = """**BTC/USD** broke 104,200 \U0001f680 @sam_{n} see [the chart](https://charts.example.com/btc?tf=4h&n={n})
 
@@ -39,7 +40,7 @@ CRAFTED = {
     "![![](](": "images whose destinations have no end",
     "![](": "destinations without an end",
     "[": "brackets without an end",
-    ">#\n;\n": "block quotes, each searched for anew",
+    ">#\n;\n": "block quotes, each searched again",
     "- a\n": "items of a list",
     "\n#": "empty headings",
     "*a_ ": "emphasis without an end",
@@ -49,22 +50,22 @@ CRAFTED = {
 }
 
 
-def rendering(ground: Any, members: int, posts: int) -> dict[str, Any]:
-    """Steps of ordinary texts; milliseconds, steps and HTML of crafted ones; a page of 50 of them, and a post."""
+def rendering(harness: Harness, members: int, posts: int) -> dict[str, Any]:
+    """Parser steps of ordinary texts; steps, milliseconds and HTML of crafted ones; a page of 50, and a post."""
     figures = {**_ordinary(), **_crafted()}
     for piece in ("", "![![a](b", "[a]\n"):
-        figures |= _page(ground, piece)
-    return {**figures, **_many_names(ground)}
+        figures |= _page(harness, piece)
+    return {**figures, **_many_names(harness)}
 
 
 def crafted(piece: str, number: int = 0) -> str:
-    """A message of the greatest length that repeats a piece, and differs from those with another number."""
+    """Return a message of LENGTH that repeats a piece; the number makes it unique."""
     start = f"[a]: http://b.example/{'c' * 5_000}\n\n" if piece == "[a]\n" else ""
     return f"{number} @sam\n\n{start}{piece * LENGTH}"[:LENGTH].strip()
 
 
 def ordinary() -> list[str]:
-    """The README files of the installed packages and the texts of the tests, in pieces, and long trading messages."""
+    """Return the README files of the installed packages and the texts of the tests, in pieces, and long posts."""
     texts = [str(one.metadata.get_payload() or one.metadata.get("Description")) for one in metadata.distributions()]
     data = ROOT / "tests" / "data"
     texts += [case["content"] for case in json.loads((data / "mention_cases.json").read_text())]
@@ -74,7 +75,7 @@ def ordinary() -> list[str]:
 
 
 def steps_of(content: str) -> int:
-    """The steps that parsing takes: MAX_STEPS where it is given up."""
+    """Return the steps that parsing takes: MAX_STEPS where the parser stops."""
     from belfry.messages import markdown
 
     budget = markdown.Budget(markdown.MAX_STEPS, 1)
@@ -116,7 +117,7 @@ def _crafted() -> dict[str, Any]:
 
 
 def _milliseconds(function: Callable[[str], Any], content: str) -> int:
-    """Of CPU time: the best of three."""
+    """Return the CPU time, the shortest of three."""
     took = []
     for _ in range(3):
         began = time.process_time()
@@ -125,13 +126,14 @@ def _milliseconds(function: Callable[[str], Any], content: str) -> int:
     return round(min(took) * 1000)
 
 
-def _page(ground: Any, piece: str) -> dict[str, Any]:
-    """VIEWS of a channel with 50 crafted messages, one after another: the first, the slowest, and the last 20."""
-    community = ground.community(3)
+def _page(harness: Harness, piece: str) -> dict[str, Any]:
+    """Request the page of a channel with 50 crafted messages VIEWS times: the first, the slowest, and the last 20."""
+    server = harness.create_server(3)
+    channel_id = server["channel_ids"][0]
     for number in range(50 if piece else 0):
-        ground.post(community, crafted(piece, number))
-    view = _reader(ground)
-    path = f"/servers/{community['server_id']}/channels/{community['channel_ids'][0]}"
+        harness.post(channel_id, crafted(piece, number))
+    view = _sign_in(harness)
+    path = f"/servers/{server['server_id']}/channels/{channel_id}"
     took, sizes = [], []
     for _ in range(VIEWS):
         began = time.perf_counter()
@@ -145,31 +147,31 @@ def _page(ground: Any, piece: str) -> dict[str, Any]:
     }
 
 
-def _reader(ground: Any) -> Callable[[str], bytes]:
-    """What a signed-in browser gets at a path."""
+def _sign_in(harness: Harness) -> Callable[[str], bytes]:
+    """Sign in; returns a function that requests a path."""
     opener = urllib.request.build_opener(
         urllib.request.ProxyHandler({}), urllib.request.HTTPCookieProcessor(CookieJar())
     )
 
     def get(path: str, form: dict[str, str] | None = None) -> bytes:
         data = urllib.parse.urlencode(form).encode() if form else None
-        with opener.open(ground.address + path, data, timeout=60) as answer:
+        with opener.open(harness.address + path, data, timeout=60) as answer:
             body: bytes = answer.read()
         return body
 
     found = re.search(rb'name="csrf" value="([^"]+)"', get("/login"))
     assert found
-    get("/login", {"csrf": found[1].decode(), "token": ground.client.token})
+    get("/login", {"csrf": found[1].decode(), "token": harness.client.token})
     return get
 
 
-def _many_names(ground: Any) -> dict[str, Any]:
-    """A post of names that nobody has: how long it takes, and how large the answer is."""
-    community = ground.community(3)
+def _many_names(harness: Harness) -> dict[str, Any]:
+    """Post messages that mention unknown names: the time, and the size of the response."""
+    channel_id = harness.create_server(3)["channel_ids"][0]
     took, size = [], 0
     for number in range(10):
         content = " ".join(f"@{name:04}" for name in range(number, number + 1_660))
         began = time.perf_counter()
-        size = len(json.dumps(ground.post(community, content), ensure_ascii=False).encode())
+        size = len(json.dumps(harness.post(channel_id, content), ensure_ascii=False).encode())
         took.append((time.perf_counter() - began) * 1000)
-    return {"post of 1,660 unknown names: p50 ms, bytes of the answer": f"{statistics.median(took):.0f}, {size:,}"}
+    return {"post of 1,660 unknown names: p50 ms, bytes of the response": f"{statistics.median(took):.0f}, {size:,}"}

@@ -1,9 +1,9 @@
-"""A drill: other people's requests while slow and silent clients keep as many connections open as they can.
+"""A drill: requests of other users while slow and silent clients keep as many connections open as they can.
 
 SLOW_HEADS send a byte of a request head every few seconds, SLOW_BODIES a byte of a body (half `POST /login`, half
-`POST /api/messages`; every fourth announces a body and sends nothing), SILENT nothing. All have one address, and
-what the server closes is opened again at once. Meanwhile `/healthz` is asked and messages are posted, each over a new
-connection. `WEB_CONCURRENCY=1 make drill ARGS=slow_clients` does the same with one web process.
+`POST /api/messages`; every fourth announces a body and sends nothing), SILENT nothing. All have the
+same IP address, and reopen a closed connection at once. Meanwhile `/healthz` is requested and messages are posted, each
+over a new connection. `WEB_CONCURRENCY=1 make drill ARGS=slow_clients` runs it with one web process.
 """
 
 import resource
@@ -13,24 +13,22 @@ import threading
 import time
 from contextlib import suppress
 from http.client import HTTPConnection
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlsplit
 
 from tools.dev import CommandError, say
-
-if TYPE_CHECKING:
-    from tools.bench.drills import Ground
+from tools.dev.harness import Harness
 
 SLOW_HEADS, SLOW_BODIES, SILENT = 200, 200, 2_000
-SECONDS = 60.0  # longer than any time limit of the server but that of silent connections
+SECONDS = 60.0  # longer than all time limits of the server, except that of silent connections
 PACE_SECONDS = 3.0  # between two bytes of one slow client
 PROBE_SECONDS = 0.1
-PATIENCE = 10.0  # for one answer
+RESPONSE_SECONDS = 10.0
 TARGET_SECONDS = 2.0
 
 
 class SlowClients:
-    """Keeps its connections open, and sends their bytes, in a thread of its own until `close`."""
+    """Keep the connections open, and send their bytes, in a thread until `close`."""
 
     def __init__(self, address: tuple[str, int], token: str) -> None:
         self.address = address
@@ -99,7 +97,7 @@ class SlowClients:
                 one.close()
 
 
-def slow_clients(ground: "Ground", _: int, __: int) -> dict[str, Any]:
+def slow_clients(harness: Harness, _: int, __: int) -> dict[str, Any]:
     """`/healthz` and posts before, and while 200 slow heads, 200 slow bodies and 2,000 silent connections are open."""
     needed = 2 * (SLOW_HEADS + SLOW_BODIES + SILENT)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -107,16 +105,16 @@ def slow_clients(ground: "Ground", _: int, __: int) -> dict[str, Any]:
         if hard != resource.RLIM_INFINITY and hard < needed:
             raise CommandError(f"The drill needs {needed} open files (ulimit -Hn).")
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
-    where = urlsplit(ground.address)
+    where = urlsplit(harness.address)
     address = (where.hostname or "", where.port or 0)
-    community = ground.community(20)
-    ground.post(community, "warm")
+    channel_id = harness.create_server(20)["channel_ids"][0]
+    harness.post(channel_id)
     found: dict[str, Any] = {}
-    found |= _figures("before", *_probe(ground, address, community, SECONDS / 4))
+    found |= _figures("before", *_probe(harness, address, channel_id, SECONDS / 4))
     say(f"  {SLOW_HEADS} slow heads, {SLOW_BODIES} slow bodies, {SILENT:,} silent connections …")
-    clients = SlowClients(address, ground.client.token)
+    clients = SlowClients(address, harness.client.token)
     try:
-        found |= _figures("during", *_probe(ground, address, community, SECONDS))
+        found |= _figures("during", *_probe(harness, address, channel_id, SECONDS))
         found["during_connections_reopened"] = clients.reopened
     finally:
         clients.close()
@@ -124,14 +122,14 @@ def slow_clients(ground: "Ground", _: int, __: int) -> dict[str, Any]:
 
 
 def _probe(
-    ground: "Ground", address: tuple[str, int], community: dict[str, Any], seconds: float
+    harness: Harness, address: tuple[str, int], channel_id: int, seconds: float
 ) -> tuple[list[float], list[float]]:
-    """Seconds of each `/healthz` and of each post. One without an answer took PATIENCE, or as long as it lasted."""
+    """Return the seconds of each `/healthz` and of each post, at least RESPONSE_SECONDS for one that failed."""
     healthz: list[float] = []
     posts: list[float] = []
 
-    def ask_healthz() -> None:
-        connection = HTTPConnection(*address, timeout=PATIENCE)
+    def request_healthz() -> None:
+        connection = HTTPConnection(*address, timeout=RESPONSE_SECONDS)
         try:
             connection.request("GET", "/healthz")
             answer = connection.getresponse()
@@ -141,20 +139,20 @@ def _probe(
         finally:
             connection.close()
 
-    def repeat(took: list[float], ask: Any) -> None:
+    def repeat(took: list[float], request: Any) -> None:
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             began = time.perf_counter()
             try:
-                ask()
+                request()
                 took.append(time.perf_counter() - began)
             except (OSError, CommandError):
-                took.append(max(PATIENCE, time.perf_counter() - began))
+                took.append(max(RESPONSE_SECONDS, time.perf_counter() - began))
             time.sleep(PROBE_SECONDS)
 
     threads = [
-        threading.Thread(target=repeat, args=(healthz, ask_healthz)),
-        threading.Thread(target=repeat, args=(posts, lambda: ground.post(community, "gold breaks out"))),
+        threading.Thread(target=repeat, args=(healthz, request_healthz)),
+        threading.Thread(target=repeat, args=(posts, lambda: harness.post(channel_id))),
     ]
     for thread in threads:
         thread.start()

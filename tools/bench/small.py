@@ -1,14 +1,14 @@
-"""A part of `make bench`: many small messages, Belfry's worker beside a loop and the peers.
+"""A part of `make bench`: many small messages, processed by Belfry's worker, a loop and the peers.
 
-Each gets the same messages to the same community of 57, beside all the others in the same database, on an empty table,
-one worker process each: the statement in a loop without any queue; Belfry; RQ's default worker and its SimpleWorker,
-Celery, Dramatiq and Huey with that statement as their task, each in an environment of its own.
+All process the same messages to the same server of 57, in a database with all the other servers, into an empty table,
+with one worker process: the statement in a loop without a queue; Belfry; and RQ's default worker and its SimpleWorker,
+Celery, Dramatiq and Huey with that statement as their task, each in its own environment.
 
-- A rate counts from the first committed notification to the last, so no start of a process is in it.
-- A lone message counts from enqueueing to its committed rows, as another connection sees them. The workers take turns,
-  ROUNDS times, each in a new process that has done WARM messages before.
+- A rate is measured from the first committed notification to the last, so it does not include the start of a process.
+- A lone message is measured from enqueueing until another connection sees its rows. The workers alternate in ROUNDS,
+  each in a new process that has processed WARM_UP messages before.
 
-Every count of rows is checked.
+The rows are counted each time.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -24,13 +25,14 @@ import psycopg
 from belfry.core.db import execute, fetch_all, fetch_one
 from belfry.fanout import decision
 from tools.bench import machine
+from tools.bench.harness import POLL_SECONDS, TIMEOUT_SECONDS, WARM_UP, BenchHarness
 from tools.bench.large import AS_BELFRY, BARE_STATEMENT
-from tools.bench.peers_at_work import WORKERS, peer
-from tools.bench.stage import PATIENCE, WARM, Stage, give_up_after, reached
-from tools.dev import CommandError, say, stack
+from tools.bench.measuring import compare
+from tools.bench.peer_processes import WORKERS, queue_peer
+from tools.dev import CommandError, say, signals, stack
 
 LOOP, BELFRY, SIMPLE = "the statement in a loop, no queue", "Belfry", "RQ, SimpleWorker"
-FEWER = {"RQ, default worker": 40, SIMPLE: 10, "Celery, prefork": 2}  # one in so many: all would take minutes
+FEWER = {"RQ, default worker": 40, SIMPLE: 10, "Celery, prefork": 2}  # divisors; all messages take minutes
 ROUNDS = 3
 RATE_TARGET = 3.3  # times the rate of the loop
 LONE_TARGET = 1.1  # times the p50 of RQ's SimpleWorker
@@ -38,54 +40,49 @@ PAUSE = 0.05  # seconds between two lone messages
 
 
 class Small:
-    """One small community, and messages to it that nobody has been notified of."""
+    """A small server, and messages to it without notifications."""
 
-    def __init__(self, stage: Stage) -> None:
-        self.stage, self.channel_id = stage, stage.small[0]
+    def __init__(self, harness: BenchHarness) -> None:
+        self.harness, self.channel_id = harness, harness.small_channels[0]
         (message_id,) = self.messages(1)
         subject = decision.load_fanout_message(message_id)
         assert subject is not None
         self.parameters = subject.parameters()
         statement = {"sql": BARE_STATEMENT, "parameters": self.parameters}
-        (stage.data_dir / "statement.json").write_text(json.dumps(statement))
+        (harness.data_dir / "statement.json").write_text(json.dumps(statement))
         execute(BARE_STATEMENT, self.parameters)
-        self.recipients = stage.count()
+        self.recipients = harness.count_notifications()
         found = fetch_one("SELECT min(user_id) AS first FROM notification")
         assert found is not None
-        self.witness = found["first"]  # whose one row of each message is there with all the others
+        self.first_recipient = found["first"]  # the rows of a message are committed together
 
     def messages(self, number: int) -> list[int]:
-        self.stage.empty()
+        self.harness.delete_notifications()
         execute("TRUNCATE run CASCADE")
-        return self.stage.new_messages([self.channel_id], number)
+        return self.harness.insert_messages([self.channel_id], number)
 
     def done(self, message_id: int | None = None) -> int:
-        """How many messages have notifications: all, or this one. Counting the rows of 100,000 takes 4 ms and a
-        quarter of a core, which the measured processes need."""
-        question = "SELECT count(*) AS there FROM notification WHERE user_id = %s"
+        """Count the messages with notifications, or this one, by the rows of one recipient: to count all rows would
+        use CPU time that the measured processes need."""
+        query = "SELECT count(*) AS number FROM notification WHERE user_id = %s"
         which = () if message_id is None else (message_id,)
-        found = self.stage.reader.execute(
-            question + " AND message_id = %s" * len(which), (self.witness, *which)
+        found = self.harness.reader.execute(
+            query + " AND message_id = %s" * len(which), (self.first_recipient, *which)
         ).fetchone()
         assert found is not None
-        return int(found["there"])
+        return int(found["number"])
 
     def rate(self, messages: int, pids: list[int]) -> dict[str, float]:
-        """Messages a second, from the first that is there to the last, and what the processes used meanwhile."""
-        give_up = time.monotonic() + PATIENCE
-        while not (first := self.done()):
-            give_up_after(give_up)
-            time.sleep(0.002)
+        """Return the messages a second, from the first commit to the last, and what the processes used meanwhile."""
+        first = signals.wait_until(self.done, "the first message", TIMEOUT_SECONDS, POLL_SECONDS)
         began = time.perf_counter()
         with machine.watch(pids) as used:
-            while self.done() < messages:
-                give_up_after(give_up)
-                time.sleep(0.005)
+            signals.wait_until(lambda: self.done() >= messages, "all messages", TIMEOUT_SECONDS, 0.005)
             took = time.perf_counter() - began
         self.check(messages)
         counted = messages - first
         if not counted:
-            raise CommandError(f"{messages} messages were notified between two looks: measure more, by --messages.")
+            raise CommandError(f"{messages} messages were notified between two polls: use more --messages.")
         return {
             "rate": counted / took,
             "cpu_ms": used["cpu_s"] * 1000 / counted,
@@ -94,28 +91,27 @@ class Small:
         }
 
     def check(self, messages: int) -> None:
-        there = self.stage.count()
+        there = self.harness.count_notifications()
         assert there == messages * self.recipients, (there, messages, self.recipients)
 
     def lone(self, enqueue: Callable[[int], object], message_ids: list[int]) -> list[float]:
-        """Seconds of each, the first WARM left out."""
+        """Return the seconds of each message, without the first WARM_UP."""
         took = []
         for message_id in message_ids:
-            give_up, began = time.monotonic() + PATIENCE, time.perf_counter()
+            began = time.perf_counter()
             enqueue(message_id)
-            while not self.done(message_id):
-                give_up_after(give_up)
-                time.sleep(0.0002)
+            is_done = partial(self.done, message_id)
+            signals.wait_until(is_done, f"message {message_id}", TIMEOUT_SECONDS, 0.0002)
             took.append(time.perf_counter() - began)
             time.sleep(PAUSE)
         self.check(len(message_ids))
-        return took[WARM:]
+        return took[WARM_UP:]
 
 
 def loop_rate(small: Small, messages: int) -> dict[str, float]:
-    """The statement for one message after the other, a commit each."""
+    """Execute the statement for one message after the other, each in its own transaction."""
     ids = small.messages(messages)
-    with psycopg.connect(small.stage.env["DATABASE_URL"], autocommit=True) as connection:
+    with psycopg.connect(small.harness.env["DATABASE_URL"], autocommit=True) as connection:
         connection.execute(AS_BELFRY)
         began = time.perf_counter()
         for message_id in ids:
@@ -126,7 +122,7 @@ def loop_rate(small: Small, messages: int) -> dict[str, float]:
 
 
 def queued_runs(message_ids: Iterable[int]) -> list[int]:
-    """A run for each message, as the POST makes it."""
+    """Insert a run for each message, as the POST does."""
     statement = (
         "INSERT INTO run (message_id, kind, state) SELECT unnest(%(ids)s::bigint[]), 'message', 'queued' RETURNING id"
     )
@@ -134,12 +130,12 @@ def queued_runs(message_ids: Iterable[int]) -> list[int]:
 
 
 def belfry_rate(small: Small, messages: int) -> dict[str, float]:
-    """All are in the queue before the worker starts; with them what Belfry alone does: states and statistics."""
+    """All are in the queue before the worker starts. The time includes the states and statistics of the runs."""
     from belfry.fanout.claims import WorkItem
     from belfry.queue import queues
 
     assert queues.enqueue([WorkItem(run_id) for run_id in queued_runs(small.messages(messages))], lost=True)
-    with stack.worker(small.stage.env, small.stage.data_dir / "worker.log") as worker:
+    with stack.worker(small.harness.env, small.harness.data_dir / "worker.log") as worker:
         found = small.rate(messages, [worker.process.pid])
     assert fetch_one("SELECT count(*) AS done FROM run WHERE state = 'succeeded'") == {"done": messages}
     return found
@@ -148,28 +144,28 @@ def belfry_rate(small: Small, messages: int) -> dict[str, float]:
 def belfry_lone(small: Small, number: int) -> list[float]:
     from belfry.queue import queues
 
-    ids = small.messages(number + WARM)
+    ids = small.messages(number + WARM_UP)
     runs = dict(zip(ids, queued_runs(ids), strict=True))
-    with stack.worker(small.stage.env, small.stage.data_dir / "worker.log"):
+    with stack.worker(small.harness.env, small.harness.data_dir / "worker.log"):
         return small.lone(lambda message_id: queues.enqueue_run(runs[message_id]), ids)
 
 
 def peer_rate(small: Small, name: str, messages: int) -> dict[str, float]:
-    with peer(small.stage, name) as (enqueue, start_worker):
+    with queue_peer(small.harness, name) as (enqueue, start_worker):
         enqueue(small.messages(messages))
         return small.rate(messages, [start_worker()])
 
 
 def peer_lone(small: Small, name: str, number: int) -> list[float]:
-    with peer(small.stage, name) as (enqueue, start_worker):
-        ids = small.messages(number + WARM)
+    with queue_peer(small.harness, name) as (enqueue, start_worker):
+        ids = small.messages(number + WARM_UP)
         start_worker()
         return small.lone(lambda message_id: enqueue([message_id], wait=False), ids)
 
 
-def measure(stage: Stage, arguments: argparse.Namespace) -> dict[str, Any]:
-    """All of them in turn, so many times; medians of the rates, and of the times of a lone message."""
-    small, messages = Small(stage), arguments.messages
+def measure(harness: BenchHarness, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure all of them in turn; returns the medians of the rates, and of the times of a lone message."""
+    small, messages = Small(harness), arguments.messages
     rates: dict[str, list[dict[str, float]]] = {name: [] for name in (LOOP, BELFRY, *WORKERS)}
     counts = {name: max(20, messages // FEWER.get(name, 1)) for name in rates}
     for repeat in range(arguments.repeats):
@@ -186,17 +182,17 @@ def measure(stage: Stage, arguments: argparse.Namespace) -> dict[str, Any]:
         for name in WORKERS:
             times[name].append(peer_lone(small, name, each))
     ratios = [ours["rate"] / loop["rate"] for ours, loop in zip(rates[BELFRY], rates[LOOP], strict=True)]
-    lone = [
+    lone_ratios = [
         statistics.median(ours) / statistics.median(simple)
         for ours, simple in zip(times[BELFRY], times[SIMPLE], strict=True)
     ]
     return {
         "recipients": small.recipients,
         "messages": messages,
-        "beside": max(stage.communities),
+        "beside": max(harness.large_channels),
         "lone": each * ROUNDS,
         "ratio_to_the_loop": round(statistics.median(ratios), 2),
-        "lone_ratio_to_simple": round(statistics.median(lone), 2),
+        "lone_ratio_to_simple": round(statistics.median(lone_ratios), 2),
         "messages_per_s": {name: _medians(all_) | {"messages": counts[name]} for name, all_ in rates.items()},
         "lone_ms": {
             name: {
@@ -221,11 +217,11 @@ def _medians(all_: list[dict[str, float]]) -> dict[str, float]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The results for people."""
+    """Format the results."""
     lone = results["lone_ms"]
     lines = [
-        f"{results['messages']:,} messages to {results['recipients']} recipients each, one worker process, beside a"
-        f" community of {results['beside']:,}",
+        f"{results['messages']:,} messages to {results['recipients']} recipients each, one worker process, in a"
+        f" database with a server of {results['beside']:,}",
         f"  {'':36} {'messages/s':>10} {'lone p50':>10} {'p95':>10} {'CPU a message':>14} {'PSS MiB':>8}",
     ]
     for name, found in results["messages_per_s"].items():
@@ -237,8 +233,8 @@ def table(results: dict[str, Any]) -> str:
         [
             *lines,
             f"  Belfry to the loop, median of pairs (target: >= {RATE_TARGET:g}):"
-            f" {reached(results['ratio_to_the_loop'], RATE_TARGET)}",
-            f"  a lone message's p50 to SimpleWorker's, median of rounds (target: <= {LONE_TARGET:g}):"
-            f" {reached(results['lone_ratio_to_simple'], LONE_TARGET, at_most=True)}",
+            f" {compare(results['ratio_to_the_loop'], RATE_TARGET)}",
+            f"  p50 of a lone message to SimpleWorker's, median of rounds (target: <= {LONE_TARGET:g}):"
+            f" {compare(results['lone_ratio_to_simple'], LONE_TARGET, at_most=True)}",
         ]
     )

@@ -1,14 +1,14 @@
 """A part of `make bench`: the table of notifications, empty and with 50,000,000 rows in it.
 
-- One message to 100,000 after another, end to end by one worker: each into an empty table; as many as fill a partition,
-  from an empty table on; and as many from all those rows on.
-- A page of the inbox and the unread count over HTTP, of somebody who has read all but the newest: with a few messages
-  in the table, and with all those rows, of which 1 in 70,000 is theirs.
-- Marking read, one notification after the other of one message, by fillfactor: how many a second, and how many of them
-  found room on their page (HOT), so that the key was left alone; and what the fillfactor costs those who insert.
+- Messages to 100,000, one after another, end to end by one worker: each into an empty table; a partition of them,
+  starting with an empty table; and a partition of them, starting with all those rows.
+- A page of the inbox and the unread count over HTTP, of a user who has read all but the newest: with a few messages in
+  the table, and with all those rows, of which 1 in 70,000 is the user's.
+- Marking the notifications of one message as read, one by one, by fillfactor: the rate, the share of updates that
+  needed no new index entry (HOT), and the rate of inserts.
 
-The rows are made as Belfry would have: partition by partition, PER_PARTITION messages each. It comes last: afterwards
-the table is empty, and the ids are far.
+The rows are inserted as Belfry does: partition by partition, PER_PARTITION messages each. This part runs last:
+afterwards the table is empty, and ids of messages are high.
 """
 
 import argparse
@@ -22,53 +22,53 @@ from typing import Any
 import psycopg
 
 from belfry.core import partitions
-from belfry.core.db import execute, fetch_one
+from belfry.core.db import execute
 from belfry.fanout import decision
-from belfry.identity import tokens, users
 from models import Notification
-from tools.bench.filling import fill_partition, leave_partitions, timed
+from tools.bench.harness import BenchHarness
 from tools.bench.large import AS_BELFRY, BARE_STATEMENT
-from tools.bench.stage import Stage, reached
-from tools.dev import ports, say
+from tools.bench.measuring import compare, create_subscriber_tokens, fill_partition, maintain_partitions, time_requests
+from tools.dev import say
 from tools.dev.client import Client
 
 PER_PARTITION = 15  # messages to 100,000 members, of whom 70,000 are notified: a million rows
 EMPTY_RUNS = 8
 READS = 250
-WARM_READS = 400  # each of the web's connections is to have its plans, as it has in production
+WARM_UP = 400  # requests, after which each database connection has its plans, as in production
 UNREAD = 10  # messages
 MARKED = 3_000
 RATE_TARGET, READ_TARGET = 0.85, 1.5
 
 
-def measure(stage: Stage, arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(harness: BenchHarness, arguments: argparse.Namespace) -> dict[str, Any]:
     """{"rows", "partitions", "empty_rows_per_s", "full_rows_per_s", "reads_ms", "marking"}."""
-    members = 100_000 if 100_000 in stage.communities else max(stage.communities)
-    channel_id = stage.communities[members]
-    stage.empty()
-    reader = _reader(stage, channel_id)
+    members = 100_000 if 100_000 in harness.large_channels else max(harness.large_channels)
+    channel_id = harness.large_channels[members]
+    harness.delete_notifications()
+    (user_id,), (token,) = create_subscriber_tokens(channel_id, 1)
+    reader = Client(harness.address, token)
     reads: dict[str, dict[str, dict[str, float]]] = {}
-    with stage.web(), stage.workers(1):
+    with harness.web(), harness.workers(1):
         say(f"one message to {members:,}, into an empty table")
-        empty = [_notified(stage, channel_id, emptied=True) for _ in range(EMPTY_RUNS)]
-        stage.empty()
-        begun = [_notified(stage, channel_id) for _ in range(PER_PARTITION)]
-    _read_but_the_newest(reader, begun)
-    reads["few"] = _reads(stage, reader)
-    marking = _marking(stage, channel_id)
-    filled, seconds = _fill(stage, channel_id, members, arguments.rows)
-    with stage.web(), stage.workers(1, large=False):
+        empty = [_notified(harness, channel_id, emptied=True) for _ in range(EMPTY_RUNS)]
+        harness.delete_notifications()
+        begun = [_notified(harness, channel_id) for _ in range(PER_PARTITION)]
+    _mark_older_read(user_id, begun)
+    reads["few"] = _reads(harness, reader)
+    marking = _marking(harness, channel_id)
+    filled, seconds = _fill(harness, channel_id, members, arguments.rows)
+    with harness.web(), harness.workers(1, large=False):
         say(f"one message to {members:,}, into a table of {filled:,}")
-        full = [_notified(stage, channel_id) for _ in range(PER_PARTITION)]
-    _read_but_the_newest(reader, full)
-    reads["many"] = _reads(stage, reader)
-    there = len(partitions.list_partitions())
+        full = [_notified(harness, channel_id) for _ in range(PER_PARTITION)]
+    _mark_older_read(user_id, full)
+    reads["many"] = _reads(harness, reader)
+    number = len(partitions.list_partitions())
     execute("TRUNCATE notification")
     return {
         "members": members,
         "rows": filled,
         "fill_s": round(seconds),
-        "partitions": there,
+        "partitions": number,
         "empty_rows_per_s": [round(one["rows_per_s"]) for one in empty],
         "begun_rows_per_s": [round(one["rows_per_s"]) for one in begun],
         "full_rows_per_s": [round(one["rows_per_s"]) for one in full],
@@ -77,85 +77,67 @@ def measure(stage: Stage, arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-class _Reader(Client):
-    user_id: int
-
-
-def _reader(stage: Stage, channel_id: int) -> _Reader:
-    """A member with an active subscription who wants to hear everything."""
-    found = fetch_one(
-        "SELECT min(m.user_id) AS user_id FROM channel c JOIN member m ON m.server_id = c.server_id"
-        " JOIN subscription s ON s.user_id = m.user_id AND s.status = 'active'"
-        " WHERE c.id = %(id)s AND NOT EXISTS (SELECT FROM preference p WHERE p.user_id = m.user_id)",
-        {"id": channel_id},
-    )
-    assert found is not None
-    reader = _Reader(ports.address_of(stage.listening), tokens.create_token(users.find_user(found["user_id"]))[1])
-    reader.user_id = found["user_id"]
-    return reader
-
-
-def _notified(stage: Stage, channel_id: int, *, emptied: bool = False) -> dict[str, Any]:
-    """One message end to end."""
+def _notified(harness: BenchHarness, channel_id: int, *, emptied: bool = False) -> dict[str, Any]:
+    """Measure one message end to end."""
     if emptied:
-        stage.empty()
+        harness.delete_notifications()
     began = time.perf_counter()
-    message_id = stage.post(channel_id)
-    run = stage.wait(message_id)
+    message_id = harness.post(channel_id)["id"]
+    run = harness.wait_for_commit(message_id)
     return {"message_id": message_id, "rows_per_s": run["notifications_inserted"] / (time.perf_counter() - began)}
 
 
-def _read_but_the_newest(reader: _Reader, notified: list[dict[str, Any]]) -> None:
+def _mark_older_read(user_id: int, notified: list[dict[str, Any]]) -> None:
     execute(
         "UPDATE notification SET read_at = now() WHERE user_id = %(user_id)s AND message_id <= %(to)s",
-        {"user_id": reader.user_id, "to": notified[-UNREAD - 1]["message_id"]},
+        {"user_id": user_id, "to": notified[-UNREAD - 1]["message_id"]},
     )
 
 
-def _reads(stage: Stage, reader: _Reader) -> dict[str, dict[str, float]]:
-    """By connections that began with the table as it is: none is older than five minutes, and what PostgreSQL has
-    learned of its statements when there were few partitions it does not have when there are many."""
-    asked = {
-        "who one is": "/api/me",  # the same without a notification: a yardstick
+def _reads(harness: BenchHarness, reader: Client) -> dict[str, dict[str, float]]:
+    """Measure requests with a new web process: the plans of older database connections are those of another number of
+    partitions. In production no connection is older than five minutes."""
+    paths = {
+        "own user": "/api/me",  # a request without notifications, for comparison
         "page of the inbox": "/api/notifications?limit=10",
         "unread count": "/api/notifications/unread-count",
     }
-    with stage.web():
+    with harness.web():
         unread = reader.get("/api/notifications/unread-count")["unread"]
         assert unread == UNREAD, unread
-        return {name: timed(partial(reader.get, path), READS, warm=WARM_READS) for name, path in asked.items()}
+        return {name: time_requests(partial(reader.get, path), READS, warm_up=WARM_UP) for name, path in paths.items()}
 
 
-def _fill(stage: Stage, channel_id: int, members: int, rows: int) -> tuple[int, float]:
-    """Make so many rows, all read, in partitions; how many there are, and the seconds it took."""
+def _fill(harness: BenchHarness, channel_id: int, members: int, rows: int) -> tuple[int, float]:
+    """Insert so many read notifications, in partitions; returns their number, and the seconds it took."""
     execute("TRUNCATE notification")
     partitions.maintain()
-    first = partitions.list_partitions()[-1].upper  # beyond what is there
+    first = partitions.list_partitions()[-1].upper  # after the existing ones
     notified = members * 7 // 10
     number = max(1, round(rows / (notified * PER_PARTITION)))
-    say(f"making {number * notified * PER_PARTITION:,} notifications in {number} partitions …")
+    say(f"inserting {number * notified * PER_PARTITION:,} notifications in {number} partitions …")
     began = time.perf_counter()
     with ThreadPoolExecutor(2) as pool:
         bounds = [first + one * partitions.PARTITION_SPAN for one in range(number)]
-        list(pool.map(lambda lower: _fill_partition(stage, channel_id, notified, lower), bounds))
+        list(pool.map(lambda lower: _fill_partition(harness, channel_id, notified, lower), bounds))
     execute(f"ALTER SEQUENCE message_id_seq RESTART WITH {first + number * partitions.PARTITION_SPAN}")
-    leave_partitions()
+    maintain_partitions()
     execute("VACUUM (ANALYZE)")
     execute("CHECKPOINT")
-    return stage.count(), time.perf_counter() - began
+    return harness.count_notifications(), time.perf_counter() - began
 
 
-def _fill_partition(stage: Stage, channel_id: int, notified: int, lower: int) -> None:
+def _fill_partition(harness: BenchHarness, channel_id: int, notified: int, lower: int) -> None:
     here = {"channel_id": channel_id, "notified": notified, "lower": lower, "upper": lower + PER_PARTITION - 1}
-    with psycopg.connect(stage.env["DATABASE_URL"], autocommit=True) as connection:
+    with psycopg.connect(harness.env["DATABASE_URL"], autocommit=True) as connection:
         connection.execute(
             "INSERT INTO message (id, channel_id, author_id, content)"
             " SELECT n, %(channel_id)s, %(author_id)s, 'gold'"
             " FROM generate_series(%(lower)s::bigint, %(upper)s::bigint) AS n",
-            {**here, "author_id": stage.admin.id},
+            {**here, "author_id": harness.admin.id},
         )
     fill_partition(
-        stage.env["DATABASE_URL"],
+        harness.env["DATABASE_URL"],
         lower,
         "SELECT user_id, message_id, now() AS read_at FROM ("
         "  SELECT m.user_id FROM member m JOIN channel c ON c.server_id = m.server_id WHERE c.id = %(channel_id)s"
@@ -165,31 +147,31 @@ def _fill_partition(stage: Stage, channel_id: int, notified: int, lower: int) ->
     )
 
 
-def _marking(stage: Stage, channel_id: int) -> dict[int, dict[str, float]]:
-    """By fillfactor: the rate of the bare statement, and of marking read one by one, in an order of chance."""
+def _marking(harness: BenchHarness, channel_id: int) -> dict[int, dict[str, float]]:
+    """Return for each fillfactor the rate of the bare statement, and of marking as read in random order."""
     found: dict[int, dict[str, float]] = {}
-    with psycopg.connect(stage.env["DATABASE_URL"], autocommit=True) as connection:
+    with psycopg.connect(harness.env["DATABASE_URL"], autocommit=True) as connection:
         connection.execute(AS_BELFRY)
         for fillfactor in (100, 90):
             say(f"marking read with fillfactor {fillfactor}")
             rates = []
             for _ in range(3):
-                stage.empty()
+                harness.delete_notifications()
                 for one in partitions.list_partitions():
                     connection.execute(f"ALTER TABLE {one.name} SET (fillfactor = {fillfactor})")
-                (message_id,) = stage.new_messages([channel_id])
+                (message_id,) = harness.insert_messages([channel_id])
                 subject = decision.load_fanout_message(message_id)
                 assert subject is not None
                 began = time.perf_counter()
                 rows = connection.execute(BARE_STATEMENT, subject.parameters()).rowcount
                 rates.append(rows / (time.perf_counter() - began))
-            people = [
+            user_ids = [
                 one[0]
                 for one in connection.execute("SELECT user_id FROM notification WHERE message_id = %s", (message_id,))
             ]
             before = _updates(connection)
             began = time.perf_counter()
-            for user_id in random.Random(1).sample(people, min(MARKED, len(people))):
+            for user_id in random.Random(1).sample(user_ids, min(MARKED, len(user_ids))):
                 connection.execute(
                     "UPDATE notification SET read_at = now() WHERE user_id = %s AND message_id = %s",
                     (user_id, message_id),
@@ -198,7 +180,7 @@ def _marking(stage: Stage, channel_id: int) -> dict[int, dict[str, float]]:
             updates, hot = (after - was for after, was in zip(_updates(connection), before, strict=True))
             found[fillfactor] = {
                 "insert_rows_per_s": round(statistics.median(rates)),
-                "marked_per_s": round(min(MARKED, len(people)) / took),
+                "marked_per_s": round(min(MARKED, len(user_ids)) / took),
                 "hot_share": round(hot / max(1, updates), 3),
             }
         for one in partitions.list_partitions():
@@ -217,15 +199,15 @@ def _updates(connection: Any) -> tuple[int, int]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The results for people."""
+    """Format the results."""
     empty, begun, full = (statistics.median(results[f"{name}_rows_per_s"]) for name in ("empty", "begun", "full"))
     lines = [
         f"The table with {results['rows']:,} rows in {results['partitions']} partitions; medians, by one worker",
         f"  one message to {results['members']:,}, each into an empty table     {empty:9,.0f} rows/s",
-        f"  {PER_PARTITION}, one after the other, from an empty table on      {begun:9,.0f} rows/s",
-        f"  {PER_PARTITION}, one after the other, from all those rows on      {full:9,.0f} rows/s",
-        f"  to the like from an empty table on (target: >= {RATE_TARGET}) {reached(full / begun, RATE_TARGET)};"
-        f" to an empty table each {reached(full / empty, RATE_TARGET)}",
+        f"  {PER_PARTITION}, one after the other, from an empty table         {begun:9,.0f} rows/s",
+        f"  {PER_PARTITION}, one after the other, from all those rows         {full:9,.0f} rows/s",
+        f"  compared with the same from an empty table (target: >= {RATE_TARGET}) {compare(full / begun, RATE_TARGET)};"
+        f" to an empty table each {compare(full / empty, RATE_TARGET)}",
         f"  {'over HTTP':28} {'few: p50':>9} {'p95':>8}   {'many: p50':>10} {'p95':>8}"
         f"   p95 (target: <= {READ_TARGET})",
     ]
@@ -233,7 +215,7 @@ def table(results: dict[str, Any]) -> str:
         many = results["reads_ms"]["many"][name]
         lines.append(
             f"  {name:28} {few['p50']:6.2f} ms {few['p95']:5.2f} ms   {many['p50']:7.2f} ms {many['p95']:5.2f} ms"
-            f"   {reached(many['p95'] / few['p95'], READ_TARGET, at_most=True)}"
+            f"   {compare(many['p95'] / few['p95'], READ_TARGET, at_most=True)}"
         )
     for fillfactor, one in results["marking"].items():
         lines.append(

@@ -1,7 +1,7 @@
 """A drill: how long `verify` takes on a table with 50,000,000 notifications.
 
-A real message to 100,000 members is fanned out, and copied with its run and its notifications until the table has so
-many rows, in partitions as Belfry would have made them. Nothing in it is wrong, so `verify` has to look at everything.
+A message to 100,000 members is fanned out, and copied with its run and its notifications until the table has so many
+rows, in partitions as Belfry creates them. The data is correct, so `verify` reads all of it.
 """
 
 import time
@@ -35,7 +35,7 @@ def verify(*_: Any) -> dict[str, Any]:
 
 
 def fill(members: int = MEMBERS, rows: int = ROWS) -> int:
-    """Fill the tables; how many notifications there are then."""
+    """Fill the tables; returns the number of notifications."""
     from belfry.cli import seeding
     from belfry.core import partitions
     from belfry.core.db import db, execute, fetch_one
@@ -48,10 +48,10 @@ def fill(members: int = MEMBERS, rows: int = ROWS) -> int:
     author = users.create_user("author-of-many", is_admin=True)
     channel_id = seeding.seed(members, 1)["channel_ids"][0]
     posted = messages.post_message(author, channel_id, "gold breaks out")
-    parts = [WorkItem(posted.run_id)]
-    while parts:
-        part = parts.pop()
-        parts += fanout.process_work_item(part, claims.claim(part) or 0) or []
+    items = [WorkItem(posted.run_id)]
+    while items:
+        item = items.pop()
+        items += fanout.process_work_item(item, claims.claim(item) or 0) or []
     template = fetch_one(
         "SELECT id, message_id, notifications_inserted FROM run WHERE id = %(id)s", {"id": posted.run_id}
     )
@@ -59,24 +59,24 @@ def fill(members: int = MEMBERS, rows: int = ROWS) -> int:
     first = partitions.list_partitions()[-1].upper
     number = max(1, round(rows / (template["notifications_inserted"] * PER_PARTITION)))
     notifications = number * PER_PARTITION * template["notifications_inserted"]
-    say(f"  making {notifications:,} notifications in {number} partitions …")
+    say(f"  inserting {notifications:,} notifications in {number} partitions …")
     with ThreadPoolExecutor(2) as pool:
         bounds = [first + one * partitions.PARTITION_SPAN for one in range(number)]
         list(pool.map(lambda lower: _fill_partition(template, lower), bounds))
     execute(f"ALTER SEQUENCE message_id_seq RESTART WITH {first + number * partitions.PARTITION_SPAN}")
     partitions.maintain()
     execute("VACUUM (ANALYZE)")
-    found = fetch_one("SELECT count(*) AS there FROM notification")
+    found = fetch_one("SELECT count(*) AS number FROM notification")
     assert found is not None
-    return int(found["there"])
+    return int(found["number"])
 
 
 def _fill_partition(template: dict[str, Any], lower: int) -> None:
-    """Copies of the template's message, run and notifications, as messages from `lower` on."""
+    """Insert copies of the template's message, run and notifications, as messages from `lower` on."""
     import psycopg
 
     from config import settings
-    from tools.bench.filling import fill_partition
+    from tools.bench.measuring import fill_partition
 
     here = {**template, "lower": lower, "upper": lower + PER_PARTITION - 1}
     with psycopg.connect(settings.database_url, autocommit=True) as connection:

@@ -1,9 +1,9 @@
-"""`make chaos`: Belfry under a steady load of posts, edits, deletions, reads and changes of mind, while its processes
-are killed at labelled points of the code and at random moments, stopped and let go later, and its Redis and its
-PostgreSQL restarted and crashed. Then an audit, against the same oracle as the tests'.
+"""`make chaos`: Belfry under a steady load of posts, edits, deletions, reads and new preferences, while its processes
+are killed at failpoints and at random moments, or stopped for some seconds, and Redis and PostgreSQL are restarted and
+crashed. Then an audit with the tests' oracle.
 
-The last line is JSON; the exit code is 1 where anything in it is off. The same --seed makes the same choices; when
-they meet what they meet is the machine's.
+The last line is JSON; the exit code is 1 where the audit found an error or a recovery took too long. The same --seed
+makes the same choices; their timing depends on the machine.
 """
 
 import argparse
@@ -14,177 +14,168 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from belfry.core.failpoints import FAILPOINTS
+from tools.chaos.harness import WEB, WORKERS, ChaosHarness
 from tools.chaos.process_under_test import KILL, KILL_WITH_PARENT, STOP
-from tools.chaos.recovery import OWN, Blow, blow_of, recoveries
-from tools.chaos.stage import WEB, WORKERS, Stage, staged
-from tools.dev import CommandError, say
-from tools.dev import signals as asked
+from tools.chaos.recovery import RUN_ITSELF, Fault, Recovery, fault_of, recoveries
+from tools.dev import say, signals
 
-RECOVERY_SECONDS = 30.0  # the promise: no part waits longer
-LAST_ANSWERS_SECONDS = 300.0  # a few requests of one person after each other, each as patient as they are
-SETTLE_SECONDS = 90.0  # after the last blow; far more than recovery may take, so that what is lost is seen as lost
-STOP_SECONDS = (1.0, 10.0)  # shorter and longer than a hanging process keeps its locks
+if TYPE_CHECKING:
+    from tools.chaos.load import Load  # imports what reads the environment
+
+RECOVERY_SECONDS = 30.0  # the guarantee: no work item waits longer
+LAST_REQUESTS_SECONDS = 300.0  # a thread may have several requests left, each with its retries
+SETTLE_SECONDS = 90.0  # after the last fault; far more than a recovery may take, so that lost work is seen as lost
+STOP_SECONDS = (1.0, 10.0)  # shorter and longer than the idle time-out after which locks are released
 FAULT_PERCENT = 1  # of the statements that write notifications fail, so that errors are retried as well
 
 
-class Director:
-    """Strikes at points, which the processes themselves write down, and everywhere else, which `blows` holds."""
+class FaultInjector:
+    """Injects faults by chance. `faults` has those that the processes did not record at a failpoint themselves."""
 
-    def __init__(self, stage: Stage, rng: random.Random) -> None:
-        self._stage, self._rng = stage, rng
-        self.blows: list[Blow] = []
-        self.random_kills = self.outages = 0
-        self._halted: list[tuple[float, int]] = []  # until when, and who
-        self._deaths_seen = 0
+    def __init__(self, harness: ChaosHarness, rng: random.Random) -> None:
+        self._harness, self._rng = harness, rng
+        self.faults: list[Fault] = []
+        self.random_kills = self.server_faults = 0
+        self._stopped: list[tuple[float, int]] = []  # (time to continue, pid)
+        self._hits_seen = 0
 
     def kills(self) -> int:
-        """How many processes were killed so far."""
-        return self.random_kills + sum(death.action != STOP for death in self._stage.deaths())
+        """Return how many processes were killed so far."""
+        return self.random_kills + sum(hit.action != STOP for hit in self._harness.failpoint_hits())
 
-    def strike(self) -> None:
-        """One blow, by chance; the points where nobody died yet come first."""
-        self._stage.keep_running()
-        self.resume()
-        kind = self._rng.choices(
-            ("point", "moment", "stop", "redis", "postgresql"), weights=(64, 26, 3, 4, 3)
-        )[0]
-        getattr(self, f"_{kind}")()
+    def inject(self) -> None:
+        """Inject one fault."""
+        self._harness.keep_running()
+        self.resume_stopped()
+        kinds = (self._at_failpoint, self._at_random_moment, self._stop_worker, self._redis, self._postgresql)
+        self._rng.choices(kinds, weights=(64, 26, 3, 4, 3))[0]()
 
-    def _point(self) -> None:
-        struck = {death.point for death in self._stage.deaths() if death.action != STOP}
-        left = sorted(FAILPOINTS.keys() - struck)
+    def _at_failpoint(self) -> None:
+        """Half of the time at a failpoint where no process was killed yet."""
+        covered = {hit.point for hit in self._harness.failpoint_hits() if hit.action != STOP}
+        left = sorted(FAILPOINTS.keys() - covered)
         point = self._rng.choice(left if left and self._rng.random() < 0.5 else sorted(FAILPOINTS))
         action = self._rng.choices((KILL, KILL_WITH_PARENT, STOP), weights=(75, 20, 5))[0]
-        self._stage.strike(point, action)
+        self._harness.arm(point, action)
 
-    def _moment(self) -> None:
-        """A process, whatever it is doing: one that answers requests, a work-horse, or the one that began them."""
+    def _at_random_moment(self) -> None:
+        """Kill a main process, or a child of it."""
         name = self._rng.choice((WEB, *WORKERS))
-        children = self._stage.children_of(name)
-        pid = self._rng.choice(children) if children and self._rng.random() < 0.6 else self._stage.main_pid(name)
+        children, main_pid = self._harness.children_of(name), self._harness.main_pid(name)
+        pid = self._rng.choice(children) if children and self._rng.random() < 0.6 else main_pid
         time.sleep(self._rng.uniform(0, 0.3))
-        if self._stage.send(pid, signal.SIGKILL):
-            self._note(f"kill of {name}" if pid == self._stage.main_pid(name) else f"kill of a child of {name}")
+        if self._harness.send_signal(pid, signal.SIGKILL):
+            self._record(f"kill of {name}" if pid == main_pid else f"kill of a child of {name}")
             self.random_kills += 1
 
-    def _stop(self) -> None:
-        """A worker with its work-horse, as when its machine hangs."""
+    def _stop_worker(self) -> None:
+        """Stop a worker and its work-horse, as when its machine hangs."""
         name = self._rng.choice(WORKERS)
-        for pid in (*self._stage.children_of(name), self._stage.main_pid(name)):
-            self._halt(pid)
+        for pid in (*self._harness.children_of(name), self._harness.main_pid(name)):
+            if self._harness.send_signal(pid, signal.SIGSTOP):
+                self._record("stop of a worker and its work-horse")
+                self._stopped.append((time.time() + self._rng.uniform(*STOP_SECONDS), pid))
 
-    def _halt(self, pid: int) -> None:
-        if self._stage.send(pid, signal.SIGSTOP):
-            self._note("stop of a worker and its work-horse")
-            self._halted.append((time.time() + self._rng.uniform(*STOP_SECONDS), pid))
-
-    def resume(self, *, everybody: bool = False) -> None:
-        """Let those go on whose time has come, those who stopped at a point as well."""
-        deaths = self._stage.deaths()
-        for death in deaths[self._deaths_seen :]:
-            if death.action == STOP:
-                self._halted.append((death.when + self._rng.uniform(*STOP_SECONDS), death.pid))
-        self._deaths_seen = len(deaths)
+    def resume_stopped(self, *, at_once: bool = False) -> None:
+        """Continue the processes that were stopped long enough, or all of them."""
+        hits = self._harness.failpoint_hits()
+        for hit in hits[self._hits_seen :]:
+            if hit.action == STOP:
+                self._stopped.append((hit.when + self._rng.uniform(*STOP_SECONDS), hit.pid))
+        self._hits_seen = len(hits)
         now = time.time()
-        for until, pid in self._halted:
-            if everybody or until <= now:
-                self._stage.send(pid, signal.SIGCONT)
-        self._halted = [] if everybody else [(until, pid) for until, pid in self._halted if until > now]
+        for until, pid in self._stopped:
+            if at_once or until <= now:
+                self._harness.send_signal(pid, signal.SIGCONT)
+        self._stopped = [] if at_once else [(until, pid) for until, pid in self._stopped if until > now]
 
     def _redis(self) -> None:
-        self.outages += 1
+        self.server_faults += 1
         if self._rng.random() < 0.4:
-            self._note("Redis emptied")
-            self._stage.empty_redis()
+            self._record("Redis emptied")
+            self._harness.empty_redis()
         else:
             empty, pause = self._rng.random() < 0.5, self._rng.uniform(0, 4)
-            self._note(f"Redis away for {pause:.1f} s, and back {'empty' if empty else 'with what it had'}")
-            self._stage.restart_redis(empty=empty, pause=pause)
-            self._note("Redis is back")  # what was posted meanwhile waits from here on
+            self._record(f"Redis stopped for {pause:.1f} s, restarted {'empty' if empty else 'with its data'}")
+            self._harness.stop_redis()
+            time.sleep(pause)
+            self._harness.start_redis(empty=empty)
+            self._record("Redis is back")  # for what was posted meanwhile, the time counts from here
 
     def _postgresql(self) -> None:
-        self.outages += 1
+        self.server_faults += 1
         if self._rng.random() < 0.5:
-            self._note("PostgreSQL crashed")
-            self._stage.crash_postgresql(self._rng)
+            self._record("PostgreSQL crashed")
+            self._harness.crash_postgresql(self._rng)
         else:
-            self._note("PostgreSQL restarted")
-            self._stage.restart_postgresql()
-            self._note("PostgreSQL is back")
+            self._record("PostgreSQL restarted")
+            self._harness.restart_postgresql()
+            self._record("PostgreSQL is back")
 
-    def _note(self, what: str) -> None:
-        self.blows.append(Blow(time.time(), what))
+    def _record(self, description: str) -> None:
+        self.faults.append(Fault(time.time(), description))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="make chaos", description=__doc__)
-    parser.add_argument("--kills", type=int, default=100, help="processes to kill (100)")
-    parser.add_argument("--minutes", type=float, default=45, help="the most that the killing may take (45)")
-    parser.add_argument("--seed", type=int, default=1, help="of all that is left to chance (1)")
-    parser.add_argument("--log", type=Path, help="a directory for the logs of the processes, kept only if it is named")
+    parser.add_argument("--kills", type=int, default=100, help="processes to kill (%(default)s)")
+    parser.add_argument("--minutes", type=float, default=45, help="longest time for the kills (%(default)s)")
+    parser.add_argument("--seed", type=int, default=1, help="seed of all random choices (%(default)s)")
+    parser.add_argument("--log", type=Path, help="directory for the logs of the processes; without it they are deleted")
     arguments = parser.parse_args()
-    asked.listen()
-    try:
-        return _play(arguments)
-    except asked.Stopped as stopped:
-        return 128 + stopped.signum
-    except CommandError as error:
-        say(str(error))
-        return 1
+    return signals.exit_status(lambda: _run(arguments))
 
 
-def _play(arguments: argparse.Namespace) -> int:
+def _run(arguments: argparse.Namespace) -> int:
     say(f"Starting PostgreSQL and Redis (seed {arguments.seed}) …")
-    with staged() as stage:
-        from belfry.core.db import fetch_all  # these read the environment that was just made
+    with ChaosHarness.create() as harness:
+        from belfry.core.db import fetch_all
         from tools.chaos.audit import audit
         from tools.chaos.load import Load
         from tools.chaos.world import make_world
 
         world = make_world()
-        _break_now_and_then(FAULT_PERCENT)
-        stage.keep_running()
-        stage.wait_until_ready()
-        load = Load(world, stage.address, arguments.seed)
+        _fail_statements(FAULT_PERCENT)
+        harness.keep_running()
+        harness.wait_until_ready()
+        load = Load(world, harness.address, arguments.seed)
         load.start()
-        director = Director(stage, random.Random(arguments.seed))
+        injector = FaultInjector(harness, random.Random(arguments.seed))
         try:
-            _strike(stage, director, arguments)
+            _inject_faults(harness, injector, arguments)
         finally:
-            director.resume(everybody=True)
-            load.ask_to_stop()
-        _wait_for(load.at_work, stage)
-        _reach_database()
-        _break_now_and_then(0)
-        say("Settling …")
-        _settle(stage)
+            injector.resume_stopped(at_once=True)
+            load.stop()
+        _wait_for_load(load, harness)
+        _reconnect()
+        _fail_statements(0)
+        say("Waiting for the runs to finish …")
+        _settle(harness)
         settled = time.time()
-        findings = audit(world, load.diary, stage.address)
-        deaths = stage.deaths()
-        blows = [*director.blows, *map(blow_of, deaths)]
+        findings = audit(world, load.history, harness.address)
+        hits = harness.failpoint_hits()
         runs = fetch_all("SELECT id, created_at, finished_at FROM run")
-        recovered = recoveries(blows, runs, stage.signs_of_life(), settled)
+        faults = [*injector.faults, *map(fault_of, hits)]
+        recovered = recoveries(faults, runs, harness.progress_events(), settled)
         waits = [recovery.seconds for recovery in recovered]
         for finding in findings.all()[:50]:
             say(f"  {finding}")
-        _notify_what_happened(stage, director)
+        _report_faults(harness, injector)
         say(
-            f"  {findings.predicted:,} decisions could be predicted exactly,"
-            f" {findings.allowed_for:,} within what may have counted; the longest recoveries:"
+            f"  {findings.predicted:,} decisions were predicted exactly, {findings.ambiguous:,} may be one of several,"
+            " because a setting changed meanwhile."
         )
-        for recovery in recovered[-5:]:
-            part = f"run {recovery.run_id}" + (f" after {recovery.after}" if recovery.after != OWN else "")
-            say(f"  {recovery.seconds:.1f} s until {part} went on after: {recovery.blow.what}")
+        _report_recoveries(recovered[-5:])
         if arguments.log:
-            _keep_logs(stage, arguments.log)
+            _keep_logs(harness, arguments.log)
         result = {
-            "posts": len(load.diary.posted),
-            "kills": director.kills(),
-            "points_covered": len({death.point for death in deaths if death.action != STOP}),
+            "posts": len(load.history.posted),
+            "kills": injector.kills(),
+            "points_covered": len({hit.point for hit in hits if hit.action != STOP}),
             "missing": len(findings.missing),
             "duplicates": len(findings.duplicates),
             "wrong_decision": len(findings.wrong_decision),
@@ -195,64 +186,66 @@ def _play(arguments: argparse.Namespace) -> int:
             },
         }
     say(json.dumps(result))
-    return 0 if ends_well(findings.all(), waits) else 1
+    return 0 if has_passed(findings.all(), waits) else 1
 
 
-def ends_well(findings: list[str], waits: list[float]) -> bool:
-    """Whether what was promised was kept."""
+def has_passed(findings: list[str], waits: list[float]) -> bool:
+    """Whether the audit found nothing and every recovery took less than RECOVERY_SECONDS."""
     return not findings and max(waits, default=0.0) < RECOVERY_SECONDS
 
 
-def _strike(stage: Stage, director: Director, arguments: argparse.Namespace) -> None:
+def _inject_faults(harness: ChaosHarness, injector: FaultInjector, arguments: argparse.Namespace) -> None:
     end, shown = time.monotonic() + arguments.minutes * 60, 0.0
     while time.monotonic() < end:
-        asked.check()
-        kills = director.kills()
+        signals.check()
+        kills = injector.kills()
         if time.monotonic() - shown > 10:
             shown = time.monotonic()
             say(f"  {kills} of {arguments.kills} kills")
         if kills >= arguments.kills:
             return
-        director.strike()
-    say("The time is up.")
+        injector.inject()
+    say(f"Stopped after {arguments.minutes:g} minutes.")
 
 
-def _wait_for(at_work: Callable[[], list[str]], stage: Stage) -> None:
-    """Until everybody has the answers that they wait for; Belfry is kept running meanwhile."""
-    give_up = time.monotonic() + LAST_ANSWERS_SECONDS
-    while waiting := at_work():
-        if time.monotonic() > give_up:
-            raise CommandError(f"They still wait for answers: {', '.join(waiting)}")
-        stage.keep_running()
-        asked.sleep(0.2)
+def _wait_for_load(load: "Load", harness: ChaosHarness) -> None:
+    """Wait until every thread of the load has ended; meanwhile Belfry's processes are kept running."""
+
+    def has_ended() -> bool:
+        harness.keep_running()
+        return not load.running_threads()
+
+    signals.wait_until(has_ended, "the last requests of the load", LAST_REQUESTS_SECONDS, 0.2)
 
 
-def _reach_database() -> None:
-    """The harness's own connection, which PostgreSQL's crashes broke as well, is made anew."""
+def _reconnect() -> None:
+    """Replace the database connection of this process, which crashes of PostgreSQL have broken."""
+    from peewee import PeeweeException
+    from psycopg import Error
+
     from belfry.core.db import db
 
-    give_up = time.monotonic() + 60
-    while True:
+    def can_connect() -> bool:
         db.close_all()
         try:
             db.connect()
             db.execute_sql("SELECT 1")
-            return
-        except Exception:
-            if time.monotonic() > give_up:
-                raise
-            asked.sleep(0.2)
+        except (PeeweeException, Error):
+            return False
+        return True
+
+    signals.wait_until(can_connect, "PostgreSQL", 60, 0.2)
 
 
-def _break_now_and_then(percent: int) -> None:
-    """Have so many of the statements that write notifications fail by themselves."""
+def _fail_statements(percent: int) -> None:
+    """Make so many percent of the statements that insert notifications fail."""
     from belfry.core.db import execute
 
     execute("DROP TRIGGER IF EXISTS chaos_fault ON notification")
     if percent:
         execute(
             "CREATE OR REPLACE FUNCTION chaos_fault() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
-            f" IF random() < {percent / 100} THEN RAISE EXCEPTION 'a fault that passes'; END IF;"
+            f" IF random() < {percent / 100} THEN RAISE EXCEPTION 'a temporary fault'; END IF;"
             " RETURN NULL; END $$"
         )
         execute(
@@ -261,33 +254,41 @@ def _break_now_and_then(percent: int) -> None:
         )
 
 
-def _settle(stage: Stage) -> None:
-    """Until every run is finished, or long enough to know that it never will be."""
+def _settle(harness: ChaosHarness) -> None:
+    """Wait until every run is finished, or long enough to know that it never will be."""
     from belfry.fanout.runs import count_unfinished
 
-    give_up = time.monotonic() + SETTLE_SECONDS
-    stage.keep_running()
-    stage.wait_until_ready()
-    while time.monotonic() < give_up:
+    deadline = time.monotonic() + SETTLE_SECONDS
+    harness.keep_running()
+    harness.wait_until_ready()
+    while time.monotonic() < deadline:
         states = count_unfinished()["states"]
         if not states["pending"] + states["queued"] + states["running"]:
             return
-        stage.keep_running()
-        asked.sleep(0.2)
+        harness.keep_running()
+        signals.sleep(0.2)
 
 
-def _notify_what_happened(stage: Stage, director: Director) -> None:
-    stopped = sum(death.action == STOP for death in stage.deaths())
-    killed = Counter(death.point for death in stage.deaths() if death.action != STOP)
-    say(f"  {director.random_kills} kills at random moments, {director.outages} blows to the servers,")
-    say(f"  {stopped} processes stopped at points, {stage.restarts} started again; kills at points:")
-    for point, about in FAILPOINTS.items():
-        say(f"  {killed[point]:>5}  {point:18} {about}")
+def _report_faults(harness: ChaosHarness, injector: FaultInjector) -> None:
+    hits = harness.failpoint_hits()
+    stopped = sum(hit.action == STOP for hit in hits)
+    killed = Counter(hit.point for hit in hits if hit.action != STOP)
+    say(f"  {injector.random_kills} kills at random moments, {injector.server_faults} faults of Redis and PostgreSQL,")
+    say(f"  {stopped} stops at failpoints, {harness.restarts} restarts of processes; kills at failpoints:")
+    for point, description in FAILPOINTS.items():
+        say(f"  {killed[point]:>5}  {point:18} {description}")
 
 
-def _keep_logs(stage: Stage, directory: Path) -> None:
+def _report_recoveries(slowest: list[Recovery]) -> None:
+    say("  The longest recoveries:")
+    for recovery in slowest:
+        item = f"run {recovery.run_id}" + (f" after {recovery.after}" if recovery.after != RUN_ITSELF else "")
+        say(f"  {recovery.seconds:.1f} s until {item} continued after: {recovery.fault.description}")
+
+
+def _keep_logs(harness: ChaosHarness, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
-    for path in stage.directory.iterdir():
+    for path in harness.logs.iterdir():
         if path.is_file():
             (directory / path.name).write_bytes(path.read_bytes())
 

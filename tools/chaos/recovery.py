@@ -1,122 +1,122 @@
-"""How long after each blow the work went on."""
+"""Measure the seconds from each fault until the work continued."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from tools.chaos.process_under_test import FAILED, KILL_WITH_PARENT
-from tools.chaos.stage import Death, Sign
+from tools.chaos.harness import FailpointHit, ProgressEvent
+from tools.chaos.process_under_test import ATTEMPT_FAILED, KILL_WITH_PARENT
 
-OWN = "None"
-"""The part of a run that is not a slice; as `Sign.after` has it."""
+RUN_ITSELF = "None"
+"""`ProgressEvent.after` of the work item that is the run itself, not a slice."""
 
 
-class Blow(NamedTuple):
-    """When, what happened, and the current work item: its run, and `after` as in a Sign. None where nobody knows,
-    or where it may have been several."""
+class Fault(NamedTuple):
+    """When, what happened, and the current work item: its run, and `after` as in a ProgressEvent. `run_id` is None
+    where the work item is unknown, or there may have been several."""
 
     when: float
-    what: str
+    description: str
     run_id: int | None = None
-    after: str = OWN
+    after: str = RUN_ITSELF
 
 
 class Recovery(NamedTuple):
-    """How many seconds after a blow the part that waited longest went on."""
+    """Seconds from a fault until the work item that waited longest continued."""
 
     seconds: float
     run_id: int
     after: str
-    blow: Blow
+    fault: Fault
 
 
-class Open(NamedTuple):
-    """A part, from when to when there was something to do, and its signs of life in order."""
+class WorkItemHistory(NamedTuple):
+    """A work item, the period in which there was something to do, and its progress events in order."""
 
     run_id: int
     after: str
     since: float
     until: float
-    signs: list[Sign]
+    events: list[ProgressEvent]
 
-    def wait(self, blow: float) -> float | None:
-        """Seconds to its next sign of life, or its end; None where there was nothing to do, or it waited for its
-        retry."""
-        if not self.since <= blow < self.until:
+    def wait(self, fault: float) -> float | None:
+        """Return the seconds from a time to its next event or its end. None where there was nothing to do, or the last
+        attempt had failed, so that it waited for its retry."""
+        if not self.since <= fault < self.until:
             return None
-        before = [sign for sign in self.signs if sign.when <= blow]
-        if before and before[-1].point == FAILED:
+        before = [event for event in self.events if event.when <= fault]
+        if before and before[-1].point == ATTEMPT_FAILED:
             return None
-        return min((sign.when for sign in self.signs[len(before) :]), default=self.until) - blow
+        return min((event.when for event in self.events[len(before) :]), default=self.until) - fault
 
 
-def blow_of(death: Death) -> Blow:
-    """A work-horse has one current work item; a web process, or a worker with its sweeper, may have had more."""
-    what = f"{death.action} at {death.point}"
-    in_a_job = death.point.split(".")[0] in ("job", "run", "slice", "attempt") and death.point != "run.enqueued"
-    if in_a_job and death.action != KILL_WITH_PARENT:
-        return Blow(death.when, what, death.run_id, death.after)
-    return Blow(death.when, what)
+def fault_of(hit: FailpointHit) -> Fault:
+    """Return the fault. Only a work-horse has a single current work item; a web process, or a worker with its sweeper,
+    may have had more."""
+    description = f"{hit.action} at {hit.point}"
+    in_a_job = hit.point.split(".")[0] in ("job", "run", "slice", "attempt") and hit.point != "run.enqueued"
+    if in_a_job and hit.action != KILL_WITH_PARENT:
+        return Fault(hit.when, description, hit.run_id, hit.after)
+    return Fault(hit.when, description)
 
 
 def recoveries(
-    blows: Iterable[Blow], runs: Iterable[Mapping[str, Any]], signs: list[Sign], now: float
+    faults: Iterable[Fault], runs: Iterable[Mapping[str, Any]], events: list[ProgressEvent], now: float
 ) -> list[Recovery]:
-    """For each blow: until its work item continued; where that is not known, until every part had that
-    was unfinished then, the slowest counts. Sorted by seconds; a blow that nothing waited for has none.
+    """Return for each fault the seconds until its work item continued, sorted; none where nothing waited.
 
-    A part goes on when somebody takes it up, or is done with it. So the time covers noticing the death, waiting for
-    a worker, and that worker's own start where it was killed too. What has failed with an error and waits for its
-    retry waits for that, and not for recovery. What never went on has waited until `now`. `runs` are rows with id,
-    created_at and finished_at.
+    Where the work item is unknown, all that were unfinished count, and the slowest is returned. A work item continues
+    when it is claimed again or committed. So the time covers noticing the fault, waiting for a worker, and that
+    worker's start where it was killed too, but not the delay of a retry after an error. What never continued has waited
+    until `now`. `runs` are rows with id, created_at and finished_at.
     """
-    of_run: dict[int, list[Sign]] = defaultdict(list)
-    for sign in sorted(signs):
-        of_run[sign.run_id].append(sign)
-    parts = {
-        run["id"]: parts_of(
+    events_of: dict[int, list[ProgressEvent]] = defaultdict(list)
+    for event in sorted(events):
+        events_of[event.run_id].append(event)
+    items = {
+        run["id"]: work_items_of(
             run["id"],
             run["created_at"].timestamp(),
             run["finished_at"].timestamp() if run["finished_at"] else now,
-            of_run[run["id"]],
+            events_of[run["id"]],
         )
         for run in runs
     }
-    everything = [part for of_one in parts.values() for part in of_one]
+    all_items = [item for of_run in items.values() for item in of_run]
     found = []
-    for blow in blows:
-        concerned = everything
-        if blow.run_id in parts:
-            concerned = [part for part in parts[blow.run_id] if blow.after in (OWN, part.after)]
+    for fault in faults:
+        affected = all_items
+        if fault.run_id in items:
+            affected = [item for item in items[fault.run_id] if fault.after in (RUN_ITSELF, item.after)]
         waits = [
-            Recovery(wait, part.run_id, part.after, blow)
-            for part in concerned
-            if (wait := part.wait(blow.when)) is not None
+            Recovery(seconds, item.run_id, item.after, fault)
+            for item in affected
+            if (seconds := item.wait(fault.when)) is not None
         ]
         if waits:
             found.append(max(waits))
     return sorted(found)
 
 
-def parts_of(run_id: int, created: float, finished: float, signs: list[Sign]) -> list[Open]:
-    """The parts of a run. Its own is open until it is committed, which is also when its slices begin to be; each of
-    them until it is committed itself. Where the process died before it could write that down: until the first of the
-    slices is taken up, or the run is finished."""
-    of_part: dict[str, list[Sign]] = defaultdict(list)
-    for sign in signs:
-        of_part[sign.after].append(sign)
-    own = of_part.pop(OWN, [])
-    ends = [sign.when for sign in own if sign.point == "run.committed"]
-    ends += [slice_signs[0].when for slice_signs in of_part.values()]
+def work_items_of(run_id: int, created: float, finished: float, events: list[ProgressEvent]) -> list[WorkItemHistory]:
+    """Return the run itself and its slices. The run is open until it is committed, and its slices from then until each
+    is committed. A process may die before it records that: then until the first slice is claimed, or the run is
+    finished."""
+    by_item: dict[str, list[ProgressEvent]] = defaultdict(list)
+    for event in events:
+        by_item[event.after].append(event)
+    own = by_item.pop(RUN_ITSELF, [])
+    ends = [event.when for event in own if event.point == "run.committed"]
+    ends += [slice_events[0].when for slice_events in by_item.values()]
     planned = min([*ends, finished])
     return [
-        Open(run_id, OWN, created, planned, own),
+        WorkItemHistory(run_id, RUN_ITSELF, created, planned, own),
         *(
-            Open(run_id, after, planned, _committed(slice_signs, finished), slice_signs)
-            for after, slice_signs in of_part.items()
+            WorkItemHistory(run_id, after, planned, _committed(slice_events, finished), slice_events)
+            for after, slice_events in by_item.items()
         ),
     ]
 
 
-def _committed(signs: list[Sign], finished: float) -> float:
-    return min((sign.when for sign in signs if sign.point == "slice.committed"), default=finished)
+def _committed(events: list[ProgressEvent], finished: float) -> float:
+    return min((event.when for event in events if event.point == "slice.committed"), default=finished)

@@ -1,7 +1,7 @@
-"""Who is in the play, and what of it is known to the audit: members, their wishes and when they changed them.
+"""The servers and users of a chaos run, and when their settings changed, so that the audit can predict decisions.
 
-`small` has every kind of member; some of them change what they want to hear, and read, all the time. `large` needs
-several slices, and nobody in it changes anything: what it is notified can be predicted to the last decision.
+`small` has every kind of member; CHANGING of them read and change settings all the time. `large` needs several slices,
+and no setting in it changes: every decision can be predicted exactly.
 """
 
 import threading
@@ -22,25 +22,27 @@ CHANGING = 8
 
 @dataclass
 class Server:
-    """`members` as they are in the beginning; `names` by id."""
+    """`members` have the initial settings; `usernames` are by user id."""
 
     id: int
     channels: dict[str, int]
     members: dict[int, Member]
-    names: dict[int, str]
+    usernames: dict[int, str]
     vip_role: int
 
 
-Wish = Preference | Subscription | None
+Setting = Preference | Subscription | None
 
 
 @dataclass
 class Change:
-    """What somebody wants to hear of a channel, or their subscription: from when it may have counted, and until
-    when it may have counted still. Between a request and its answer nobody knows. `settled` is when the last of its
-    attempts has surely been carried out, or never will be."""
+    """A value of a setting, and the period in which it may have been in effect.
 
-    value: Wish
+    It is unknown when it takes effect between the request and its response. `settled` is the time after which none of
+    the request's attempts can still be carried out.
+    """
+
+    value: Setting
     since: float
     until: float = float("inf")
     attempts: int = 1
@@ -48,9 +50,9 @@ class Change:
 
 
 LATE_SECONDS = 45.0
-"""An attempt whose client gave up may still be carried out, by a web process that was stopped and goes on."""
+"""How long after a time-out an attempt may be carried out, by a web process that was stopped."""
 
-Matter = tuple[int, int | None]
+SettingKey = tuple[int, int | None]
 """(user id, channel id), or (user id, None) for the subscription."""
 
 
@@ -60,64 +62,64 @@ class World:
     large: Server
     admin: int
     tokens: dict[int, str]
-    preferences: dict[Matter, Preference]
-    changes: dict[Matter, list[Change]]
+    preferences: dict[SettingKey, Preference]
+    changes: dict[SettingKey, list[Change]]
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
-    def changing(self) -> list[int]:
-        """Who changes their mind, and reads."""
+    def changing_users(self) -> list[int]:
+        """The users who read and change settings."""
         return sorted({user_id for user_id, _ in self.changes})
 
     @contextmanager
-    def change(self, matter: Matter, value: Wish) -> Iterator[Change]:
-        """Around the request that changes it, whose attempts are to be set: what was before, and settled when this
-        began, counts no more after it."""
+    def change(self, key: SettingKey, value: Setting) -> Iterator[Change]:
+        """Record a change; send the request inside the block, and set `attempts`. Afterwards no earlier value that was
+        settled before is in effect."""
         new = Change(value, time.time(), settled=float("inf"))
         with self.lock:
-            self.changes[matter].append(new)
+            self.changes[key].append(new)
         yield new
         now = time.time()
         with self.lock:
             new.settled = now + LATE_SECONDS if new.attempts > 1 else now
-            for old in self.changes[matter][:-1]:
+            for old in self.changes[key][:-1]:
                 if old.settled <= new.since:
                     old.until = min(old.until, now)
 
-    def possible(self, matter: Matter, since: float, until: float) -> list[Wish]:
-        """All that may have counted at some time of a period."""
+    def possible_settings(self, key: SettingKey, since: float, until: float) -> list[Setting]:
+        """Return the values that may have been in effect at some time of a period."""
         with self.lock:
-            return [one.value for one in self.changes[matter] if one.since <= until and one.until >= since]
+            return [one.value for one in self.changes[key] if one.since <= until and one.until >= since]
 
     def possible_members(
         self, server: Server, channel_id: int, user_id: int, since: float, until: float
     ) -> list[Member]:
-        """Every state of a member that may have counted for a channel at some time of a period."""
+        """Return the states that a member may have had in a channel at some time of a period."""
         member = replace(server.members[user_id], preference=self.preferences.get((user_id, channel_id)))
         if (user_id, channel_id) not in self.changes:
             return [member]
         return [
             replace(member, preference=preference, subscription=subscription)
-            for preference in self.possible((user_id, channel_id), since, until)
-            for subscription in self.possible((user_id, None), since, until)
+            for preference in self.possible_settings((user_id, channel_id), since, until)
+            for subscription in self.possible_settings((user_id, None), since, until)
         ]
 
 
 def make_world() -> World:
-    """Two servers, an administrator in both, and tokens for all of the small one and some of the large one."""
+    """Create both servers, an administrator of both, and tokens for all users of `small` and some of `large`."""
     admin = users.create_user("admin", is_admin=True)
     small, large = _server(seeding.seed(SMALL_MEMBERS, 3)), _server(seeding.seed(LARGE_MEMBERS, 1))
-    speakers = [user_id for user_id in large.members if _speaks(large.members[user_id])][:4]
+    authors = [user_id for user_id in large.members if _may_post(large.members[user_id])][:4]
     tokens = {
         user_id: create_token(users.find_user(user_id))[1]
-        for user_id in sorted({*small.members, *speakers, admin.id})
+        for user_id in sorted({*small.members, *authors, admin.id})
     }
     preferences = {
         (found["user_id"], found["channel_id"]): Preference(found["level"], found["muted_until"])
         for found in fetch_all("SELECT channel_id, user_id, level, muted_until FROM preference")
     }
     changing = [user_id for user_id in small.members if user_id != admin.id][-CHANGING:]
-    changes: dict[Matter, list[Change]] = {}
+    changes: dict[SettingKey, list[Change]] = {}
     for user_id in changing:
         changes[user_id, None] = [Change(small.members[user_id].subscription, 0)]
         for channel_id in small.channels.values():
@@ -125,7 +127,7 @@ def make_world() -> World:
     return World(small, large, admin.id, tokens, preferences, changes)
 
 
-def _speaks(member: Member) -> bool:
+def _may_post(member: Member) -> bool:
     return member.subscription is not None and member.subscription.status == "active"
 
 
@@ -158,6 +160,6 @@ def _server(seeded: dict) -> Server:
         id=server_id,
         channels={channel["name"]: channel["id"] for channel in channels},
         members=members,
-        names={one["id"]: one["username"] for one in found},
+        usernames={one["id"]: one["username"] for one in found},
         vip_role=vip["id"],
     )

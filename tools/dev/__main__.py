@@ -27,19 +27,11 @@ def main(arguments: Sequence[str]) -> int:
     if rest and command not in ("test", "flask"):
         say(f"`{command}` takes no arguments.")
         return 2
-    signals.listen()
-    try:
-        return _run(command, rest)
-    except signals.Stopped as stopped:
-        say("\nStopped.")
-        return 128 + stopped.signum
-    except CommandError as error:
-        say(f"\n{error}")
-        return 1
+    return signals.exit_status(lambda: _run(command, rest))
 
 
 def _run(command: str, rest: Sequence[str]) -> int:
-    # Imported only now: from `signals.listen` on, Ctrl-C is one sentence and not a traceback.
+    # Imported only now: from `signals.exit_status` on, Ctrl-C is one sentence and not a traceback.
     if command == "demo":
         from tools.dev.demo import demo
 

@@ -1,12 +1,12 @@
-"""`demo`: the whole way once, from a message over HTTP to everybody who was notified, and nothing left behind."""
+"""`demo`: one message, from the POST to the notified members; all data is removed afterwards."""
 
 import time
-from contextlib import ExitStack
 from datetime import datetime
 from typing import Any
 
-from tools.dev import CommandError, ports, say, signals, stack
+from tools.dev import CommandError, say, signals, stack
 from tools.dev.client import Client
+from tools.dev.harness import Harness
 from tools.dev.processes import Child
 
 MEMBERS = 10_000
@@ -16,16 +16,14 @@ NOTIFY_DECISIONS = ("message", "mention", "mention_role", "mention_everyone")
 
 def demo() -> int:
     """Returns 0 where the message's run succeeded and its numbers add up; raises CommandError otherwise."""
-    with ExitStack() as stage:
-        say("Starting PostgreSQL and Redis …")
-        listening, data_dir, env = stage.enter_context(stack.of_its_own("demo"))
-        say(f"Making a community of {MEMBERS:,} …")
-        token, community = stack.make_community(env, MEMBERS)
+    say("Starting PostgreSQL and Redis …")
+    with Harness.start("demo") as harness:
+        say(f"Creating a server of {MEMBERS:,} members …")
+        token, server = stack.create_admin_and_server(harness.env, MEMBERS)
         say("Starting a web process and a worker …")
-        worker = stage.enter_context(stack.worker(env, data_dir / "worker.log"))
-        web = stage.enter_context(stack.web(env, listening, data_dir / "web.log"))
-        _show(Client(ports.address_of(listening), token), community, (web, worker))
-        say("Stopping everything …")
+        with harness.workers(1) as (worker,), harness.web() as web:
+            _show(Client(harness.address, token), server, (web, worker))
+            say("Stopping everything …")
     say(
         "\nNext: `make run` serves until Ctrl-C, with tokens and commands to try and the queues under /rq;"
         "\n      README.md has the rest."
@@ -33,12 +31,11 @@ def demo() -> int:
     return 0
 
 
-def _show(client: Client, community: dict[str, Any], children: tuple[Child, ...]) -> None:
-    named = community["usernames"][0]
-    content = f"gold breaks out, @{named}"
-    client.get("/api/me")  # so that the time below is a request's, and not a process's that has just started
+def _show(client: Client, server: dict[str, Any], children: tuple[Child, ...]) -> None:
+    content = f"gold breaks out, @{server['usernames'][0]}"
+    client.get("/api/me")  # otherwise the time below includes the first connections of the process
     began = time.perf_counter()
-    message = client.post("/api/messages", {"channel_id": community["channel_ids"][0], "content": content})
+    message = client.post("/api/messages", {"channel_id": server["channel_ids"][0], "content": content})
     took = time.perf_counter() - began
     say(f"\nPOST /api/messages  {content!r}")
     say(f"  answered in {took * 1000:.0f} ms: message {message['id']}, run {message['run']['state']}")
@@ -46,12 +43,12 @@ def _show(client: Client, community: dict[str, Any], children: tuple[Child, ...]
     _check(run)
     _table(run["stats"])
     seconds = (_time(run["finished_at"]) - _time(message["created_at"])).total_seconds()
-    say(f"\nEverybody was notified {seconds:.2f} s after the message was written.")
+    say(f"\nAll members were notified {seconds:.2f} s after the message was created.")
     _explain(client, message)
 
 
 def _watch(client: Client, url: str, children: tuple[Child, ...]) -> dict[str, Any]:
-    """Show the run's progress until it has ended; the run then."""
+    """Show the run's progress until it is finished; returns the run."""
     deadline, shown = time.monotonic() + RUN_SECONDS, ""
     while True:
         run: dict[str, Any] = client.get(url)
@@ -79,7 +76,7 @@ def _check(run: dict[str, Any]) -> None:
     if sum(decisions[reason] for reason in NOTIFY_DECISIONS) != notified:
         raise CommandError(f"The notifying decisions do not add up to the {notified} notified: {decisions}")
     if audience < MEMBERS:
-        raise CommandError(f"The audience has {audience} members and not the {MEMBERS} of the community.")
+        raise CommandError(f"The audience has {audience} members and not the {MEMBERS} of the server.")
 
 
 def _table(stats: dict[str, Any]) -> None:
@@ -92,11 +89,11 @@ def _table(stats: dict[str, Any]) -> None:
 
 
 def _explain(client: Client, message: dict[str, Any]) -> None:
-    """Ask of one member who was notified, and of the next one who was not, why."""
-    person = message["mentions"]["users"][0]["id"]
+    """Show why one member was notified, and why the next member who was not notified was not."""
+    user_id = message["mentions"]["users"][0]["id"]
     say(f"\nWhy?  GET /api/messages/{message['id']}/explain?user_id=…")
     for offset in range(50):
-        answer = client.get(f"/api/messages/{message['id']}/explain?user_id={person + offset}")
+        answer = client.get(f"/api/messages/{message['id']}/explain?user_id={user_id + offset}")
         if offset == 0 or answer["notified_at"] is None:
             notified = "notified" if answer["notified_at"] else "not notified"
             say(f"  {answer['user_id']:>6}  {notified:<9} {answer['decision']:<20} {answer['detail']}")

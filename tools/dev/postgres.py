@@ -25,7 +25,7 @@ import psutil  # type: ignore[import-untyped]
 import psycopg
 
 from tools.dev import CommandError, last_lines, say
-from tools.dev.pids import end, pid_is_somebody_elses, process_of
+from tools.dev.processes import end, pid_is_somebody_elses, process_of
 
 
 def _wheel() -> Path:

@@ -1,22 +1,22 @@
-"""`screenshots`: pictures of the main screens for the documents, of a small community that is gone afterwards."""
+"""`screenshots`: take screenshots of the main screens for the documents, with data that is removed afterwards."""
 
-import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from tools.dev import ROOT, CommandError, chromium, ports, say, stack
+from tools.dev import ROOT, CommandError, chromium, say, signals, stack
 from tools.dev.client import Client
+from tools.dev.harness import Harness
 
 MEMBERS = 4_000
-PICTURES = ROOT / "docs" / "screenshots"
+SCREENSHOTS = ROOT / "docs" / "screenshots"
 FANOUT_SECONDS = 60
 
-PEOPLE = {"nora": "Nora Lind", "emil": "Emil Brandt", "ida": "Ida Okafor"}
-TALK = (
+USERS = {"nora": "Nora Lind", "emil": "Emil Brandt", "ida": "Ida Okafor"}
+MESSAGES = (
     ("announcements", "admin", "Welcome. **Signals** are in #general; the weekly outlook comes here, on Sundays."),
     ("general", "emil", "Morning all. Anything moving before the open?"),
     (
@@ -39,7 +39,7 @@ TALK = (
 
 @dataclass(frozen=True)
 class Screen:
-    """What is pictured. `path` may name a channel; `signed_in` is a username; `prepare` opens what is to be seen."""
+    """What a screenshot shows. `path` may name a channel; `signed_in` is a username; `prepare` opens dialogs."""
 
     name: str
     path: str
@@ -97,51 +97,48 @@ SCREENS = (
 
 
 def screenshots() -> int:
-    """Returns 0 where every picture was made. Raises CommandError where there is no Chromium."""
+    """Take every screenshot; returns 0. Raises CommandError where there is no Chromium."""
     executable = chromium.find()
     if executable is None:
         raise CommandError(f"No Chromium. {chromium.HOW_TO}")
-    with ExitStack() as stage:
-        say("Starting PostgreSQL and Redis …")
-        listening, data_dir, env = stage.enter_context(stack.of_its_own("screenshots"))
-        token, community = stack.make_community(env, MEMBERS)
+    say("Starting PostgreSQL and Redis …")
+    with Harness.start("screenshots") as harness:
+        token, server = stack.create_admin_and_server(harness.env, MEMBERS)
         say("Starting a web process and a worker …")
-        stage.enter_context(stack.worker(env, data_dir / "worker.log"))
-        stage.enter_context(stack.web(env, listening, data_dir / "web.log"))
-        browser = stage.enter_context(chromium.launch(stage.enter_context(sync_playwright()), executable))
-        PICTURES.mkdir(exist_ok=True)
-        address = ports.address_of(listening)
-        tokens, channels = _talk(address, token, community)
-        for screen in SCREENS:
-            _picture(browser, address, tokens, channels, screen)
-            say(f"  docs/screenshots/{screen.name}.png")
+        with harness.workers(1), harness.web(), sync_playwright() as playwright:
+            SCREENSHOTS.mkdir(exist_ok=True)
+            tokens, channels = _post_messages(harness.address, token, server["server_id"])
+            with chromium.launch(playwright, executable) as browser:
+                for screen in SCREENS:
+                    _take_screenshot(browser, harness.address, tokens, channels, screen)
+                    say(f"  docs/screenshots/{screen.name}.png")
     return 0
 
 
-def _talk(address: str, token: str, community: dict[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
+def _post_messages(address: str, token: str, server_id: int) -> tuple[dict[str, str], dict[str, str]]:
     """Create users and messages, and wait for their runs: (tokens by username, paths by channel name)."""
-    admin, server_id = Client(address, token), community["server_id"]
+    admin = Client(address, token)
     tokens = {"admin": token}
-    for username, name in PEOPLE.items():
-        person = admin.post("/api/users", {"username": username, "name": name})
-        admin.put(f"/api/users/{person['id']}/subscription", {"status": "active"})
-        admin.put(f"/api/servers/{server_id}/members/{person['id']}", {"role_ids": []})
-        tokens[username] = admin.post(f"/api/users/{person['id']}/tokens", {})["token"]
+    for username, name in USERS.items():
+        user = admin.post("/api/users", {"username": username, "name": name})
+        admin.put(f"/api/users/{user['id']}/subscription", {"status": "active"})
+        admin.put(f"/api/servers/{server_id}/members/{user['id']}", {"role_ids": []})
+        tokens[username] = admin.post(f"/api/users/{user['id']}/tokens", {})["token"]
     channels = {channel["name"]: channel["id"] for channel in admin.get("/api/channels")["items"]}
-    for channel, username, content in TALK:
+    for channel, username, content in MESSAGES:
         posted = Client(address, tokens[username]).post(
             "/api/messages", {"channel_id": channels[channel], "content": content}
         )
-        run = posted["run"]
-        give_up = time.monotonic() + FANOUT_SECONDS
-        while admin.get(run["url"])["state"] != "succeeded":
-            if time.monotonic() > give_up:
-                raise CommandError(f"Run {run['id']} has not finished after {FANOUT_SECONDS} seconds.")
-            time.sleep(0.1)
+        succeeded = partial(_has_succeeded, admin, posted["run"]["url"])
+        signals.wait_until(succeeded, f"run {posted['run']['id']}", FANOUT_SECONDS)
     return tokens, {name: f"servers/{server_id}/channels/{id_}" for name, id_ in channels.items()}
 
 
-def _picture(
+def _has_succeeded(admin: Client, run_url: str) -> bool:
+    return bool(admin.get(run_url)["state"] == "succeeded")
+
+
+def _take_screenshot(
     browser: Browser, address: str, tokens: dict[str, str], channels: dict[str, str], screen: Screen
 ) -> None:
     context = browser.new_context(
@@ -157,10 +154,10 @@ def _picture(
     page.goto(screen.path.format(**channels), wait_until="load")
     if screen.signed_in:
         page.locator("#connection[data-state=live]").wait_for()
-        page.wait_for_timeout(1_000)  # what is in view is read by then
+        page.wait_for_timeout(1_000)  # by then the visible messages are marked as read
     if screen.prepare:
         screen.prepare(page)
-    page.screenshot(path=PICTURES / f"{screen.name}.png", animations="disabled", caret="hide")
+    page.screenshot(path=SCREENSHOTS / f"{screen.name}.png", animations="disabled", caret="hide")
     context.close()
 
 

@@ -1,4 +1,4 @@
-"""`run`, `web` and `worker`: Belfry on this machine until somebody stops it; its data stays in `.belfry/`."""
+"""`run`, `web` and `worker`: run Belfry until Ctrl-C; its data stays in `.belfry/`."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ STOPPING = "\nStopping …"
 
 
 def run() -> int:
-    """A web process and a worker, and what to try on them."""
+    """Run a web process and a worker, and print commands to try."""
     web_log, worker_log = data_dir() / "web.log", data_dir() / "worker.log"
     with ports.listen() as listening:
         address = ports.address_of(listening)
@@ -29,44 +29,44 @@ def run() -> int:
         ):
             _guide(env, address)
             say(f"Logs           {_short(web_log)}  {_short(worker_log)}")
-            say("Ctrl-C ends all of it; what you made stays.")
+            say("Ctrl-C stops everything; the data stays.")
             _until_stopped(web, worker)
     return 0
 
 
 def web() -> int:
-    """The web process alone, its log on the terminal."""
+    """Run the web process alone, with its log on the terminal."""
     with ports.listen() as listening:
         address = ports.address_of(listening)
         with prepared(address) as env, stack.web(env, listening) as process:
             _guide(env, address)
-            say("Nobody is notified before a worker runs: `make worker` in another terminal. Ctrl-C ends this one.")
+            say("No user is notified until a worker runs (`make worker`, in another terminal). Ctrl-C stops this one.")
             _until_stopped(process)
     return 0
 
 
 def worker() -> int:
-    """A worker alone, its log on the terminal. Any number of them may run."""
+    """Run a worker alone, with its log on the terminal. Any number of them may run."""
     with prepared() as env, stack.worker(env) as process:
-        say("A worker is at work for the web process of `make web`. Ctrl-C ends it.")
+        say("The worker processes the messages of `make web`. Ctrl-C stops it.")
         _until_stopped(process)
     return 0
 
 
 @contextmanager
 def prepared(address: str | None = None) -> Iterator[dict[str, str]]:
-    """While the block runs, the servers do; yields the environment for Belfry, with its schema up to date.
+    """Run the servers and migrate the database; yields the environment for Belfry.
 
-    A database without people gets an administrator and a small community; one that has some is left alone.
+    A database without users gets an administrator and a small server.
     """
     sweep()
     with servers(data_dir()) as urls:
         env = stack.environment(urls, address)
-        with exclusive(data_dir() / "setup.lock", pause=signals.sleep):  # two at once make one community
+        with exclusive(data_dir() / "setup.lock", pause=signals.sleep):  # two commands at once create one server
             stack.migrate(env)
-            if stack.nobody_is_there(env["DATABASE_URL"]):
-                say(f"Making a community of {MEMBERS} …")
-                stack.make_community(env, MEMBERS)
+            if stack.has_no_users(env["DATABASE_URL"]):
+                say(f"Creating a server of {MEMBERS} members …")
+                stack.create_admin_and_server(env, MEMBERS)
         yield env
 
 
@@ -82,33 +82,33 @@ def _until_stopped(*children: Child) -> None:
 
 
 def _guide(env: dict[str, str], address: str) -> None:
-    """Print where Belfry is, and commands to paste. They work as they stand on what `prepared` made."""
+    """Print the address, and commands to paste, which work unchanged on the data that `prepared` created."""
     admin, member = stack.new_token(env, "admin"), stack.new_token(env, "member-1")
     say(f"\nBelfry serves  {address}")
     if admin is None or member is None:
-        say("This database has people of its own. To sign in there, a token for one of them:")
+        say("This database has other users. Create a token for one of them to sign in:")
         say(f"    .venv/bin/python -m tools.dev flask create-token NAME --days {stack.TOKEN_DAYS}\n")
         return
     say(f"Admin's token  {admin}")
     say(f"Member's       {member}")
     say(f"               (both expire in {stack.TOKEN_DAYS} days; the next start prints new ones)")
     say(f"""
-To see it at work, in the browser:
+In the browser:
     1. Open {address} and sign in with the admin's token; then once more in a private window, with the
-       member's (who is member-1), and put the two side by side.
-    2. As the admin write something in #general. The member's window shows it, and the bell counts it.
-    3. As the member mute #general: the button left of the bell, "All messages". As the admin write again: within
-       seconds the message is there, and the bell is silent.
-    4. "Why?" at that message notifies the member why they were not notified, and "Recipients" the admin, of everybody.
-The queues are at {address}/rq (for the admin), the API's documentation at {address}/docs.""")
+       token of the member (member-1), and put the windows side by side.
+    2. As the admin write something in #general. The member's window shows it, and the bell shows the count.
+    3. As the member mute #general: the button left of the bell, "All messages". As the admin write again: the
+       message appears, and the count does not change.
+    4. "Why?" at that message shows the member why they were not notified; "Recipients" shows the admin all decisions.
+The queues are at {address}/rq (for the admin), the API documentation at {address}/docs.""")
     channels = Client(address, admin).get("/api/channels")["items"]
-    person = Client(address, member).get("/api/me")["id"]
+    user_id = Client(address, member).get("/api/me")["id"]
     if not channels:
         return
     message_id, run_id = _next_ids(env["DATABASE_URL"])
     body = f'{{"channel_id": {channels[0]["id"]}, "content": "gold breaks out, @member-1"}}'
     say(f"""
-Or without a browser; to paste into another terminal, first:
+Without a browser, paste into another terminal:
 
     BELFRY={address}
     ADMIN="Authorization: Bearer {admin}"
@@ -117,23 +117,23 @@ Or without a browser; to paste into another terminal, first:
 A message to a whole channel, and to one of its members by name:
     curl -H "$ADMIN" -H 'Content-Type: application/json' -d '{body}' $BELFRY/api/messages
 
-Its fan-out, by the run's id in the answer above: who was notified, and who was not, for which reason:
+Its fan-out, by the id of the run in the response above, with the number of members for each decision:
     curl -H "$ADMIN" $BELFRY/api/runs/{run_id}
 
-What the member finds:
+The inbox of the member:
     curl -H "$MEMBER" "$BELFRY/api/notifications?unread=1"
 
-Why that member was notified, by the message's id:
-    curl -H "$ADMIN" "$BELFRY/api/messages/{message_id}/explain?user_id={person}"
+Why the member was notified, by the id of the message:
+    curl -H "$ADMIN" "$BELFRY/api/messages/{message_id}/explain?user_id={user_id}"
 
-A test of the whole path, to oneself; then the same as a command, as all others can be given:
+A test notification to yourself; then the same as a command:
     curl -X POST -H "$ADMIN" $BELFRY/api/test-notifications
     .venv/bin/python -m tools.dev flask send-test-notification --sender admin --wait
 """)
 
 
 def _next_ids(database_url: str) -> tuple[int, int]:
-    """The ids that the next message and the next run will have, if nobody else writes."""
+    """Return the ids of the next message and the next run, if no other user writes."""
     with psycopg.connect(database_url, connect_timeout=10) as connection:
         row = connection.execute(
             "SELECT (SELECT coalesce(max(id), 0) + 1 FROM message), (SELECT coalesce(max(id), 0) + 1 FROM run)"

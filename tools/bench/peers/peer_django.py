@@ -1,6 +1,6 @@
-"""django-notifications-hq: `notify.send` to everybody at once, as its documentation shows.
+"""django-notifications-hq: `notify.send` to all users at once, as its documentation shows.
 
-`python peer_django.py PEOPLE`: for each line of its input one message to so many; prints the seconds that it took.
+`python peer_django.py USERS`: for each line of its input one message to that many users; prints the seconds it took.
 """
 
 import os
@@ -40,9 +40,9 @@ from notifications.signals import notify  # noqa: E402
 with connection.cursor() as cursor:
     cursor.execute("CREATE SCHEMA django_peer")
 call_command("migrate", verbosity=0)
-people = int(sys.argv[1])
+users = int(sys.argv[1])
 User = get_user_model()
-User.objects.bulk_create([User(username=f"member-{number}") for number in range(people)])
+User.objects.bulk_create([User(username=f"member-{number}") for number in range(users)])
 author = User.objects.first()
 print("ready", flush=True)
 for _ in sys.stdin:
@@ -50,7 +50,5 @@ for _ in sys.stdin:
     began = time.perf_counter()
     notify.send(author, recipient=User.objects.all(), verb="posted", description="gold breaks out")
     took = time.perf_counter() - began
-    assert Notification.objects.count() == people
+    assert Notification.objects.count() == users
     print(took, flush=True)
-with connection.cursor() as cursor:
-    cursor.execute("DROP SCHEMA django_peer CASCADE")

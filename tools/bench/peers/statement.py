@@ -1,7 +1,7 @@
-"""What every peer's task does: the one statement, for one message, on a connection that stays open.
+"""The task of every peer: the one statement, for one message, on a connection that stays open.
 
-Belfry's own rules and table; the file of STATEMENT is written by `bench.small`. Nothing here but psycopg is imported:
-a peer's environment has that, and the peer.
+It has Belfry's rules and table; `bench.small` writes the file that STATEMENT names. Only psycopg is imported: a peer's
+environment has nothing else but the peer.
 """
 
 import json
@@ -19,13 +19,13 @@ def notify(message_id: int) -> None:
         with open(os.environ["STATEMENT"]) as file:
             _here.statement = json.load(file)
         _here.connection = psycopg.connect(os.environ["DATABASE_URL"], autocommit=True)
-        _here.connection.execute("SET jit = off; SET plan_cache_mode = force_custom_plan")  # as Belfry has it
+        _here.connection.execute("SET jit = off; SET plan_cache_mode = force_custom_plan")  # as in Belfry
     parameters = {**_here.statement["parameters"], "message_id": message_id}
     _here.connection.execute(_here.statement["sql"], parameters)
 
 
 def enqueue_from_stdin(enqueue) -> None:
-    """For each line with a message's id: put its task into the queue. An empty line means that all before it are in."""
+    """Enqueue the task of each line with a message id. After an empty line, print that all before it are enqueued."""
     import sys
 
     for line in sys.stdin:
