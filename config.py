@@ -41,7 +41,7 @@ class Tuning:
     """Small runs that are processed in one transaction together with the first one."""
     max_jobs_per_process: int = 10_000
     """Jobs after which a work-horse is replaced, so that its memory is bounded."""
-    max_finished_jobs: int = 10_000
+    max_ended_jobs: int = 10_000
     """Finished jobs that RQ keeps of each queue; the oldest are deleted."""
     stop_retry_seconds: float = 2.0
     """Time in which a work-horse that stops may unregister from Redis before it is interrupted again."""

@@ -35,7 +35,7 @@ def notify(run_id: int, attempt: int | None = None) -> Result:
     """Process one run: notify a small audience; for a large one, plan the slices and notify the mentioned members.
 
     Queue `notifications`. `attempt` is the number of an attempt that the worker has claimed already. Errors are
-    recorded on the run and raised, so that RQ retries the job.
+    recorded on the run and raised, so that RQ retries the job. FailedRunError is raised for a run that failed before.
     """
     return _work_on(WorkItem(run_id), attempt)
 
@@ -75,14 +75,34 @@ def run_batch(run_ids: Sequence[int]) -> dict[int, Result]:
     return {run["run_id"]: _result(run["run_id"], "succeeded", run) for run in processed}
 
 
+def claim_run(run_id: int) -> tuple[int | None, bool]:
+    """Claim a run that is processed alone: (number of the attempt, whether another worker has the run).
+
+    The attempt is None where the run cannot be claimed: another worker has it, it has ended, or its slices follow.
+    """
+    with _batch_context(run_id):
+        attempt = claims.claim(WorkItem(run_id))
+        if attempt is not None:
+            failpoint("run.claimed", run_id)
+        return attempt, attempt is None and fetch_one(_IS_CLAIMED_SQL, {"run_id": run_id}) is not None
+
+
 @contextmanager
 def _batch_context(first: int) -> Iterator[None]:
     with logging_setup.context(run_id=first, job_id=queues.run_job_id(first)), database_connection():
         yield
 
 
+_IS_CLAIMED_SQL = """
+    SELECT
+    FROM run
+    WHERE id = %(run_id)s
+    AND state NOT IN ('succeeded', 'failed')
+    AND slices_left = 0
+"""
+
 _RESULT_SQL = """
-    SELECT state, notifications_inserted, COALESCE(members_total, members_processed) AS members_total
+    SELECT state, error, notifications_inserted, COALESCE(members_total, members_processed) AS members_total
     FROM run
     WHERE id = %(run_id)s
 """
@@ -91,6 +111,10 @@ _RESULT_SQL = """
 def _result(run_id: int, state: str, run: Row) -> Result:
     summary = f"{run['notifications_inserted']} notifications inserted for {run['members_total']} members"
     return {"run": run_id, "state": state, "summary": summary}
+
+
+class FailedRunError(Exception):
+    """The run of a job has failed before, and is not tried again. The message is the run's error."""
 
 
 @contextmanager
@@ -114,6 +138,10 @@ def _work_on(item: WorkItem, attempt: int | None = None) -> Result:
             _run(item, attempt, job)
         failpoint("job.done", *item)
         run = fetch_one(_RESULT_SQL, item._asdict())
+        if run and run["state"] == "failed" and attempt is None:
+            if job:
+                job.retries_left = 0
+            raise FailedRunError(run["error"])
         return _result(item.run_id, run["state"], run) if run else {"run": item.run_id, "state": "gone", "summary": ""}
 
 

@@ -89,7 +89,7 @@ def retry_runs(run_ids: tuple[int, ...], failed: bool) -> Output:
     if bool(run_ids) == failed:
         raise click.UsageError("Give either run ids or --failed.")
     items = recovery.retry_failed(None if failed else run_ids)
-    queues.enqueue(items)
+    queues.enqueue(items, lost=True)
     retried = sorted({item.run_id for item in items})
     text = f"{len(retried)} run(s) retried: {', '.join(map(str, retried))}" if retried else "no failed runs"
     return Output({"retried": retried}, text)

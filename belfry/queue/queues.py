@@ -77,8 +77,7 @@ def enqueue(items: Sequence[WorkItem], *, lost: bool = False) -> bool:
     """Enqueue a job for each work item.
 
     False where Redis is unavailable or a queue is full: the runs are marked `pending`, and the sweeper enqueues them
-    as soon as there is room. `lost` items are enqueued before all others, the oldest first, because they were enqueued
-    before.
+    as soon as there is room. `lost` items, which were in the queue before, go to its front, the oldest first.
     """
     runs = [item for item in items if item.is_run]
     slices = [item for item in items if not item.is_run]
@@ -111,7 +110,10 @@ def _enqueue(name: str, items: list[WorkItem], lost: bool) -> bool:
 
 
 def _store_jobs(name: str, items: Sequence[WorkItem], push: str) -> int:
-    """Store jobs, and push them to the queue unless `push` is empty; the length of the queue. Raises RedisError."""
+    """Store jobs, and push them to the queue unless `push` is empty. Raises RedisError.
+
+    Returns how many jobs wait in the queue, and for their retry.
+    """
     one = queue(name)
     stale = (one.finished_job_registry, one.failed_job_registry, one.scheduled_job_registry, one.started_job_registry)
     keys = [Queue.redis_queues_keys, one.key, *(registry.key for registry in stale)]
@@ -121,12 +123,11 @@ def _store_jobs(name: str, items: Sequence[WorkItem], push: str) -> int:
     return int(_enqueue_script(name, settings.job_timeout_seconds)(keys, arguments, client=redis_connection()))
 
 
-def record_failed(failed: Sequence[tuple[WorkItem, str]]) -> None:
-    """Show work items that the sweeper failed, each with its error, in RQ's failed registry. Raises RedisError."""
-    for item, error in failed:
-        name = NOTIFICATIONS if item.is_run else BULK
-        _store_jobs(name, [item], push="")
-        registries.record_failed(BelfryJob.fetch(_job_id(item), redis_connection()), queue(name), error)
+def record_failed(item: WorkItem, error: str) -> None:
+    """Show a work item that the sweeper failed, with its error, in RQ's failed registry. Raises RedisError."""
+    name = NOTIFICATIONS if item.is_run else BULK
+    _store_jobs(name, [item], push="")
+    registries.record_failed(BelfryJob.fetch(_job_id(item), redis_connection()), queue(name), error)
 
 
 def queue_is_full() -> bool:
@@ -142,11 +143,17 @@ def _is_full(name: str) -> bool:
     until = _full_until.get(name)
     if until is None or time.monotonic() < until:
         return until is not None
-    if queue(name).count >= tuning.max_queue_length:
+    if waiting_jobs(name) >= tuning.max_queue_length:
         _full_until[name] = time.monotonic() + tuning.queue_full_recheck_seconds
         return True
     _full_until.pop(name, None)  # two threads may reach this line at the same time
     return False
+
+
+def waiting_jobs(name: str) -> int:
+    """How many jobs wait in a queue, and for their retry. Raises RedisError."""
+    one = queue(name)
+    return int(one.count + one.scheduled_job_registry.get_job_count(cleanup=False))
 
 
 def _job_id(item: WorkItem) -> str:
@@ -205,11 +212,13 @@ for at = 3, #ARGV, 4 do
     redis.call('UNLINK', '%(executions)s' .. ARGV[at])
     redis.call('HSET', key, 'created_at', ARGV[2], 'enqueued_at', ARGV[2], 'data', ARGV[at + 1],
         'description', ARGV[at + 2], 'retry_intervals', ARGV[at + 3], %(common)s)
+    redis.call('EXPIRE', key, %(ttl)s)
     if ARGV[1] ~= '' then
         waiting = redis.call(ARGV[1], KEYS[2], ARGV[at])
     end
 end
-return waiting
+local retries = redis.pcall('ZCARD', KEYS[5])
+return waiting + (type(retries) == 'number' and retries or 0)
 """
 
 
@@ -226,18 +235,20 @@ def _enqueue_script(name: str, timeout: int) -> Script:
         timeout=timeout,
         result_ttl=registries.RESULT_SECONDS,
         failure_ttl=registries.FAILURE_SECONDS,
-        retry=Retry(max=RETRIES, interval=retry_intervals()),
+        # At the front, because a run that is older than the head of the queue and due counts as lost.
+        retry=Retry(max=RETRIES, interval=retry_intervals(), enqueue_at_front=True),
     )
     own = ("created_at", "enqueued_at", "data", "description", "retry_intervals")
     fields = job.to_dict() | {"status": JobStatus.QUEUED.value}
     common = [f"'{field}', '{value}'" for field, value in fields.items() if field not in own]
-    return redis_connection().register_script(_ENQUEUE_LUA % {**registries.PREFIXES, "common": ", ".join(common)})
+    parameters = {"common": ", ".join(common), "ttl": 2 * registries.FAILURE_SECONDS}
+    return redis_connection().register_script(_ENQUEUE_LUA % (registries.PREFIXES | parameters))
 
 
 def peek_head(name: str) -> WorkItem | None:
     """The work item whose job is first in a queue; None for an empty queue. Raises RedisError.
 
-    Where a foreign job is first, it is a work item before all others, which makes no work item lost.
+    Where the first job was not enqueued by Belfry, WorkItem(0, 0): no work item is before it, so none counts as lost.
     """
     waiting = queue(name)
     with suppress(UnicodeDecodeError):  # an id that RQ cannot have created
@@ -249,11 +260,12 @@ def peek_head(name: str) -> WorkItem | None:
     return WorkItem(0, 0)
 
 
-def remove_rejected_retries() -> None:
-    """Delete the due retries that BelfryJob rejects. Raises RedisError.
+def remove_rejected_retries() -> int:
+    """Delete the due retries that BelfryJob rejects; how many others are due. Raises RedisError.
 
     RQ's scheduler reads due retries with RQ's own job class, and would fail at the same unreadable one each time.
     """
+    accepted = 0
     for name in QUEUES:
         registry = queue(name).scheduled_job_registry
         number = tuning.enqueue_batch_size * 2
@@ -263,4 +275,5 @@ def remove_rejected_retries() -> None:
             log.error("%s entries of %s are not job ids and are removed", len(unreadable), registry.key)
             redis_connection().zrem(registry.key, *unreadable)
         if ids:
-            BelfryJob.fetch_many([entry.decode() for entry in ids], redis_connection())
+            accepted += sum(map(bool, BelfryJob.fetch_many([entry.decode() for entry in ids], redis_connection())))
+    return accepted

@@ -7,6 +7,7 @@ processed in a batch, and jobs that fail, go through RQ's life cycle.
 """
 
 import json
+import logging
 import uuid
 from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import Any
 
 from redis import ConnectionPool, Redis
 from redis.commands.core import Script
-from redis.exceptions import NoScriptError
+from redis.exceptions import NoScriptError, RedisError
 from rq import Queue
 from rq.job import Job, JobStatus
 from rq.results import Result
@@ -23,6 +24,8 @@ from rq.utils import current_timestamp, now, utcformat
 from rq.worker.base import BaseWorker
 
 from config import tuning
+
+log = logging.getLogger(__name__)
 
 RESULT_SECONDS = 86_400
 """How long a finished job and its result are kept."""
@@ -74,7 +77,8 @@ for number = 8, #ARGV, 2 do
     local entry = id .. ':' .. execution
     redis.call('ZREM', KEYS[2], entry)
     redis.call('SREM', KEYS[3], entry)
-    redis.call('UNLINK', '%(execution)s' .. entry, '%(executions)s' .. id)
+    redis.call('UNLINK', '%(execution)s' .. entry)
+    redis.call('ZREM', '%(executions)s' .. id, execution)
     if ARGV[number + 1] ~= '' then
         jobs = jobs + 1
     end
@@ -94,13 +98,15 @@ redis.call('HINCRBYFLOAT', KEYS[4], 'total_working_time', ARGV[7])
 """
 
 _TRIM_LUA = """
--- KEYS: finished registry. ARGV: number of jobs that are kept.
-local surplus = redis.call('ZCARD', KEYS[1]) - ARGV[1]
-if surplus > 0 then
-    for _, id in ipairs(redis.call('ZRANGE', KEYS[1], 0, surplus - 1)) do
-        redis.call('UNLINK', '%(job)s' .. id, '%(results)s' .. id)
+-- KEYS: registries. ARGV: number of jobs that are kept in each.
+for _, key in ipairs(KEYS) do
+    local surplus = redis.call('ZCARD', key) - ARGV[1]
+    if surplus > 0 then
+        for _, id in ipairs(redis.call('ZRANGE', key, 0, surplus - 1)) do
+            redis.call('UNLINK', '%(job)s' .. id, '%(results)s' .. id)
+        end
+        redis.call('ZREMRANGEBYRANK', key, 0, surplus - 1)
     end
-    redis.call('ZREMRANGEBYRANK', KEYS[1], 0, surplus - 1)
 end
 """
 
@@ -143,7 +149,10 @@ class BatchRecord:
         A job whose result is None did not finish, and is only removed from the started registry.
         """
         if self._finish_start:
-            self._finish_start()
+            try:
+                self._finish_start()
+            except RedisError as error:
+                log.warning("the start of a batch could not be recorded: %s", error)
         worker, moment = self._worker, current_timestamp()
         finished = self._queue.finished_job_registry.key
         keys = [finished, self._queue.started_job_registry.key, worker.executions_key, worker.key]
@@ -167,9 +176,10 @@ def _read_response(sent: Any, pool: ConnectionPool, call_again: Callable[[], Any
         pool.release(sent)
 
 
-def trim_finished(connection: Redis, queue: Queue) -> None:
-    """Delete the oldest finished jobs of a queue beyond `tuning.max_finished_jobs`. Raises RedisError."""
-    _script(connection, _TRIM_LUA)([queue.finished_job_registry.key], [tuning.max_finished_jobs])
+def trim(connection: Redis, queue: Queue) -> None:
+    """Delete the oldest finished and failed jobs of a queue beyond `tuning.max_ended_jobs` each. Raises RedisError."""
+    keys = [queue.finished_job_registry.key, queue.failed_job_registry.key]
+    _script(connection, _TRIM_LUA)(keys, [tuning.max_ended_jobs])
 
 
 def record_failed(job: Job, queue: Queue, error: str) -> None:

@@ -10,7 +10,8 @@ from multiprocessing.context import ForkProcess
 
 from peewee import InterfaceError, OperationalError
 from redis import Redis
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
+from rq.exceptions import NoSuchJobError
 from rq.scheduler import RQScheduler
 
 from belfry.core import partitions, redis
@@ -18,17 +19,22 @@ from belfry.core.db import ROUND_TRIPS, database_connection, transaction, try_xa
 from belfry.core.failpoints import failpoint
 from belfry.core.locks import SWEEP_LOCK
 from belfry.fanout import recovery
+from belfry.fanout.claims import WorkItem
 from belfry.queue import queues, sweep_status
 from belfry.worker.cleanup import CLEANUPS, clean_up
 from config import settings, tuning
 
 log = logging.getLogger(__name__)
+RETRIES = "scheduled_retries"  # the name of a step
 _partitions_checked_at = 0.0  # `time.monotonic()`
 _indexing: ForkProcess | None = None
+_unrecorded: list[tuple[WorkItem, str]] = []  # failed by this sweeper, each with its error; not yet in RQ's registry
 
 
-def sweep() -> int:
-    """Run each step of SWEEP_STEPS; how many work items were enqueued again. 0 as well where another worker sweeps.
+def sweep(is_stopping: Callable[[], bool] = lambda: False) -> int:
+    """Run each step of SWEEP_STEPS until `is_stopping`; how many work items and retries were enqueued.
+
+    0 as well where another worker sweeps.
 
     Recovery comes first. A step that fails is logged and recorded (`sweep_status.record_sweep`), and the next one runs.
     Raises peewee's errors where no connection can be opened, because the other steps could not open one either.
@@ -37,6 +43,8 @@ def sweep() -> int:
     failures: dict[str, bool] = {}
     try:
         for name, step in SWEEP_STEPS.items():
+            if is_stopping():
+                break
             failures[name] = True  # until it has succeeded
             with database_connection():
                 try:
@@ -45,8 +53,8 @@ def sweep() -> int:
                         del failures[name]
                     else:
                         failures[name] = False
-                    if name == sweep_status.RECOVERY:
-                        swept = found or 0
+                    if name in (sweep_status.RECOVERY, RETRIES):
+                        swept += found or 0
                 except (RedisError, OperationalError, InterfaceError) as error:
                     log.warning("%s is delayed until the next sweep: %s", name, error)
                 except Exception:
@@ -62,7 +70,7 @@ def _recover() -> int | None:
     An advisory lock that ends with its transaction keeps other sweepers out.
     """
     oldest = {name: queues.peek_head(name) for name in (queues.NOTIFICATIONS, queues.BULK)}
-    room = tuning.max_queue_length - queues.queue().count
+    room = tuning.max_queue_length - queues.waiting_jobs(queues.NOTIFICATIONS)
     with transaction(statement_timeout="20s") as round_trip:
         if not try_xact_lock(SWEEP_LOCK):
             return None
@@ -71,8 +79,8 @@ def _recover() -> int | None:
         grace = min(ROUND_TRIPS * round_trip, settings.job_timeout_seconds)
         failed = recovery.fail_exhausted(grace)
         lost = recovery.requeue_lost_runs(oldest[queues.NOTIFICATIONS], grace)
-        lost += recovery.requeue_lost_slices(oldest[queues.BULK], grace)
         pending = recovery.queue_pending_runs(room - len(lost))
+        lost += recovery.requeue_lost_slices(oldest[queues.BULK], grace)
         failpoint("sweep.marked")
     failpoint("sweep.committed")
     swept = len(lost) if queues.enqueue(lost, lost=True) else 0
@@ -82,8 +90,19 @@ def _recover() -> int | None:
         log.info("swept: enqueued %s lost and %s pending work items", len(lost), len(pending))
     for item, error in failed:
         log.error("%s %s", item, error)
-    queues.record_failed(failed)
+    _unrecorded.extend(failed)
+    _record_failed()
     return swept
+
+
+def _record_failed() -> None:
+    """Record the failures that RQ does not show yet. Raises RedisError; the next sweep then continues."""
+    while _unrecorded:
+        try:
+            queues.record_failed(*_unrecorded[0])
+        except (ResponseError, NoSuchJobError) as error:
+            log.warning("RQ does not show that %s failed: %s", _unrecorded[0][0], error)
+        del _unrecorded[0]
 
 
 def _maintain_partitions() -> bool | None:
@@ -121,16 +140,23 @@ def _scheduler(connection: Redis) -> RQScheduler:
     return scheduler
 
 
-def _enqueue_retries() -> bool:
-    """Move due retries into their queues. A retry that is lost is found by recovery."""
-    queues.remove_rejected_retries()
-    _scheduler(redis.redis_connection()).enqueue_scheduled_jobs()
-    return True
+def _enqueue_retries() -> int | None:
+    """Move due retries into their queues; how many. None while another worker does it. Raises RedisError.
+
+    RQ's scheduler reads the retries before it moves them, so two at the same time would enqueue each twice. A retry
+    that is lost is found by recovery.
+    """
+    with transaction():
+        if not try_xact_lock(SWEEP_LOCK):
+            return None
+        due = queues.remove_rejected_retries()
+        _scheduler(redis.redis_connection()).enqueue_scheduled_jobs()
+        return due
 
 
 SWEEP_STEPS: dict[str, Callable[[], int | None]] = {
     sweep_status.RECOVERY: _recover,
-    "scheduled_retries": _enqueue_retries,
+    RETRIES: _enqueue_retries,
     "partitions": _maintain_partitions,
     **{name: partial(clean_up, name) for name in CLEANUPS},
 }

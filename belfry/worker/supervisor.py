@@ -8,6 +8,7 @@ import random
 import signal
 import sys
 import time
+from collections.abc import Callable
 
 from peewee import InterfaceError, OperationalError
 from playhouse.pool import MaxConnectionsExceeded
@@ -19,7 +20,7 @@ from belfry.worker.worker import run_jobs
 from config import settings
 
 log = logging.getLogger(__name__)
-POLL_INTERVAL_SECONDS = 0.05  # of the parent: how soon a work-horse that died is replaced
+POLL_INTERVAL_SECONDS = 0.05  # of the parent: how soon a work-horse that died is replaced, except during a sweep
 PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 
 
@@ -40,7 +41,7 @@ class Supervisor:
             if not self._horse:
                 self._start_horse()
             if time.monotonic() - swept >= settings.sweep_interval_seconds:
-                sweep_once()
+                sweep_once(lambda: self._stopping)
                 swept = time.monotonic()
             self._reap_horse()
             time.sleep(POLL_INTERVAL_SECONDS)
@@ -91,6 +92,7 @@ class Supervisor:
         elif self._deadline.has_passed():
             log.error("a job exceeds its time-out by %s s: its process is killed", KILL_GRACE_SECONDS)
             self._signal_horse(signal.SIGKILL)
+            self._deadline.clear()
 
 
 def _exit_reason(status: int) -> str:
@@ -106,10 +108,10 @@ def _set_parent_death_signal(parent: int) -> None:
             os._exit(1)
 
 
-def sweep_once() -> int:
-    """Sweep once; how many work items were enqueued. Errors are logged, and the next sweep tries again."""
+def sweep_once(is_stopping: Callable[[], bool] = lambda: False) -> int:
+    """Sweep as `maintenance.sweep` does; how many jobs were enqueued. Errors are logged; the next sweep tries again."""
     try:
-        return maintenance.sweep()
+        return maintenance.sweep(is_stopping)
     except (OperationalError, InterfaceError, MaxConnectionsExceeded) as error:
         log.warning("the database is unavailable, nothing is swept: %s", error)
     except Exception:

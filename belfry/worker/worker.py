@@ -4,15 +4,15 @@ RQ's own worker forks for each job, which takes 25 ms, as long as notifying for 
 work-horse, runs job after job. What a fork for each job guarantees is kept in other ways:
 
 - RQ interrupts a job that exceeds its time-out; where that fails, the parent kills the process.
-- A job that kills the process costs no other its work: the parent starts another process within 0.1 s, and the lock on
-  the work item, its lease, ends with the process's connection.
-- Memory is bounded: after `tuning.max_jobs_per_process` jobs the process ends and is replaced.
+- A job that kills the process does not stop the others: the parent starts another process within 0.1 s, or after the
+  sweep that it runs at that moment. The lock on the work item, its lease, ends with the process's connection.
+- Memory is bounded: after `tuning.max_jobs_per_process` jobs, where a batch counts as one, the process is replaced.
 """
 
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from peewee import InterfaceError, OperationalError
@@ -21,8 +21,8 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from rq import SimpleWorker, worker_registration
-from rq.exceptions import StopRequested
-from rq.job import Job
+from rq.exceptions import InvalidJobOperation, StopRequested
+from rq.job import Job, JobStatus
 from rq.queue import Queue
 from rq.timeouts import JobTimeoutException
 from rq.utils import now
@@ -31,7 +31,7 @@ import jobs
 from belfry.core.failpoints import failpoint
 from belfry.queue import queues
 from belfry.queue.job_class import BelfryJob
-from belfry.queue.registries import BatchRecord, trim_finished
+from belfry.queue.registries import BatchRecord, trim
 from belfry.worker.deadline import Deadline
 from config import settings, tuning
 
@@ -52,11 +52,12 @@ class BelfryWorker(SimpleWorker):  # type: ignore[misc]
     _stop_ignored_until = 0.0  # `time.monotonic()`
 
     def request_stop(self, signum: int, frame: object) -> None:
-        """Stop after the current job, however often a signal comes: Heroku signals every process.
+        """Stop after the current job. Further signals do not interrupt it: Heroku signals each process of a dyno.
 
         An idle worker waits in a blocking call to Redis, which only an exception ends, so this raises StopRequested as
-        RQ does. The code that it interrupts may swallow the exception, as logging does; so a signal that comes
-        `tuning.stop_retry_seconds` later raises it again. In between the worker unregisters from Redis.
+        RQ does. The interrupted code may swallow the exception, as logging does; so a signal that comes
+        `tuning.stop_retry_seconds` later raises it again. Signals before that are ignored, because the worker
+        unregisters from Redis.
         """
         if not self.asked_to_stop:
             self.asked_to_stop = True
@@ -99,6 +100,17 @@ class BelfryWorker(SimpleWorker):  # type: ignore[misc]
         except Exception:
             self.last_cleaned_at = now()
             log.exception("RQ's registries could not be cleaned")
+            with _without_redis():
+                for queue in self.queues:  # RQ keeps the lock of the queue that failed, for 15 minutes
+                    queue.release_maintenance_lock()
+
+    def teardown(self) -> None:
+        """Unregister as RQ does. Where Redis is unavailable, RQ would leave the thread that listens for commands."""
+        try:
+            super().teardown()
+        finally:
+            if self.pubsub_thread:
+                self.pubsub_thread.stop()
 
     def reorder_queues(self, reference_queue: Queue) -> None:
         """Serve the first queue first, but last for one job in BULK_EVERY_NTH, so that others are not starved."""
@@ -115,7 +127,8 @@ class BelfryWorker(SimpleWorker):  # type: ignore[misc]
             self._limit_time(job)
             claimed = self._claim_batch(job)
             left = self._execute_batch(job, claimed, queue) if claimed else []
-            if job.args[0] not in claimed:
+            if job.args[0] not in claimed and self._claim_alone(job):
+                self._limit_time(job)
                 super().execute_job(job, queue)
             for other in left:
                 self._limit_time(other)
@@ -139,6 +152,26 @@ class BelfryWorker(SimpleWorker):  # type: ignore[misc]
         except Exception as error:
             log.warning("claiming a batch failed: %s: %s", type(error).__name__, error)
             return []
+
+    def _claim_alone(self, job: Job) -> bool:
+        """Claim a job for RQ's life cycle; False where another worker has it in a batch, and writes RQ's records.
+
+        That worker may have claimed the run after this one took the job from the queue.
+        """
+        if job.func_name != "jobs.notify":
+            return True
+        try:
+            attempt, is_claimed = jobs.claim_run(*job.args)
+        except Exception:
+            return True  # the job fails too, and RQ records it
+        if attempt is not None:
+            job.use_attempt(attempt)
+            return True
+        if is_claimed:
+            return False
+        with _without_redis(), suppress(InvalidJobOperation):  # the job was deleted
+            return bool(job.get_status() == JobStatus.QUEUED)
+        return False
 
     def _execute_batch(self, job: Job, run_ids: list[int], queue: Queue) -> list[BelfryJob]:
         """Process a claimed batch; the jobs of the runs that must be processed one by one.
@@ -165,9 +198,11 @@ class BelfryWorker(SimpleWorker):  # type: ignore[misc]
         left: list[BelfryJob] = []
         with _without_redis():
             record.end({job_id: results.get(run_id) for job_id, run_id in job_ids.items()})
-            trim_finished(self.connection, queue)
+            trim(self.connection, queue)
             remaining = [job_id for job_id, run_id in job_ids.items() if run_id not in results]
-            left = [one for one in BelfryJob.fetch_many(remaining, self.connection) if one] if remaining else []
+            found = BelfryJob.fetch_many(remaining, self.connection) if remaining else []
+            # A job that another worker has taken over is that worker's.
+            left = [one for one in found if one and one.worker_name == self.name]
             if error is not None:
                 for one in left:
                     execution = self.prepare_execution(one)
@@ -176,19 +211,25 @@ class BelfryWorker(SimpleWorker):  # type: ignore[misc]
         return left
 
     def handle_job_success(self, job: Job, queue: Queue, *arguments: Any, **named: Any) -> None:
-        """Record a success as RQ does, and delete the oldest finished jobs beyond the limit."""
+        """Record a success as RQ does, and delete the oldest jobs beyond the limit."""
         super().handle_job_success(job, queue, *arguments, **named)
         with _without_redis():
-            trim_finished(self.connection, queue)
+            trim(self.connection, queue)
+
+    def handle_job_failure(self, job: Job, queue: Queue, *arguments: Any, **named: Any) -> None:
+        """Record a failure as RQ does, and delete the oldest jobs beyond the limit."""
+        super().handle_job_failure(job, queue, *arguments, **named)
+        with _without_redis():
+            trim(self.connection, queue)
 
 
 @contextmanager
 def _without_redis() -> Iterator[None]:
-    """Continue where Redis is unavailable: PostgreSQL holds the truth, and RQ's records are corrected later."""
+    """Continue where Redis fails: PostgreSQL holds the truth, and RQ's records are corrected later."""
     try:
         yield
     except RedisError as error:
-        log.warning("Redis is unavailable, RQ's records are not written: %s", error)
+        log.warning("Redis failed, RQ's records are incomplete: %s", error)
 
 
 def run_jobs(deadline: Deadline | None = None, burst: bool = False) -> bool:

@@ -4,14 +4,16 @@ and the death of a worker."""
 import os
 import signal
 
+import psycopg
 import pytest
 from redis import Redis
 
+import jobs
 from belfry.core.db import execute
 from belfry.fanout import recovery
 from belfry.fanout.claims import WorkItem
 from belfry.queue import queues, registries
-from belfry.worker import worker
+from belfry.worker import maintenance, worker
 from config import settings
 from models import Run
 from tests.fanout_helpers import notifications_that
@@ -177,8 +179,149 @@ def test_a_job_of_a_dead_worker_is_not_shown_as_started_after_its_run_succeeded(
     assert_consistent(redis)
 
 
+def other_worker(redis: Redis) -> worker.BelfryWorker:
+    return worker.BelfryWorker([queues.queue(name, redis) for name in queues.QUEUES], connection=redis)
+
+
+def test_a_job_that_another_worker_has_in_a_batch_is_recorded_by_that_worker_only(cast, redis, at_failpoint):
+    _, run_id = write(cast.subscriber, cast.general)
+    job_id = queues.run_job_id(run_id)
+    queues.enqueue_run(run_id)
+    other = other_worker(redis)
+    record = registries.BatchRecord(other, queues.queue())
+    claimed: list[int] = []
+
+    def claim_it() -> None:
+        claimed.extend(jobs.claim_batch(run_id))
+        record.start([job_id], 60)
+
+    at_failpoint("worker.dequeued", claim_it)
+    with psycopg.connect(settings.database_url) as session:  # the other worker's, which has locked the run
+        at_failpoint("job.begun", lambda: claimed and session.execute("SELECT FROM run FOR NO KEY UPDATE SKIP LOCKED"))
+        dequeued_by = run_worker()
+    assert (claimed, Run.get_by_id(run_id).state) == ([run_id], "running")
+    assert (in_registries()["started"], in_registries()["finished"]) == ({job_id}, set())
+    record.end({job_id: jobs.run_batch(claimed)[run_id]})
+    assert_consistent(redis)
+    assert redis.hget(other.key, "successful_job_count") == b"1"
+    assert redis.hget(dequeued_by.key, "successful_job_count") is None
+
+
+def test_a_job_that_another_worker_has_finished_is_not_counted_again(cast, redis, at_failpoint):
+    _, run_id = write(cast.subscriber, cast.general)
+    job_id = queues.run_job_id(run_id)
+    queues.enqueue_run(run_id)
+    record = registries.BatchRecord(other_worker(redis), queues.queue())
+
+    def finish_it() -> None:
+        record.start([job_id], 60)
+        record.end({job_id: jobs.run_batch(jobs.claim_batch(run_id))[run_id]})
+
+    at_failpoint("worker.dequeued", finish_it)
+    run_worker()
+    assert_consistent(redis)
+    assert len(queues.queue().fetch_job(job_id).results()) == 1
+
+
+def test_the_end_of_a_batch_removes_only_its_own_executions(cast, redis):
+    _, run_id = write(cast.subscriber, cast.general)
+    job_id = queues.run_job_id(run_id)
+    queues.enqueue_run(run_id)
+    overtaken, newer = (registries.BatchRecord(other_worker(redis), queues.queue()) for _ in range(2))
+    overtaken.start([job_id], 60)
+    newer.start([job_id], 60)
+    overtaken.end({job_id: None})
+    [entry] = redis.zrange("rq:wip:notifications", 0, -1)
+    assert redis.zrange(f"rq:executions:{job_id}", 0, -1) == [entry.split(b":")[1]]
+    newer.end({job_id: {"run": run_id}})
+    assert in_registries()["started"] == set()
+    assert redis.keys("rq:execution*") == []
+
+
+def test_runs_of_a_failed_batch_that_another_worker_took_over_are_left_to_it(cast, redis, at_failpoint):
+    runs = [write(cast.subscriber, cast.general)[1] for _ in range(3)]
+    queues.enqueue([WorkItem(run_id) for run_id in runs])
+    taken_over = runs[1]
+
+    failures = iter([RuntimeError("the batch fails")])
+
+    def fail_the_batch() -> None:
+        for failure in failures:
+            redis.hset(f"rq:job:{queues.run_job_id(taken_over)}", "worker_name", "another")
+            raise failure
+
+    at_failpoint("run.counted", fail_the_batch)
+    run_worker()
+    states = {run.id: run.state for run in Run.select()}
+    assert states == {runs[0]: "succeeded", taken_over: "running", runs[2]: "succeeded"}
+    assert in_registries()["finished"] == {queues.run_job_id(run_id) for run_id in (runs[0], runs[2])}
+
+
+def test_a_second_job_of_a_failed_run_fails_with_the_error_of_the_run(cast, redis):
+    _, run_id = write(cast.subscriber, cast.general)
+    job_id = queues.run_job_id(run_id)
+    execute("UPDATE run SET state = 'failed', error = 'the disk is full', finished_at = now(), sweep_after = NULL")
+    queues.enqueue_run(run_id)
+    run_worker()
+    assert_consistent(redis)
+    assert in_registries()["failed"] == {job_id}
+    assert "FailedRunError: the disk is full" in queues.queue().fetch_job(job_id).latest_result().exc_string
+
+
+def test_a_due_retry_goes_to_the_front_of_the_queue(cast, redis):
+    failing, waiting = (write(cast.subscriber, cast.general)[1] for _ in range(2))
+    queues.enqueue_run(failing)
+    with notifications_that():
+        run_worker()
+    queues.enqueue_run(waiting)
+    redis.zadd("rq:scheduled:notifications", {queues.run_job_id(failing): 0})
+    assert maintenance.sweep() == 1
+    assert queues.queue().get_job_ids() == [queues.run_job_id(failing), queues.run_job_id(waiting)]
+
+
+def test_jobs_that_wait_for_their_retry_count_towards_the_length_of_the_queue(cast, redis, override):
+    override(max_queue_length=2, queue_full_recheck_seconds=0.0)
+    redis.zadd("rq:scheduled:notifications", {"run-999": 9e9})
+    assert queues.enqueue_run(write(cast.subscriber, cast.general)[1])
+    assert not queues.enqueue_run(write(cast.subscriber, cast.general)[1]), "the queue is full"
+    assert maintenance.sweep() == 0
+    redis.delete("rq:scheduled:notifications")
+    assert maintenance.sweep() == 1
+
+
+def test_a_job_that_nobody_takes_expires_after_the_longest_time_that_a_failed_one_is_kept(cast, redis):
+    _, run_id = write(cast.subscriber, cast.general)
+    queues.enqueue_run(run_id)
+    seconds = redis.ttl(f"rq:job:{queues.run_job_id(run_id)}")
+    assert registries.FAILURE_SECONDS < seconds <= 2 * registries.FAILURE_SECONDS
+
+
+def test_an_error_in_the_record_of_the_start_of_a_batch_does_not_prevent_its_end(cast, redis, at_failpoint, caplog):
+    queues.enqueue_run(write(cast.subscriber, cast.general)[1])
+    run_worker()  # Redis knows the script then
+    _, run_id = write(cast.subscriber, cast.general)
+    queues.enqueue_run(run_id)
+    redis.set("rq:wip:notifications", "not a sorted set")
+    at_failpoint("run.committed", lambda: redis.delete("rq:wip:notifications"))
+    run_worker()
+    assert "the start of a batch could not be recorded" in caplog.text
+    assert_consistent(redis)
+
+
+def test_failed_jobs_are_kept_up_to_the_limit(cast, redis, override):
+    runs = [write(cast.subscriber, cast.general)[1] for _ in range(4)]
+    execute("UPDATE run SET attempts_left = 1")
+    queues.enqueue([WorkItem(run_id) for run_id in runs])
+    override(max_ended_jobs=2)
+    with notifications_that():
+        run_worker()
+    assert len(in_registries()["failed"]) == 2
+    assert len(redis.keys("rq:job:*")) == 2
+    assert sum(run.state == "failed" for run in Run.select()) == 4, "the database has all of them"
+
+
 def test_finished_jobs_are_kept_up_to_the_limit(cast, redis, override):
-    override(max_finished_jobs=5)
+    override(max_ended_jobs=5)
     runs = [write(cast.subscriber, cast.general)[1] for _ in range(12)]
     queues.enqueue([WorkItem(run_id) for run_id in runs])
     run_worker()

@@ -1,6 +1,8 @@
 """The steps of the sweep: a failure affects only its own step and is reported, and old rows are deleted in batches."""
 
 import time
+from contextlib import ExitStack
+from datetime import UTC, datetime
 
 import psycopg
 import pytest
@@ -8,6 +10,7 @@ from peewee import OperationalError
 from prometheus_client.parser import text_string_to_metric_families
 
 from belfry.core.db import execute, fetch_one
+from belfry.core.locks import SWEEP_LOCK
 from belfry.queue import queues, sweep_status
 from belfry.worker import cleanup, maintenance
 from belfry.worker.cleanup import CLEANUPS
@@ -149,3 +152,37 @@ def test_two_workers_do_not_clean_up_at_the_same_time(cast, in_another_session):
     with in_another_session(f"SELECT pg_advisory_xact_lock({cleanup.CLEANUP_LOCK})"):
         assert [cleanup.clean_up(name) for name in CLEANUPS] == [None] * len(CLEANUPS)
     assert cleanup.clean_up("idempotency_keys") == 3
+
+
+def test_two_sweepers_enqueue_a_due_retry_once(cast, redis, in_another_session):
+    _, run_id = post(cast.subscriber, cast.general)
+    queues.enqueue_run(run_id)
+    job = queues.queue().fetch_job(queues.run_job_id(run_id))
+    redis.delete(queues.queue().key)
+    queues.queue().scheduled_job_registry.schedule(job, datetime.now(UTC))
+    with in_another_session(f"SELECT pg_advisory_xact_lock({SWEEP_LOCK})"):
+        assert maintenance.SWEEP_STEPS[maintenance.RETRIES]() is None
+        assert queues.queue().count == 0
+    assert maintenance.SWEEP_STEPS[maintenance.RETRIES]() == 1
+    assert queues.queue().get_job_ids() == [job.id]
+
+
+def test_a_sweep_that_is_stopped_begins_no_further_step(cast):
+    insert_old_keys(3)
+    answers = iter([False, True])
+    maintenance.sweep(lambda: next(answers))
+    assert count_keys() == 3
+
+
+def test_a_failure_that_redis_did_not_take_is_recorded_by_the_next_sweep(cast, redis, redis_away, at_failpoint):
+    runs = [post(cast.subscriber, cast.general)[1] for _ in range(2)]
+    execute("UPDATE run SET state = 'running', attempts_left = 0, sweep_after = now() - interval '1 minute'")
+    with ExitStack() as outage:
+        at_failpoint("sweep.enqueued", lambda: outage.enter_context(redis_away()))
+        maintenance.sweep()
+    assert redis.zcard("rq:failed:notifications") == 0
+    redis.set(f"rq:results:{queues.run_job_id(runs[0])}", "not a stream")
+    at_failpoint("sweep.enqueued", lambda: None)
+    maintenance.sweep()
+    failed = queues.queue().failed_job_registry.get_job_ids()
+    assert set(failed) == {queues.run_job_id(run_id) for run_id in runs}

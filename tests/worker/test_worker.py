@@ -13,6 +13,7 @@ import psutil
 import pytest
 from redis import Redis
 from redis.connection import AbstractConnection
+from redis.exceptions import RedisError
 from rq import Worker
 from rq.exceptions import StopRequested
 
@@ -416,3 +417,26 @@ def test_a_worker_is_registered_again_after_redis_lost_its_data(redis):
     assert redis.hget(one.key, "birth")
     assert redis.ttl(one.key) > 60
     one.register_death()
+
+
+def test_the_lock_on_cleaning_a_queue_is_released_after_an_error(redis):
+    one = worker.BelfryWorker([queues.queue(name, redis) for name in queues.QUEUES], connection=redis)
+    redis.zadd("rq:wip:notifications", {b"\xff": 1})  # RQ reads the entries as UTF-8
+    one.run_maintenance_tasks()
+    assert redis.keys("rq:clean*") == []
+
+
+def test_the_thread_that_listens_for_commands_ends_where_redis_was_lost(redis, cast, at_failpoint):
+    queues.enqueue_run(write(cast.subscriber, cast.general)[1])
+    with Redis.from_url(settings.redis_url) as connection:
+        pool = connection.connection_pool
+
+        def lose_redis() -> None:
+            pool.connection_kwargs["path"] = "/nonexistent"
+            pool.reset()
+
+        one = worker.BelfryWorker([queues.queue(name, connection) for name in queues.QUEUES], connection=connection)
+        at_failpoint("worker.dequeued", lose_redis)
+        with pytest.raises(RedisError):
+            one.work(burst=True, logging_level=None)
+        assert not one.pubsub_thread._running.is_set()

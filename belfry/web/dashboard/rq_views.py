@@ -220,7 +220,7 @@ def _requeue(job: Job) -> None:
     run_id = queues.run_of_job_id(job.id)
     items = recovery.retry_failed([run_id]) if run_id is not None and job.is_failed else []
     if items:
-        queues.enqueue(items)  # which removes the job from the failed registry
+        queues.enqueue(items, lost=True)  # which removes the job from the failed registry
     else:
         job.requeue()
 
