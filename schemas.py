@@ -434,6 +434,7 @@ class TestNotificationIn(BaseSchema):
 
 class NotificationQuery(Page):
     unread = fields.Boolean(load_default=False, **about("Whether the list has only unread notifications."))
+    mentions = fields.Boolean(load_default=False, **about("Whether the list has only mentions, of any kind."))
     channel_id = query_id("Only notifications from this channel.")
 
 

@@ -65,11 +65,17 @@ def _channels_of(user: User, channel_id: int | None) -> dict[int, Row]:
 
 
 def list_notifications(
-    user: User, *, before: int | None, limit: int, unread: bool = False, channel_id: int | None = None
+    user: User,
+    *,
+    before: int | None,
+    limit: int,
+    unread: bool = False,
+    mentions: bool = False,
+    channel_id: int | None = None,
 ) -> list[Row]:
     """List the user's notifications of messages with an id below `before`, newest message first.
 
-    Raises NotFound for a channel that the user cannot see.
+    `unread` and `mentions` list only those. Raises NotFound for a channel that the user cannot see.
     """
     if channel_id is not None:
         get_visible_channel(user, channel_id)
@@ -85,6 +91,7 @@ def list_notifications(
             FROM notification note
             WHERE {_OWN_SQL}
             {f"AND {_UNREAD_SQL}" if unread else ""}
+            {"AND note.reason <> 'message'" if mentions else ""}
             {"" if before is None else "AND note.message_id < (SELECT %(before)s::bigint)"}
             ORDER BY note.message_id DESC
             LIMIT (SELECT NULL::bigint)  -- all of them, and the first ones soon: never read first, and sorted then
@@ -234,6 +241,25 @@ def unread_count(user: User) -> dict[str, Any]:
         "mentions": sum(channel["mentions"] for channel in per_channel),
         "channels": per_channel,
     }
+
+
+def first_unread(user: User, channel_id: int) -> int | None:
+    """The id of the oldest message in a visible channel whose notification is unread; None where there is none."""
+    found = fetch_one(
+        f"""
+        SELECT note.message_id
+        FROM notification note
+        JOIN message msg ON msg.id = note.message_id
+        WHERE {_OWN_SQL}
+        AND {_UNREAD_SQL}
+        AND {_VISIBLE_SQL}
+        AND EXISTS ({_AUTHOR_CAN_POST_SQL})
+        ORDER BY note.message_id
+        LIMIT 1
+        """,
+        {"user_id": user.id, "channel_ids": [channel_id]},
+    )
+    return found["message_id"] if found else None
 
 
 _LATER_CTE_SQL = """

@@ -11,8 +11,8 @@ export class Problem extends Error {
   }
 }
 
-export async function call(method, address, body, headers = {}) {
-  const options = { method, headers: { ...headers }, cache: 'no-store' };
+export async function call(method, address, body, { headers = {}, signal } = {}) {
+  const options = { method, headers: { ...headers }, cache: 'no-store', signal };
   if (method !== 'GET') options.headers['X-CSRF-Token'] = csrf;
   if (body !== undefined) {
     options.headers['Content-Type'] = 'application/json';

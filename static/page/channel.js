@@ -18,6 +18,7 @@ const list = document.getElementById('messages');
 
 timeline.start();
 timeline.jump();
+timeline.goToUnread();
 readTracking.start();
 compose.start();
 preference.start();

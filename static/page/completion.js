@@ -6,21 +6,25 @@ import { channelId } from './timeline.js';
 const PAUSE = 120;
 
 // The members, roles and @everyone that may be mentioned in the channel, by a prefix.
-export async function findSuggestions(prefix) {
-  return (await call('GET', `/api/channels/${channelId}/mention-suggestions?limit=8&q=${encodeURIComponent(prefix)}`)).items;
+export async function findSuggestions(prefix, signal) {
+  const address = `/api/channels/${channelId}/mention-suggestions?limit=8&q=${encodeURIComponent(prefix)}`;
+  return (await call('GET', address, undefined, { signal })).items;
 }
 
-// `getPrefix()`: the text to complete, or null. `find(prefix)`: the options, each {username, name}.
-// `choose(option)`: one was chosen. The list is an ARIA listbox; the field keeps the focus.
+// `getPrefix()`: the text to complete, or null. `find(prefix, signal)`: the options, each {username, name}.
+// `choose(option)`: one was chosen. The list is an ARIA listbox; the field keeps the focus. `close()` of the returned
+// object closes the list and cancels a request for it.
 export function complete({ field, list, getPrefix, find, choose }) {
   const status = document.getElementById(`${list.id}-status`);
   let options = [];
   let active = -1;
   let requested = null;
   let waiting;
+  let request = new AbortController();
 
   function close() {
     clearTimeout(waiting);
+    request.abort();
     requested = null;
     options = [];
     list.hidden = true;
@@ -71,15 +75,19 @@ export function complete({ field, list, getPrefix, find, choose }) {
     if (prefix === null) return close();
     if (prefix === requested) return;
     clearTimeout(waiting);
+    request.abort();
+    request = new AbortController();
     requested = prefix;
+    const { signal } = request;
     waiting = setTimeout(async () => {
-      const found = await find(prefix).catch(() => []);
-      if (requested === prefix) show(found);
+      const found = await find(prefix, signal).catch(() => []);
+      if (!signal.aborted) show(found);
     }, PAUSE);
   }
 
   field.addEventListener('input', update);
   field.addEventListener('click', update);
+  field.addEventListener('keyup', ({ key }) => ['ArrowLeft', 'ArrowRight', 'Home', 'End'].includes(key) && update());
   field.addEventListener('blur', close);
   field.addEventListener('keydown', (event) => {
     if (list.hidden || event.isComposing) return;
@@ -95,4 +103,5 @@ export function complete({ field, list, getPrefix, find, choose }) {
     event.stopImmediatePropagation(); // Enter must not send here, nor Escape close the dialog
     act();
   });
+  return { close };
 }

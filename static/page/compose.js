@@ -11,6 +11,7 @@ const BEFORE_CARET = /(?:^|[\s'"([{/<>*_~|])@([a-z0-9_.-]{0,32})$/i;
 const touch = matchMedia('(pointer: coarse)');
 // A draft survives a visit to another channel, and is not shown to another user who signs in.
 const DRAFT = `draft ${document.body.dataset.user} ${channelId}`;
+let completion;
 let once = null; // the content being sent, and its key: sent twice, it is posted once
 
 const typed = () => field.value.slice(0, field.selectionStart).match(BEFORE_CARET);
@@ -34,11 +35,13 @@ const addressOf = (id) => `${document.getElementById('log').dataset.address}#mes
 async function send() {
   const content = field.value.trim();
   if (!content || form.ariaBusy === 'true') return;
+  completion.close();
   form.ariaBusy = 'true';
   if (once?.content !== content) once = { key: newKey(), content };
   let message;
   try {
-    message = await call('POST', '/api/messages', { channel_id: channelId, content }, { 'Idempotency-Key': once.key });
+    message = await call('POST', '/api/messages', { channel_id: channelId, content },
+      { headers: { 'Idempotency-Key': once.key } });
   } catch (problem) {
     // After a refusal, another attempt is another message. Otherwise the message may have been posted: keep the key.
     if (problem.status && problem.status < 500 && problem.status !== 409) once = null;
@@ -60,7 +63,7 @@ export function start() {
   if (!form) return;
   field.value = sessionStorage.getItem(DRAFT) ?? '';
   saveDraft();
-  complete({
+  completion = complete({
     field,
     list: document.getElementById('suggestions'),
     getPrefix: () => typed()?.[1].toLowerCase() ?? null,

@@ -37,11 +37,11 @@ export function open(item) {
 
 export function start() {
   if (!form) return;
-  complete({
+  const completion = complete({
     field,
     list: document.getElementById('why-names'),
     getPrefix: () => field.value.trim().replace(/^@/, '').toLowerCase() || null,
-    find: async (prefix) => (await findSuggestions(prefix)).filter((one) => one.kind === 'user'),
+    find: async (prefix, signal) => (await findSuggestions(prefix, signal)).filter((one) => one.kind === 'user'),
     choose({ username }) {
       field.value = username;
       form.requestSubmit();
@@ -49,6 +49,7 @@ export function start() {
   });
   form.addEventListener('submit', (event) => {
     event.preventDefault();
+    completion.close();
     showAnswer(() => explainFor(field.value.trim().replace(/^@/, '')));
   });
 }

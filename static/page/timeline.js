@@ -44,12 +44,24 @@ function keepScrollPosition(change) {
 
 // Append the messages that are newer than the last one.
 export const fetchNewer = coalesce(async () => {
-  let more = reachesNewest();
-  while (more) {
-    const { items, newer } = await fetchMessages(`after=${idOf(list.lastElementChild)}`);
-    append(items);
-    more = newer;
-  }
+  while (reachesNewest() && await appendPage());
+}, GAP);
+
+// Append the next page of messages; whether another follows.
+async function appendPage() {
+  const { items, newer } = await fetchMessages(`after=${idOf(list.lastElementChild)}`);
+  append(items);
+  return newer;
+}
+
+// Append the next page where the list does not reach the newest message.
+const loadNewer = coalesce(async () => {
+  if (reachesNewest()) return;
+  await quietly(async () => {
+    if (await appendPage()) return;
+    delete list.dataset.newer;
+    document.getElementById('newer').parentElement.remove();
+  });
 }, GAP);
 
 // Fetch new messages, among them this one. An id is assigned before the message is committed, so a message may appear
@@ -72,7 +84,7 @@ function append(items) {
   if (follow) insert(fresh);
   else keepScrollPosition(() => insert(fresh));
   if (follow) scrollToEnd();
-  else toNewest.hidden = false;
+  else if (reachesNewest()) offerNewest('New messages');
   nothing.hidden = true;
   timeline.dispatchEvent(new CustomEvent('added', { detail: { items: fresh, isNew: true } }));
 }
@@ -110,21 +122,33 @@ export const refresh = coalesce(async () => {
   for (const id of pending) pendingIds.delete(id);
 }, GAP);
 
+// Run `work` without announcing the messages that it adds.
+async function quietly(work) {
+  log.ariaBusy = 'true';
+  log.ariaLive = 'off';
+  try {
+    await work();
+  } finally {
+    log.ariaBusy = 'false';
+    setTimeout(() => { log.ariaLive = null; }, 1_000);
+  }
+}
+
 async function loadOlder() {
   const older = document.getElementById('older');
   if (!older || log.ariaBusy === 'true') return;
-  log.ariaBusy = 'true';
-  log.ariaLive = 'off'; // older messages are not announced
-  try {
+  await quietly(async () => {
     const { items, more } = await fetchMessages(`before=${idOf(list.firstElementChild)}`);
     keepScrollPosition(() => list.prepend(...items));
     older.href = `${address}?before=${idOf(list.firstElementChild)}`;
     if (!more) older.parentElement.remove();
     timeline.dispatchEvent(new CustomEvent('added', { detail: { items, isNew: false } }));
-  } finally {
-    log.ariaBusy = 'false';
-    setTimeout(() => { log.ariaLive = null; }, 1_000);
-  }
+  });
+}
+
+function offerNewest(text) {
+  toNewest.textContent = text;
+  toNewest.hidden = false;
 }
 
 export function scrollToEnd() {
@@ -134,27 +158,37 @@ export function scrollToEnd() {
 
 export function start() {
   localise(document);
-  if (!reachesNewest()) {
-    toNewest.textContent = 'To the newest';
-    toNewest.hidden = false;
-  }
+  if (!reachesNewest()) offerNewest('To the newest');
   toNewest.addEventListener('click', () => {
-    if (!reachesNewest()) return location.assign(address);
+    if (!reachesNewest()) return location.assign(`${address}?newest=1`);
     scrollToEnd();
     log.focus();
   });
   log.addEventListener('scroll', () => { if (isAtEnd()) toNewest.hidden = true; }, { passive: true });
-  const older = document.getElementById('older');
-  if (!older) return;
-  older.addEventListener('click', (event) => {
+  loadWhenNear('older', loadOlder);
+  loadWhenNear('newer', loadNewer);
+}
+
+// Load more messages when the link to them is clicked, or comes near the view.
+function loadWhenNear(id, load) {
+  const link = document.getElementById(id);
+  if (!link) return;
+  link.addEventListener('click', (event) => {
     event.preventDefault();
-    loadOlder().catch(() => location.assign(older.href));
+    load().catch(() => location.assign(link.href));
   });
-  const near = new IntersectionObserver(
-    ([{ isIntersecting }]) => { if (isIntersecting) loadOlder().catch(() => {}); },
-    { root: log, rootMargin: '300px 0px 0px' },
-  );
-  near.observe(older);
+  const near = new IntersectionObserver(async ([{ isIntersecting }]) => {
+    if (!isIntersecting) return;
+    await load();
+    near.unobserve(link); // and again: the link may still be near
+    near.observe(link);
+  }, { root: log, rootMargin: '300px 0px' });
+  near.observe(link);
+}
+
+// Scroll to the first unread message, unless the URL names another place.
+export function goToUnread() {
+  if (!location.hash || location.hash === '#new') document.getElementById('new')?.scrollIntoView();
 }
 
 // Scroll to the message in the URL's fragment; load its page where it is not listed.

@@ -12,10 +12,11 @@ const connection = document.getElementById('connection');
 const notice = document.getElementById('notice');
 const title = document.title.replace(/^\(\d+\) /, '');
 let channels = new Map([...document.querySelectorAll('#channels a[data-unread]')].map(({ dataset }) =>
-  [Number(dataset.channel), { unread: Number(dataset.unread) }]));
+  [Number(dataset.channel), { unread: Number(dataset.unread), mentions: Number(dataset.mentions) }]));
 
-// The number of unread notifications of a channel.
+// The number of unread notifications of a channel, and how many of them are mentions.
 export const unreadIn = (channelId) => channels.get(channelId)?.unread ?? 0;
+export const mentionsIn = (channelId) => channels.get(channelId)?.mentions ?? 0;
 
 function show({ unread, mentions, channels: list }) {
   channels = new Map(list.map((one) => [one.channel_id, one]));

@@ -17,7 +17,12 @@ def list_notifications(query: dict[str, Any]) -> Any:
     return paginate(
         query,
         lambda before, limit: inbox.list_notifications(
-            current_user(), before=before, limit=limit, unread=query["unread"], channel_id=query["channel_id"]
+            current_user(),
+            before=before,
+            limit=limit,
+            unread=query["unread"],
+            mentions=query["mentions"],
+            channel_id=query["channel_id"],
         ),
         lambda notification: notification["message_id"],
     )

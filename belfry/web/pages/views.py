@@ -78,7 +78,10 @@ def home() -> AnyResponse | str:
 
 @blueprint.get("/servers/<id:server_id>/channels/<id:channel_id>")
 def channel(server_id: int, channel_id: int) -> str:
-    """A channel: its newest messages, or those `before`, `after` or `around` one."""
+    """A channel: its messages `before`, `after` or `around` one; by default the first unread ones.
+
+    Where nothing is unread, or with `newest`, the newest messages.
+    """
     seen = _channel(server_id, channel_id)
     preference, effects = preferences.preference_of(g.user, channel_id), _effects(g.user, seen)
     return _page(
@@ -114,18 +117,24 @@ def notifications() -> str:
 
 @blueprint.post("/inbox/read")
 def mark_read() -> AnyResponse:
-    """Mark one notification read, or all: 303 to the inbox. 422 unless exactly one of the two is given."""
-    name, everything = request.form.get("id"), request.form.get("all") == "1"
-    if (name is not None) == everything:
-        raise HttpProblem(422, "Give one notification to mark as read, or `all`.")
+    """Mark the notifications `id` read, with commas between them, or all. 303 to the inbox, or to `channel`.
+
+    422 unless exactly one of the two is given.
+    """
+    names, everything = request.form.get("id"), request.form.get("all") == "1"
+    if (names is not None) == everything:
+        raise HttpProblem(422, "Give notifications to mark as read, or `all`.")
     if everything:
         inbox.mark_all_read(g.user)
     else:
         try:
-            inbox.mark_read(g.user, ids=[parse_notification_id(name or "")])
+            inbox.mark_read(g.user, ids=[parse_notification_id(name) for name in (names or "").split(",")[:PAGE_SIZE]])
         except ValueError:
             raise NotFound("There is no such notification.") from None
     publish(user_id=g.user.id)
+    if channel_id := _id(request.form.get("channel", "")):
+        seen = get_visible_channel(g.user, channel_id)
+        return redirect(url_for("pages.channel", server_id=seen.server_id, channel_id=seen.id, _anchor="new"), 303)
     return redirect(url_for("pages.inbox_page"), 303)
 
 
@@ -146,6 +155,7 @@ def _page(template: str, **context: Any) -> str:
         servers=list(servers.values()),
         more_channels=more_channels,
         count=count,
+        unread_here=by_channel[viewed.id]["unread"] if viewed and viewed.id in by_channel else 0,
         can_stream=current is not None and current.session_hash in updates.authorized_clients([current.session_hash]),
         **context,
     )
@@ -175,9 +185,17 @@ def _position(name: str) -> int | None:
 def _message_page(seen: VisibleChannel) -> Row:
     """The messages that the query asks for, and the names that mention the reader."""
     roles = roles_of(g.user.id, seen.server_id)
-    found = load_page(g.user, seen, before=_position("before"), after=_position("after"), around=_position("around"))
+    position = {name: _position(name) for name in ("before", "after", "around")}
+    found = load_page(g.user, seen, **position)
+    first_unread = None
+    if request.endpoint not in PARTS:
+        first_unread = inbox.first_unread(g.user, seen.id)
+        starts_later = found.older and first_unread and first_unread < found.messages[0]["id"]
+        if starts_later and "newest" not in request.args and not any(position.values()):
+            found = load_page(g.user, seen, around=first_unread)
     return {
         "message_page": found,
+        "first_unread": first_unread,
         "budget": page_budget(len(found.messages)),
         "reader_names": frozenset((g.user.username, EVERYONE, *roles)),
     }
