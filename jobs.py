@@ -68,7 +68,7 @@ def run_batch(run_ids: Sequence[int]) -> dict[int, Result]:
         for run in processed:
             failpoint("run.committed", run["run_id"])
         if processed:
-            publish.publish(notified=True)
+            publish.publish(notified=True, messages=[run["message_id"] for run in processed])
             others = f", with {len(processed) - 1} others" if len(processed) > 1 else ""
             log.info("%s: done%s", WorkItem(processed[0]["run_id"]), others)
             failpoint("job.done", run_ids[0])
@@ -147,7 +147,7 @@ def _work_on(item: WorkItem, attempt: int | None = None) -> Result:
 
 def _run(item: WorkItem, attempt: int, job: Job | None) -> None:
     try:
-        slices = fanout.process_work_item(item, attempt)
+        processed = fanout.process_work_item(item, attempt)
     except Exception as error:
         failpoint("attempt.failed", *item)
         log.warning("%s failed: %s: %s", item, type(error).__name__, error)
@@ -158,15 +158,15 @@ def _run(item: WorkItem, attempt: int, job: Job | None) -> None:
             job.retries_left = 0  # attempts of killed processes count too, and RQ does not know of them
         failpoint("attempt.recorded", *item)
         raise
-    if slices is None:
+    if processed is None:
         log.info("%s: attempt %s was overtaken by a newer one and wrote nothing; it is not counted", item, attempt)
         claims.release(item)
         return
     failpoint("run.committed" if item.is_run else "slice.committed", *item)
-    publish.publish(notified=True)
-    if slices:
-        queues.enqueue(slices)
-    log.info("%s: done%s", item, f", {len(slices)} slices follow" if slices else "")
+    publish.publish(notified=True, messages=[processed.message_id] if item.is_run else [])
+    if processed.slices:
+        queues.enqueue(processed.slices)
+    log.info("%s: done%s", item, f", {len(processed.slices)} slices follow" if processed.slices else "")
 
 
 def _retry_deadline(job: Job | None) -> float | None:

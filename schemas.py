@@ -360,6 +360,13 @@ class Message(BaseSchema):
     run = fields.Nested(RunRef, allow_none=True)
 
 
+class DeletedMessage(BaseSchema):
+    """How many members had a notification of the message. Null where counting takes too long."""
+
+    retracted = fields.Integer(allow_none=True, **about("Unread notifications, which are not shown any more."))
+    read = fields.Integer(allow_none=True, **about("Notifications that had been read."))
+
+
 class ExplainQuery(BaseSchema):
     user_id = query_id("The user whom the answer is about. The default is the caller.")
 
@@ -436,6 +443,10 @@ class NotificationQuery(Page):
     unread = fields.Boolean(load_default=False, **about("Whether the list has only unread notifications."))
     mentions = fields.Boolean(load_default=False, **about("Whether the list has only mentions, of any kind."))
     channel_id = query_id("Only notifications from this channel.")
+
+
+class StreamQuery(BaseSchema):
+    channel_id = query_id("The channel of whose messages changes are sent; without it, of none.")
 
 
 class Notification(BaseSchema):

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from operator import itemgetter
+from typing import NamedTuple
 
 from psycopg.types.json import Jsonb
 
@@ -59,8 +60,15 @@ _GENERIC_PLAN_SETTINGS = {
 notifying 50 members, and beside a large server the planner would choose to read all members of that."""
 
 
-def process_work_item(item: WorkItem, attempt: int) -> list[WorkItem] | None:
-    """Process a claimed work item; the slices that were planned, to be enqueued ([] for a small run or a slice).
+class Processed(NamedTuple):
+    """A processed work item: its message, and the slices that were planned, [] for a small run or a slice."""
+
+    message_id: int
+    slices: list[WorkItem]
+
+
+def process_work_item(item: WorkItem, attempt: int) -> Processed | None:
+    """Process a claimed work item. The slices that it returns are to be enqueued.
 
     None, and nothing changes, where another attempt has begun since. A message that was deleted since notifies nobody
     else: its run finishes with what it has. Errors are raised, and then nothing has changed.
@@ -78,9 +86,9 @@ def process_work_item(item: WorkItem, attempt: int) -> list[WorkItem] | None:
                 log.info("%s: notifications of its message are past retention, so it notifies nobody", item)
                 message = replace(message, deleted=True)
         if item.is_run:
-            return _process_run(item, locked, message)
+            return Processed(message.message_id, _process_run(item, locked, message))
         _process_slice(item, attempt, locked, message)
-        return []
+        return Processed(message.message_id, [])
 
 
 def _may_exceed_retention(locked: Row) -> bool:
@@ -95,7 +103,7 @@ def _may_exceed_retention(locked: Row) -> bool:
 def process_batch(run_ids: Sequence[int]) -> list[Row]:
     """Process the runs that `claims.claim_batch` returned, in one transaction.
 
-    Returns {"run_id", "members_total", "notifications_inserted"} of each that was processed, by id. The others are
+    Returns {"run_id", "message_id", "members_total", "notifications_inserted"} of each, by id. Those left out are
     claimed by another worker, or their message is being changed: process them one by one. Errors are raised, and
     then nothing has changed.
     """
@@ -114,6 +122,8 @@ def process_batch(run_ids: Sequence[int]) -> list[Row]:
                 },
             )
         failpoint("run.counted", *run_ids[:1])
+    message_ids = {run["run_id"]: run["message_id"] for run in locked}
+    processed = [run | {"message_id": message_ids[run["run_id"]]} for run in processed]
     return sorted(processed, key=itemgetter("run_id"))
 
 

@@ -44,9 +44,15 @@ def list_messages(user: User, channel_id: int, *, before: int | None, limit: int
 
 
 def stored_messages(
-    user: User, channel_id: int, *, before: int | None = None, after: int | None = None, limit: int
+    user: User,
+    channel_id: int,
+    *,
+    before: int | None = None,
+    after: int | None = None,
+    ids: Sequence[int] | None = None,
+    limit: int,
 ) -> list[Row]:
-    """Stored messages of a channel that the user can see.
+    """Stored messages of a channel that the user can see; with `ids` only these.
 
     The newest below `before`, newest first; or with `after`, the oldest above it, oldest first.
     """
@@ -55,10 +61,11 @@ def stored_messages(
         " WHERE msg.channel_id = %(channel_id)s"
         + ("" if before is None else " AND msg.id < %(before)s")  # no `IS NULL OR`, which reads newer ones
         + ("" if after is None else " AND msg.id > %(after)s")
+        + ("" if ids is None else " AND msg.id = ANY(%(ids)s::bigint[])")
         + f" AND {_VISIBLE}"
         f" ORDER BY msg.id {'DESC' if after is None else 'ASC'}"
         " LIMIT %(limit)s",
-        {"channel_id": channel_id, "before": before, "after": after, "limit": limit, "user_id": user.id},
+        {"channel_id": channel_id, "before": before, "after": after, "ids": ids, "limit": limit, "user_id": user.id},
     )
 
 
@@ -130,15 +137,19 @@ def load_page(
     before: int | None = None,
     after: int | None = None,
     around: int | None = None,
+    ids: Sequence[int] | None = None,
     limit: int = PAGE_SIZE,
 ) -> MessagePage:
     """Load up to `limit` messages of a channel, fewer where they have more than PAGE_CHARACTERS in total.
 
+    - With `ids`: those that exist.
     - With `around`: that message, and as many before it as after it, whether or not it exists.
     - With `after`: the oldest with a higher id.
     - Otherwise the newest, with `before` those with a lower id.
     """
-    if around is not None:
+    if ids is not None:
+        found, older, newer = stored_messages(user, channel.id, ids=ids, limit=limit)[::-1], False, False
+    elif around is not None:
         half = limit // 2
         above = stored_messages(user, channel.id, after=around, limit=half + 1)
         below = stored_messages(user, channel.id, before=around + 1, limit=half + 1)

@@ -1,10 +1,12 @@
 """Post, edit and delete messages, each together with the run that the change needs."""
 
+import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+from peewee import OperationalError
 from psycopg.types.json import Jsonb
 
 from belfry.core import idempotency
@@ -26,6 +28,8 @@ from belfry.servers.visibility import (
     require_posting,
 )
 from models import User
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -271,16 +275,35 @@ def _mention_diff(stored: Row, now: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def delete_message(user: User, message_id: int) -> None:
+def delete_message(user: User, message_id: int) -> dict[str, int | None]:
     """Delete a message. From the commit on its notifications are not shown, and no work item notifies of it.
 
-    Raises NotFound; Forbidden unless the user is the author, a moderator or an admin.
+    Returns how many of them were unread, and are retracted by this, and how many had been read: {"retracted", "read"},
+    with None where counting takes longer than COUNT_SECONDS. Raises NotFound; Forbidden unless the user is the author,
+    a moderator or an admin.
     """
     def require_right(stored: Row, channel: VisibleChannel) -> None:
         if stored["author_id"] != user.id and not channel.moderates:
             raise Forbidden("Only the author, a moderator or an admin may delete a message.")
 
     with transaction():
-        _lock_to_change(user, message_id, require_right)
+        _, channel = _lock_to_change(user, message_id, require_right)
         execute("UPDATE message SET deleted_at = now() WHERE id = %(id)s", {"id": message_id})
         failpoint("delete.written")
+    try:
+        with transaction(statement_timeout=f"{COUNT_SECONDS}s"):
+            return fetch_one(_COUNT_NOTIFICATIONS_SQL, {"message_id": message_id, "server_id": channel.server_id}) or {}
+    except OperationalError as error:
+        log.warning("the notifications of deleted message %s are not counted: %s", message_id, error)
+        return {"retracted": None, "read": None}
+
+
+COUNT_SECONDS = 2
+_COUNT_NOTIFICATIONS_SQL = """
+    SELECT count(*) FILTER (WHERE note.read_at IS NULL) AS retracted,
+        count(*) FILTER (WHERE note.read_at IS NOT NULL) AS read
+    FROM member
+    JOIN notification note ON note.user_id = member.user_id AND note.message_id = %(message_id)s
+    WHERE member.server_id = %(server_id)s
+    AND note.dismissed_at IS NULL
+"""

@@ -19,7 +19,7 @@ class StreamClient:
     """A connection. `since`: the cursor to resume from, None for a new stream.
 
     `session`: the hash of the session that opened it; the stream ends with it. `token_hash`: the hash of the token or
-    session that authorizes it.
+    session that authorizes it. `channel_id`: the channel of whose messages it is sent changes, None for none.
     """
 
     socket: socket.socket
@@ -28,6 +28,7 @@ class StreamClient:
     session: str | None
     since: StreamCursor | None
     chunked: bool
+    channel_id: int | None = None
     servers: frozenset[int] | None = None
     registered: bool = False
     pending_events: list[bytes] = field(default_factory=list)

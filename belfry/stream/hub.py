@@ -21,6 +21,7 @@ import socket
 import threading
 import time
 from collections import deque
+from collections.abc import Iterable
 from contextlib import suppress
 from functools import cache
 from itertools import chain
@@ -76,6 +77,7 @@ class Hub:
         self._uncounted: dict[int, None] = {}  # user ids without a count, in the order of arrival
         self._stale: dict[int, None] = {}  # user ids, in the order in which they are counted again
         self._deleted: set[int] = set()  # message ids, whose recipients' counts changed
+        self._changed: set[int] = set()  # ids of messages that were posted, edited or deleted
         self._unchecked: set[int] = set()  # user ids whose authorization is to be checked
         self._check_all_requested = False
         self._cursor: StreamCursor | None = None  # of all connected clients
@@ -193,6 +195,7 @@ class Hub:
         changed_users: dict[int, None] = {}
         signed_out: set[str] = set()
         for change in events:
+            self._changed.update(change.get("messages", ()))
             match change:
                 case {"user_id": int(user_id)} | {"access": int(user_id)} if user_id is not True:
                     changed_users[user_id] = None
@@ -226,17 +229,26 @@ class Hub:
                 self._stale |= dict.fromkeys(updates.notified_among(message_id, self._clients))
             self._stale |= dict.fromkeys(self._clients if found.overflow else found.counts_changed)
             counted = self._count(new)
+            viewed = {view[1] for view in _views(self._all_clients())}
+            changed = updates.messages_by_channel(self._changed, viewed) if self._changed and viewed else {}
+            views = _views([*new, *checked])
+            visible = updates.visible_views(views) if views else set()
         # Everything is read; errors from here on concern one client.
         self._cursor = here
         self._deleted.clear()
+        self._changed.clear()
         self._unchecked.clear()
         if check_all:
             self._checked_at, self._check_all_requested = self._polled_at, False
         for client in checked:
             if not client.is_authorized(authorized):
                 self._disconnect(client)  # it reconnects, and is sent the reason
+        for client in [*new, *checked]:
+            if (client.user.id, client.channel_id) not in visible:
+                client.channel_id = None
         serialized: Serialized = {}
         self._send_notifications(found, here, serialized)
+        self._send_changes(changed, here)
         later = []
         for client in new:
             if not client.is_authorized(authorized) or client.session in signed_out:
@@ -314,6 +326,16 @@ class Hub:
             for client in self._clients.get(user_id, []):
                 client.enqueue(*events)
 
+    def _send_changes(self, changed: dict[int, list[int]], here: StreamCursor) -> None:
+        """Send which messages changed to the clients that view their channel."""
+        events = {
+            channel_id: event("messages", json.dumps({"channel_id": channel_id, "ids": ids}), here)
+            for channel_id, ids in changed.items()
+        }
+        for client in self._all_clients():
+            if client.channel_id in events:
+                client.enqueue(events[client.channel_id])
+
     def _send_counts(self, found: Updates, counted: dict[int, UnreadCounts], new: set[int], here: StreamCursor) -> None:
         """Send the unread counts that changed, and those of new clients."""
         changed = new | set(found.notifications)
@@ -338,6 +360,11 @@ class Hub:
             count = event("unread", json.dumps(self._unread[user_id].count()), here)
             for client in self._clients[user_id]:
                 client.enqueue(count)
+
+
+def _views(clients: Iterable[StreamClient]) -> set[tuple[int, int]]:
+    """The (user id, channel id) of the clients that view a channel."""
+    return {(client.user.id, client.channel_id) for client in clients if client.channel_id is not None}
 
 
 def _drain(waiting: "SimpleQueue[T]") -> list[T]:

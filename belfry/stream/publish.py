@@ -19,9 +19,14 @@ def live_channel() -> str:
 def publish(**change: Any) -> None:
     """Publish a change to the web processes. Call it after the commit.
 
-    `notified=True`: there are notifications; `user_id`: the user's unread count changed; `message_id`: the message was
-    deleted; `access`: what a user (by id), or any user (True), may see changed; `signed_out`: a session ended. A lost
-    change is harmless, because the hub also polls every few seconds.
+    - `notified=True`: there are notifications.
+    - `user_id`: the user's unread count changed.
+    - `message_id`: the message was deleted.
+    - `messages`: ids of messages that were posted, edited or deleted.
+    - `access`: what a user (by id), or any user (True), may see changed.
+    - `signed_out`: a session ended.
+
+    A lost change is harmless, because the hub and the pages also poll.
     """
     try:
         redis_connection().publish(live_channel(), json.dumps(change))

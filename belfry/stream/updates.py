@@ -16,6 +16,7 @@ from belfry.identity.sessions import SESSION_IS_OPEN_SQL
 from belfry.identity.subscriptions import ACTIVE_SUBSCRIPTION_SQL
 from belfry.identity.tokens import TOKEN_IS_VALID_SQL
 from belfry.inbox import inbox
+from belfry.servers.visibility import can_see_channel_sql
 from belfry.stream.cursor import StreamCursor
 from config import settings, tuning
 from models import User
@@ -208,6 +209,34 @@ def notified_among(message_id: int, user_ids: Collection[int]) -> set[int]:
         {"user_ids": list(user_ids), "message_id": message_id},
     )
     return {one["user_id"] for one in found}
+
+
+def messages_by_channel(message_ids: Collection[int], channel_ids: Collection[int]) -> dict[int, list[int]]:
+    """The ids of the messages in some channels: {channel id: message ids, sorted}. Deleted ones are included."""
+    found: dict[int, list[int]] = {}
+    for row in fetch_all(
+        "SELECT id, channel_id FROM message"
+        " WHERE id = ANY(%(message_ids)s::bigint[]) AND channel_id = ANY(%(channel_ids)s::bigint[])"
+        " ORDER BY id",
+        {"message_ids": list(message_ids), "channel_ids": list(channel_ids)},
+    ):
+        found.setdefault(row["channel_id"], []).append(row["id"])
+    return found
+
+
+def visible_views(views: Collection[tuple[int, int]]) -> set[tuple[int, int]]:
+    """Those of some (user id, channel id) whose user can see the channel."""
+    found = fetch_all(
+        f"""
+        SELECT usr.id AS user_id, chan.id AS channel_id
+        FROM unnest(%(user_ids)s::bigint[], %(channel_ids)s::bigint[]) AS viewed (user_id, channel_id)
+        JOIN user_account usr ON usr.id = viewed.user_id
+        JOIN channel chan ON chan.id = viewed.channel_id
+        WHERE {can_see_channel_sql("usr.id", "usr.is_admin")}
+        """,
+        {"user_ids": [user_id for user_id, _ in views], "channel_ids": [channel_id for _, channel_id in views]},
+    )
+    return {(one["user_id"], one["channel_id"]) for one in found}
 
 
 def purge_log(limit: int) -> int:

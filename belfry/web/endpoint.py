@@ -48,9 +48,14 @@ def access(user_id: int | None = None, **_: int) -> dict[str, Any]:
     return {"access": user_id or True}
 
 
+def edited_message(message_id: int) -> dict[str, Any]:
+    """A message was edited."""
+    return {"messages": [message_id]}
+
+
 def deleted_message(message_id: int) -> dict[str, Any]:
     """A message was deleted."""
-    return {"message_id": message_id}
+    return {"message_id": message_id, "messages": [message_id]}
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 // A channel's page: connects its parts.
 
+import * as changes from './changes.js';
 import * as compose from './compose.js';
 import { live, start as startLive } from './live.js';
 import * as readTracking from './read_tracking.js';
@@ -23,6 +24,7 @@ readTracking.start();
 compose.start();
 preference.start();
 explanation.start();
+changes.start();
 
 window.addEventListener('hashchange', timeline.jump);
 list.addEventListener('click', ({ target }) => {
@@ -30,6 +32,8 @@ list.addEventListener('click', ({ target }) => {
   const item = target.closest('li.message');
   if (button?.classList.contains('why')) explanation.open(item);
   else if (button?.classList.contains('run')) openRun(item, button);
+  else if (button?.classList.contains('edit')) changes.edit(item);
+  else if (button?.classList.contains('delete')) changes.askToDelete(item);
 });
 for (const dialog of document.querySelectorAll('dialog')) {
   dialog.addEventListener('click', ({ target }) => target === dialog && dialog.close()); // the backdrop
@@ -50,6 +54,7 @@ const quietly = (promise) => promise?.catch?.(() => {}); // the connection's sta
 live.addEventListener('notification', ({ detail }) => {
   if (detail.channel.id === timeline.channelId) quietly(timeline.fetchMessage(detail.message_id));
 });
+live.addEventListener('messages', ({ detail }) => quietly(timeline.updateMessages(detail.ids)));
 live.addEventListener('tick', () => visible() && quietly(timeline.fetchNewer()));
 live.addEventListener('ping', () => visible() && timeline.hasPending() && quietly(timeline.refresh()));
 live.addEventListener('reset', () => quietly(timeline.refresh()));

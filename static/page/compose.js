@@ -1,6 +1,7 @@
 // The form for a new message.
 
 import { call } from './api.js';
+import { editLast } from './changes.js';
 import { complete, findSuggestions } from './completion.js';
 import { channelId, fetchMessage, scrollToEnd, reachesNewest } from './timeline.js';
 
@@ -83,6 +84,7 @@ export function start() {
     setStatus('');
   });
   field.addEventListener('keydown', (event) => {
+    if (event.key === 'ArrowUp' && !field.value && editLast()) event.preventDefault();
     if (event.key !== 'Enter' || event.shiftKey || event.isComposing || touch.matches) return;
     event.preventDefault();
     send();

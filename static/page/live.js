@@ -1,10 +1,11 @@
-// The stream of server-sent events. Events: `notification`, `unread`, `tick` (fetch what is new), `reset` (fetch
-// everything again), `ping` (the stream works), and `state`: connecting, live, reconnecting, polling, offline,
+// The stream of server-sent events. Events: `notification`, `messages` (those of the page's channel that were posted,
+// edited or deleted), `unread`, `tick` (fetch what is new), `reset` (fetch everything again), `ping` (the stream works), and `state`: connecting, live, reconnecting, polling, offline,
 // unsubscribed, signed-out.
 
 import { call } from './api.js';
 
-const ADDRESS = '/api/notifications/stream';
+const viewed = document.getElementById('log')?.dataset.channel;
+const ADDRESS = `/api/notifications/stream${viewed ? `?channel_id=${viewed}` : ''}`;
 const SILENCE = 45_000; // ms; three missing pings: the connection is dead
 const POLL = 30_000;
 const RETRY_DELAY = 5_000; // doubled after each refusal
@@ -75,13 +76,15 @@ function open() {
     if (!isOpen) {
       isOpen = true;
       setState('live');
-      emit(isNew || resumes ? 'tick' : 'reset');
+      if (isNew) emit('tick');
+      else resetSoon(resumes);
       isNew = false;
       resumes = true;
     }
     emit('unread', JSON.parse(event.data));
   });
-  on('reset', () => setTimeout(emit, Math.random() * SPREAD, 'reset'));
+  on('messages', (event) => emit('messages', JSON.parse(event.data)));
+  on('reset', () => resetSoon(true));
   on('ping', () => emit('ping'));
   mine.addEventListener('error', () => {
     if (source !== mine) return;
@@ -89,6 +92,13 @@ function open() {
     else setState(navigator.onLine ? 'reconnecting' : 'offline');
   });
   watchSilence();
+}
+
+// Fetch everything again; `spread` over a while where many pages do it at the same time.
+function resetSoon(spread) {
+  if (!spread) return emit('reset');
+  emit('tick');
+  setTimeout(emit, Math.random() * SPREAD, 'reset');
 }
 
 function watchSilence() {

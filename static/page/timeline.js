@@ -9,6 +9,7 @@ const nothing = document.getElementById('nothing');
 const toNewest = document.getElementById('to-newest');
 export const address = log.dataset.address;
 const GAP = 300; // milliseconds between two fetches
+const PAGE_SIZE = 50; // messages in one request
 const pendingIds = new Set(); // ids of announced messages
 
 export const timeline = new EventTarget(); // event `added`: the elements `items`, and whether they are new (`isNew`) or older ones
@@ -73,6 +74,39 @@ export async function fetchMessage(id) {
   pendingIds.delete(id); // it is listed, or was deleted
 }
 
+// Update messages that were posted, edited or deleted elsewhere.
+const changedIds = new Set();
+
+export function updateMessages(ids) {
+  const listed = ids.filter((id) => document.getElementById(`message-${id}`));
+  for (const id of listed) changedIds.add(id);
+  const others = reachesNewest() ? ids.filter((id) => !listed.includes(id)) : [];
+  return Promise.all([listed.length ? updateChanged() : null, ...others.map(fetchMessage)]);
+}
+
+const updateChanged = coalesce(async () => {
+  const ids = [...changedIds].slice(0, PAGE_SIZE);
+  if (!ids.length) return;
+  const { items } = await fetchMessages(`ids=${ids}`);
+  for (const id of ids) changedIds.delete(id);
+  keepScrollPosition(() => replace(ids.map((id) => `message-${id}`), items));
+}, GAP);
+
+// Replace what listed messages contain by what the given ones do; remove those that are not given.
+function replace(ids, given) {
+  const found = new Map(given.map((item) => [item.id, item]));
+  for (const id of ids) {
+    const old = document.getElementById(id);
+    const item = found.get(id);
+    if (!item) old?.remove();
+    else if (old && !old.querySelector('.content').isEqualNode(item.querySelector('.content'))) {
+      old.querySelector('.by').replaceWith(item.querySelector('.by'));
+      old.querySelector('.content').replaceWith(item.querySelector('.content'));
+    }
+  }
+  nothing.hidden = list.children.length > 0;
+}
+
 const isMissing = (id) =>
   reachesNewest() && !document.getElementById(`message-${id}`)
   && (id > idOf(list.firstElementChild) || !document.getElementById('older'));
@@ -102,23 +136,12 @@ function insert(items) {
 export const refresh = coalesce(async () => {
   if (!reachesNewest() || list.children.length < 1) return fetchNewer();
   const pending = [...pendingIds];
-  const shown = new Map([...list.children].map((item) => [item.id, item])); // without those added during the request
+  const shown = [...list.children]; // without those added during the request
   const { items, more } = await fetchMessages('');
   const first = more ? idOf(items[0]) : 0;
-  const given = new Set(items.map((item) => item.id));
-  keepScrollPosition(() => {
-    for (const item of items) {
-      const old = shown.get(item.id);
-      if (old && !old.querySelector('.content').isEqualNode(item.querySelector('.content'))) {
-        old.querySelector('.by').replaceWith(item.querySelector('.by'));
-        old.querySelector('.content').replaceWith(item.querySelector('.content'));
-      }
-    }
-    for (const [id, old] of shown) if (idOf(old) >= first && !given.has(id)) old.remove();
-  });
+  keepScrollPosition(() => replace(shown.filter((item) => idOf(item) >= first).map((item) => item.id), items));
   if (items.length && first > idOf(list.lastElementChild)) return location.reload(); // more messages than one page are missing
   append(items);
-  nothing.hidden = list.children.length > 0;
   for (const id of pending) pendingIds.delete(id);
 }, GAP);
 

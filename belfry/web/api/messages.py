@@ -19,6 +19,7 @@ from belfry.web.endpoint import (
     current_user,
     defers_token_check,
     deleted_message,
+    edited_message,
     endpoint,
     json_response,
     mark_token_checked,
@@ -97,7 +98,7 @@ def get_message(message_id: int) -> Any:
 
 @api.patch("/messages/<id:message_id>")
 @limit_messages
-@endpoint(body=schemas.MessageChange, response=schemas.Message, publishes=nothing)
+@endpoint(body=schemas.MessageChange, response=schemas.Message, publishes=edited_message)
 def edit_message(message_id: int, body: dict[str, Any]) -> Any:
     """Edit one's own message. A run notifies new mentions, and retracts unread notifications of removed ones."""
     posted = messages.edit_message(current_user(), message_id, body["content"])
@@ -109,10 +110,10 @@ def edit_message(message_id: int, body: dict[str, Any]) -> Any:
 
 
 @api.delete("/messages/<id:message_id>")
-@endpoint(status=204, publishes=deleted_message)
-def delete_message(message_id: int) -> None:
+@endpoint(response=schemas.DeletedMessage, publishes=deleted_message)
+def delete_message(message_id: int) -> Any:
     """Delete a message, as its author, a moderator or an admin. Its notifications are not shown any more."""
-    messages.delete_message(current_user(), message_id)
+    return messages.delete_message(current_user(), message_id)
 
 
 @api.get("/messages/<id:message_id>/explain")

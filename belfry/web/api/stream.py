@@ -3,9 +3,11 @@
 import errno
 import random
 from collections.abc import Iterator
+from typing import Any
 
 from flask import Response, g, request
 
+import schemas
 from belfry.core.errors import Forbidden, Invalid, SubscriptionRequired
 from belfry.identity import tokens
 from belfry.servers import servers
@@ -38,13 +40,13 @@ def _find_authorized_user(token_hash: bytes) -> User | None:
 @api.get("/notifications/stream")
 @authenticated_by(_find_authorized_user)
 @limit_streams
-@endpoint()
-def stream() -> Response:
+@endpoint(query=schemas.StreamQuery)
+def stream(query: dict[str, Any]) -> Response:
     """Open a stream of server-sent events: `notification` and `unread` as they happen, `ping` every 15 s.
 
-    `Last-Event-ID` resumes. `reset` replaces what is too much to send: read the inbox then. 403 for a user who cannot
-    be notified, without a subscription or server; 429 for too many new streams of one user; 503 where the process has
-    no room for another stream.
+    `messages` names the messages of `channel_id` that were posted, edited or deleted. `Last-Event-ID` resumes. `reset`
+    replaces what is too much to send: read the inbox then. 403 for a user who cannot be notified, without a
+    subscription or server; 429 for too many new streams of one user; 503 where the process has no room for another.
     """
     user = current_user()
     token = bearer_token()
@@ -70,6 +72,7 @@ def stream() -> Response:
         current.session_hash.hex() if current else None,
         since,
         chunked=request.environ["SERVER_PROTOCOL"] != "HTTP/1.0",
+        channel_id=query["channel_id"],
     )
     answer.response = _detached_stream(client, connection)
     return answer

@@ -98,7 +98,7 @@ def channel(server_id: int, channel_id: int) -> str:
 
 @blueprint.get("/servers/<id:server_id>/channels/<id:channel_id>/messages")
 def messages(server_id: int, channel_id: int) -> str:
-    """Only the messages of a channel's page."""
+    """Only the messages of a channel's page, or the messages `ids`, with commas between them."""
     seen = _channel(server_id, channel_id)
     return render_template("messages.html", channel=seen, **_message_page(seen))
 
@@ -185,17 +185,19 @@ def _position(name: str) -> int | None:
 def _message_page(seen: VisibleChannel) -> Row:
     """The messages that the query asks for, and the names that mention the reader."""
     roles = roles_of(g.user.id, seen.server_id)
-    position = {name: _position(name) for name in ("before", "after", "around")}
-    found = load_page(g.user, seen, **position)
+    before, after, around = map(_position, ("before", "after", "around"))
+    ids = [_id(one) or 0 for one in request.args["ids"].split(",")] if "ids" in request.args else None
+    found = load_page(g.user, seen, before=before, after=after, around=around, ids=ids)
     first_unread = None
     if request.endpoint not in PARTS:
         first_unread = inbox.first_unread(g.user, seen.id)
         starts_later = found.older and first_unread and first_unread < found.messages[0]["id"]
-        if starts_later and "newest" not in request.args and not any(position.values()):
+        if starts_later and not {"newest", "before", "after", "around", "ids"} & request.args.keys():
             found = load_page(g.user, seen, around=first_unread)
     return {
         "message_page": found,
         "first_unread": first_unread,
+        "may_post": _posting_denied_reason(g.user, seen) is None,
         "budget": page_budget(len(found.messages)),
         "reader_names": frozenset((g.user.username, EVERYONE, *roles)),
     }
