@@ -49,7 +49,7 @@ def executed(monkeypatch):
     return seen
 
 
-def test_the_api_document_is_as_before(client, held):
+def test_the_api_document_is_unchanged(client, held):
     """Without the examples, which have a file and a test of their own."""
 
     def without_examples(fields):
@@ -59,7 +59,7 @@ def test_the_api_document_is_as_before(client, held):
     held("openapi.json", json.dumps(document, indent=1, sort_keys=True))
 
 
-def test_the_help_of_every_command_is_as_before(app, command, held):
+def test_the_help_of_every_command_is_unchanged(app, command, held):
     def helps(group, path=()):
         for name, one in sorted(group.commands.items()):
             if path or name not in FLASKS_OWN:
@@ -69,14 +69,14 @@ def test_the_help_of_every_command_is_as_before(app, command, held):
     held("commands.txt", "\n".join(helps(app.cli)))
 
 
-def test_the_names_types_and_labels_of_metrics_are_as_before(api, cast, held):
+def test_the_metrics_are_unchanged(api, cast, held):
     lines = api(cast.admin).get("/metrics").text.splitlines()
     kinds = [line for line in lines if line.startswith("# TYPE belfry")]
     labels = {re.sub(r'="[^"]*"', "", line.rpartition(" ")[0]) for line in lines if line.startswith("belfry")}
     held("metrics.txt", "\n".join([*sorted(kinds), *sorted(labels)]))
 
 
-def test_the_schema_is_as_before(held):
+def test_the_schema_is_unchanged(held):
     tables = """
         SELECT format('%%s.%%s %%s%%s%%s', table_name, column_name, udt_name,
             CASE is_nullable WHEN 'NO' THEN ' not null' ELSE '' END, ' default ' || column_default)
@@ -104,7 +104,7 @@ def test_the_schema_is_as_before(held):
     held("schema.txt", "\n".join(line for line in lines if not others.search(line)))
 
 
-def test_the_statements_of_posting_and_of_fanning_out_are_as_before(api, cast, executed, slices_of, held):
+def test_the_hot_statements_are_unchanged(api, cast, executed, slices_of, held):
     texts = []
 
     def section(title: str) -> None:
@@ -214,7 +214,7 @@ PAGES = (
 """Of a signed-in admin."""
 
 
-def test_each_route_takes_as_many_statements_as_before(app, api, cast, executed, held):
+def test_the_number_of_statements_is_unchanged(app, api, cast, executed, held):
     people = {person.username: person for person in vars(cast).values() if hasattr(person, "username")}
     names = {
         "general": cast.general, "vault": cast.vault, "server": cast.server_id, "vip_role": cast.vip_role,

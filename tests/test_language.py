@@ -44,7 +44,7 @@ def product() -> list[Path]:
 
 
 @pytest.mark.parametrize("word", WORDS)
-def test_a_word_that_the_glossary_replaces_is_used_nowhere(word):
+def test_replaced_words_of_the_glossary_are_not_used(word):
     pattern = re.compile(rf"\b({word})\b", re.IGNORECASE)
     found = [
         f"{path.relative_to(ROOT)}:{number}: {line.strip()[:100]}"
@@ -66,7 +66,7 @@ def identifiers(tree: ast.AST) -> Iterator[tuple[str, int]]:
             yield node.id, node.lineno
 
 
-def test_the_identifiers_of_the_product_are_the_glossarys():
+def test_identifiers_use_the_glossarys_terms():
     found = []
     for path in product():
         for name, line in identifiers(ast.parse(path.read_text())):

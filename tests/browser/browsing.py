@@ -104,7 +104,7 @@ def composer(page: Page) -> Locator:
     return page.get_by_role("textbox", name="Message to #")
 
 
-def lose_the_first_answer(page: Page, lose: Callable[[Route], None] = Route.abort) -> list[int]:
+def lose_first_response(page: Page, lose: Callable[[Route], None] = Route.abort) -> list[int]:
     """The first post is through, and `lose` is what becomes of its answer; whose status there is, once it is lost."""
     lost: list[int] = []
 
@@ -133,7 +133,7 @@ def shown(page: Page) -> list[int]:
     return [int(id_) for id_ in page.locator("main li[data-id]").evaluate_all("all => all.map(one => one.dataset.id)")]
 
 
-def accessibility_faults(page: Page, within: str | None = None) -> list[str]:
+def accessibility_violations(page: Page, within: str | None = None) -> list[str]:
     """What axe-core finds on the page as it is now, or in the elements of a selector; a line for each element."""
     page.evaluate(AXE_SCRIPT)
     found: dict[str, Any] = page.evaluate("(within) => axe.run(within || document)", within)

@@ -51,7 +51,7 @@ def look(page: Page) -> list[str]:
 
 
 @pytest.fixture(autouse=True)
-def _as_many_as_there_are(override) -> None:
+def _pages_with_all_vectors(override) -> None:
     """The limit of messages is not what these tests are about."""
     override(rate_limit_messages="1000000 per minute", rate_limit_default="1000000 per minute")
 
@@ -62,7 +62,7 @@ def in_the_list(vector: str) -> str:
     return "Sam: " + (text if len(text) <= 100 else text[:100] + "…")
 
 
-def test_every_vector_in_the_channel_and_in_the_inbox(visit, cast, post, run_jobs) -> None:
+def test_every_vector_is_text_in_the_channel_and_the_inbox(visit, cast, post, run_jobs) -> None:
     vectors = [vector for vectors in VECTORS.values() for vector in vectors if vector.strip() and "\0" not in vector]
     ids = [post(vector) for vector in vectors]
     run_jobs()
@@ -87,7 +87,7 @@ def test_every_vector_in_the_channel_and_in_the_inbox(visit, cast, post, run_job
         assert text.split() == in_the_list(vector).split()
 
 
-def test_one_of_each_kind_as_it_comes_in(visit, worker, cast) -> None:
+def test_live_vectors_of_each_kind_are_text(visit, worker, cast) -> None:
     writer = visit(address(cast, cast.general), cast.subscriber)
     there = visit(address(cast, cast.general), cast.vip)
     elsewhere = visit(address(cast, cast.announcements), cast.moderator)
@@ -111,7 +111,7 @@ def test_one_of_each_kind_as_it_comes_in(visit, worker, cast) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_names(visit, worker, cast, post, api, kind) -> None:
+def test_vectors_in_names_are_text(visit, worker, cast, post, api, kind) -> None:
     hostile = KINDS[kind].strip()
     ada = api(cast.admin)
     assert ada.patch(f"/api/channels/{cast.general}", json={"name": hostile}).status_code == 200

@@ -38,7 +38,7 @@ def tab_to(page: Page, target: Locator, key: str = "Tab") -> None:
     raise AssertionError(f"not reached by {key}; passed {passed}")
 
 
-def test_a_whole_visit(visit, worker, cast, post) -> None:
+def test_a_whole_visit_by_keyboard(visit, worker, cast, post) -> None:
     first, second = post("gold breaks out, @vera", cast.announcements, cast.admin), post("silver follows")
     page = visit("/")
     keyboard = page.keyboard
@@ -142,7 +142,7 @@ def test_a_whole_visit(visit, worker, cast, post) -> None:
     expect(page.get_by_label("Token")).to_be_focused()
 
 
-def test_a_toast_is_reached_and_gone_from(visit, worker, cast, post) -> None:
+def test_a_toast_is_reached_and_left_by_keyboard(visit, worker, cast, post) -> None:
     page = visit(address(cast, cast.announcements), cast.vip)
     wait_until_live(page)
     post("look")

@@ -3,7 +3,7 @@ from belfry.messages.rendering import render
 from tests.messages.test_rendering import ALLOWED, MENTIONED, VECTORS
 
 
-def test_no_vector_becomes_more_than_text(visit) -> None:
+def test_every_vector_is_rendered_as_text(visit) -> None:
     page = visit("/login")
     rendered = [str(render(vector, MENTIONED)) for vectors in VECTORS.values() for vector in vectors]
     found = page.evaluate(

@@ -27,24 +27,24 @@ def machine(tmp_path, monkeypatch):
     return install
 
 
-def test_the_first_on_the_path_is_taken(machine):
+def test_the_first_chromium_on_the_path_is_used(machine):
     directory = machine("google-chrome", "chromium")
     assert chromium.find() == directory / "chromium"
 
 
-def test_the_one_that_is_named_comes_first(machine, monkeypatch):
+def test_the_named_chromium_is_preferred(machine, monkeypatch):
     directory = machine("chromium", "mine")
     monkeypatch.setenv("CHROMIUM", str(directory / "mine"))
     assert chromium.find() == directory / "mine"
 
 
-def test_one_that_is_named_and_is_not_there_is_a_mistake(machine, monkeypatch):
+def test_a_named_chromium_that_is_missing_is_an_error(machine, monkeypatch):
     monkeypatch.setenv("CHROMIUM", str(machine("chromium") / "missing"))
     with pytest.raises(CommandError, match="missing"):
         chromium.find()
 
 
-def test_without_one_the_summary_says_what_was_left_out(machine):
+def test_the_summary_counts_tests_that_need_a_missing_chromium(machine):
     machine()
     assert chromium.find() is None
     collected = subprocess.run(

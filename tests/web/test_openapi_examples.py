@@ -101,7 +101,7 @@ def read_events(stream: Iterable[bytes], number: int) -> str:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("override")
-def test_the_application_answers_each_example_as_the_document_shows(api, cast, run_jobs, request):
+def test_each_example_of_the_document_is_the_applications_response(api, cast, run_jobs, request):
     people = {person.username: person for person in cast.everybody.values()}
     crowd(cast.server_id, 1)  # a user with an id between the cast's and the examples'
     recorded: dict[str, list[dict[str, Any]]] = {}

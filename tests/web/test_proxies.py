@@ -158,7 +158,7 @@ def proxy(request) -> Iterator[Proxy]:
             process.wait(PATIENCE)
 
 
-def test_posts_and_pages_go_through_it(proxy, cast):
+def test_posts_and_pages_pass_the_proxy(proxy, cast):
     authorization = f"Bearer {cast.subscriber.token}"
     message = {"channel_id": cast.general, "content": "gold breaks out"}
     assert proxy.request("POST", "/api/messages", message, Authorization=authorization)[0] == 201
@@ -167,7 +167,7 @@ def test_posts_and_pages_go_through_it(proxy, cast):
     assert proxy.request("POST", "/api/messages", large, Authorization=authorization)[0] == 413
 
 
-def test_a_stream_goes_through_it_event_by_event(proxy, cast):
+def test_a_stream_passes_the_proxy_event_by_event(proxy, cast):
     with proxy.connect() as stream:
         stream.sendall(
             b"GET /api/notifications/stream HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer %b\r\n\r\n"
@@ -180,7 +180,7 @@ def test_a_stream_goes_through_it_event_by_event(proxy, cast):
         _read_until(stream, b"event: ping")  # after 15 s in which nothing else was sent
 
 
-def test_slow_requests_stay_with_it(proxy, cast):
+def test_the_proxy_buffers_slow_requests(proxy, cast):
     head = b"POST /api/messages HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n"
     with ExitStack() as opened:
         for number in range(SLOW):
