@@ -1,4 +1,4 @@
-"""The environment: what it means, and that what cannot be meant stops the start with the variable's name."""
+"""Settings from the environment: values, defaults, and errors that name the variable."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ from config import ConfigError, Settings
 def test_an_empty_environment_means_the_defaults():
     settings = Settings.from_environment({"PORT": "", "SOMETHING_ELSE": "x"})
     assert settings == Settings()
-    assert settings.secret_key == ""  # nobody's default key
+    assert settings.secret_key == ""  # there is no default key
 
 
 @pytest.mark.parametrize(

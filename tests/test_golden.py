@@ -1,4 +1,4 @@
-"""What the outside relies on, and what the hot path costs, held against the files in `tests/golden`.
+"""Public interfaces, hot SQL statements and numbers of statements, compared with the files in `tests/golden`.
 
 A change that is meant shows in the diff of these files: `make test ARGS="tests/test_golden.py --update-golden"` writes
 them anew. Nothing here names a module of the product, so that moving code cannot change it unseen.
@@ -22,7 +22,7 @@ FLASKS_OWN = {"routes", "run", "shell"}  # commands
 
 @pytest.fixture
 def held(request):
-    """`held(name, text)`: the text is what `tests/golden/name` has."""
+    """`held(name, text)`: assert that the text is that of `tests/golden/name`."""
 
     def compare(name: str, text: str) -> None:
         path, text = GOLDEN / name, text.rstrip() + "\n"
@@ -37,7 +37,7 @@ def held(request):
 
 @pytest.fixture
 def executed(monkeypatch):
-    """The SQL that psycopg sends from here on, each statement on one line."""
+    """Record the SQL that psycopg sends from now on, one line for each statement."""
     seen: list[str] = []
     execute = psycopg.Cursor.execute
 
@@ -50,7 +50,7 @@ def executed(monkeypatch):
 
 
 def test_the_api_document_is_unchanged(client, held):
-    """Without the examples, which have a file and a test of their own."""
+    """The API document without the examples, which another test compares."""
 
     def without_examples(fields):
         return {name: value for name, value in fields.items() if name not in ("example", "x-codeSamples")}
@@ -199,7 +199,7 @@ REQUESTS = (
     ("", "GET", "/docs", None),
     ("", "GET", "/login", None),
 )
-"""Who asks, and for what, in this order: each route of the API once at least, and what needs no session."""
+"""(user, request) in order: each route of the API at least once, and pages that need no session."""
 
 PAGES = (
     ("GET", "/servers/{server}/channels/{general}"),
@@ -211,7 +211,7 @@ PAGES = (
     ("GET", "/rq/"),
     ("POST", "/logout"),
 )
-"""Of a signed-in admin."""
+"""Requests of a signed-in admin."""
 
 
 def test_the_number_of_statements_is_unchanged(app, api, cast, executed, held):
@@ -258,7 +258,7 @@ def test_the_number_of_statements_is_unchanged(app, api, cast, executed, held):
 
 
 def _filled(value, names):
-    """`value` with each "{name}" that stands alone replaced by what it names."""
+    """`value` with each string "{name}" replaced by what it names."""
     if isinstance(value, dict):
         return {key: _filled(one, names) for key, one in value.items()}
     if isinstance(value, list):

@@ -12,7 +12,7 @@ from tools.dev import ROOT
 
 TEXT = {".py", ".md", ".html", ".js", ".css", ".conf", ".cfg", ".toml", ".txt", ".example", ""}
 NOT_OURS = re.compile(r"^(tests/golden/|tests/data/|requirements.*\.lock|docs/charts/|migrations/000|migrations/0010)")
-"""What other tests hold, what others wrote, and migrations that name columns as they were."""
+"""Files with words of others: golden files, published lists, and migrations with earlier column names."""
 WORDS = {
     r"tell|tells|telling|tellings|told|untold": "notify, notified",
     r"whoever|whomever|whosoever": "the user, the worker that …",

@@ -1,4 +1,4 @@
-"""What the modules at the top may import. import-linter (pyproject.toml) checks the rooms of `belfry`."""
+"""Imports of the modules at the top. import-linter (pyproject.toml) checks the rooms of `belfry`."""
 
 import ast
 import sys

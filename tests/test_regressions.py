@@ -1,4 +1,4 @@
-"""What an earlier implementation of the same thing got wrong, a test each, named for what must not happen.
+"""Faults of an earlier implementation, with a test for each.
 
 One more is in test_fanout.py, where the communities for it are made: that there is no query, or three, for each
 recipient is `test_every_slice_takes_the_same_statements_however_many_members`.
@@ -39,7 +39,7 @@ def inbox_of(api, person: Person) -> list[dict]:
 
 
 def joined(cast, username: str, **kind) -> Person:
-    """One more person in the cast's server."""
+    """Add another user to the cast's server."""
     person = make_person(username, **kind)
     put_member(cast.server_id, person.id, [])
     return person
@@ -97,7 +97,7 @@ def test_repeating_a_run_inserts_no_duplicates(api, cast, run_jobs):
     message = post(api, cast.subscriber, cast.general)
     run_jobs()
     before = inbox_of(api, cast.vip)
-    # as if nobody had begun it
+    # as if no worker had claimed it
     execute(
         "UPDATE run SET state = 'pending', members_processed = 0, notifications_inserted = 0, decisions = '{}',"
         " finished_at = NULL, sweep_after = now()"
@@ -196,7 +196,7 @@ def test_a_private_channel_notifies_only_its_members(api, cast, run_jobs):
     assert notified(message) == {keeper.id: "message"}
 
 
-# What is shown --------------------------------------------------------------------------------------------
+# Reading --------------------------------------------------------------------------------------------------
 
 
 def test_a_deleted_message_notifies_nobody(api, cast, run_jobs):
@@ -242,7 +242,7 @@ def test_the_unread_count_is_not_capped_by_the_page(api, cast):
     }
 
 
-# Who may do what ------------------------------------------------------------------------------------------
+# Access ---------------------------------------------------------------------------------------------------
 
 
 def test_a_user_cannot_mark_another_users_notification_read(api, cast, run_jobs):

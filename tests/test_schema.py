@@ -1,4 +1,4 @@
-"""The tables: what the migrations make is what the models say, and the database refuses what the rules forbid."""
+"""The migrations create the schema of the models, and constraints refuse invalid rows."""
 
 import threading
 import uuid
@@ -129,6 +129,6 @@ def test_constraints_of_the_database_refuse_invalid_rows(cast):
 def test_a_message_has_one_run_of_its_own(api, cast):
     message = api(cast.subscriber).post("/api/messages", json={"channel_id": cast.general, "content": "gold"})
     refused("INSERT INTO run (message_id, kind) VALUES (%(id)s, 'message')", id=message.get_json()["id"])
-    refused("UPDATE run SET state = 'failed', finished_at = now()")  # without saying why
-    refused("UPDATE run SET state = 'succeeded'")  # without saying when
+    refused("UPDATE run SET state = 'failed', finished_at = now()")  # without an error
+    refused("UPDATE run SET state = 'succeeded'")  # without a time
     assert fetch_one("SELECT state FROM run") == {"state": "queued"}

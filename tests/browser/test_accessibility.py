@@ -1,4 +1,4 @@
-"""What axe-core finds on every screen, in every state: light and dark, on a desktop and on a phone."""
+"""axe-core finds no violation on any screen, in light and dark colours, on a desktop and a phone."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Two people, two windows: what is written in one is notified in the other, by the bell, the counts and a toast."""
+"""Unread counts, toasts and marking read in two windows of two users."""
 
 import re
 from statistics import median
@@ -20,7 +20,7 @@ SHOWS_WHEN = """(number) => {
 }"""
 SENDS_WHEN = """() => document.getElementById("send").addEventListener(
     "click", () => { window.clicked = Date.now(); }, { capture: true })"""
-WITHOUT_FOCUS = "document.hasFocus = () => false;"  # a browser that is driven gives it to every page at once
+WITHOUT_FOCUS = "document.hasFocus = () => false;"  # Playwright gives the focus to every page
 
 
 def test_a_post_in_one_window_shows_in_the_bell_of_another(visit, worker, cast, measured) -> None:
@@ -138,7 +138,7 @@ def test_a_message_that_is_longer_than_the_window_is_read(visit, cast, post, run
 
 
 def test_messages_that_are_not_listed_stay_unread(visit, faults, cast, post, run_jobs, api) -> None:
-    """Neither what is older than the list, nor what was committed later than its neighbours."""
+    """Neither older messages than the listed ones, nor one that was committed later than its neighbours."""
     faults.expect("status of 429")
     mention, *_ = [post(f"number {number}, @vera" if number == 0 else f"number {number}") for number in range(60)]
     run_jobs()
@@ -156,7 +156,7 @@ def test_messages_that_are_not_listed_stay_unread(visit, faults, cast, post, run
         late.execute("INSERT INTO run (message_id, kind) VALUES (%s, 'message')", [late_id])
         late.commit()
     queues.enqueue([WorkItem(Run.get(Run.message == late_id).id)])
-    page.route(re.compile(r"/messages\?"), lambda route: route.fulfill(status=429))  # so the list does not get it
+    page.route(re.compile(r"/messages\?"), lambda route: route.fulfill(status=429))  # not listed
     run_jobs()
     page.evaluate("() => { document.hasFocus = () => true; window.dispatchEvent(new Event('focus')); }")
     expect(bell(page)).to_have_text("12")

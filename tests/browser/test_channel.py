@@ -1,4 +1,4 @@
-"""A channel's page: the list of channels, older and newer messages, and links to a message."""
+"""The page of a channel: the sidebar, older and newer messages, and links to a message."""
 
 import re
 import threading
@@ -32,7 +32,7 @@ def written(post) -> list[int]:
 
 @contextmanager
 def written_late(author: Person, channel_id: int) -> Iterator[int]:
-    """A message that has its id, and that nobody sees before this is over; then it is notified."""
+    """A message whose transaction commits when the block ends; its run is enqueued then."""
     written, run_module, posted = threading.Event(), threading.Event(), []
 
     def write() -> None:
@@ -72,7 +72,7 @@ def test_the_channels_are_a_list_of_links(visit, worker, cast, post) -> None:
 
 
 def test_an_admin_has_a_link_to_the_queues(visit, faults, cast) -> None:
-    faults.allow("404.*favicon")  # the dashboard is another's, and names an icon that it does not have
+    faults.allow("404.*favicon")  # rq-dashboard's page names an icon that does not exist
     page = visit("/", cast.admin)
     page.get_by_role("link", name="Queues").click()
     expect(page).to_have_url(re.compile("/rq/"))
@@ -85,7 +85,7 @@ def test_older_messages_load_while_scrolling_up(visit, cast, written) -> None:
     top = message(page, written[-PAGE_SIZE])
     scroll_to(page, "-log.scrollHeight")
     wait_until(lambda: shown(page) == written[-2 * PAGE_SIZE :], "older messages")
-    expect(top).to_be_in_viewport()  # what one looks at stays in its place
+    expect(top).to_be_in_viewport()  # the visible messages do not move
     page.get_by_role("link", name="Older messages").click()
     wait_until(lambda: shown(page) == written, "all messages")
     expect(page.get_by_role("link", name="Older messages")).to_have_count(0)
@@ -99,8 +99,8 @@ def test_a_permanent_link_shows_an_old_message_with_a_way_to_the_newest(visit, c
 
     page.get_by_role("link", name="Newer messages").click()
     page.wait_for_url(f"**?after={written[40 + HALF]}#messages")
-    assert shown(page)[-PAGE_SIZE:] == written[40 + HALF + 1 :][:PAGE_SIZE]  # older ones come in above them
-    expect(message(page, written[40 + HALF + 1])).to_be_in_viewport()  # one goes on reading where one was
+    assert shown(page)[-PAGE_SIZE:] == written[40 + HALF + 1 :][:PAGE_SIZE]  # older ones are added above
+    expect(message(page, written[40 + HALF + 1])).to_be_in_viewport()  # the reading position is kept
     page.get_by_role("link", name="The newest").click()
     page.wait_for_url(re.compile(r"/channels/\d+$"))
     expect(message(page, written[-1])).to_be_in_viewport()
@@ -152,7 +152,7 @@ def test_new_messages_do_not_scroll_a_reader_of_old_ones(visit, worker, cast, wr
     expect(message(page, number)).to_be_in_viewport()
     expect(new).to_be_hidden()
     following = post("and look")
-    expect(message(page, following)).to_be_in_viewport()  # who is at the end stays there
+    expect(message(page, following)).to_be_in_viewport()  # a reader at the end stays there
     expect(new).to_be_hidden()
 
 

@@ -1,4 +1,4 @@
-"""Writing: what is sent, and how; whom one mentions; and what is said when it cannot be."""
+"""The form for a new message: sending, suggestions, drafts and errors."""
 
 import re
 
@@ -20,7 +20,7 @@ def status_of(page: Page) -> Locator:
 
 
 def contents() -> list[str]:
-    """What has been posted, in order."""
+    """The contents of all messages, in order."""
     return [message.content for message in Message.select().order_by(Message.id)]
 
 
@@ -71,7 +71,7 @@ def test_enter_twice_sends_once(page) -> None:
 def test_a_name_is_completed_by_keyboard(page) -> None:
     field, options = composer(page), suggestions(page)
     field.press_sequentially("look, @")
-    expect(options).to_have_count(5)  # who sees the channel
+    expect(options).to_have_count(5)  # the members who can see the channel
     field.press_sequentially("v")
     expect(options).to_have_text(["@vera Vera"])
     expect(page.locator("#suggestions-status")).to_have_text("One suggestion.")
@@ -156,7 +156,7 @@ def test_an_overlong_message_is_refused_and_stays(page, faults) -> None:
     composer(page).fill("x" * 10_001)
     composer(page).press("Enter")
     expect(status_of(page)).to_have_text("Must have 1 to 10,000 characters after trimming.")
-    assert len(composer(page).input_value()) == 10_001  # a text that is cut in silence is another text
+    assert len(composer(page).input_value()) == 10_001  # the text is not shortened silently
     composer(page).fill("🪙" * 10_000)
     composer(page).press("Enter")
     expect(page.locator("#messages li")).to_have_count(1)

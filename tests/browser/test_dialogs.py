@@ -1,4 +1,4 @@
-"""The three dialogs of a channel: what to be notified of, who was notified, and why."""
+"""The dialogs of a channel: the notification preference, recipients, and "Why?"."""
 
 import re
 
@@ -15,12 +15,12 @@ def opened(page: Page, title: str) -> Locator:
 
 
 def stored(person) -> tuple[str, bool] | None:
-    """The level, and whether it is muted, as the database has it."""
+    """The stored level, and whether the channel is muted."""
     found = Preference.get_or_none(Preference.user_id == person.id)
     return found and (found.level, found.muted_until is not None)
 
 
-# What to be notified of -------------------------------------------------------------------------------------
+# Preference -------------------------------------------------------------------------------------------------
 
 
 def test_each_preference_shows_its_effect(visit, cast) -> None:

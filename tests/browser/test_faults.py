@@ -1,4 +1,4 @@
-"""What no page may do is seen when one does it."""
+"""The fixture `faults` detects what no page may do."""
 
 import pytest
 
@@ -21,7 +21,7 @@ from tests.processes import wait_until
 def test_each_forbidden_fault_fails_a_test(visit, faults, fault, script) -> None:
     page = visit("/login")
     page.evaluate(f"() => {{ {script} }}")
-    # Asking anything lets Playwright hand over what has happened.
+    # Any request to Playwright delivers the pending events.
     wait_until(lambda: page.context.cookies() is not None and faults.seen(fault), fault)
     with pytest.raises(AssertionError, match="found fault"):
         faults.check()

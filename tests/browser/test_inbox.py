@@ -1,4 +1,4 @@
-"""The inbox in a browser: what is unread, marking it read, and the way to a message."""
+"""The inbox in a browser: unread notifications, marking them read, and opening a message."""
 
 import re
 
@@ -29,7 +29,7 @@ def test_one_notification_is_marked_read_and_then_all(visit, cast, notified) -> 
     item(page, notified[1]).get_by_role("button", name="Mark read").click()
     expect(bell(page)).to_have_text("2")
     expect(item(page, notified[1]).get_by_role("button")).to_have_count(0)
-    expect(item(page, notified[1]).get_by_role("link")).to_be_focused()  # the button is gone, and the place is kept
+    expect(item(page, notified[1]).get_by_role("link")).to_be_focused()  # the focus stays in the row
 
     page.get_by_role("link", name="Unread", exact=True).click()
     page.wait_for_url("**/inbox?unread=1")
@@ -56,7 +56,7 @@ def test_the_form_is_used_where_the_script_fails(visit, faults, cast, notified, 
     page.route("**/api/notifications/read", lambda route: route.fulfill(status=status, json={"detail": "Not now."}))
     item(page, notified[1]).get_by_role("button", name="Mark read").click()
     expect(item(page, notified[1]).get_by_role("button")).to_have_count(0)
-    expect(bell(page)).to_have_text("2")  # and not none
+    expect(bell(page)).to_have_text("2")  # and not 0
 
 
 def test_a_failing_count_marks_only_the_chosen_notification(visit, faults, cast, notified) -> None:
@@ -90,7 +90,7 @@ def test_many_new_notifications_cause_few_requests(visit, worker, cast, post) ->
     asked = watch_requests(page, "xhr")
     for number in range(60):
         last = post(f"number {number}")
-        page.wait_for_timeout(30)  # each is notified by itself
+        page.wait_for_timeout(30)  # a run for each
     expect(item(page, last)).to_be_visible()
     expect(bell(page)).to_have_text("60")
     assert len(asked()) < 12

@@ -1,4 +1,4 @@
-"""Offline and back, the web process restarted, Redis away, the session over: nothing is missed, and it is said."""
+"""Outages: no message is missed or repeated, and the page says what happened."""
 
 import re
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ RECORD_TOASTS = """() => {
 
 
 class Web:
-    """A web process behind a gate, which can be stopped, and another one started at the same address."""
+    """A web process behind a gate. It can be stopped and replaced at the same address."""
 
     def __init__(self, **environment: str) -> None:
         self._environment = environment
@@ -57,7 +57,7 @@ def redis_gate() -> Iterator[RedisGate]:
 
 @pytest.fixture
 def web(redis_gate) -> Iterator[Web]:
-    """Its Redis is behind a gate, too."""
+    """The web process, with Redis behind a gate as well."""
     web = Web(REDIS_URL=redis_gate.url)
     yield web
     web.gate.close()
@@ -74,7 +74,7 @@ def says(page: Page, state: str) -> None:
 
 
 def go_offline(page: Page, web: Web) -> None:
-    """As the browser says it; and what is connected is cut, which the browser's own switch does not do to a stream."""
+    """Take the browser offline, and cut its connections: Playwright's switch does not cut an open stream."""
     page.context.set_offline(True)
     web.gate.shut()
     says(page, "Offline")
@@ -106,7 +106,7 @@ def test_offline_and_back(visit, web, worker, faults, cast, post) -> None:
     come_back(page, web)
     says(page, "Live")
     expect(message(page, here[-1])).to_be_visible()
-    expect(bell(page)).to_have_text(str(len(elsewhere)))  # what is in view is read
+    expect(bell(page)).to_have_text(str(len(elsewhere)))  # visible messages are read
     expect(page.locator("#bell")).to_have_class("mentions")
     after = post("after", cast.announcements, cast.admin)
     expect(message(page, after)).to_be_visible()
@@ -148,7 +148,7 @@ def test_the_web_process_restarts(visit, web, worker, faults, cast, post) -> Non
     for text in texts[4:]:
         post(text)
     expect(bell(page)).to_have_text("6")
-    assert page.evaluate("window.toasts") == [f"Sam: {text}" for text in texts]  # each of them, once, in order
+    assert page.evaluate("window.toasts") == [f"Sam: {text}" for text in texts]  # each once, in order
 
 
 def test_a_broken_stream_resumes(visit, web, worker, faults, cast, post) -> None:

@@ -1,4 +1,4 @@
-"""Signing in, and what is there before it."""
+"""The login page."""
 
 import pytest
 from playwright.sync_api import expect

@@ -1,4 +1,4 @@
-"""The commands, as typed."""
+"""The commands of `flask --app app`."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The short form of `make chaos`; and that the harness would see what it looks for."""
+"""A short chaos run, and tests that the audit finds damage."""
 
 import json
 import os
@@ -145,7 +145,7 @@ def address() -> Iterator[str]:
 
 @pytest.fixture
 def chaos_run(monkeypatch, address) -> tuple[World, History, str]:
-    """A small world in which one message was posted and notified; where a web process answers; and no fault."""
+    """A chaos run with one posted message whose members were notified, and without faults."""
     monkeypatch.setattr("tools.chaos.world.SMALL_MEMBERS", 24)
     monkeypatch.setattr("tools.chaos.world.LARGE_MEMBERS", 10)
     world = make_world()
@@ -162,14 +162,14 @@ def a_message(world: World, content: str) -> PostedMessage:
 
 
 def found(chaos_run: tuple[World, History, str]) -> dict[str, int]:
-    """{kind: how many}, of what was found."""
+    """The number of findings of each kind."""
     findings = audit(*chaos_run)
     kinds = ("missing", "duplicates", "wrong_decision", "unresolved_runs")
     return {kind: len(getattr(findings, kind)) for kind in kinds if getattr(findings, kind)}
 
 
 def somebody_notified(world: World) -> int:
-    """A member who was notified, and changes nothing."""
+    """A member who was notified and has made no change."""
     notified = fetch_all("SELECT user_id FROM notification ORDER BY 1")
     return next(one["user_id"] for one in notified if one["user_id"] not in world.changing_users)
 

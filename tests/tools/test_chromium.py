@@ -1,4 +1,4 @@
-"""Which browser the tests in tests/browser and the screenshots take, and what is said where there is none."""
+"""How the browser of tests and screenshots is found, and what is reported without one."""
 
 import os
 import re
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
-    """`machine("chromium")`: one on whose PATH are these programs alone; the directory that they are in."""
+    """`machine("chromium")`: make PATH contain only these programs; their directory."""
 
     def install(*names: str):
         for name in names:

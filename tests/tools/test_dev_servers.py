@@ -1,4 +1,4 @@
-"""The servers that the development commands bring along: shared, found again, stopped by the last, never in the way.
+"""The servers that development commands start: shared, found again, and stopped by the last user.
 
 Without DATABASE_URL and REDIS_URL they are PostgreSQL and Valkey out of a wheel. Each test starts its own.
 """
@@ -35,7 +35,7 @@ embedded = pytest.mark.skipif(
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A data directory without servers; those that a failed test leaves there are stopped."""
+    """A data directory. Servers that a failed test leaves there are stopped."""
     monkeypatch.delenv("DATABASE_URL", raising=False)
     monkeypatch.delenv("REDIS_URL", raising=False)
     directory = tmp_path / "data"
@@ -45,7 +45,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.fixture
 def user_elsewhere() -> Iterator[Callable[[Path], "subprocess.Popen[str]"]]:
-    """Starts another process that uses the servers of a directory until its standard input is closed."""
+    """Start another process that uses the servers of a directory until its standard input is closed."""
     program = textwrap.dedent("""
         import sys
         from pathlib import Path
@@ -82,7 +82,7 @@ def leave(process: "subprocess.Popen[str]") -> None:
 
 
 def pids(urls: dict[str, str]) -> tuple[int, int]:
-    """The two servers' process ids, asked of the servers themselves."""
+    """The process ids of both servers, as the servers report them."""
     socket_dir = Path(str(conninfo_to_dict(urls["DATABASE_URL"])["host"]))
     postmaster = int((socket_dir / ".s.PGSQL.5432.lock").read_text().split("\n")[0])
     with closing(redis.Redis.from_url(urls["REDIS_URL"])) as client:
@@ -162,7 +162,7 @@ def test_another_process_of_the_servers_account_is_refused(home: Path) -> None:
             except Exception as error:
                 return type(error).__name__
             return "let in"
-        first = [ask(question) for question in questions]  # all that is imported for it is imported now
+        first = [ask(question) for question in questions]  # all lazy imports are done
         account = pwd.getpwnam("nobody")
         os.setgroups([])
         os.setgid(account.pw_gid)
@@ -252,7 +252,7 @@ def test_servers_start_after_a_crash_of_the_machine(home: Path) -> None:
     with servers(home, durable=False) as urls:
         for pid in pids(urls):
             end(psutil.Process(pid), (signal.SIGKILL, 10))
-    # The pids that were left behind belong to somebody else now.
+    # The process ids in the files now belong to other processes.
     (home / "redis.pid").write_text(f"{os.getpid()}\n")
     pid_file = home / "postgresql-18" / "postmaster.pid"
     pid_file.write_text(pid_file.read_text().replace(pid_file.read_text().split("\n")[0], str(os.getpid()), 1))
@@ -311,7 +311,7 @@ def test_no_server_is_started_where_both_urls_are_given(tmp_path: Path, monkeypa
 @embedded
 def test_a_failed_start_says_why_and_leaves_no_process(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home.mkdir()
-    (home / "redis.log").mkdir()  # nothing can be logged there
+    (home / "redis.log").mkdir()  # the log cannot be written
     with pytest.raises(CommandError, match="Redis"), servers(home, durable=False):
         pass
     assert process_of([home / "postgresql-18" / "postmaster.pid"], home / "postgresql-18") is None
@@ -320,7 +320,7 @@ def test_a_failed_start_says_why_and_leaves_no_process(home: Path, monkeypatch: 
 
 @pytest.fixture
 def named_servers() -> dict[str, str]:
-    """This test run's own databases, in the part of somebody's that are named and must not be touched."""
+    """URLs of this test run's own databases, used as named servers whose other databases must not change."""
     return {name: os.environ[name] for name in ("DATABASE_URL", "REDIS_URL")}
 
 
@@ -334,7 +334,7 @@ def test_private_databases_are_empty_and_deleted_afterwards(named_servers: dict[
                 assert len({env["REDIS_URL"] for env in (named_servers, first, second)}) == 3
                 assert len(connection.execute(names).fetchall()) == 2
                 with closing(redis.Redis.from_url(first["REDIS_URL"])) as client:
-                    client.flushdb()  # as a test run does, and its marker is gone: it is in use all the same
+                    client.flushdb()  # as a test run does, which deletes the marker; the database is still in use
                     with private(named_servers, "trial") as third:
                         assert third["REDIS_URL"] not in (first["REDIS_URL"], second["REDIS_URL"])
                     client.set("left behind", 1)

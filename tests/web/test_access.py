@@ -1,4 +1,4 @@
-"""Who may do what: each of the cast against everything, and what one may not know of looks like nothing."""
+"""Access rights: each user of the cast against each route; invisible resources answer like missing ones."""
 
 import re
 
@@ -73,7 +73,7 @@ TABLE = [
 
 @pytest.fixture
 def community(api, cast):
-    """`community()`: what the table's {names} stand for, made anew."""
+    """`community()`: create the resources that the table's {names} stand for."""
 
     def make() -> dict[str, int]:
         names = {name: getattr(cast, name) for name in ("general", "announcements", "vault")}
@@ -88,7 +88,7 @@ def community(api, cast):
 
 
 def ask(api, person, names, request: str, body):
-    """The answer to one of the table's requests, with `names` filled in."""
+    """The response to one of the table's requests, with `names` filled in."""
     method, address = request.split(" ")
     sent = {**body, "channel_id": names[body["channel_id"]]} if body and "channel_id" in body else body
     return api(person).open(method, address.format(**names), json=sent)
@@ -104,13 +104,13 @@ def test_each_role_may_do_what_the_table_says(api, cast, community, subtests):
                 names["other"] = cast.moderator.id if person is cast.vip else cast.vip.id
                 answer = ask(api, person, names, request, body)
                 got.append(str(answer.status_code))
-                if answer.status_code == 204:  # what is gone is made again for the next
+                if answer.status_code == 204:  # create what was deleted again
                     names = community()
             assert " ".join(got) == expected
 
 
 def test_an_invisible_resource_answers_like_a_missing_one(api, cast, community, subtests):
-    """The answers differ in nothing but the id that was asked for."""
+    """Both responses are the same except for the requested id."""
     names = community()
     nothing = dict.fromkeys(names, 987_654)
     for who in ("stranger", "subscriber"):

@@ -1,4 +1,4 @@
-"""Administration: people, tokens, subscriptions, servers, members, roles, channels; and the pages for operators."""
+"""Administration over the API, and the routes for operators."""
 
 import json
 import re
@@ -32,7 +32,7 @@ def server(cast):
     return f"/api/servers/{cast.server_id}"
 
 
-# People ---------------------------------------------------------------------------------------------------
+# Users ----------------------------------------------------------------------------------------------------
 
 
 def test_a_user_is_created_found_and_changed(admin, cast):
@@ -86,7 +86,7 @@ def test_invalid_usernames_are_refused(admin, server, subtests):
 
 
 def test_hostile_text_is_returned_as_text(admin, api, cast, server, subtests):
-    """It comes back as it went in, and nothing else has changed."""
+    """Hostile names are returned unchanged, and nothing else has changed."""
     for number, text in enumerate(HOSTILE):
         with subtests.test(text):
             made = admin.post("/api/users", json={"username": f"user-{number}", "name": text}).get_json()
@@ -99,7 +99,7 @@ def test_hostile_text_is_returned_as_text(admin, api, cast, server, subtests):
             message = {"channel_id": channel["id"], "content": text}
             assert api(cast.subscriber).post("/api/messages", json=message).get_json()["content"] == text
             assert admin.get("/api/users", query_string={"username": text}).get_json()["items"] == []
-    assert User.select().count() == 6 + len(HOSTILE) + 1  # and Belfry, who sends the test notifications
+    assert User.select().count() == 6 + len(HOSTILE) + 1  # and the system user, which sends test notifications
 
 
 def test_me(api, cast):
@@ -267,7 +267,7 @@ def test_channels(admin, api, cast, server):
 
 
 def readiness(client) -> dict:
-    """What is not ready."""
+    """The errors of /readyz."""
     problem = client.get("/readyz")
     assert (problem.status_code, problem.mimetype) == (503, "application/problem+json")
     assert "Retry-After" in problem.headers

@@ -1,4 +1,4 @@
-"""The queue dashboard, and signing in to it: who may, what it shows, what it does, and what it must not.
+"""The dashboard of the queues: access, sign-in, what it shows and does, and hostile jobs.
 
 The jobs are real: made on Belfry's queues, and run by a worker of RQ's.
 """
@@ -65,19 +65,19 @@ def _cookies_without_https(app, monkeypatch):
 
 @pytest.fixture
 def queue(redis):
-    """As RQ itself has it: the dashboard shows whatever stands in Redis."""
+    """An RQ queue as RQ creates it, because the dashboard shows any job in Redis."""
     return Queue(queues.BULK, connection=redis, serializer="json")
 
 
 @pytest.fixture
 def admin(api, cast):
-    """The dashboard as a script uses it, with an admin's token."""
+    """A client of the dashboard with an admin's token."""
     return api(cast.admin)
 
 
 @pytest.fixture
 def work(redis):
-    """Run what is queued. On a connection of its own: a worker changes its connection's timeouts."""
+    """Run the queued jobs, on a separate connection, because a worker changes its connection's time-outs."""
 
     def run(**arguments: Any) -> None:
         with Redis.from_url(settings.redis_url) as connection:
@@ -89,7 +89,7 @@ def work(redis):
 
 @pytest.fixture
 def failed(queue, work):
-    """The id of a job that failed."""
+    """The id of a failed job."""
     job = queue.enqueue("math.sqrt", -1, description="run 7")
     work()
     assert job.get_status() == "failed"
@@ -107,7 +107,7 @@ def listed(admin, registry: str, size: int = 8, order: str = "asc", page: int = 
     return [job["id"] for job in answer.json["jobs"]]
 
 
-# --- who may
+# --- access
 
 
 @pytest.mark.parametrize("path", [*PAGES, "/rq/0/view/job/x", "/rq/nothing/here", "/rq/requeue/bulk"])
@@ -279,7 +279,7 @@ def test_signing_in_never_redirects_to_another_site(client, cast, path):
     assert 'name="next" value="/"' in client.get("/login", query_string={"next": path}).text
 
 
-# --- requests that another site makes a browser send
+# --- requests from other sites
 
 
 @pytest.mark.parametrize(
@@ -320,7 +320,7 @@ def test_get_requests_never_requeue(client, cast, failed, method):
     assert queues.queue(queues.BULK).count == 0
 
 
-# --- what it shows
+# --- views
 
 
 def test_the_overview_counts_every_registry(admin, queue, failed):
@@ -405,7 +405,7 @@ _seen: list[Any] = []
 
 
 def look_around() -> None:
-    """A job that looks at the dashboard while it runs."""
+    """A job that requests the dashboard while it runs."""
     _seen.append([api_get("/rq/0/data/workers.json"), api_get("/rq/0/data/jobs/bulk/started/8/asc/1.json")])
 
 
@@ -431,7 +431,7 @@ def test_a_busy_worker_and_its_job_are_shown(app, cast, queue, work):
 
 @pytest.fixture
 def idle_worker():
-    """A worker that waits, and whose name is not harmless."""
+    """An idle worker with a hostile name."""
     with Redis.from_url(settings.redis_url) as connection:
         worker = Worker([queues.BULK], name=SCRIPT, connection=connection, serializer="json")
         worker.register_birth()
@@ -461,7 +461,7 @@ def test_listing_workers_does_not_change_the_web_processs_timeouts(app, admin, i
     assert timeouts["socket_timeout"] == 3
 
 
-# --- what it does
+# --- actions
 
 
 def test_one_job_is_requeued(client, cast, queue, failed):
@@ -511,7 +511,7 @@ def test_a_registry_is_emptied(admin, queue, work, redis, registry, idle_worker)
             job.cancel()
     prefix = "next" if registry == "deferred" else "job"
     assert listed(admin, registry) == [f"{prefix}-0", f"{prefix}-1"]
-    redis.delete(f"rq:job:{prefix}-0")  # as when it has expired
+    redis.delete(f"rq:job:{prefix}-0")  # as if it had expired
     assert admin.post(f"/rq/queue/bulk/{registry}/empty").json == {"status": "OK"}
     assert listed(admin, registry) == []
     assert not Job.exists(f"{prefix}-1", redis)
@@ -561,11 +561,11 @@ def test_an_impossible_path_is_404(admin, path):
     assert admin.get(path).status_code == 404
 
 
-# --- what it must not
+# --- hostile jobs
 
 
 class Bomb:
-    """Unpickling it makes a file."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -616,7 +616,7 @@ def test_texts_of_jobs_are_escaped(admin, queue, redis, work, idle_worker):
         assert "<script" not in answer.text
         assert "&lt;script&gt;" in answer.text
     [worker] = admin.get("/rq/0/data/workers.json").json["workers"]
-    assert worker["current_job"].pop("description") == SCRIPT  # the page itself escapes this one
+    assert worker["current_job"].pop("description") == SCRIPT  # the page escapes this field
     assert "<script" not in str(worker)
     for path in ("/rq/0/view/jobs", "/rq/", f"/rq/0/view/job/{job.id}"):
         assert "alert(1)" not in admin.get(path).text.replace("&lt;script&gt;alert(1)", "")
@@ -669,7 +669,7 @@ def test_the_policy_permits_only_the_librarys_script(admin, failed, page):
 def test_each_kind_of_redis_url_is_accepted_and_its_password_hidden(override, url, shown):
     override(redis_url=url)
     app = Flask("another")
-    guard.register(app)  # does not connect: there is nothing at these addresses
+    guard.register(app)  # does not connect, because nothing listens there
     assert app.config["RQ_DASHBOARD_REDIS_URL"] == (shown,)
     assert "s3cret" not in str(app.config)
 

@@ -1,4 +1,4 @@
-"""Every refusal of the API: its status, its code, and the one shape that all of them have."""
+"""Every error of the API: its status, its code, and the common shape."""
 
 import http.client
 import json
@@ -28,7 +28,7 @@ BEYOND_BIGINT = 2**63
 
 
 def assert_problem(answer, status: int, code: str) -> dict:
-    """The answer is this refusal, in the one shape; its body."""
+    """Assert that the response is this problem in the common shape; its body."""
     assert answer.status_code == status, answer.get_data(as_text=True)
     assert answer.mimetype == "application/problem+json"
     assert re.fullmatch(r"[A-Za-z0-9_.-]{8,64}", answer.headers["X-Request-Id"])
@@ -45,7 +45,7 @@ def assert_problem(answer, status: int, code: str) -> dict:
 
 @pytest.fixture
 def post(api, cast):
-    """POST /api/messages as the subscriber, with this raw body."""
+    """POST /api/messages as the subscriber, with a raw body."""
     return lambda data, content_type="application/json", **arguments: api(cast.subscriber).post(
         "/api/messages", data=data, content_type=content_type, **arguments
     )
@@ -55,7 +55,7 @@ def post(api, cast):
 
 
 def api_routes(app):
-    """(method, address with ids filled in, contract) of everything under /api."""
+    """(method, path with ids filled in, contract) of every route under /api."""
     routes = [
         (method, re.sub(r"<[^>]+>", "1", rule.rule), getattr(app.view_functions[rule.endpoint], "contract", None))
         for rule in app.url_map.iter_rules()
@@ -297,7 +297,7 @@ def test_an_error_names_twenty_fields_and_counts_the_others(post):
     many = json.dumps(dict.fromkeys(names_of(6_000), 1), separators=(",", ":"))
     errors = assert_problem(post(many), 422, "invalid")["errors"]
     assert len(errors) == 21
-    assert errors["_schema"] == ["5982 more invalid fields are not shown."]  # with the two that are missing
+    assert errors["_schema"] == ["5982 more invalid fields are not shown."]  # including the two missing ones
     few = assert_problem(post(json.dumps(dict.fromkeys(names_of(18), 1))), 422, "invalid")["errors"]
     assert set(few) == {*names_of(18), "channel_id", "content"}
 
@@ -337,7 +337,7 @@ def test_invalid_filters_are_refused(api, cast, subtests):
 
 @pytest.fixture(scope="module")
 def web() -> Iterator[tuple[str, int]]:
-    """A web process of its own, with a low limit; its address."""
+    """A separate web process with a low limit; its URL."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         command = ["-m", "gunicorn", "--bind", f"fd://{listening.fileno()}"]
         process = subprocess.Popen(
@@ -355,7 +355,7 @@ def web() -> Iterator[tuple[str, int]]:
 
 @pytest.fixture
 def send(web):
-    """`send(person, body, ...)`: POST /api/messages over the socket; (answer, its body)."""
+    """`send(person, body, ...)`: POST /api/messages over a socket; (response, its body)."""
 
     def over_socket(person, body, **headers):
         connection = http.client.HTTPConnection(*web, timeout=30)

@@ -1,4 +1,4 @@
-"""The page, as it is read without JavaScript: who sees what of it, and that nothing in it can do harm."""
+"""The HTML of the pages: access, contents, forms, and hostile texts."""
 
 import re
 from html.parser import HTMLParser
@@ -25,7 +25,7 @@ HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(1)>\'{{ 7*7 }}'
 
 @pytest.fixture
 def browser(app):
-    """`browser(person)`: their browser after signing in; `browser()` before it."""
+    """`browser(person)`: a client that is signed in; `browser()`: one that is not."""
 
     def open_browser(person=None):
         client = app.test_client()
@@ -39,7 +39,7 @@ def browser(app):
 
 @pytest.fixture
 def post(api, cast):
-    """`post("text")` in #general by sam, or elsewhere, or by somebody else; the message's id."""
+    """`post("text")`: post over the API, by default in #general as sam; the message's id."""
 
     def write(content, channel_id=None, author=None):
         body = {"channel_id": channel_id or cast.general, "content": content}
@@ -51,7 +51,7 @@ def post(api, cast):
 
 
 def shown(html: str) -> list[int]:
-    """The ids of the messages, in the order in which they stand there."""
+    """The ids of the messages in the order of the page."""
     return [int(number) for number in re.findall(r'<li id="message-(\d+)"', html)]
 
 
@@ -60,7 +60,7 @@ def address(cast, channel_id, rest=""):
 
 
 class Tags(HTMLParser):
-    """Every element of a page, and what is not well-formed."""
+    """Collects the elements of a page and errors of its structure."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class Tags(HTMLParser):
         self.found.append((tag, dict(attrs)))
 
 
-# Who sees what --------------------------------------------------------------------------------------------
+# Access ---------------------------------------------------------------------------------------------------
 
 
 def test_a_visitor_signs_in_and_returns_to_the_requested_page(browser, cast):
@@ -218,7 +218,7 @@ def test_a_message_is_parsed_for_its_first_reader_only_until_it_is_edited(api, b
     for person in (cast.subscriber, cast.vip, cast.moderator, cast.subscriber):
         page = browser(person).get(address(cast, cast.general)).text
         assert ('<span class="mention me">@vera</span>' in page) == (person is cast.vip)
-    assert parsed.count("**gold**, @vera") == 3  # for the post, for vera, for everybody else
+    assert parsed.count("**gold**, @vera") == 3  # for the post, for vera, and for all others
     api(cast.subscriber).patch(f"/api/messages/{message_id}", json={"content": "**silver**, @vera"})
     assert "<strong>silver</strong>" in browser(cast.vip).get(address(cast, cast.general)).text
 
@@ -369,7 +369,7 @@ def test_older_notifications_are_behind_a_link(browser, cast, post, run_jobs):
     assert read == ids[::-1]
 
 
-# Harm -----------------------------------------------------------------------------------------------------
+# Hostile texts and policies -------------------------------------------------------------------------------
 
 
 def pages(cast):
@@ -438,7 +438,7 @@ def test_the_number_of_statements_does_not_grow_with_the_page(browser, cast, pos
     assert counts[0] == counts[1] == [12, 6, 6, 3, 13]
 
 
-# When it cannot be -----------------------------------------------------------------------------------------
+# Errors ----------------------------------------------------------------------------------------------------
 
 
 def test_an_error_is_a_page(browser, cast, monkeypatch, override):

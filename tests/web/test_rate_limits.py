@@ -1,4 +1,4 @@
-"""Rate limits: what is counted, whose it is, and when there is more."""
+"""Rate limits: what is counted, for whom, and when requests are accepted again."""
 
 import time
 
@@ -19,7 +19,7 @@ SETTING_OF_SCOPE = {
 
 @pytest.fixture
 def limit(override):
-    """`limit("messages", "3 per second")` from here on; the other scope is `other`."""
+    """`limit("messages", "3 per second")`: set a limit from now on; the other scope gets `other`."""
 
     def set_limit(scope, text):
         override(**{SETTING_OF_SCOPE[scope]: text})
@@ -29,7 +29,7 @@ def limit(override):
 
 @pytest.fixture
 def post(api, cast):
-    """A post of sam's, or somebody else's."""
+    """Post as sam, or as another user."""
 
     def message(author=None):
         body = {"channel_id": cast.general, "content": "gold"}
@@ -45,7 +45,7 @@ def notified(answer) -> tuple[str, str]:
 def test_new_streams_are_limited_for_each_user(api, cast, limit):
     limit("streams", "2 per minute")
     path = "/api/notifications/stream"
-    assert [api(cast.vip).get(path).status_code for _ in range(2)] == [501, 501]  # the test's client has no socket
+    assert [api(cast.vip).get(path).status_code for _ in range(2)] == [501, 501]  # the test client has no socket
     answer = api(cast.vip).get(path, headers={"Last-Event-ID": "1-3:3:"})
     assert_problem(answer, 429, "rate_limited")
     assert int(answer.headers["Retry-After"]) > 0
@@ -64,7 +64,7 @@ def test_requests_of_the_previous_window_count_in_proportion(post, limit, redis)
     limit("messages", "10 per minute")
     assert [notified(post())[1] for _ in range(8)] == [str(left) for left in range(9, 1, -1)]
     (key,) = redis.keys("LIMITER*")
-    redis.hset(key, "began", float(redis.hget(key, "began")) - 90)  # so that half of it is in sight
+    redis.hset(key, "began", float(redis.hget(key, "began")) - 90)  # so that half of it counts
     answer = post()
     assert notified(answer) == ("10", "6"), "four of eight weigh still: 3.9, and this one"
     assert 0 < int(answer.headers["RateLimit-Reset"]) <= 8, "an eighth of a minute until one less does"

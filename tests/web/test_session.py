@@ -1,4 +1,4 @@
-"""The API as a page of this site asks it: by the session's cookie, and to write with its CSRF token."""
+"""Browser sessions: the API with a session cookie and CSRF token, and the end of sessions."""
 
 from collections.abc import Callable
 from contextlib import closing
@@ -20,7 +20,7 @@ from tests.processes import a_web_process
 
 @pytest.fixture
 def page(client, cast):
-    """The subscriber's browser after signing in."""
+    """The subscriber's browser, signed in."""
     form = client.get("/login").text
     client.post("/login", data={"csrf": csrf_of(form), "token": cast.subscriber.token})
     return client
@@ -42,7 +42,7 @@ def test_a_session_may_write_with_its_csrf_token(page, cast):
 
 @pytest.mark.parametrize("csrf", [None, "", "wrong", "ü"])
 def test_a_session_may_not_write_without_its_csrf_token(page, cast, csrf):
-    page.get("/login")  # one was given out
+    page.get("/login")  # creates a CSRF token
     headers = {} if csrf is None else {"X-CSRF-Token": csrf}
     preference = {"level": "none", "muted_until": None}
     for answer in (
@@ -76,12 +76,12 @@ def test_a_request_with_a_token_gets_no_cookie(api, cast):
     assert "Set-Cookie" not in api().get("/api/me").headers
 
 
-# --- when a session ends
+# --- end of sessions
 
 
 @pytest.fixture
 def sign_in(app: Flask) -> Callable[..., FlaskClient]:
-    """`sign_in(person)`: a browser of theirs, after signing in."""
+    """`sign_in(person)`: a signed-in browser."""
 
     def open_browser(person) -> FlaskClient:
         browser = app.test_client()
@@ -97,14 +97,14 @@ def sign_in_again(browser: FlaskClient, person) -> None:
 
 
 def copy_of(browser: FlaskClient) -> FlaskClient:
-    """Somebody else's browser with a copy of the cookie."""
+    """Another browser with a copy of the cookie."""
     copy = browser.application.test_client()
     copy.set_cookie("belfry", browser.get_cookie("belfry").value)
     return copy
 
 
 def is_open(browser: FlaskClient) -> bool:
-    """Whether the browser is signed in, as the API and the page both see it."""
+    """Whether the browser is signed in, for the API and the pages."""
     statuses = browser.get("/api/me").status_code, browser.get("/inbox").status_code
     assert statuses in ((200, 200), (401, 303))
     return statuses == (200, 200)
@@ -239,7 +239,7 @@ def test_the_sweep_deletes_idle_sessions_in_bounded_batches(sign_in, cast):
     assert is_open(browser)
 
 
-# --- one's own tokens
+# --- own tokens
 
 
 def test_users_list_and_revoke_their_own_tokens(sign_in, api, cast):

@@ -1,4 +1,4 @@
-"""Clients that are slow, silent or hostile, over raw sockets to a real web process: nobody else waits for them."""
+"""Slow, silent or hostile clients, over raw sockets to a real web process, do not delay others."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def web() -> Iterator[str]:
 
 @pytest.fixture
 def connect(web) -> Iterator[object]:
-    """`connect(bytes, ...)`: a new connection, on which these are sent one after the other."""
+    """`connect(bytes, ...)`: open a connection and send these one after the other."""
     with ExitStack() as opened:
 
         def open_connection(*parts: bytes, receive_bytes: int | None = None) -> socket.socket:
@@ -52,7 +52,7 @@ def connect(web) -> Iterator[object]:
 
 
 def answers_on(connection: socket.socket) -> list[tuple[int, bytes]]:
-    """Status and body of every answer until the server closes, 100 Continue included."""
+    """Status and body of every response until the server closes, including 100 Continue."""
     received = b"".join(iter(lambda: connection.recv(65_536), b""))
     found = []
     while received:
@@ -68,7 +68,7 @@ def statuses_on(connection: socket.socket) -> list[int]:
 
 
 def answer_on(connection: socket.socket, method: str = "GET") -> HTTPResponse:
-    """The next answer, read to its end. Only for answers of which nothing else has arrived."""
+    """Read the next response. Nothing after it may have arrived."""
     answer = HTTPResponse(connection, method=method)
     answer.begin()
     answer.read()
@@ -89,7 +89,7 @@ def chunked(*chunks: bytes, trailer: bytes = b"") -> bytes:
 
 
 def others_are_answered(web: str, person, channel_id: int, times: int = 5) -> None:
-    """/healthz and posts of somebody else, each over a new connection."""
+    """Request /healthz and post as another user, each over a new connection."""
     for _ in range(times):
         for request in (HEALTHZ, post_of(person, channel_id)):
             with socket.create_connection((urlsplit(web).hostname, urlsplit(web).port), timeout=PATIENCE) as other:
@@ -97,7 +97,7 @@ def others_are_answered(web: str, person, channel_id: int, times: int = 5) -> No
                 assert answer_on(other).status in (200, 201)
 
 
-# --- others are answered
+# --- other clients
 
 
 def test_slow_and_silent_clients_do_not_delay_others(web, cast, connect):
@@ -118,7 +118,7 @@ def test_clients_that_do_not_read_do_not_delay_others(web, cast, connect):
     ask = b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 200
     for _ in range(24):
         connect(ask, receive_bytes=4_096)
-    others_are_answered(web, cast.subscriber, cast.general, 60)  # meanwhile the kernel's buffers become full
+    others_are_answered(web, cast.subscriber, cast.general, 60)  # meanwhile the kernel's buffers fill
 
 
 def test_clients_that_do_not_close_do_not_delay_others(web, cast, connect):
@@ -149,7 +149,7 @@ def test_opening_many_streams_does_not_delay_others(cast, connect, in_another_se
         assert stream.recv(12) == b"HTTP/1.1 200"
 
 
-# --- slow clients are answered, and closed
+# --- slow clients
 
 
 def test_an_incomplete_request_gets_408(cast, connect):
@@ -190,7 +190,7 @@ def _connects(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-# --- HTTP as before
+# --- HTTP
 
 
 def test_a_request_may_arrive_byte_by_byte(cast, connect):
@@ -253,7 +253,7 @@ def test_a_disconnected_client_is_released(web, cast, connect):
     others_are_answered(web, cast.subscriber, cast.general, 1)
 
 
-# --- what is refused
+# --- refused requests
 
 
 def test_an_oversized_request_is_refused_before_it_is_complete(cast, connect, subtests):
@@ -281,7 +281,7 @@ def test_a_body_of_the_largest_size_is_read(cast, connect):
 
 
 def test_an_ambiguous_request_is_refused_and_the_connection_closed(cast, connect, subtests):
-    """Each hides a post in what one of two readings takes for the body."""
+    """Requests that hide a post in what one of two interpretations takes for the body."""
     hidden = post_of(cast.subscriber, cast.general)
     head = b"POST /api/messages HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer %b\r\n%b\r\n\r\n%b"
     for fields, body in (
@@ -320,11 +320,11 @@ def test_the_end_of_a_chunked_body_is_found_however_it_arrives(chunks, trailer, 
         assert scanner.is_complete(body[position - step : position]) == (position == len(body))
 
 
-# --- headers that are only a proxy's to send
+# --- headers that only a trusted proxy may send
 
 
 def test_headers_named_like_wsgi_variables_are_ignored(connect):
-    """gunicorn would take SCRIPT_NAME from any client on this machine: a proxy that passes it on is one."""
+    """gunicorn accepts SCRIPT_NAME from any client on this machine, which includes a proxy that passes it on."""
     for field in (b"SCRIPT_NAME: /x", b"PATH_INFO: /readyz", b"Script_Name: /healthz"):
         request = b"GET %b HTTP/1.1\r\nHost: localhost\r\n%b\r\nConnection: close\r\n\r\n"
         assert statuses_on(connect(request % (b"/healthz", field))) == [200], field
