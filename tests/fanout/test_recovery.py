@@ -143,7 +143,7 @@ def test_a_worker_that_hangs_is_overtaken_and_writes_nothing_later(cast, doomed,
         finally:
             os.kill(horse, signal.SIGCONT)
         before = contents_of(stuck)
-        overtaken = re.compile(rf"run {stuck}: attempt 1 was overtaken|Job run-{stuck}: scheduled for retry")
+        overtaken = re.compile(rf"run {stuck}: attempt 1 was overtaken|a batch of 1 runs was interrupted")
         wait_until(lambda: overtaken.search(hanging.log()), "the hanging worker to end its attempt")
         assert contents_of(stuck) == before
         assert hanging.running()
