@@ -26,7 +26,7 @@ from belfry.fanout.decision import DECISIONS
 from belfry.identity.users import SYSTEM_USERNAME
 from belfry.inbox.inbox import parse_notification_id
 from belfry.messages.mentions import EVERYONE, NAME, NAME_RULE
-from belfry.messages.test_notifications import AUDIENCES
+from belfry.messages.send_test import AUDIENCES
 from models import LEVELS, POSTING, RUN_KINDS, RUN_STATES, SUBSCRIPTION_STATUSES
 
 PAGE_DEFAULT, PAGE_MOST = 50, 100

@@ -62,7 +62,7 @@ def _clean(_schema: None) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _nothing_remembered() -> Iterator[None]:
+def _caches_cleared() -> Iterator[None]:
     """Disable caches that would carry results of one test over to the next."""
     with overridden(readiness_cache_seconds=0, queue_full_recheck_seconds=0):
         yield

@@ -84,7 +84,7 @@ def a_worker(*, through: tuple[str, ...] = (), **environment: str) -> Iterator[P
 
 
 @contextmanager
-def a_doomed_worker(directory: Path, **environment: str) -> Iterator[Process]:
+def a_crashing_worker(directory: Path, **environment: str) -> Iterator[Process]:
     """Run a worker as `a_worker` does, whose failpoints `strike` arms."""
     (directory / "armed").mkdir(exist_ok=True)
     with a_worker(through=("tools.chaos.process_under_test", str(directory)), **environment) as process:

@@ -1,4 +1,4 @@
-"""The environment: what it means, and that what cannot be meant stops the start with the variable's name."""
+"""Settings from the environment: values, defaults, and errors that name the variable."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ from config import ConfigError, Settings
 def test_an_empty_environment_means_the_defaults():
     settings = Settings.from_environment({"PORT": "", "SOMETHING_ELSE": "x"})
     assert settings == Settings()
-    assert settings.secret_key == ""  # nobody's default key
+    assert settings.secret_key == ""  # there is no default key
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def test_an_empty_environment_means_the_defaults():
         ("TRUSTED_PROXIES", "2", 2),
     ],
 )
-def test_a_value_is_read(name, value, meant):
+def test_each_variable_is_read(name, value, meant):
     assert getattr(Settings.from_environment({name: value}), name.lower()) == meant
 
 
@@ -67,7 +67,7 @@ def test_a_value_is_read(name, value, meant):
         ("RETRY_BASE_DELAY_SECONDS", "1.5"),
     ],
 )
-def test_a_value_that_cannot_be_meant_is_refused_by_name(name, value):
+def test_an_invalid_value_is_refused_with_the_variables_name(name, value):
     with pytest.raises(ConfigError, match=f"^{name} "):
         Settings.from_environment({name: value})
 
@@ -82,13 +82,13 @@ def start(**changes: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_wrong_value_stops_the_start_with_one_sentence():
+def test_an_invalid_value_aborts_startup_with_one_sentence():
     stopped = start(PORT="ninety")
     assert stopped.returncode == 1
     assert stopped.stderr == "belfry: PORT must be a whole number\n"
 
 
-def test_without_a_secret_key_nothing_is_served():
+def test_without_a_secret_key_the_application_does_not_start():
     stopped = start(SECRET_KEY="")
     assert stopped.returncode == 1
     assert stopped.stderr.startswith("belfry: SECRET_KEY is not set.")

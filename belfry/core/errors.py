@@ -1,8 +1,8 @@
-"""The errors of the domain, by the contract's codes. The web and the commands present each in their own way."""
+"""The errors of the domain, each with its `code` in the API. The web and the commands present each in their own way."""
 
 
 class DomainError(Exception):
-    """A request that the rules do not permit. `code` is the contract's code; `detail` is for the user."""
+    """A request that the rules do not permit. `code` is in the API's errors; `detail` is for the user."""
 
     code = "refused"
 

@@ -62,7 +62,7 @@ def _audience_sql(channels: str, within: str) -> str:
 def _decision_sql(within: str) -> str:
     """The decision for member `aud` of the audience and message `msg`: the first rule that applies.
 
-    The order is the contract's (section 4), but for `muted`, which comes before the two group mentions: neither
+    The order is that of docs/reference/decisions.md, except that `muted` is before the two group mentions: neither
     passes a mute, so a muted member who is not mentioned by name ends at `muted` in either order, and the rule is
     evaluated once.
     """

@@ -130,7 +130,7 @@ def statistics(run: Row) -> dict[str, Any]:
 DECISION_ORDER = (
     "message", "mention", "mention_role", "mention_everyone", "author", "no_channel_access", "no_subscription",
     "channel_off", "mentions_only", "muted",
-)  # as in the contract: NOTIFY_DECISIONS first  # fmt: skip
+)  # as the API and the pages list them: NOTIFY_DECISIONS first  # fmt: skip
 assert set(DECISION_ORDER) == set(DECISIONS)
 
 

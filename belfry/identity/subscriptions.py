@@ -13,7 +13,7 @@ ACTIVE_SUBSCRIPTION_SQL = """(
         AND (sub.current_period_end IS NULL
              OR sub.current_period_end >= now() - make_interval(hours => 24 * %(grace_days)s)))
 )"""
-"""Whether `subscription sub` is active: true, false, or NULL without a subscription (contract, section 4, rule 3).
+"""Whether `subscription sub` is active: true, false, or NULL without a subscription (docs/reference/decisions.md).
 
 - `active` and `trialing` count until one day after the period's end, because the provider's message may be late.
 - `past_due` counts for PAST_DUE_GRACE_DAYS after it.

@@ -1,4 +1,4 @@
-"""A browser at Belfry's pages: signing in, what axe-core finds, and what must not happen on any page."""
+"""Helpers for browser tests: signing in, accessibility checks, and faults that no page may have."""
 
 import re
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from tests.processes import PATIENCE
 
 expect.set_options(timeout=PATIENCE * 1000)
 
-# What a policy refuses is said on the console too, but not of everything that one has to know to mend it.
+# The browser's own console message about a policy violation lacks the element and the source.
 REPORT_VIOLATIONS = """
 document.addEventListener("securitypolicyviolation", (event) => console.error(
   `policy violated: ${event.effectiveDirective} by ${event.blockedURI} ${event.sourceFile} ${event.sample}`
@@ -21,7 +21,7 @@ document.addEventListener("securitypolicyviolation", (event) => console.error(
 
 
 class Faults:
-    """What went wrong on the pages of a test; a test with any fails when it ends.
+    """Collects the faults of a test's pages. A test with an unexpected fault fails when it ends.
 
     - an error on the console, and with it whatever the content security policy refuses
     - an exception that nobody caught, and a dialog
@@ -36,7 +36,7 @@ class Faults:
         self._allowed: list[str] = []
 
     def watch(self, context: BrowserContext) -> None:
-        """From here on, all pages of it."""
+        """Watch all pages of a context from now on."""
         context.add_init_script(REPORT_VIOLATIONS)
         context.on("console", self._console)
         context.on("weberror", lambda error: self._add(f"exception: {error.error}"))
@@ -45,18 +45,18 @@ class Faults:
         context.on("response", self._response)
 
     def expect(self, pattern: str) -> None:
-        """One like this (a pattern, found anywhere in it) is what the test is about: it must be there at the end."""
+        """Expect a fault that matches a pattern: it must occur until the end of the test."""
         self._expected.append(pattern)
 
     def allow(self, pattern: str) -> None:
-        """One like this may be there, or not: it is a matter of moments."""
+        """Allow a fault that matches a pattern, which may or may not occur."""
         self._allowed.append(pattern)
 
     def seen(self, pattern: str) -> bool:
         return any(re.search(pattern, fault) for fault in self._found)
 
     def check(self) -> None:
-        """Fails with all that was found and not expected, and with what was expected and not found."""
+        """Fail with the unexpected faults that occurred, and with the expected ones that did not."""
         known = [*self._expected, *self._allowed]
         unexpected = [fault for fault in self._found if not any(re.search(pattern, fault) for pattern in known)]
         missing = [pattern for pattern in self._expected if not self.seen(pattern)]
@@ -84,7 +84,7 @@ class Faults:
 
 
 def sign_in(page: Page, token: str) -> None:
-    """Through the form at /login, which says in the end who that is."""
+    """Sign in with the form at /login."""
     page.goto("/login?next=/login")
     page.get_by_label("Token").fill(token)
     page.get_by_role("button", name="Sign in").click()
@@ -96,7 +96,7 @@ def address(cast: Cast, channel_id: int, rest: str = "") -> str:
 
 
 def wait_until_live(page: Page) -> None:
-    """Returns when the page hears the stream: what is notified from now on, it must show."""
+    """Wait until the page's stream is open, so that it shows everything from now on."""
     expect(page.locator("#connection")).to_have_attribute("data-state", "live")
 
 
@@ -104,8 +104,8 @@ def composer(page: Page) -> Locator:
     return page.get_by_role("textbox", name="Message to #")
 
 
-def lose_the_first_answer(page: Page, lose: Callable[[Route], None] = Route.abort) -> list[int]:
-    """The first post is through, and `lose` is what becomes of its answer; whose status there is, once it is lost."""
+def lose_first_response(page: Page, lose: Callable[[Route], None] = Route.abort) -> list[int]:
+    """Let the first post reach the server and lose its response; a list with the lost status, once it is lost."""
     lost: list[int] = []
 
     def answer(route: Route) -> None:
@@ -120,7 +120,7 @@ def lose_the_first_answer(page: Page, lose: Callable[[Route], None] = Route.abor
 
 
 def bell(page: Page) -> Locator:
-    """By its number, which is hidden while nothing is unread."""
+    """The number in the bell, which is hidden while nothing is unread."""
     return page.locator("#bell .number")
 
 
@@ -129,12 +129,12 @@ def message(page: Page, message_id: int) -> Locator:
 
 
 def shown(page: Page) -> list[int]:
-    """The ids of the messages, or of the messages of the notifications, in the order in which they stand there."""
+    """The message ids of the listed messages or notifications, in the order of the page."""
     return [int(id_) for id_ in page.locator("main li[data-id]").evaluate_all("all => all.map(one => one.dataset.id)")]
 
 
-def accessibility_faults(page: Page, within: str | None = None) -> list[str]:
-    """What axe-core finds on the page as it is now, or in the elements of a selector; a line for each element."""
+def accessibility_violations(page: Page, within: str | None = None) -> list[str]:
+    """What axe-core finds on the page, or in the elements of a selector: one line for each element."""
     page.evaluate(AXE_SCRIPT)
     found: dict[str, Any] = page.evaluate("(within) => axe.run(within || document)", within)
     return [
@@ -145,7 +145,7 @@ def accessibility_faults(page: Page, within: str | None = None) -> list[str]:
 
 
 def watch_requests(page: Page, kind: str) -> Callable[[], list[str]]:
-    """From here on; the addresses of all requests of that kind (`script`, `image`, `stylesheet`, `fetch`, …)."""
+    """Record requests from now on; returns a function that gives the URLs of one kind (`script`, `fetch`, …)."""
     seen: list[str] = []
     page.on("request", lambda request: seen.append(request.url) if request.resource_type == kind else None)
     return lambda: seen

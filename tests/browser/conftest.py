@@ -1,4 +1,4 @@
-"""Tests in a browser: Chromium at a web process, with a worker where a test asks for one.
+"""Fixtures of the browser tests: Chromium, a web process, and a worker for tests that need one.
 
 Without Chromium they are left out, and the summary says so. A test takes `visit`, and is refused what no page may
 do: see `Faults`.
@@ -58,7 +58,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 @pytest.fixture(scope="package")
 def launch() -> Iterator[Callable[[], Browser]]:
-    """No longer than these tests: Playwright's event loop would be in the way of others."""
+    """Playwright runs only during these tests, because its event loop would disturb others."""
     executable = chromium.find()
     assert executable
     with sync_playwright() as playwright, ExitStack() as started:
@@ -74,26 +74,26 @@ def launch() -> Iterator[Callable[[], Browser]]:
 
 @pytest.fixture
 def browser(launch: Callable[[], Browser]) -> Browser:
-    """The browser of all tests; another one where it has died, so that it takes one test with it, and not all."""
+    """The browser of all tests. A crashed browser is replaced, so that only one test fails."""
     return launch()
 
 
 @pytest.fixture
 def measured(request: pytest.FixtureRequest) -> Callable[[str], None]:
-    """`measured("it took 3 ms")`: a line of the summary. A figure is for who reads it; no test fails by it."""
+    """`measured("it took 3 ms")`: a line of the summary. No test fails because of a figure."""
     return request.config.stash.setdefault(MEASURED, []).append
 
 
 @pytest.fixture(scope="package")
 def web_process() -> Iterator[str]:
-    """Of all tests: to start and to stop one takes longer than most of them."""
+    """The web process of all tests, because starting one takes longer than most tests."""
     with a_web_process() as address:
         yield address
 
 
 @pytest.fixture
 def site(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The address of the web process; of one of the test's own where it names an environment for it."""
+    """The URL of the web process. A test that sets environment variables gets a process of its own."""
     if not hasattr(request, "param"):
         yield request.getfixturevalue("web_process")
         return
@@ -103,14 +103,14 @@ def site(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def worker() -> Iterator[Process]:
-    """A worker, for tests in which somebody is notified."""
+    """A worker, for tests in which users are notified."""
     with a_worker() as process:
         yield process
 
 
 @pytest.fixture
 def post(api: Callable[..., Api], cast: Cast) -> Callable[..., int]:
-    """`post("text")` in #general by sam, or elsewhere, or by somebody else; the message's id. Not by a browser."""
+    """`post("text")`: post over the API, by default in #general as sam; the message's id."""
 
     def write(content: str, channel_id: int | None = None, author: Person | None = None) -> int:
         body = {"channel_id": channel_id or cast.general, "content": content}
@@ -123,7 +123,7 @@ def post(api: Callable[..., Api], cast: Cast) -> Callable[..., int]:
 
 @pytest.fixture
 def faults(site: str) -> Iterator[Faults]:
-    """What the browser found fault with, for tests that expect it to."""
+    """The faults of a test's pages, for tests that expect some."""
     faults = Faults(site)
     yield faults
     faults.check()
@@ -131,7 +131,7 @@ def faults(site: str) -> Iterator[Faults]:
 
 @pytest.fixture
 def visit(browser: Browser, site: str, faults: Faults, request: pytest.FixtureRequest) -> Iterator[Visit]:
-    """`visit("/login")`: a page in a browser of its own; `visit("/", cast.admin)`: after signing in as that person.
+    """`visit("/login")`: open a page in a new context; `visit("/", cast.admin)`: after signing in as that user.
 
     `color_scheme="dark"`, `viewport={"width": 390, "height": 844}` and whatever else a browser's context takes come
     after. Of a test that fails there are pictures in .belfry/failed-in-browser/.

@@ -1,11 +1,11 @@
-"""What axe-core finds on every screen, in every state: light and dark, on a desktop and on a phone."""
+"""axe-core finds no violation on any screen, in light and dark colours, on a desktop and a phone."""
 
 import re
 
 import pytest
 from playwright.sync_api import Page, expect
 
-from tests.browser.browsing import accessibility_faults, address, composer, message, wait_until_live
+from tests.browser.browsing import accessibility_violations, address, composer, message, wait_until_live
 
 DESKTOP = {"viewport": {"width": 1280, "height": 800}}
 PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
@@ -28,7 +28,7 @@ TWO = [(DESKTOP, "light"), (PHONE, "dark")]
 
 
 def check(page: Page, where: str) -> None:
-    assert accessibility_faults(page) == [], where
+    assert accessibility_violations(page) == [], where
 
 
 @pytest.mark.parametrize(("screen", "color_scheme"), ALL, ids=["light", "dark", "phone-light", "phone-dark"])
@@ -85,7 +85,7 @@ def test_channel_and_inbox(visit, worker, faults, cast, post, screen, color_sche
 
 
 @pytest.mark.parametrize(("screen", "color_scheme"), TWO, ids=["light", "phone-dark"])
-def test_an_admins_question_and_a_long_channel(visit, cast, post, screen, color_scheme) -> None:
+def test_the_admins_form_and_a_long_channel(visit, cast, post, screen, color_scheme) -> None:
     ids = [post(f"number {number}") for number in range(60)]
     path = address(cast, cast.general, f"?around={ids[5]}#message-{ids[5]}")
     page = visit(path, cast.admin, color_scheme=color_scheme, **screen)
@@ -101,7 +101,7 @@ def test_an_admins_question_and_a_long_channel(visit, cast, post, screen, color_
 
 
 @pytest.mark.parametrize(("screen", "color_scheme"), TWO, ids=["light", "phone-dark"])
-def test_who_may_less(visit, faults, cast, api, screen, color_scheme) -> None:
+def test_pages_of_users_with_fewer_rights(visit, faults, cast, api, screen, color_scheme) -> None:
     faults.expect("status of 401")
     look = {"color_scheme": color_scheme, **screen}
     page = visit(address(cast, cast.general), cast.lapsed, **look)
@@ -119,7 +119,7 @@ def test_who_may_less(visit, faults, cast, api, screen, color_scheme) -> None:
 
 
 @pytest.mark.parametrize(("screen", "color_scheme"), TWO, ids=["light", "phone-dark"])
-def test_what_is_not_there(visit, faults, cast, screen, color_scheme) -> None:
+def test_error_pages(visit, faults, cast, screen, color_scheme) -> None:
     faults.expect("status of 404")
     page = visit(address(cast, cast.vault), cast.subscriber, color_scheme=color_scheme, **screen)
     expect(page.get_by_role("link", name="To the channels")).to_be_visible()

@@ -1,4 +1,4 @@
-"""Two people, two windows: what is written in one is notified in the other, by the bell, the counts and a toast."""
+"""Unread counts, toasts and marking read in two windows of two users."""
 
 import re
 from statistics import median
@@ -20,10 +20,10 @@ SHOWS_WHEN = """(number) => {
 }"""
 SENDS_WHEN = """() => document.getElementById("send").addEventListener(
     "click", () => { window.clicked = Date.now(); }, { capture: true })"""
-WITHOUT_FOCUS = "document.hasFocus = () => false;"  # a browser that is driven gives it to every page at once
+WITHOUT_FOCUS = "document.hasFocus = () => false;"  # Playwright gives the focus to every page
 
 
-def test_posting_in_one_window_rings_in_the_other(visit, worker, cast, measured) -> None:
+def test_a_post_in_one_window_shows_in_the_bell_of_another(visit, worker, cast, measured) -> None:
     writer = visit(address(cast, cast.general), cast.subscriber)
     reader = visit(address(cast, cast.announcements), cast.vip)
     wait_until_live(reader)
@@ -47,7 +47,7 @@ def test_posting_in_one_window_rings_in_the_other(visit, worker, cast, measured)
     expect(bell(writer)).to_be_hidden()
 
 
-def test_a_mention_is_counted_as_one(visit, worker, cast, post) -> None:
+def test_a_mention_is_counted_as_a_mention(visit, worker, cast, post) -> None:
     reader = visit(address(cast, cast.announcements), cast.vip)
     wait_until_live(reader)
     post("look, @vera")
@@ -57,7 +57,7 @@ def test_a_mention_is_counted_as_one(visit, worker, cast, post) -> None:
     expect(reader.locator("#bell")).to_have_class("mentions")
 
 
-def test_what_is_seen_is_read_and_rings_in_no_window(visit, worker, cast, post) -> None:
+def test_a_seen_message_is_read_in_all_windows(visit, worker, cast, post) -> None:
     elsewhere = visit(address(cast, cast.announcements), cast.vip)
     wait_until_live(elsewhere)
     first = post("one")
@@ -74,7 +74,7 @@ def test_what_is_seen_is_read_and_rings_in_no_window(visit, worker, cast, post) 
         expect(bell(page)).to_be_hidden()
 
 
-def test_a_window_that_nobody_looks_at_reads_nothing(visit, worker, cast, post) -> None:
+def test_a_window_without_focus_marks_nothing_read(visit, worker, cast, post) -> None:
     page = visit("/login", cast.vip)
     page.add_init_script(WITHOUT_FOCUS)
     page.goto(address(cast, cast.general))
@@ -88,7 +88,7 @@ def test_a_window_that_nobody_looks_at_reads_nothing(visit, worker, cast, post) 
     expect(bell(page)).to_be_hidden()
 
 
-def test_what_the_page_could_not_get_is_not_read(visit, worker, faults, cast, post) -> None:
+def test_a_message_that_could_not_be_fetched_stays_unread(visit, worker, faults, cast, post) -> None:
     faults.expect("status of 429")
     page = visit(address(cast, cast.general), cast.vip)
     wait_until_live(page)
@@ -104,7 +104,7 @@ def test_what_the_page_could_not_get_is_not_read(visit, worker, faults, cast, po
     expect(bell(page)).to_be_hidden()
 
 
-def test_what_was_in_view_of_nobody_is_not_read(visit, cast, post, run_jobs) -> None:
+def test_messages_scrolled_past_without_focus_stay_unread(visit, cast, post, run_jobs) -> None:
     for number in range(40):
         post(f"number {number}")
     run_jobs()
@@ -137,8 +137,8 @@ def test_a_message_that_is_longer_than_the_window_is_read(visit, cast, post, run
     assert [one["message_id"] for one in unread] == [end]
 
 
-def test_what_the_list_does_not_have_is_not_read(visit, faults, cast, post, run_jobs, api) -> None:
-    """Neither what is older than the list, nor what was committed later than its neighbours."""
+def test_messages_that_are_not_listed_stay_unread(visit, faults, cast, post, run_jobs, api) -> None:
+    """Neither older messages than the listed ones, nor one that was committed later than its neighbours."""
     faults.expect("status of 429")
     mention, *_ = [post(f"number {number}, @vera" if number == 0 else f"number {number}") for number in range(60)]
     run_jobs()
@@ -156,7 +156,7 @@ def test_what_the_list_does_not_have_is_not_read(visit, faults, cast, post, run_
         late.execute("INSERT INTO run (message_id, kind) VALUES (%s, 'message')", [late_id])
         late.commit()
     queues.enqueue([WorkItem(Run.get(Run.message == late_id).id)])
-    page.route(re.compile(r"/messages\?"), lambda route: route.fulfill(status=429))  # so the list does not get it
+    page.route(re.compile(r"/messages\?"), lambda route: route.fulfill(status=429))  # not listed
     run_jobs()
     page.evaluate("() => { document.hasFocus = () => true; window.dispatchEvent(new Event('focus')); }")
     expect(bell(page)).to_have_text("12")
@@ -164,7 +164,7 @@ def test_what_the_list_does_not_have_is_not_read(visit, faults, cast, post, run_
     assert (unread[0], unread[-1]) == (late_id, mention)
 
 
-def test_who_reads_in_a_busy_channel_has_read_it(visit, worker, cast, post) -> None:
+def test_a_reader_of_a_busy_channel_has_nothing_unread(visit, worker, cast, post) -> None:
     page = visit(address(cast, cast.general), cast.vip)
     wait_until_live(page)
     marked = []
@@ -201,7 +201,7 @@ def test_a_toast_leads_to_the_message_and_can_be_closed(visit, worker, cast, pos
     expect(toast).to_be_empty()
 
 
-def test_signing_out_ends_it(visit, faults, cast) -> None:
+def test_signing_out_ends_the_stream(visit, faults, cast) -> None:
     faults.expect("status of 401")
     page = visit(address(cast, cast.general), cast.subscriber)
     wait_until_live(page)

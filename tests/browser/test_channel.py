@@ -1,4 +1,4 @@
-"""A channel's page: the list of channels, older and newer messages, and links to a message."""
+"""The page of a channel: the sidebar, older and newer messages, and links to a message."""
 
 import re
 import threading
@@ -32,7 +32,7 @@ def written(post) -> list[int]:
 
 @contextmanager
 def written_late(author: Person, channel_id: int) -> Iterator[int]:
-    """A message that has its id, and that nobody sees before this is over; then it is notified."""
+    """A message whose transaction commits when the block ends; its run is enqueued then."""
     written, run_module, posted = threading.Event(), threading.Event(), []
 
     def write() -> None:
@@ -71,27 +71,27 @@ def test_the_channels_are_a_list_of_links(visit, worker, cast, post) -> None:
     expect(page.get_by_text("There are no messages yet.")).to_be_visible()
 
 
-def test_an_admin_finds_the_queues(visit, faults, cast) -> None:
-    faults.allow("404.*favicon")  # the dashboard is another's, and names an icon that it does not have
+def test_an_admin_has_a_link_to_the_queues(visit, faults, cast) -> None:
+    faults.allow("404.*favicon")  # rq-dashboard's page names an icon that does not exist
     page = visit("/", cast.admin)
     page.get_by_role("link", name="Queues").click()
     expect(page).to_have_url(re.compile("/rq/"))
 
 
-def test_older_messages_come_as_one_scrolls_up(visit, cast, written) -> None:
+def test_older_messages_load_while_scrolling_up(visit, cast, written) -> None:
     page = visit(address(cast, cast.general), cast.subscriber)
     expect(message(page, written[-1])).to_be_in_viewport()
     assert shown(page) == written[-PAGE_SIZE:]
     top = message(page, written[-PAGE_SIZE])
     scroll_to(page, "-log.scrollHeight")
     wait_until(lambda: shown(page) == written[-2 * PAGE_SIZE :], "older messages")
-    expect(top).to_be_in_viewport()  # what one looks at stays in its place
+    expect(top).to_be_in_viewport()  # the visible messages do not move
     page.get_by_role("link", name="Older messages").click()
     wait_until(lambda: shown(page) == written, "all messages")
     expect(page.get_by_role("link", name="Older messages")).to_have_count(0)
 
 
-def test_a_link_leads_to_an_old_message_and_on_to_the_newest(visit, cast, written) -> None:
+def test_a_permanent_link_shows_an_old_message_with_a_way_to_the_newest(visit, cast, written) -> None:
     page = visit(address(cast, cast.general, f"#message-{written[40]}"), cast.subscriber)
     page.wait_for_url(f"**?around={written[40]}#message-{written[40]}")
     expect(message(page, written[40])).to_be_in_viewport()
@@ -99,8 +99,8 @@ def test_a_link_leads_to_an_old_message_and_on_to_the_newest(visit, cast, writte
 
     page.get_by_role("link", name="Newer messages").click()
     page.wait_for_url(f"**?after={written[40 + HALF]}#messages")
-    assert shown(page)[-PAGE_SIZE:] == written[40 + HALF + 1 :][:PAGE_SIZE]  # older ones come in above them
-    expect(message(page, written[40 + HALF + 1])).to_be_in_viewport()  # one goes on reading where one was
+    assert shown(page)[-PAGE_SIZE:] == written[40 + HALF + 1 :][:PAGE_SIZE]  # older ones are added above
+    expect(message(page, written[40 + HALF + 1])).to_be_in_viewport()  # the reading position is kept
     page.get_by_role("link", name="The newest").click()
     page.wait_for_url(re.compile(r"/channels/\d+$"))
     expect(message(page, written[-1])).to_be_in_viewport()
@@ -131,14 +131,14 @@ def test_a_message_links_to_itself(visit, cast, written) -> None:
     expect(message(page, written[-3])).to_be_in_viewport()
 
 
-def test_a_message_that_is_gone_is_said_to_be(visit, cast, post) -> None:
+def test_a_link_to_a_deleted_message_says_so(visit, cast, post) -> None:
     gone, _ = post("one"), post("two")
     Message.update(deleted_at=Message.created_at).where(Message.id == gone).execute()
     page = visit(address(cast, cast.general, f"#message-{gone}"), cast.subscriber)
     expect(page.get_by_text("This message does not exist any more.")).to_be_visible()
 
 
-def test_new_messages_wait_for_who_reads_old_ones(visit, worker, cast, written, post) -> None:
+def test_new_messages_do_not_scroll_a_reader_of_old_ones(visit, worker, cast, written, post) -> None:
     page = visit(address(cast, cast.general), cast.vip)
     wait_until_live(page)
     new = page.get_by_role("button", name="New messages")
@@ -152,11 +152,11 @@ def test_new_messages_wait_for_who_reads_old_ones(visit, worker, cast, written, 
     expect(message(page, number)).to_be_in_viewport()
     expect(new).to_be_hidden()
     following = post("and look")
-    expect(message(page, following)).to_be_in_viewport()  # who is at the end stays there
+    expect(message(page, following)).to_be_in_viewport()  # a reader at the end stays there
     expect(new).to_be_hidden()
 
 
-def test_what_is_through_late_comes_in_its_place(visit, worker, cast, post) -> None:
+def test_a_late_commit_is_inserted_in_order(visit, worker, cast, post) -> None:
     page = visit(address(cast, cast.general), cast.vip)
     wait_until_live(page)
     with written_late(cast.subscriber, cast.general) as late:
@@ -166,7 +166,7 @@ def test_what_is_through_late_comes_in_its_place(visit, worker, cast, post) -> N
     assert shown(page) == [late, following]
 
 
-def test_what_comes_while_all_is_looked_at_anew_stays(visit, worker, cast, post, api) -> None:
+def test_a_message_that_arrives_during_a_refresh_stays(visit, worker, cast, post, api) -> None:
     edited = post("gold")
     page = visit(address(cast, cast.general), cast.vip)
     wait_until_live(page)
@@ -195,7 +195,7 @@ def test_a_muted_channel_is_live_without_notifications(visit, worker, cast, post
     expect(message(page, number)).to_be_in_viewport()
 
 
-def test_an_admin_hears_of_what_no_role_of_theirs_opens(visit, cast, post) -> None:
+def test_an_admin_sees_new_messages_of_a_private_channel(visit, cast, post) -> None:
     page = visit("/login", cast.admin)
     page.clock.install()
     page.goto(address(cast, cast.vault))
@@ -227,7 +227,7 @@ def test_a_user_without_a_server_is_shown_a_page_that_says_so(visit, cast) -> No
 
 
 @pytest.mark.parametrize("who", ["subscriber", "lapsed"])
-def test_who_may_not_post_reads_why(visit, cast, who) -> None:
+def test_the_page_says_why_the_reader_may_not_post(visit, cast, who) -> None:
     page = visit(address(cast, cast.announcements), cast.everybody[who])
     expect(page.locator("#may-not-post")).to_have_text(
         "Only admins can post in #announcements. You can read this channel."
@@ -237,7 +237,7 @@ def test_who_may_not_post_reads_why(visit, cast, who) -> None:
     expect(composer(page)).to_have_count(0)
 
 
-def test_who_has_no_subscription_reads_that_nothing_is_live(visit, cast) -> None:
+def test_the_page_says_that_live_updates_need_a_subscription(visit, cast) -> None:
     page = visit(address(cast, cast.general), cast.lapsed)
     expect(page.get_by_text("Live updates need an active subscription")).to_be_visible()
     expect(page.locator("#connection")).to_have_text(re.compile("Not live"))

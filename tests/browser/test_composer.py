@@ -1,4 +1,4 @@
-"""Writing: what is sent, and how; whom one mentions; and what is said when it cannot be."""
+"""The form for a new message: sending, suggestions, drafts and errors."""
 
 import re
 
@@ -6,7 +6,7 @@ import pytest
 from playwright.sync_api import Locator, Page, expect
 
 from models import Message
-from tests.browser.browsing import address, composer, lose_the_first_answer, shown, sign_in
+from tests.browser.browsing import address, composer, lose_first_response, shown, sign_in
 
 ONE_AN_HOUR = {"RATE_LIMIT_MESSAGES": "1 per hour"}
 
@@ -20,7 +20,7 @@ def status_of(page: Page) -> Locator:
 
 
 def contents() -> list[str]:
-    """What has been posted, in order."""
+    """The contents of all messages, in order."""
     return [message.content for message in Message.select().order_by(Message.id)]
 
 
@@ -48,7 +48,7 @@ def test_the_button_and_enter_send_and_shift_enter_does_not(page) -> None:
     assert contents() == ["by the button", "first line\nsecond line"]
 
 
-def test_nothing_is_not_sent(page) -> None:
+def test_an_empty_message_is_not_sent(page) -> None:
     for empty in ("", "  ", "\n\n"):
         composer(page).fill(empty)
         composer(page).press("Enter")
@@ -71,7 +71,7 @@ def test_enter_twice_sends_once(page) -> None:
 def test_a_name_is_completed_by_keyboard(page) -> None:
     field, options = composer(page), suggestions(page)
     field.press_sequentially("look, @")
-    expect(options).to_have_count(5)  # who sees the channel
+    expect(options).to_have_count(5)  # the members who can see the channel
     field.press_sequentially("v")
     expect(options).to_have_text(["@vera Vera"])
     expect(page.locator("#suggestions-status")).to_have_text("One suggestion.")
@@ -101,7 +101,7 @@ def test_a_name_is_completed_by_keyboard(page) -> None:
     expect(page.locator("#messages .mention")).to_have_text(["@vera", chosen])
 
 
-def test_a_name_is_completed_by_mouse_in_the_midst_of_a_text(page) -> None:
+def test_a_name_is_completed_by_mouse_within_a_text(page) -> None:
     field = composer(page)
     field.press_sequentially("look, : gold")
     for _ in range(len(": gold")):
@@ -114,7 +114,7 @@ def test_a_name_is_completed_by_mouse_in_the_midst_of_a_text(page) -> None:
     expect(field).to_have_value("look, @moira please: gold")
 
 
-def test_an_address_completes_nothing(page) -> None:
+def test_an_email_address_opens_no_suggestions(page) -> None:
     with page.expect_request("**/mention-suggestions?*") as asked:
         composer(page).press_sequentially("me@v @v")
     assert "q=v" in asked.value.url or asked.value.url.endswith("q=")
@@ -123,14 +123,14 @@ def test_an_address_completes_nothing(page) -> None:
     expect(suggestions(page)).to_have_count(0)
 
 
-def test_who_moderates_may_mention_groups(visit, cast) -> None:
+def test_a_moderator_is_offered_groups(visit, cast) -> None:
     page = visit(address(cast, cast.general), cast.moderator)
     composer(page).press_sequentially("@")
     expect(suggestions(page).filter(has_text="@everyone")).to_be_visible()
     expect(suggestions(page).filter(has_text="@vip")).to_be_visible()
 
 
-def test_a_mention_that_reaches_nobody_is_said(page) -> None:
+def test_a_mention_without_recipients_is_reported(page) -> None:
     composer(page).fill("hello @bobby")
     composer(page).press("Enter")
     expect(status_of(page)).to_have_text("@bobby is not a member of this server")
@@ -140,7 +140,7 @@ def test_a_mention_that_reaches_nobody_is_said(page) -> None:
 
 
 @pytest.mark.parametrize("site", [ONE_AN_HOUR], indirect=True)
-def test_too_many_are_refused_and_the_text_stays(page, faults) -> None:
+def test_the_text_stays_where_the_rate_limit_refuses_it(page, faults) -> None:
     faults.expect("status of 429")
     for text in ("one", "one too many"):
         composer(page).fill(text)
@@ -151,19 +151,19 @@ def test_too_many_are_refused_and_the_text_stays(page, faults) -> None:
     expect(composer(page)).to_have_value("one too many")
 
 
-def test_what_is_too_long_is_refused_whole(page, faults) -> None:
+def test_an_overlong_message_is_refused_and_stays(page, faults) -> None:
     faults.expect("status of 422")
     composer(page).fill("x" * 10_001)
     composer(page).press("Enter")
     expect(status_of(page)).to_have_text("Must have 1 to 10,000 characters after trimming.")
-    assert len(composer(page).input_value()) == 10_001  # a text that is cut in silence is another text
+    assert len(composer(page).input_value()) == 10_001  # the text is not shortened silently
     composer(page).fill("🪙" * 10_000)
     composer(page).press("Enter")
     expect(page.locator("#messages li")).to_have_count(1)
     assert [len(content) for content in contents()] == [10_000]
 
 
-def test_a_draft_is_there_again(page, cast) -> None:
+def test_a_draft_is_restored(page, cast) -> None:
     composer(page).fill("a beginning")
     page.get_by_role("link", name="Inbox").click()
     page.get_by_role("link", name="#general").click()
@@ -176,7 +176,7 @@ def test_a_draft_is_there_again(page, cast) -> None:
     expect(composer(page)).to_be_empty()
 
 
-def test_a_draft_is_not_the_next_ones(page, cast) -> None:
+def test_a_draft_is_not_shown_to_another_user(page, cast) -> None:
     composer(page).fill("a beginning")
     page.get_by_role("button", name="Sign out", exact=True).click()
     sign_in(page, cast.vip.token)
@@ -189,10 +189,10 @@ def test_a_draft_is_not_the_next_ones(page, cast) -> None:
 
 
 @pytest.mark.parametrize("status", [409, 500, 503])
-def test_what_may_have_been_posted_is_not_posted_again(page, faults, status) -> None:
+def test_a_message_that_may_have_been_posted_is_not_posted_twice(page, faults, status) -> None:
     faults.expect(f"status of {status}")
     faults.allow(f"answer {status}")
-    lose_the_first_answer(page, lambda route: route.fulfill(status=status, json={"detail": "Not now."}))
+    lose_first_response(page, lambda route: route.fulfill(status=status, json={"detail": "Not now."}))
     composer(page).fill("gold")
     composer(page).press("Enter")
     expect(status_of(page)).to_have_text("Not now.")
@@ -202,9 +202,9 @@ def test_what_may_have_been_posted_is_not_posted_again(page, faults, status) -> 
     assert contents() == ["gold"]
 
 
-def test_another_text_after_an_answer_that_was_lost_is_another_message(page, faults) -> None:
+def test_another_text_after_a_lost_response_is_another_message(page, faults) -> None:
     faults.expect("net::ERR_FAILED")
-    lose_the_first_answer(page)
+    lose_first_response(page)
     composer(page).fill("gold")
     composer(page).press("Enter")
     expect(status_of(page)).to_have_class("wrong")
@@ -214,7 +214,7 @@ def test_another_text_after_an_answer_that_was_lost_is_another_message(page, fau
     assert contents() == ["gold", "silver"]
 
 
-def test_who_writes_while_reading_old_messages_sees_what_was_written(visit, cast, post) -> None:
+def test_an_author_who_reads_old_messages_sees_the_posted_one(visit, cast, post) -> None:
     ids = [post(f"number {number}") for number in range(60)]
     page = visit(address(cast, cast.general, f"?around={ids[5]}#message-{ids[5]}"), cast.subscriber)
     composer(page).fill("new")
@@ -224,7 +224,7 @@ def test_who_writes_while_reading_old_messages_sees_what_was_written(visit, cast
     assert len(shown(page)) > 1
 
 
-def test_a_channel_that_is_closed_meanwhile_is_said(page, faults, cast, api) -> None:
+def test_posting_to_a_channel_closed_meanwhile_is_reported(page, faults, cast, api) -> None:
     faults.expect("status of 403")
     assert api(cast.admin).patch(f"/api/channels/{cast.general}", json={"posting": "admins"}).status_code == 200
     composer(page).fill("hello")

@@ -1,4 +1,4 @@
-"""The three dialogs of a channel: what to be notified of, who was notified, and why."""
+"""The dialogs of a channel: the notification preference, recipients, and "Why?"."""
 
 import re
 
@@ -15,15 +15,15 @@ def opened(page: Page, title: str) -> Locator:
 
 
 def stored(person) -> tuple[str, bool] | None:
-    """The level, and whether it is muted, as the database has it."""
+    """The stored level, and whether the channel is muted."""
     found = Preference.get_or_none(Preference.user_id == person.id)
     return found and (found.level, found.muted_until is not None)
 
 
-# What to be notified of -------------------------------------------------------------------------------------
+# Preference -------------------------------------------------------------------------------------------------
 
 
-def test_every_setting_says_what_it_does(visit, cast) -> None:
+def test_each_preference_shows_its_effect(visit, cast) -> None:
     page = visit(address(cast, cast.general), cast.vip)
     button = page.get_by_role("button", name="Notifications from #general:")
     expect(button).to_contain_text("All messages")
@@ -79,7 +79,7 @@ def test_a_mute_ends_by_itself(visit, cast) -> None:
     expect(button).to_contain_text("All messages")
 
 
-def test_morning_is_the_next_one(visit, cast) -> None:
+def test_until_morning_is_the_next_morning(visit, cast) -> None:
     page = visit("/login", cast.vip, timezone_id="Pacific/Auckland")
     page.goto(address(cast, cast.general))
     page.get_by_role("button", name="Notifications from #general:").click()
@@ -107,7 +107,7 @@ def test_the_preference_decides_the_notifications(visit, worker, cast, post) -> 
     expect(bell(page)).to_have_text("1")
 
 
-def test_a_setting_that_cannot_be_kept_is_said_and_not_shown(visit, faults, cast) -> None:
+def test_a_preference_that_is_not_saved_is_reported(visit, faults, cast) -> None:
     page = visit(address(cast, cast.general), cast.vip)
     page.get_by_role("button", name="Notifications from #general:").click()
     page.context.set_offline(True)
@@ -133,7 +133,7 @@ def test_a_user_without_notifications_is_shown_the_reason(visit, cast, who, chan
 # Recipients -----------------------------------------------------------------------------------------------
 
 
-def test_a_runs_progress_is_shown_and_then_its_counts(visit, cast, post) -> None:
+def test_the_progress_of_a_run_is_shown_and_then_its_counts(visit, cast, post) -> None:
     number = post("gold breaks out, @vera")
     page = visit(address(cast, cast.general), cast.subscriber)
     expect(message(page, number).get_by_role("progressbar")).to_be_visible()
@@ -163,7 +163,7 @@ def test_a_runs_progress_is_shown_and_then_its_counts(visit, cast, post) -> None
     expect(message(page, number)).to_contain_text("3 notified")
 
 
-def test_only_the_author_and_admins_are_offered_it(visit, cast, post, run_jobs) -> None:
+def test_only_the_author_and_admins_see_recipients(visit, cast, post, run_jobs) -> None:
     number = post("hello")
     run_jobs()
     for name, offered in (("subscriber", 1), ("admin", 1), ("vip", 0), ("moderator", 0)):
@@ -171,7 +171,7 @@ def test_only_the_author_and_admins_are_offered_it(visit, cast, post, run_jobs) 
         expect(message(page, number).get_by_role("button", name="Recipients")).to_have_count(offered)
 
 
-def test_a_dialog_closes_by_a_click_beside_it(visit, cast, post, run_jobs) -> None:
+def test_a_click_on_the_backdrop_closes_a_dialog(visit, cast, post, run_jobs) -> None:
     number = post("hello")
     run_jobs()
     page = visit(address(cast, cast.general), cast.subscriber)
@@ -186,7 +186,7 @@ def test_a_dialog_closes_by_a_click_beside_it(visit, cast, post, run_jobs) -> No
 # Why --------------------------------------------------------------------------------------------------------
 
 
-def test_why_in_a_sentence_of_the_reader(visit, cast, post, run_jobs) -> None:
+def test_why_addresses_the_reader(visit, cast, post, run_jobs) -> None:
     number = post("gold breaks out, @vera")
     run_jobs()
     for name, says in (
@@ -202,7 +202,7 @@ def test_why_in_a_sentence_of_the_reader(visit, cast, post, run_jobs) -> None:
         expect(dialog.get_by_role("combobox")).to_have_count(0)
 
 
-def test_an_admin_asks_about_anybody(visit, cast, post, run_jobs) -> None:
+def test_an_admin_asks_why_for_any_user(visit, cast, post, run_jobs) -> None:
     number = post("gold breaks out, @vera")
     run_jobs()
     page = visit(address(cast, cast.general), cast.admin)

@@ -1,8 +1,8 @@
-"""What no page may do is seen when one does it."""
+"""The fixture `faults` detects what no page may do."""
 
 import pytest
 
-from tests.browser.browsing import Faults, accessibility_faults
+from tests.browser.browsing import Faults, accessibility_violations
 from tests.processes import wait_until
 
 
@@ -18,17 +18,17 @@ from tests.processes import wait_until
     ],
     ids=["script", "image", "exception", "console", "dialog", "request"],
 )
-def test_what_no_page_may_do(visit, faults, fault, script) -> None:
+def test_each_forbidden_fault_fails_a_test(visit, faults, fault, script) -> None:
     page = visit("/login")
     page.evaluate(f"() => {{ {script} }}")
-    # Asking anything lets Playwright hand over what has happened.
+    # Any request to Playwright delivers the pending events.
     wait_until(lambda: page.context.cookies() is not None and faults.seen(fault), fault)
     with pytest.raises(AssertionError, match="found fault"):
         faults.check()
     faults.expect(".")
 
 
-def test_what_was_expected_must_come() -> None:
+def test_an_expected_fault_must_occur() -> None:
     faults = Faults("http://127.0.0.1:1")
     faults.check()
     faults.expect("401")
@@ -36,8 +36,8 @@ def test_what_was_expected_must_come() -> None:
         faults.check()
 
 
-def test_axe_finds_what_is_wrong(visit) -> None:
+def test_axe_finds_violations(visit) -> None:
     page = visit("/login")
-    assert accessibility_faults(page) == []
+    assert accessibility_violations(page) == []
     page.evaluate("() => document.querySelector('label').remove()")
-    assert "label" in [fault.split()[0] for fault in accessibility_faults(page)]
+    assert "label" in [fault.split()[0] for fault in accessibility_violations(page)]

@@ -1,4 +1,4 @@
-"""Every vector of the published lists as a real message, and as a name: it is text, wherever the page shows it.
+"""Every XSS vector of the published lists is shown as text, as a message and as a name.
 
 That no dialog opens, nothing is asked of another host, the policy has nothing to refuse and nothing goes wrong is
 checked at the end of each test, as of all tests in a browser.
@@ -39,7 +39,7 @@ LOOK = """() => {
 
 
 def look(page: Page) -> list[str]:
-    """Checks all that is on the page now; what the notifications on it say."""
+    """Check all elements of the page; the bodies of its notifications."""
     found = page.evaluate(LOOK)
     assert set(found["tags"]) <= PAGES | ALLOWED.keys()
     assert set(found["inside"]) <= ALLOWED.keys()
@@ -51,18 +51,18 @@ def look(page: Page) -> list[str]:
 
 
 @pytest.fixture(autouse=True)
-def _as_many_as_there_are(override) -> None:
-    """The limit of messages is not what these tests are about."""
+def _pages_with_all_vectors(override) -> None:
+    """Raise the rate limit and the page size for these tests."""
     override(rate_limit_messages="1000000 per minute", rate_limit_default="1000000 per minute")
 
 
 def in_the_list(vector: str) -> str:
-    """What the inbox shows of it."""
+    """The vector as the inbox shows it."""
     text = vector.strip()
     return "Sam: " + (text if len(text) <= 100 else text[:100] + "…")
 
 
-def test_every_vector_in_the_channel_and_in_the_inbox(visit, cast, post, run_jobs) -> None:
+def test_every_vector_is_text_in_the_channel_and_the_inbox(visit, cast, post, run_jobs) -> None:
     vectors = [vector for vectors in VECTORS.values() for vector in vectors if vector.strip() and "\0" not in vector]
     ids = [post(vector) for vector in vectors]
     run_jobs()
@@ -87,7 +87,7 @@ def test_every_vector_in_the_channel_and_in_the_inbox(visit, cast, post, run_job
         assert text.split() == in_the_list(vector).split()
 
 
-def test_one_of_each_kind_as_it_comes_in(visit, worker, cast) -> None:
+def test_live_vectors_of_each_kind_are_text(visit, worker, cast) -> None:
     writer = visit(address(cast, cast.general), cast.subscriber)
     there = visit(address(cast, cast.general), cast.vip)
     elsewhere = visit(address(cast, cast.announcements), cast.moderator)
@@ -111,7 +111,7 @@ def test_one_of_each_kind_as_it_comes_in(visit, worker, cast) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_names(visit, worker, cast, post, api, kind) -> None:
+def test_vectors_in_names_are_text(visit, worker, cast, post, api, kind) -> None:
     hostile = KINDS[kind].strip()
     ada = api(cast.admin)
     assert ada.patch(f"/api/channels/{cast.general}", json={"name": hostile}).status_code == 200
@@ -124,7 +124,7 @@ def test_names(visit, worker, cast, post, api, kind) -> None:
     expect(message(page, number).locator(".by strong")).to_have_text(hostile)
     expect(page).to_have_title(f"#{hostile} – Belfry")
     composer(page).press_sequentially("@sa")
-    expect(page.get_by_role("option").locator("span")).to_have_text([hostile])  # a list, which is waited for
+    expect(page.get_by_role("option").locator("span")).to_have_text([hostile])  # a list, so that it is retried
     look(page)
     composer(page).fill("")
     page.locator("#setting-button").click()

@@ -1,4 +1,4 @@
-"""The inbox in a browser: what is unread, marking it read, and the way to a message."""
+"""The inbox in a browser: unread notifications, marking them read, and opening a message."""
 
 import re
 
@@ -21,7 +21,7 @@ def notified(post, cast, run_jobs) -> list[int]:
     return ids
 
 
-def test_one_is_marked_read_and_then_all(visit, cast, notified) -> None:
+def test_one_notification_is_marked_read_and_then_all(visit, cast, notified) -> None:
     page = visit("/inbox", cast.vip)
     assert shown(page) == notified[::-1]
     expect(bell(page)).to_have_text("3")
@@ -29,7 +29,7 @@ def test_one_is_marked_read_and_then_all(visit, cast, notified) -> None:
     item(page, notified[1]).get_by_role("button", name="Mark read").click()
     expect(bell(page)).to_have_text("2")
     expect(item(page, notified[1]).get_by_role("button")).to_have_count(0)
-    expect(item(page, notified[1]).get_by_role("link")).to_be_focused()  # the button is gone, and the place is kept
+    expect(item(page, notified[1]).get_by_role("link")).to_be_focused()  # the focus stays in the row
 
     page.get_by_role("link", name="Unread", exact=True).click()
     page.wait_for_url("**/inbox?unread=1")
@@ -49,17 +49,17 @@ def test_one_is_marked_read_and_then_all(visit, cast, notified) -> None:
 
 
 @pytest.mark.parametrize("status", [429, 503])
-def test_what_cannot_be_marked_by_a_script_is_by_its_form(visit, faults, cast, notified, status) -> None:
+def test_the_form_is_used_where_the_script_fails(visit, faults, cast, notified, status) -> None:
     faults.expect(f"status of {status}")
     faults.allow(f"answer {status}")
     page = visit("/inbox", cast.vip)
     page.route("**/api/notifications/read", lambda route: route.fulfill(status=status, json={"detail": "Not now."}))
     item(page, notified[1]).get_by_role("button", name="Mark read").click()
     expect(item(page, notified[1]).get_by_role("button")).to_have_count(0)
-    expect(bell(page)).to_have_text("2")  # and not none
+    expect(bell(page)).to_have_text("2")  # and not 0
 
 
-def test_a_count_that_fails_marks_no_more_than_was_asked(visit, faults, cast, notified) -> None:
+def test_a_failing_count_marks_only_the_chosen_notification(visit, faults, cast, notified) -> None:
     faults.expect("status of 429")
     page = visit("/inbox", cast.vip)
     page.route("**/api/notifications/unread-count", lambda route: route.fulfill(status=429, json={}))
@@ -84,19 +84,19 @@ def test_a_new_notification_appears(visit, worker, cast, notified, post) -> None
     expect(page.locator("#toast")).to_be_empty()  # it is in view
 
 
-def test_what_comes_in_crowds_is_asked_for_a_few_times(visit, worker, cast, post) -> None:
+def test_many_new_notifications_cause_few_requests(visit, worker, cast, post) -> None:
     page = visit("/inbox", cast.vip)
     wait_until_live(page)
     asked = watch_requests(page, "xhr")
     for number in range(60):
         last = post(f"number {number}")
-        page.wait_for_timeout(30)  # each is notified by itself
+        page.wait_for_timeout(30)  # a run for each
     expect(item(page, last)).to_be_visible()
     expect(bell(page)).to_have_text("60")
     assert len(asked()) < 12
 
 
-def test_the_way_to_a_message_older_than_the_channels_page(visit, cast, notified, post, run_jobs) -> None:
+def test_a_notification_opens_an_old_message(visit, cast, notified, post, run_jobs) -> None:
     for number in range(60):
         post(f"number {number}")
     run_jobs()
@@ -108,7 +108,7 @@ def test_the_way_to_a_message_older_than_the_channels_page(visit, cast, notified
     expect(message(page, notified[2]).locator(".mention.me")).to_have_text("@vera")
 
 
-def test_seeing_a_message_reads_it(visit, cast, notified) -> None:
+def test_a_seen_message_is_read_in_the_inbox(visit, cast, notified) -> None:
     page = visit("/inbox", cast.vip)
     item(page, notified[1]).get_by_role("link").click()
     expect(bell(page)).to_have_text("2")
@@ -116,7 +116,7 @@ def test_seeing_a_message_reads_it(visit, cast, notified) -> None:
     expect(bell(page)).to_be_hidden()
 
 
-def test_older_ones_are_on_another_page(visit, cast, post, run_jobs) -> None:
+def test_older_notifications_are_on_another_page(visit, cast, post, run_jobs) -> None:
     ids = [post(f"number {number}") for number in range(60)]
     run_jobs()
     page = visit("/inbox", cast.vip)

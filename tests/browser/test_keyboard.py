@@ -1,4 +1,4 @@
-"""A whole visit without a mouse, and where the focus is at each stop."""
+"""A whole visit by keyboard, with visible focus at each stop."""
 
 import re
 
@@ -10,7 +10,7 @@ STOPS = 60  # Tab presses within which everything must be reached
 
 
 def outlined(page: Page) -> bool:
-    """Whether one can see where the focus is: an outline of two pixels or more, of no transparent colour."""
+    """Whether the focus is visible: an outline of two pixels or more in an opaque colour."""
     return page.evaluate(
         """() => {
             const style = getComputedStyle(document.activeElement);
@@ -21,7 +21,7 @@ def outlined(page: Page) -> bool:
 
 
 def tab_to(page: Page, target: Locator, key: str = "Tab") -> None:
-    """Press Tab until the target has the focus; at every stop it must be visible, and seen to have it."""
+    """Press Tab until the target has the focus. Each stop must be visible, with a visible focus."""
     passed = []
     for _ in range(STOPS):
         page.keyboard.press(key)
@@ -30,7 +30,7 @@ def tab_to(page: Page, target: Locator, key: str = "Tab") -> None:
         )
         passed.append(stop)
         if stop.startswith("<body"):
-            continue  # the browser's own stop, between the last and the first
+            continue  # the browser's own stop after the last element
         assert outlined(page), f"no focus is to be seen at {stop}"
         if target.evaluate("target => target === document.activeElement"):
             expect(target).to_be_in_viewport()
@@ -38,19 +38,19 @@ def tab_to(page: Page, target: Locator, key: str = "Tab") -> None:
     raise AssertionError(f"not reached by {key}; passed {passed}")
 
 
-def test_a_whole_visit(visit, worker, cast, post) -> None:
+def test_a_whole_visit_by_keyboard(visit, worker, cast, post) -> None:
     first, second = post("gold breaks out, @vera", cast.announcements, cast.admin), post("silver follows")
     page = visit("/")
     keyboard = page.keyboard
 
-    # Signing in: the field has the focus.
+    # Sign in: the field has the focus.
     expect(page.get_by_label("Token")).to_be_focused()
     keyboard.insert_text(cast.vip.token)
     keyboard.press("Enter")
     expect(page.get_by_role("heading", level=1)).to_contain_text("#general")
-    expect(bell(page)).to_have_text("1")  # what one sees is read: the other one is in #announcements
+    expect(bell(page)).to_have_text("1")  # the visible message is read; the other one is in #announcements
 
-    # Past the channels, or to one of them.
+    # Skip the channels, or choose one.
     keyboard.press("Tab")
     expect(page.get_by_role("link", name="Skip the channels")).to_be_focused()
     expect(page.get_by_role("link", name="Skip the channels")).to_be_in_viewport()
@@ -65,7 +65,7 @@ def test_a_whole_visit(visit, worker, cast, post) -> None:
     keyboard.press("Enter")
     expect(page.get_by_role("heading", level=1)).to_contain_text("#general")
 
-    # Writing, and naming somebody.
+    # Write a message with a mention.
     tab_to(page, page.get_by_role("log"))
     keyboard.press("PageUp")
     tab_to(page, composer(page))
@@ -78,7 +78,7 @@ def test_a_whole_visit(visit, worker, cast, post) -> None:
     expect(composer(page)).to_be_focused()
     assert outlined(page)
 
-    # Why: and Escape leads back to where one was.
+    # Open "Why?"; Escape returns the focus.
     why = message(page, second).get_by_role("button", name="Why?")
     tab_to(page, why, "Shift+Tab")
     keyboard.press("Enter")
@@ -94,7 +94,7 @@ def test_a_whole_visit(visit, worker, cast, post) -> None:
     keyboard.press("Escape")
     expect(run).to_be_focused()
 
-    # What to be notified of.
+    # Change the preference.
     setting = page.get_by_role("button", name=re.compile("^Notifications from"))
     tab_to(page, setting, "Shift+Tab")
     keyboard.press("Enter")
@@ -113,7 +113,7 @@ def test_a_whole_visit(visit, worker, cast, post) -> None:
     keyboard.press("Enter")
     expect(setting).to_be_focused()
 
-    # The inbox: a message, back, and all of them read.
+    # The inbox: open a message, go back, mark all read.
     tab_to(page, page.locator("#bell"))
     keyboard.press("Enter")
     expect(page.get_by_role("heading", level=1)).to_have_text("Inbox")
@@ -136,13 +136,13 @@ def test_a_whole_visit(visit, worker, cast, post) -> None:
     page.wait_for_url(f"**#message-{third}")
     expect(message(page, third)).to_be_in_viewport()
 
-    # Out.
+    # Sign out.
     tab_to(page, page.get_by_role("button", name="Sign out", exact=True))
     keyboard.press("Enter")
     expect(page.get_by_label("Token")).to_be_focused()
 
 
-def test_a_toast_is_reached_and_gone_from(visit, worker, cast, post) -> None:
+def test_a_toast_is_reached_and_left_by_keyboard(visit, worker, cast, post) -> None:
     page = visit(address(cast, cast.announcements), cast.vip)
     wait_until_live(page)
     post("look")

@@ -1,4 +1,4 @@
-"""Offline and back, the web process restarted, Redis away, the session over: nothing is missed, and it is said."""
+"""Outages: no message is missed or repeated, and the page says what happened."""
 
 import re
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from tests.browser.browsing import (
     address,
     bell,
     composer,
-    lose_the_first_answer,
+    lose_first_response,
     message,
     shown,
     wait_until_live,
@@ -34,7 +34,7 @@ RECORD_TOASTS = """() => {
 
 
 class Web:
-    """A web process behind a gate, which can be stopped, and another one started at the same address."""
+    """A web process behind a gate. It can be stopped and replaced at the same address."""
 
     def __init__(self, **environment: str) -> None:
         self._environment = environment
@@ -57,7 +57,7 @@ def redis_gate() -> Iterator[RedisGate]:
 
 @pytest.fixture
 def web(redis_gate) -> Iterator[Web]:
-    """Its Redis is behind a gate, too."""
+    """The web process, with Redis behind a gate as well."""
     web = Web(REDIS_URL=redis_gate.url)
     yield web
     web.gate.close()
@@ -74,7 +74,7 @@ def says(page: Page, state: str) -> None:
 
 
 def go_offline(page: Page, web: Web) -> None:
-    """As the browser says it; and what is connected is cut, which the browser's own switch does not do to a stream."""
+    """Take the browser offline, and cut its connections: Playwright's switch does not cut an open stream."""
     page.context.set_offline(True)
     web.gate.shut()
     says(page, "Offline")
@@ -106,14 +106,14 @@ def test_offline_and_back(visit, web, worker, faults, cast, post) -> None:
     come_back(page, web)
     says(page, "Live")
     expect(message(page, here[-1])).to_be_visible()
-    expect(bell(page)).to_have_text(str(len(elsewhere)))  # what is in view is read
+    expect(bell(page)).to_have_text(str(len(elsewhere)))  # visible messages are read
     expect(page.locator("#bell")).to_have_class("mentions")
     after = post("after", cast.announcements, cast.admin)
     expect(message(page, after)).to_be_visible()
     assert shown(page) == [before, *here, after]
 
 
-def test_what_was_edited_or_deleted_meanwhile_is_so(visit, web, worker, faults, cast, post, api) -> None:
+def test_edits_and_deletions_during_an_outage_are_shown(visit, web, worker, faults, cast, post, api) -> None:
     faults.allow(NETWORK)
     edited, deleted = post("gold"), post("tin")
     page = visit(address(cast, cast.general), cast.vip)
@@ -148,10 +148,10 @@ def test_the_web_process_restarts(visit, web, worker, faults, cast, post) -> Non
     for text in texts[4:]:
         post(text)
     expect(bell(page)).to_have_text("6")
-    assert page.evaluate("window.toasts") == [f"Sam: {text}" for text in texts]  # each of them, once, in order
+    assert page.evaluate("window.toasts") == [f"Sam: {text}" for text in texts]  # each once, in order
 
 
-def test_a_connection_that_breaks_goes_on_where_it_was(visit, web, worker, faults, cast, post) -> None:
+def test_a_broken_stream_resumes(visit, web, worker, faults, cast, post) -> None:
     faults.expect(NETWORK)
     page = visit(address(cast, cast.announcements), cast.vip)
     wait_until_live(page)
@@ -169,7 +169,7 @@ def test_a_connection_that_breaks_goes_on_where_it_was(visit, web, worker, fault
     assert page.evaluate("window.toasts") == [f"Sam: {text}" for text in texts]
 
 
-def test_redis_is_away_and_comes_back(visit, redis_gate, cast) -> None:
+def test_live_updates_continue_after_a_redis_outage(visit, redis_gate, cast) -> None:
     with a_worker(REDIS_URL=redis_gate.url):
         writer = visit(address(cast, cast.general), cast.subscriber)
         reader = visit(address(cast, cast.announcements), cast.vip)
@@ -187,7 +187,7 @@ def test_redis_is_away_and_comes_back(visit, redis_gate, cast) -> None:
         expect(bell(reader)).to_have_text("3")
 
 
-def test_the_session_is_over(visit, faults, cast, api) -> None:
+def test_an_ended_session_is_reported(visit, faults, cast, api) -> None:
     faults.expect("status of 401")
     page = visit(address(cast, cast.general), cast.vip)
     wait_until_live(page)
@@ -207,7 +207,7 @@ def test_the_session_is_over(visit, faults, cast, api) -> None:
     expect(composer(page)).to_have_value("a beginning")
 
 
-def test_the_session_is_over_while_offline(visit, web, faults, cast, api) -> None:
+def test_a_session_that_ends_while_offline_is_reported(visit, web, faults, cast, api) -> None:
     faults.expect("status of 401")
     faults.allow(NETWORK)
     page = visit("/inbox", cast.vip)
@@ -220,7 +220,7 @@ def test_the_session_is_over_while_offline(visit, web, faults, cast, api) -> Non
     says(page, "Signed out")
 
 
-def test_the_subscription_ends(visit, faults, cast, api) -> None:
+def test_an_ended_subscription_is_reported(visit, faults, cast, api) -> None:
     faults.expect("status of 403")
     page = visit(address(cast, cast.general), cast.vip)
     wait_until_live(page)
@@ -230,7 +230,7 @@ def test_the_subscription_ends(visit, faults, cast, api) -> None:
 
 
 @pytest.mark.parametrize("status", [501, 503])
-def test_without_room_for_a_stream_the_page_looks_by_itself(visit, worker, faults, cast, post, status) -> None:
+def test_a_page_without_a_stream_polls(visit, worker, faults, cast, post, status) -> None:
     faults.expect(f"answer {status}")
     faults.expect(f"status of {status}")
     page = visit("/login", cast.vip)
@@ -254,7 +254,7 @@ APPEAR = """(state) => {
 }"""
 
 
-def test_a_page_in_the_background_has_no_stream_and_one_that_is_back_does_not_poll(visit, cast) -> None:
+def test_a_background_page_has_no_stream_and_resumes_it(visit, cast) -> None:
     page = visit("/login", cast.vip)
     page.clock.install()
     streams, asked, held = watch_requests(page, "eventsource"), watch_requests(page, "fetch"), []
@@ -278,7 +278,7 @@ def test_a_page_in_the_background_has_no_stream_and_one_that_is_back_does_not_po
     assert len([url for url in asked() if url.endswith("/unread-count")]) == len(held) == 1
 
 
-def test_what_is_written_offline_is_kept_and_sent_once(visit, web, faults, cast) -> None:
+def test_a_message_written_offline_is_kept_and_sent_once(visit, web, faults, cast) -> None:
     faults.allow(NETWORK)
     page = visit(address(cast, cast.general), cast.subscriber)
     wait_until_live(page)
@@ -293,10 +293,10 @@ def test_what_is_written_offline_is_kept_and_sent_once(visit, web, faults, cast)
     expect(composer(page)).to_be_empty()
 
 
-def test_an_answer_that_is_lost_does_not_post_twice(visit, faults, cast) -> None:
+def test_a_lost_response_does_not_post_twice(visit, faults, cast) -> None:
     faults.expect(NETWORK)
     page = visit(address(cast, cast.general), cast.subscriber)
-    lost = lose_the_first_answer(page)
+    lost = lose_first_response(page)
     composer(page).fill("gold")
     composer(page).press("Enter")
     expect(page.locator("#compose-status")).to_have_class("wrong")

@@ -1,4 +1,4 @@
-"""On a phone: the channels are a menu, and nothing is wider than the screen."""
+"""On a phone the channels are a menu, and nothing is wider than the screen."""
 
 import pytest
 from playwright.sync_api import Page, expect
@@ -10,7 +10,7 @@ NARROW = {"viewport": {"width": 320, "height": 640}, "has_touch": True, "is_mobi
 
 
 def too_wide(page: Page) -> list[str]:
-    """What sticks out of the screen, to the right or the left; what scrolls inside of itself does not."""
+    """Elements that extend beyond the screen, without those that scroll inside a container."""
     return page.evaluate(
         """() => [...document.querySelectorAll("body *")]
             .filter((one) => one.checkVisibility() && !one.closest(".visually-hidden, .skip, pre, svg, h1, #channels"))
@@ -27,7 +27,7 @@ def test_the_menu_opens_and_closes(visit, worker, cast, post) -> None:
     expect(channels).to_be_hidden()
     page.get_by_role("button", name="Channels").tap()
     expect(channels).to_be_visible()
-    page.touchscreen.tap(380, 400)  # beside it
+    page.touchscreen.tap(380, 400)  # outside of it
     expect(channels).to_be_hidden()
     page.get_by_role("button", name="Channels").tap()
     channels.get_by_role("link", name="#vault").tap()

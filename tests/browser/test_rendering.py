@@ -1,9 +1,9 @@
-"""The vectors as rendered, in a real page: the browser finds no more in them than the parser of the other tests."""
+"""XSS vectors in a real page: the browser finds no more elements than the parser of the other tests."""
 from belfry.messages.rendering import render
 from tests.messages.test_rendering import ALLOWED, MENTIONED, VECTORS
 
 
-def test_no_vector_becomes_more_than_text(visit) -> None:
+def test_every_vector_is_rendered_as_text(visit) -> None:
     page = visit("/login")
     rendered = [str(render(vector, MENTIONED)) for vectors in VECTORS.values() for vector in vectors]
     found = page.evaluate(
@@ -23,5 +23,5 @@ def test_no_vector_becomes_more_than_text(visit) -> None:
     )
     assert set(found["tags"]) <= ALLOWED.keys()
     assert set(found["attributes"]) <= {"href", "rel", "class", "start"}
-    # A ":" is of what the browser does not take for an address; it leads nowhere.
+    # The protocol ":" stands for an invalid URL, which cannot be followed.
     assert set(found["schemes"]) - {":"} == {"http:", "https:", "mailto:"}

@@ -1,12 +1,12 @@
-"""Signing in, and what is there before it."""
+"""The login page."""
 
 import pytest
 from playwright.sync_api import expect
 
-from tests.browser.browsing import accessibility_faults, sign_in, watch_requests
+from tests.browser.browsing import accessibility_violations, sign_in, watch_requests
 
 
-def test_with_a_wrong_token_and_then_with_the_right_one(visit, faults, cast) -> None:
+def test_signing_in_with_a_wrong_and_then_the_right_token(visit, faults, cast) -> None:
     faults.expect("status of 401")
     page = visit("/login?next=/docs")
     page.get_by_label("Token").fill("wrong")
@@ -29,7 +29,7 @@ def test_signing_out(visit, cast) -> None:
     expect(page.get_by_text("Signed in as")).to_have_count(0)
 
 
-def test_two_people_are_not_one(visit, cast) -> None:
+def test_two_browsers_have_separate_sessions(visit, cast) -> None:
     one, other = visit("/login", cast.admin), visit("/login", cast.subscriber)
     for page, name in ((one, "ada"), (other, "sam"), (one, "ada")):
         page.reload()
@@ -40,7 +40,7 @@ def test_two_people_are_not_one(visit, cast) -> None:
 @pytest.mark.parametrize("path", ["/login", "/docs"])
 def test_axe_finds_nothing(visit, path, color_scheme) -> None:
     page = visit(path, color_scheme=color_scheme)
-    assert accessibility_faults(page) == []
+    assert accessibility_violations(page) == []
 
 
 def test_axe_finds_nothing_after_a_wrong_token(visit, faults) -> None:
@@ -49,10 +49,10 @@ def test_axe_finds_nothing_after_a_wrong_token(visit, faults) -> None:
     page.get_by_label("Token").fill("wrong")
     page.keyboard.press("Enter")
     expect(page.get_by_role("alert")).to_be_visible()
-    assert accessibility_faults(page) == []
+    assert accessibility_violations(page) == []
 
 
-def test_no_script_is_on_the_form(visit, cast) -> None:
+def test_the_login_page_has_no_script(visit, cast) -> None:
     page = visit("about:blank")
     scripts = watch_requests(page, "script")
     page.goto("/login")

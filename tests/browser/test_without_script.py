@@ -15,7 +15,7 @@ def ids(post, cast, run_jobs) -> list[int]:
     return ids
 
 
-def test_channels_and_their_messages(visit, cast, ids) -> None:
+def test_channels_and_messages_are_readable_without_a_script(visit, cast, ids) -> None:
     page = visit("/", cast.vip, **QUIET)
     expect(page.get_by_role("link", name="#general 60 unread")).to_be_visible()
     expect(page.get_by_role("link", name="#announcements 1 unread, 1 mentioning you")).to_be_visible()
@@ -24,7 +24,7 @@ def test_channels_and_their_messages(visit, cast, ids) -> None:
     notice = page.locator("noscript .notice")
     expect(notice).to_be_visible()
     assert "You are notified of every message here. Changing this, posting" in notice.evaluate("one => one.textContent")
-    expect(message(page, ids[59])).to_be_in_viewport()  # the newest, without a script
+    expect(message(page, ids[59])).to_be_in_viewport()  # the page starts at the newest message
     expect(message(page, ids[59])).to_contain_text("UTC")
     for gone in (composer(page), page.get_by_role("button", name="Why?"), page.locator("#setting-button")):
         expect(gone.locator("visible=true")).to_have_count(0)
@@ -37,7 +37,7 @@ def test_channels_and_their_messages(visit, cast, ids) -> None:
     expect(message(page, ids[60]).locator(".mention.me")).to_have_text("@vera")
 
 
-def test_the_inbox_is_marked_read(visit, cast, ids) -> None:
+def test_the_inbox_is_marked_read_without_a_script(visit, cast, ids) -> None:
     page = visit("/inbox?unread=1", cast.vip, **QUIET)
     page.get_by_role("link", name="Older notifications").click()
     assert shown(page) == ids[10::-1]
@@ -53,14 +53,14 @@ def test_the_inbox_is_marked_read(visit, cast, ids) -> None:
     expect(page.get_by_role("button", name="Mark all read")).to_be_disabled()
 
 
-def test_on_a_phone_the_channels_are_within_reach(visit, cast, ids) -> None:
+def test_the_channels_are_reachable_on_a_phone_without_a_script(visit, cast, ids) -> None:
     page = visit("/", cast.vip, **QUIET, viewport={"width": 390, "height": 844})
     page.get_by_role("button", name="Channels").click()
     page.get_by_role("link", name="#announcements").click()
     expect(message(page, ids[60])).to_be_in_viewport()
 
 
-def test_signing_in_and_out(visit, cast) -> None:
+def test_signing_in_and_out_without_a_script(visit, cast) -> None:
     page = visit("/", **QUIET)
     page.get_by_label("Token").fill(cast.vip.token)
     page.get_by_role("button", name="Sign in").click()

@@ -1,4 +1,4 @@
-"""The commands, as typed."""
+"""The commands of `flask --app app`."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from models import ApiToken, Member, Notification, Run, Subscription, User
 from tools.dev import stack
 
 
-def test_create_user_prints_the_person_and_the_token_once(command, client):
+def test_create_user_prints_the_user_and_the_token_once(command, client):
     made = json.loads(command("create-user", "Gil", "--admin", "--display-name", "Gil G", "--token", "--json").stdout)
     assert made["username"] == "gil"
     me = client.get("/api/me", headers={"Authorization": f"Bearer {made['token']}"}).get_json()
@@ -24,7 +24,7 @@ def test_create_user_prints_the_person_and_the_token_once(command, client):
     assert Subscription.get().status == "active"
 
 
-def test_a_token_expires_after_the_days_that_are_asked_for(command, cast):
+def test_a_token_expires_after_the_given_days(command, cast):
     def expires_at(token: str):
         return ApiToken.get(ApiToken.token_hash == tokens.hash_token(token)).expires_at
 
@@ -38,23 +38,23 @@ def test_a_token_expires_after_the_days_that_are_asked_for(command, cast):
 
 
 @pytest.mark.parametrize("name", ["ab", "a" * 33, "everyone", "belfry", "Ünal", "dot.", "_dash", "two words", "nul\0"])
-def test_a_name_that_could_not_be_mentioned_is_refused(command, name):
+def test_a_username_that_cannot_be_mentioned_is_refused(command, name):
     assert "Error: username: " in command("create-user", name, code=2).output
     assert not User.select().exists()
 
 
-def test_what_no_person_can_have_is_refused_by_its_name(command):
+def test_invalid_options_of_a_user_are_refused_by_name(command):
     assert "Error: email: Must be an e-mail" in command("create-user", "bob", "--email", "here", code=2).output
     assert "Error: name: " in command("create-user", "bob", "--display-name", "x" * 101, code=2).output
     assert not User.select().exists()
 
 
-def test_a_taken_name_and_an_unknown_one_say_so(command, cast):
+def test_taken_and_unknown_usernames_are_reported(command, cast):
     assert command("create-user", "sam", code=1).output == "Error: The username sam is taken.\n"
     assert command("create-token", "nobody", code=1).output == "Error: There is no user nobody.\n"
 
 
-def test_seed_makes_a_community_with_every_admin_in_it(command, cast):
+def test_seed_creates_a_server_with_every_admin_as_a_member(command, cast):
     made = json.loads(command("seed", "--members", "120", "--channels", "4", "--json").stdout)
     assert made["members"] == 120
     assert len(made["channel_ids"]) == 4
@@ -68,7 +68,7 @@ def test_seed_makes_a_community_with_every_admin_in_it(command, cast):
     assert again["usernames"][0] == "member-121"
 
 
-def test_seed_refuses_what_is_no_community(command):
+def test_seed_refuses_invalid_sizes(command):
     command("seed", code=2)
     command("seed", "--members", "0", code=2)
     command("seed", "--members", "ten", code=2)
@@ -88,7 +88,7 @@ def test_send_test_notification_works_on_a_fresh_installation(command, run_jobs)
     assert "notified at" in command("explain", str(sent["message_id"]), "gil").stdout
 
 
-def test_waiting_for_a_run_that_failed_exits_1(command, cast, at_failpoint):
+def test_waiting_for_a_failed_run_exits_with_1(command, cast, at_failpoint):
     failure = "UPDATE run SET state = 'failed', finished_at = now(), sweep_after = NULL, error = 'the disk is full'"
     at_failpoint("run.enqueued", lambda: execute(failure))
     output = command("send-test-notification", "--audience", "channel", "--wait", code=1).output
@@ -122,7 +122,7 @@ def test_runs_are_listed_shown_replayed_and_retried(command, api, cast, run_jobs
     assert Notification.select().count() == 4
 
 
-def test_explain_says_why_not(command, api, cast, run_jobs):
+def test_explain_gives_the_reason(command, api, cast, run_jobs):
     api(cast.subscriber).post("/api/messages", json={"channel_id": cast.general, "content": "gold"})
     run_jobs()
     assert "lars: not notified: no_subscription." in command("explain", "1", "lars").stdout
@@ -136,7 +136,7 @@ def test_migrate_can_be_run_again(command):
     assert json.loads(command("migrate", "--json").stdout) == {"applied": []}
 
 
-def test_without_tables_a_command_says_what_to_do(command):
+def test_a_command_without_tables_says_to_migrate(command):
     execute("UPDATE schema_migration SET name = 'another' WHERE name LIKE '0001%%'")
     execute("ALTER TABLE user_account RENAME TO hidden")
     try:

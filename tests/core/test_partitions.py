@@ -229,7 +229,7 @@ def test_explain_and_replay_report_that_old_notifications_are_not_kept(api, cast
     partitions.maintain()
     explained = api(cast.admin).get(url).get_json()
     assert (explained["decision"], explained["notified_at"]) == ("message", None)
-    assert "notifications of messages that old are not kept" in explained["detail"]
+    assert "Notifications of messages that old are not kept" in explained["detail"]
     assert "not kept" not in api(cast.admin).get(url.replace(f"/{old}/", f"/{new}/")).get_json()["detail"]
     run_id = fetch_one("SELECT id FROM run WHERE message_id = %(id)s", {"id": old})["id"]
     replayed = api(cast.admin).post(f"/api/runs/{run_id}/replay", json={"dry_run": False})

@@ -26,7 +26,7 @@ from models import Notification, Run, Server
 from tests.fanout_helpers import advance, crowd, notified, parts_of, run_of
 from tests.fanout_helpers import post as write
 from tests.people import Person
-from tests.processes import a_doomed_worker, a_gate, a_slow_database, a_web_process, a_worker, strike, wait_until
+from tests.processes import a_crashing_worker, a_gate, a_slow_database, a_web_process, a_worker, strike, wait_until
 from tests.worker.test_worker import post, state_of
 from tools.chaos.process_under_test import KILL_WITH_PARENT, STOP
 
@@ -57,7 +57,7 @@ def enqueue(author: Person, channel_id: int, content: str = "gold breaks out") -
 @contextlib.contextmanager
 def two_workers(doomed: Path, **environment: str) -> Iterator[tuple[Any, Any]]:
     """Run a worker that a failpoint kills, and one that continues."""
-    with a_doomed_worker(doomed, **environment) as first, a_worker(**environment) as second:
+    with a_crashing_worker(doomed, **environment) as first, a_worker(**environment) as second:
         yield first, second
 
 
@@ -68,7 +68,7 @@ def two_workers(doomed: Path, **environment: str) -> Iterator[tuple[Any, Any]]:
     "point", ["worker.dequeued", "run.claimed", "run.locked", "run.counted", "run.committed", "job.done"]
 )
 def test_no_notification_is_lost_when_a_worker_is_killed_during_a_job(cast, doomed, point):
-    with a_doomed_worker(doomed) as first:
+    with a_crashing_worker(doomed) as first:
         struck = strike(doomed, point, KILL_WITH_PARENT)
         message_id, run_id = enqueue(cast.subscriber, cast.general)
         wait_until(struck, "a process to reach the failpoint")
@@ -80,7 +80,7 @@ def test_no_notification_is_lost_when_a_worker_is_killed_during_a_job(cast, doom
 
 def test_another_worker_continues_a_slice_and_repeats_no_other(cast, doomed):
     many = crowd(cast.server_id, 400)
-    with a_doomed_worker(doomed, FANOUT_SLICE_SIZE="50") as first:
+    with a_crashing_worker(doomed, FANOUT_SLICE_SIZE="50") as first:
         struck = strike(doomed, "slice.counted", KILL_WITH_PARENT)
         message_id, run_id = enqueue(cast.subscriber, cast.general, "@vera")
         wait_until(struck, "a process to reach the failpoint")
@@ -143,7 +143,7 @@ def test_a_worker_that_hangs_is_overtaken_and_writes_nothing_later(cast, doomed,
         finally:
             os.kill(horse, signal.SIGCONT)
         before = contents_of(stuck)
-        overtaken = re.compile(rf"run {stuck}: attempt 1 was overtaken|Job run-{stuck}: scheduled for retry")
+        overtaken = re.compile(rf"run {stuck}: attempt 1 was overtaken|a batch of 1 runs was interrupted")
         wait_until(lambda: overtaken.search(hanging.log()), "the hanging worker to end its attempt")
         assert contents_of(stuck) == before
         assert hanging.running()

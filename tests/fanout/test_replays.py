@@ -6,7 +6,7 @@ from belfry.fanout import runs
 from belfry.identity.subscriptions import set_subscription
 from belfry.inbox import inbox
 from belfry.inbox.inbox import dismiss
-from belfry.messages.test_notifications import send_test
+from belfry.messages.send_test import send_test
 from belfry.servers.preferences import set_preference
 from tests.fanout_helpers import contents, crowd, notified, post, read_everything, run_of, run_to_end, stats, unread
 

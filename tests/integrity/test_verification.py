@@ -14,7 +14,7 @@ from belfry.inbox.inbox import dismiss, mark_all_read
 from belfry.integrity.findings import SHOWN
 from belfry.integrity.verification import CHECKS, DECISIONS_CHECK, check, verify
 from belfry.messages.messages import delete_message, edit_message
-from belfry.messages.test_notifications import send_test
+from belfry.messages.send_test import send_test
 from belfry.servers import servers
 from belfry.servers.preferences import set_preference
 from models import Message

@@ -1,4 +1,4 @@
-"""The short form of `make chaos`; and that the harness would see what it looks for."""
+"""A short chaos run, and tests that the audit finds damage."""
 
 import json
 import os
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.slow
     os.environ.get("BELFRY_TEST_EXTERNAL") == "1",
     reason="it kills its servers, which are embedded ones, and those are not used when DATABASE_URL is set",
 )
-def test_nobody_is_missed_or_notified_twice_while_everything_is_killed():
+def test_no_notification_is_lost_or_doubled_while_processes_are_killed():
     environment = {name: value for name, value in os.environ.items() if name not in ("DATABASE_URL", "REDIS_URL")}
     process = subprocess.Popen(
         [sys.executable, "-m", "tools.chaos", "--kills", "25", "--minutes", "8", "--seed", "7"],
@@ -60,7 +60,7 @@ def test_nobody_is_missed_or_notified_twice_while_everything_is_killed():
     assert result["posts"] > 20, output
 
 
-def test_every_point_is_in_the_code_and_every_one_in_the_code_is_known():
+def test_the_failpoints_of_the_list_are_those_of_the_code():
     sources = [*ROOT.glob("*.py"), *(ROOT / "belfry").rglob("*.py")]
     reached = set()
     for path in sources:
@@ -84,19 +84,19 @@ LARGE = events(
 )  # fmt: skip
 
 
-def test_a_part_has_gone_on_with_its_next_sign_of_life():
+def test_a_work_item_has_recovered_with_its_next_event():
     own, *_ = work_items_of(1, 0.0, 41.0, LARGE)
     assert [own.wait(when) for when in (-0.1, 0, 0.5, 1, 1.5, 2, 3)] == [None, 1, 0.5, 1, 0.5, None, None]
 
 
-def test_slices_are_open_from_when_the_runs_own_part_is_committed_until_they_are_themselves():
+def test_slices_are_unfinished_from_the_planning_commit_to_their_own():
     _, zero, fifty, ninety_nine = work_items_of(1, 0.0, 41.0, LARGE)
     assert [fifty.wait(when) for when in (1.9, 2, 4, 4.5, 5)] == [None, 2, 1, 0.5, None]
     assert [zero.wait(when) for when in (3.5, 6, 11, 12, 13)] == [2.5, None, None, 1, None], "but for its retry"
     assert [ninety_nine.wait(when) for when in (7, 8, 40)] == [33, 32, 1]
 
 
-def test_what_died_before_it_could_say_so_is_over_with_the_run():
+def test_a_fault_without_an_event_has_recovered_with_the_run():
     own, first = work_items_of(1, 0.0, 9.0, events((1, RUN_ITSELF, "run.claimed"), (5, "0", "slice.claimed")))
     assert (own.wait(2), own.wait(5), first.wait(6), first.wait(9)) == (3, None, 3, None)
 
@@ -129,7 +129,7 @@ def test_where_the_current_work_item_is_unknown_the_slowest_recovery_counts():
      ("run.enqueued", KILL, False), ("sweep.committed", KILL, False), ("worker.dequeued", KILL, False),
      ("attempt.failed", KILL, True)],
 )  # fmt: skip
-def test_only_a_work_horse_has_nothing_but_its_current_work_item(point, action, known):
+def test_only_a_killed_work_horse_concerns_one_work_item(point, action, known):
     fault = fault_of(FailpointHit(1.0, 4711, 1, "50", point, action))
     assert (fault.run_id, fault.after) == ((1, "50") if known else (None, RUN_ITSELF))
 
@@ -145,7 +145,7 @@ def address() -> Iterator[str]:
 
 @pytest.fixture
 def chaos_run(monkeypatch, address) -> tuple[World, History, str]:
-    """A small world in which one message was posted and notified; where a web process answers; and no fault."""
+    """A chaos run with one posted message whose members were notified, and without faults."""
     monkeypatch.setattr("tools.chaos.world.SMALL_MEMBERS", 24)
     monkeypatch.setattr("tools.chaos.world.LARGE_MEMBERS", 10)
     world = make_world()
@@ -162,19 +162,19 @@ def a_message(world: World, content: str) -> PostedMessage:
 
 
 def found(chaos_run: tuple[World, History, str]) -> dict[str, int]:
-    """{kind: how many}, of what was found."""
+    """The number of findings of each kind."""
     findings = audit(*chaos_run)
     kinds = ("missing", "duplicates", "wrong_decision", "unresolved_runs")
     return {kind: len(getattr(findings, kind)) for kind in kinds if getattr(findings, kind)}
 
 
 def somebody_notified(world: World) -> int:
-    """A member who was notified, and changes nothing."""
+    """A member who was notified and has made no change."""
     notified = fetch_all("SELECT user_id FROM notification ORDER BY 1")
     return next(one["user_id"] for one in notified if one["user_id"] not in world.changing_users)
 
 
-def test_the_audit_finds_nothing_where_nothing_is_off(chaos_run):
+def test_the_audit_finds_nothing_in_correct_data(chaos_run):
     world, history, _ = chaos_run
     assert found(chaos_run) == {}
     history.posted += [a_message(world, "silver @everyone"), a_message(world, "lead")]
@@ -208,14 +208,14 @@ def test_the_audit_finds_nothing_where_nothing_is_off(chaos_run):
     ],
     ids=["missing", "reason", "outsider", "edited", "deleted", "failed", "counted"],
 )
-def test_the_audit_finds_what_is_off(chaos_run, fault, kinds):
+def test_the_audit_finds_each_kind_of_damage(chaos_run, fault, kinds):
     world, _, _ = chaos_run
     outsider = users.create_user("outsider").id
     execute(fault.format(notified=somebody_notified(world), outsider=outsider))
     assert found(chaos_run) == kinds
 
 
-def test_the_audit_finds_what_was_answered_and_did_not_happen(chaos_run):
+def test_the_audit_finds_acknowledged_changes_that_were_lost(chaos_run):
     _, history, _ = chaos_run
     (posted,) = history.posted
     posted.revisions["silver"] = Revision("silver")
@@ -226,7 +226,7 @@ def test_the_audit_finds_what_was_answered_and_did_not_happen(chaos_run):
     assert found(chaos_run) == {"wrong_decision": 1}
 
 
-def test_the_audit_finds_messages_that_nobody_or_two_requests_made_or_that_are_gone(chaos_run):
+def test_the_audit_finds_unknown_doubled_and_lost_messages(chaos_run):
     world, history, _ = chaos_run
     a_message(world, "silver")
     assert found(chaos_run) == {"duplicates": 1}
@@ -236,7 +236,7 @@ def test_the_audit_finds_messages_that_nobody_or_two_requests_made_or_that_are_g
     assert found(chaos_run)["missing"] >= 1
 
 
-def test_the_audit_finds_what_was_read_and_is_not_any_more(chaos_run):
+def test_the_audit_finds_notifications_that_became_unread(chaos_run):
     world, history, _ = chaos_run
     reader = somebody_notified(world)
     history.read.append((reader, history.posted[0].id))
@@ -247,7 +247,7 @@ def test_the_audit_finds_what_was_read_and_is_not_any_more(chaos_run):
     assert found(chaos_run) == {"missing": 2, "wrong_decision": 1}
 
 
-def test_what_somebody_changed_is_predicted_again_once_its_request_was_answered(chaos_run):
+def test_an_acknowledged_change_changes_the_prediction(chaos_run):
     world, _, _ = chaos_run
     channel_id, user_id = world.small.channels["general"], world.changing_users[0]
     key = (user_id, channel_id)
@@ -263,7 +263,7 @@ def test_what_somebody_changed_is_predicted_again_once_its_request_was_answered(
     assert possible == [Preference("all"), Preference("mentions")], "one may come late"
 
 
-def test_a_run_passes_without_findings_and_with_all_recoveries_in_time():
+def test_a_chaos_run_passes_without_findings_and_late_recoveries():
     assert has_passed([], [1.0, 29.9])
     assert has_passed([], [])
     assert not has_passed([], [1.0, 30.0])

@@ -1,4 +1,4 @@
-"""Which browser the tests in tests/browser and the screenshots take, and what is said where there is none."""
+"""How the browser of tests and screenshots is found, and what is reported without one."""
 
 import os
 import re
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
-    """`machine("chromium")`: one on whose PATH are these programs alone; the directory that they are in."""
+    """`machine("chromium")`: make PATH contain only these programs; their directory."""
 
     def install(*names: str):
         for name in names:
@@ -27,24 +27,24 @@ def machine(tmp_path, monkeypatch):
     return install
 
 
-def test_the_first_on_the_path_is_taken(machine):
+def test_the_first_chromium_on_the_path_is_used(machine):
     directory = machine("google-chrome", "chromium")
     assert chromium.find() == directory / "chromium"
 
 
-def test_the_one_that_is_named_comes_first(machine, monkeypatch):
+def test_the_named_chromium_is_preferred(machine, monkeypatch):
     directory = machine("chromium", "mine")
     monkeypatch.setenv("CHROMIUM", str(directory / "mine"))
     assert chromium.find() == directory / "mine"
 
 
-def test_one_that_is_named_and_is_not_there_is_a_mistake(machine, monkeypatch):
+def test_a_named_chromium_that_is_missing_is_an_error(machine, monkeypatch):
     monkeypatch.setenv("CHROMIUM", str(machine("chromium") / "missing"))
     with pytest.raises(CommandError, match="missing"):
         chromium.find()
 
 
-def test_without_one_the_summary_says_what_was_left_out(machine):
+def test_the_summary_counts_tests_that_need_a_missing_chromium(machine):
     machine()
     assert chromium.find() is None
     collected = subprocess.run(

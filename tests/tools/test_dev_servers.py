@@ -1,4 +1,4 @@
-"""The servers that the development commands bring along: shared, found again, stopped by the last, never in the way.
+"""The servers that development commands start: shared, found again, and stopped by the last user.
 
 Without DATABASE_URL and REDIS_URL they are PostgreSQL and Valkey out of a wheel. Each test starts its own.
 """
@@ -35,7 +35,7 @@ embedded = pytest.mark.skipif(
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A data directory without servers; those that a failed test leaves there are stopped."""
+    """A data directory. Servers that a failed test leaves there are stopped."""
     monkeypatch.delenv("DATABASE_URL", raising=False)
     monkeypatch.delenv("REDIS_URL", raising=False)
     directory = tmp_path / "data"
@@ -45,7 +45,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.fixture
 def user_elsewhere() -> Iterator[Callable[[Path], "subprocess.Popen[str]"]]:
-    """Starts another process that uses the servers of a directory until its standard input is closed."""
+    """Start another process that uses the servers of a directory until its standard input is closed."""
     program = textwrap.dedent("""
         import sys
         from pathlib import Path
@@ -82,7 +82,7 @@ def leave(process: "subprocess.Popen[str]") -> None:
 
 
 def pids(urls: dict[str, str]) -> tuple[int, int]:
-    """The two servers' process ids, asked of the servers themselves."""
+    """The process ids of both servers, as the servers report them."""
     socket_dir = Path(str(conninfo_to_dict(urls["DATABASE_URL"])["host"]))
     postmaster = int((socket_dir / ".s.PGSQL.5432.lock").read_text().split("\n")[0])
     with closing(redis.Redis.from_url(urls["REDIS_URL"])) as client:
@@ -100,7 +100,7 @@ def answers(urls: dict[str, str]) -> bool:
 
 
 @embedded
-def test_what_was_written_is_there_the_next_time(home: Path) -> None:
+def test_data_is_kept_between_runs(home: Path) -> None:
     with servers(home, durable=False) as urls:
         with psycopg.connect(urls["DATABASE_URL"]) as connection:
             connection.execute("CREATE TABLE kept (id int)")
@@ -123,7 +123,7 @@ def without_password(urls: dict[str, str], **changed: str) -> dict[str, str]:
 
 
 @embedded
-def test_nobody_connects_without_the_password_which_only_its_owner_reads(home: Path) -> None:
+def test_servers_need_a_password_that_only_the_owner_can_read(home: Path) -> None:
     with servers(home, durable=False) as urls:
         with pytest.raises(psycopg.OperationalError, match="no password supplied"):
             psycopg.connect(**without_password(urls))
@@ -162,7 +162,7 @@ def test_another_process_of_the_servers_account_is_refused(home: Path) -> None:
             except Exception as error:
                 return type(error).__name__
             return "let in"
-        first = [ask(question) for question in questions]  # all that is imported for it is imported now
+        first = [ask(question) for question in questions]  # all lazy imports are done
         account = pwd.getpwnam("nobody")
         os.setgroups([])
         os.setgid(account.pw_gid)
@@ -178,7 +178,7 @@ def test_another_process_of_the_servers_account_is_refused(home: Path) -> None:
 
 
 @embedded
-def test_data_from_before_there_was_a_password_stays_and_gets_one(
+def test_data_without_a_password_is_kept_and_gets_one(
     home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with servers(home, durable=False) as urls, psycopg.connect(urls["DATABASE_URL"]) as connection:
@@ -195,7 +195,7 @@ def test_data_from_before_there_was_a_password_stays_and_gets_one(
             psycopg.connect(**without_password(urls))
 
 
-def test_a_log_is_its_owners_alone_also_one_that_was_there_before(tmp_path: Path) -> None:
+def test_logs_are_readable_only_by_the_owner(tmp_path: Path) -> None:
     log = tmp_path / "web.log"
     log.write_text("before\n")
     log.chmod(0o644)
@@ -205,7 +205,7 @@ def test_a_log_is_its_owners_alone_also_one_that_was_there_before(tmp_path: Path
     assert stat.S_IMODE(log.stat().st_mode) == 0o600
 
 
-def test_what_a_development_command_writes_is_its_owners_alone() -> None:
+def test_files_of_development_commands_are_readable_only_by_the_owner() -> None:
     before = os.umask(0o022)
     try:
         assert main(["run", "away"]) == 2
@@ -215,7 +215,7 @@ def test_what_a_development_command_writes_is_its_owners_alone() -> None:
 
 
 @embedded
-def test_two_share_and_the_last_to_leave_stops_them(
+def test_two_processes_share_servers_and_the_last_one_stops_them(
     home: Path, user_elsewhere: Callable[[Path], "subprocess.Popen[str]"]
 ) -> None:
     other = user_elsewhere(home)
@@ -248,11 +248,11 @@ def test_servers_of_a_killed_user_are_used_again_and_stopped(
 
 
 @embedded
-def test_a_crash_of_the_machine_is_survived(home: Path) -> None:
+def test_servers_start_after_a_crash_of_the_machine(home: Path) -> None:
     with servers(home, durable=False) as urls:
         for pid in pids(urls):
             end(psutil.Process(pid), (signal.SIGKILL, 10))
-    # The pids that were left behind belong to somebody else now.
+    # The process ids in the files now belong to other processes.
     (home / "redis.pid").write_text(f"{os.getpid()}\n")
     pid_file = home / "postgresql-18" / "postmaster.pid"
     pid_file.write_text(pid_file.read_text().replace(pid_file.read_text().split("\n")[0], str(os.getpid()), 1))
@@ -272,7 +272,7 @@ def test_emptied_directories_leave_no_server_behind(home: Path) -> None:
 
 
 @embedded
-def test_a_long_path_and_one_with_spaces_will_do(home: Path) -> None:
+def test_long_paths_and_paths_with_spaces_work(home: Path) -> None:
     directory = home / ("a clone, " + "deep " * 20) / ("down " * 20 + "it's") / "data"
     with servers(directory, durable=False) as urls:
         assert answers(urls)
@@ -290,7 +290,7 @@ def test_a_copied_directory_has_servers_of_its_own(home: Path) -> None:
 
 
 @embedded
-def test_only_what_is_not_named_is_started(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_servers_without_a_url_are_started(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DATABASE_URL", "postgresql://somebody@elsewhere/belfry")
     with servers(home, durable=False) as urls:
         assert urls["DATABASE_URL"] == "postgresql://somebody@elsewhere/belfry"
@@ -299,7 +299,7 @@ def test_only_what_is_not_named_is_started(home: Path, monkeypatch: pytest.Monke
             assert client.ping()
 
 
-def test_nothing_is_started_where_both_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_server_is_started_where_both_urls_are_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     named = {"DATABASE_URL": "postgresql://somebody@elsewhere/belfry", "REDIS_URL": "redis://elsewhere/3"}
     for name, url in named.items():
         monkeypatch.setenv(name, url)
@@ -309,9 +309,9 @@ def test_nothing_is_started_where_both_are_named(tmp_path: Path, monkeypatch: py
 
 
 @embedded
-def test_a_failed_start_says_why_and_leaves_nothing(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_start_says_why_and_leaves_no_process(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home.mkdir()
-    (home / "redis.log").mkdir()  # nothing can be logged there
+    (home / "redis.log").mkdir()  # the log cannot be written
     with pytest.raises(CommandError, match="Redis"), servers(home, durable=False):
         pass
     assert process_of([home / "postgresql-18" / "postmaster.pid"], home / "postgresql-18") is None
@@ -320,11 +320,11 @@ def test_a_failed_start_says_why_and_leaves_nothing(home: Path, monkeypatch: pyt
 
 @pytest.fixture
 def named_servers() -> dict[str, str]:
-    """This test run's own databases, in the part of somebody's that are named and must not be touched."""
+    """URLs of this test run's own databases, used as named servers whose other databases must not change."""
     return {name: os.environ[name] for name in ("DATABASE_URL", "REDIS_URL")}
 
 
-def test_private_databases_are_empty_and_gone_afterwards(named_servers: dict[str, str]) -> None:
+def test_private_databases_are_empty_and_deleted_afterwards(named_servers: dict[str, str]) -> None:
     names = "SELECT datname FROM pg_database WHERE datname LIKE 'belfry_trial_%'"
     with closing(redis.Redis.from_url(named_servers["REDIS_URL"])) as named:
         named.set("belongs to somebody", 1)
@@ -334,7 +334,7 @@ def test_private_databases_are_empty_and_gone_afterwards(named_servers: dict[str
                 assert len({env["REDIS_URL"] for env in (named_servers, first, second)}) == 3
                 assert len(connection.execute(names).fetchall()) == 2
                 with closing(redis.Redis.from_url(first["REDIS_URL"])) as client:
-                    client.flushdb()  # as a test run does, and its marker is gone: it is in use all the same
+                    client.flushdb()  # as a test run does, which deletes the marker; the database is still in use
                     with private(named_servers, "trial") as third:
                         assert third["REDIS_URL"] not in (first["REDIS_URL"], second["REDIS_URL"])
                     client.set("left behind", 1)
@@ -347,7 +347,7 @@ def test_private_databases_are_empty_and_gone_afterwards(named_servers: dict[str
         named.delete("belongs to somebody")
 
 
-def test_private_databases_are_gone_after_a_failure_as_well(named_servers: dict[str, str]) -> None:
+def test_private_databases_are_deleted_after_a_failure(named_servers: dict[str, str]) -> None:
     with pytest.raises(RuntimeError), private(named_servers, "trial") as own:
         raise RuntimeError
     with pytest.raises(psycopg.OperationalError, match="does not exist"):
@@ -355,7 +355,7 @@ def test_private_databases_are_gone_after_a_failure_as_well(named_servers: dict[
 
 
 @embedded
-def test_without_an_empty_redis_database_there_is_a_clear_refusal(home: Path) -> None:
+def test_without_an_empty_redis_database_the_error_says_so(home: Path) -> None:
     with servers(home, durable=False) as urls:
         for number in range(16):
             with closing(redis.Redis.from_url(urls["REDIS_URL"].replace("db=0", f"db={number}"))) as client:
@@ -367,7 +367,7 @@ def test_without_an_empty_redis_database_there_is_a_clear_refusal(home: Path) ->
             assert left.fetchone() == (0,)
 
 
-def test_a_port_that_is_taken_is_refused_if_asked_for_and_skipped_if_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_port_in_use_is_an_error_if_given_and_skipped_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PORT", raising=False)
     with ports.listen() as first:
         taken = first.getsockname()[1]

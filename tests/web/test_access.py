@@ -1,4 +1,4 @@
-"""Who may do what: each of the cast against everything, and what one may not know of looks like nothing."""
+"""Access rights: each user of the cast against each route; invisible resources answer like missing ones."""
 
 import re
 
@@ -73,7 +73,7 @@ TABLE = [
 
 @pytest.fixture
 def community(api, cast):
-    """`community()`: what the table's {names} stand for, made anew."""
+    """`community()`: create the resources that the table's {names} stand for."""
 
     def make() -> dict[str, int]:
         names = {name: getattr(cast, name) for name in ("general", "announcements", "vault")}
@@ -88,13 +88,13 @@ def community(api, cast):
 
 
 def ask(api, person, names, request: str, body):
-    """The answer to one of the table's requests, with `names` filled in."""
+    """The response to one of the table's requests, with `names` filled in."""
     method, address = request.split(" ")
     sent = {**body, "channel_id": names[body["channel_id"]]} if body and "channel_id" in body else body
     return api(person).open(method, address.format(**names), json=sent)
 
 
-def test_who_may_do_what(api, cast, community, subtests):
+def test_each_role_may_do_what_the_table_says(api, cast, community, subtests):
     names = community()
     for request, body, expected in TABLE:
         with subtests.test(f"{request} {body or ''}"):
@@ -104,13 +104,13 @@ def test_who_may_do_what(api, cast, community, subtests):
                 names["other"] = cast.moderator.id if person is cast.vip else cast.vip.id
                 answer = ask(api, person, names, request, body)
                 got.append(str(answer.status_code))
-                if answer.status_code == 204:  # what is gone is made again for the next
+                if answer.status_code == 204:  # create what was deleted again
                     names = community()
             assert " ".join(got) == expected
 
 
-def test_what_one_may_not_know_of_looks_like_what_is_not_there(api, cast, community, subtests):
-    """The answers differ in nothing but the id that was asked for."""
+def test_an_invisible_resource_answers_like_a_missing_one(api, cast, community, subtests):
+    """Both responses are the same except for the requested id."""
     names = community()
     nothing = dict.fromkeys(names, 987_654)
     for who in ("stranger", "subscriber"):
@@ -127,7 +127,7 @@ def test_what_one_may_not_know_of_looks_like_what_is_not_there(api, cast, commun
                 assert answers[0] == answers[1]
 
 
-def test_each_lists_the_channels_that_they_may_see(api, cast):
+def test_each_user_lists_the_channels_that_they_can_see(api, cast):
     open_ones = ["general", "announcements"]
     everything = [*open_ones, "vault"]
     expected = {"admin": everything, "moderator": open_ones, "subscriber": open_ones, "vip": everything}
@@ -138,7 +138,7 @@ def test_each_lists_the_channels_that_they_may_see(api, cast):
     assert len(api(cast.stranger).get("/api/me").get_json()["servers"]) == 0
 
 
-def test_the_run_is_shown_to_its_author_and_admins(api, cast, community):
+def test_a_run_is_visible_to_the_author_and_admins(api, cast, community):
     message = community()["in_general"]
     for name, person in cast.everybody.items():
         if name != "stranger":
@@ -157,7 +157,7 @@ def test_a_role_of_another_server_opens_nothing(api, cast):
     assert_problem(api(visitor).get(f"/api/channels/{cast.general}"), 404, "not_found")
 
 
-def test_a_moderator_elsewhere_is_none_here(api, cast, community):
+def test_a_moderator_of_another_server_does_not_moderate_here(api, cast, community):
     elsewhere = api(cast.admin).post("/api/servers", json={"name": "Elsewhere"}).get_json()["id"]
     role = servers.create_role(elsewhere, "police", moderator=True)
     servers.put_member(elsewhere, cast.vip.id, [role.id])
@@ -165,7 +165,7 @@ def test_a_moderator_elsewhere_is_none_here(api, cast, community):
     assert_problem(api(cast.vip).delete(f"/api/messages/{message}"), 403, "forbidden")
 
 
-def test_who_is_removed_knows_nothing_from_then_on(api, cast, community):
+def test_a_removed_member_loses_access_at_once(api, cast, community):
     names = community()
     servers.remove_member(cast.server_id, cast.subscriber.id)
     sam = api(cast.subscriber)
@@ -176,7 +176,7 @@ def test_who_is_removed_knows_nothing_from_then_on(api, cast, community):
     assert sam.get("/api/channels").get_json()["items"] == []
 
 
-def test_a_test_message_is_seen_by_its_caller_alone(api, cast):
+def test_a_test_message_is_visible_only_to_its_caller(api, cast):
     run = api(cast.admin).post("/api/test-notifications", json={"channel_id": cast.general}).get_json()
     path = f"/api/messages/{run['message_id']}"
     assert api(cast.admin).get(path).status_code == 200
@@ -188,7 +188,7 @@ def test_a_test_message_is_seen_by_its_caller_alone(api, cast):
     assert_problem(api(cast.subscriber).get(f"{path}/explain"), 404, "not_found")
 
 
-def test_nobody_makes_themselves_an_admin(api, cast):
+def test_a_user_cannot_make_themselves_an_admin(api, cast):
     assert_problem(api(cast.subscriber).patch("/api/me", json={"is_admin": True}), 405, "method_not_allowed")
     assert_problem(api(cast.subscriber).post("/api/users", json={"username": "eve"}), 403, "forbidden")
     assert api(cast.subscriber).get("/api/me").get_json()["is_admin"] is False

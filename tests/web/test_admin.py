@@ -1,4 +1,4 @@
-"""Administration: people, tokens, subscriptions, servers, members, roles, channels; and the pages for operators."""
+"""Administration over the API, and the routes for operators."""
 
 import json
 import re
@@ -32,10 +32,10 @@ def server(cast):
     return f"/api/servers/{cast.server_id}"
 
 
-# People ---------------------------------------------------------------------------------------------------
+# Users ----------------------------------------------------------------------------------------------------
 
 
-def test_a_person_is_made_found_and_changed(admin, cast):
+def test_a_user_is_created_found_and_changed(admin, cast):
     answer = admin.post("/api/users", json={"username": " Bob.B ", "name": " Bob ", "email": "bob@example.com"})
     person = answer.get_json()
     assert answer.status_code == 201
@@ -61,7 +61,7 @@ def test_a_change_of_one_field_keeps_what_another_request_changed_meanwhile(cast
     assert stored == {"name": "Another", "email": "new@example.org", "is_admin": True}
 
 
-def test_people_are_listed_page_by_page(admin, cast):
+def test_users_are_listed_in_pages(admin, cast):
     names, query = [], "limit=2"
     while query:
         page = admin.get(f"/api/users?{query}").get_json()
@@ -70,7 +70,7 @@ def test_people_are_listed_page_by_page(admin, cast):
     assert names == ["ada", "moira", "sam", "vera", "lars", "stan"]
 
 
-def test_names_that_cannot_be(admin, server, subtests):
+def test_invalid_usernames_are_refused(admin, server, subtests):
     for name in (
         "ab", "x" * 33, "bob.", "-bob", "bo b", "bób", "b@b", "everyone", "EVERYONE", "belfry", "", "  ", "a'; --",
     ):  # fmt: skip
@@ -85,8 +85,8 @@ def test_names_that_cannot_be(admin, server, subtests):
         assert list(assert_problem(answer, 422, "invalid")["errors"]) == ["email"]
 
 
-def test_hostile_text_is_text(admin, api, cast, server, subtests):
-    """It comes back as it went in, and nothing else has changed."""
+def test_hostile_text_is_returned_as_text(admin, api, cast, server, subtests):
+    """Hostile names are returned unchanged, and nothing else has changed."""
     for number, text in enumerate(HOSTILE):
         with subtests.test(text):
             made = admin.post("/api/users", json={"username": f"user-{number}", "name": text}).get_json()
@@ -99,7 +99,7 @@ def test_hostile_text_is_text(admin, api, cast, server, subtests):
             message = {"channel_id": channel["id"], "content": text}
             assert api(cast.subscriber).post("/api/messages", json=message).get_json()["content"] == text
             assert admin.get("/api/users", query_string={"username": text}).get_json()["items"] == []
-    assert User.select().count() == 6 + len(HOSTILE) + 1  # and Belfry, who sends the test notifications
+    assert User.select().count() == 6 + len(HOSTILE) + 1  # and the system user, which sends test notifications
 
 
 def test_me(api, cast):
@@ -115,7 +115,7 @@ def test_me(api, cast):
 # Subscriptions and tokens ---------------------------------------------------------------------------------
 
 
-def test_a_subscription_is_put(admin, cast):
+def test_a_subscription_is_set(admin, cast):
     path = f"/api/users/{cast.admin.id}/subscription"
     assert admin.get(path).get_json() is None
     answer = admin.put(path, json={"status": "past_due", "current_period_end": "2026-01-31T13:00:00+01:00"})
@@ -128,7 +128,7 @@ def test_a_subscription_is_put(admin, cast):
     assert_problem(admin.put(path, json={"status": "Active"}), 422, "invalid")
 
 
-def test_the_same_subscription_again_changes_nothing(admin, cast):
+def test_setting_the_same_subscription_again_changes_nothing(admin, cast):
     path = f"/api/users/{cast.admin.id}/subscription"
     for period_end in (None, "2026-01-31T12:00:00Z"):
         answers = [admin.put(path, json={"status": "active", "current_period_end": period_end}) for _ in range(2)]
@@ -156,7 +156,7 @@ def test_a_token_is_shown_once_and_only_its_hash_is_stored(admin, client, cast):
     assert_problem(admin.get("/api/users/999/tokens"), 404, "not_found")
 
 
-def test_a_revoked_token_ends_now_and_stays_listed(admin, api, cast):
+def test_a_revoked_token_stops_working_at_once_and_stays_listed(admin, api, cast):
     mine = ApiToken.get(ApiToken.user == cast.vip.id).id
     assert_problem(admin.delete(f"/api/users/{cast.lapsed.id}/tokens/{mine}"), 404, "not_found")
     assert api(cast.vip).get("/api/me").status_code == 200
@@ -216,7 +216,7 @@ def test_a_role_of_another_server_is_refused_and_changes_nothing(admin, cast, se
     assert Member.select().where(Member.user == cast.stranger.id).count() == 0
 
 
-def test_roles_that_are_set_by_two_at_once(admin, api, cast, server):
+def test_two_requests_set_the_roles_of_a_member_at_the_same_time(admin, api, cast, server):
     def put(path):
         return api(cast.admin).put(path, json={"role_ids": [cast.vip_role, cast.moderators_role]}).status_code
 
@@ -267,7 +267,7 @@ def test_channels(admin, api, cast, server):
 
 
 def readiness(client) -> dict:
-    """What is not ready."""
+    """The errors of /readyz."""
     problem = client.get("/readyz")
     assert (problem.status_code, problem.mimetype) == (503, "application/problem+json")
     assert "Retry-After" in problem.headers
@@ -276,7 +276,7 @@ def readiness(client) -> dict:
     return problem.get_json()["errors"]
 
 
-def test_ready_says_which_part_is_not(client, redis_away, database_away):
+def test_readiness_names_the_part_that_is_not_ready(client, redis_away, database_away):
     parts = ("database", "redis", "migrations", "partitions", "recovery")
     ready = {"status": "ok", **dict.fromkeys(parts, "ok"), "warnings": []}
     assert (client.get("/readyz").status_code, client.get("/readyz").get_json()) == (200, ready)
@@ -296,7 +296,7 @@ def test_ready_says_which_part_is_not(client, redis_away, database_away):
     assert client.get("/readyz").status_code == 200
 
 
-def test_many_who_ask_at_once_whether_it_is_ready_share_one_check(override):
+def test_simultaneous_readiness_requests_share_one_check(override):
     override(readiness_cache_seconds=600)
     app = create_app()
     with statements() as asked, ThreadPoolExecutor(8) as pool:
@@ -323,7 +323,7 @@ def test_metrics(api, cast, client, override):
     assert_problem(client.get("/api/me", headers={"Authorization": "Bearer scrape-me"}), 401, "unauthenticated")
 
 
-def test_the_api_document_has_every_route_and_resolves(app, client):
+def test_the_api_document_has_every_route_and_its_references_resolve(app, client):
     document = client.get("/openapi.json").get_json()
     routes = {
         (re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule.rule), method.lower())
@@ -346,7 +346,7 @@ def test_the_api_document_has_every_route_and_resolves(app, client):
         assert {"401", "404", "429", "503"} <= set(operation["responses"])
 
 
-def test_the_document_for_people_loads_nothing_from_elsewhere(app, client):
+def test_the_docs_page_loads_nothing_from_other_hosts(app, client):
     page = client.get("/docs")
     assert "frame-ancestors 'none'" in page.headers["Content-Security-Policy"]
     assert (page.status_code, page.mimetype) == (200, "text/html")

@@ -1,4 +1,4 @@
-"""The queue dashboard, and signing in to it: who may, what it shows, what it does, and what it must not.
+"""The dashboard of the queues: access, sign-in, what it shows and does, and hostile jobs.
 
 The jobs are real: made on Belfry's queues, and run by a worker of RQ's.
 """
@@ -65,19 +65,19 @@ def _cookies_without_https(app, monkeypatch):
 
 @pytest.fixture
 def queue(redis):
-    """As RQ itself has it: the dashboard shows whatever stands in Redis."""
+    """An RQ queue as RQ creates it, because the dashboard shows any job in Redis."""
     return Queue(queues.BULK, connection=redis, serializer="json")
 
 
 @pytest.fixture
 def admin(api, cast):
-    """The dashboard as a script uses it, with an admin's token."""
+    """A client of the dashboard with an admin's token."""
     return api(cast.admin)
 
 
 @pytest.fixture
 def work(redis):
-    """Run what is queued. On a connection of its own: a worker changes its connection's timeouts."""
+    """Run the queued jobs, on a separate connection, because a worker changes its connection's time-outs."""
 
     def run(**arguments: Any) -> None:
         with Redis.from_url(settings.redis_url) as connection:
@@ -89,7 +89,7 @@ def work(redis):
 
 @pytest.fixture
 def failed(queue, work):
-    """The id of a job that failed."""
+    """The id of a failed job."""
     job = queue.enqueue("math.sqrt", -1, description="run 7")
     work()
     assert job.get_status() == "failed"
@@ -107,24 +107,24 @@ def listed(admin, registry: str, size: int = 8, order: str = "asc", page: int = 
     return [job["id"] for job in answer.json["jobs"]]
 
 
-# --- who may
+# --- access
 
 
 @pytest.mark.parametrize("path", [*PAGES, "/rq/0/view/job/x", "/rq/nothing/here", "/rq/requeue/bulk"])
-def test_who_is_not_signed_in_is_sent_to_sign_in(client, path):
+def test_an_unauthenticated_visitor_is_redirected_to_the_login(client, path):
     answer = client.get(path)
     assert answer.status_code == 303
     assert unquote(answer.location) == f"/login?next={path}"
 
 
 @pytest.mark.parametrize("path", ACTIONS)
-def test_who_is_not_signed_in_changes_nothing(client, path):
+def test_an_unauthenticated_visitor_changes_nothing(client, path):
     answer = client.post(path, headers=SAME)
     assert (answer.status_code, answer.json["code"]) == (401, "unauthenticated")
 
 
 @pytest.mark.parametrize("person", ["subscriber", "lapsed", "stranger"])
-def test_who_is_no_admin_is_refused_everything(client, api, cast, person):
+def test_users_who_are_not_admins_are_refused(client, api, cast, person):
     token = cast.everybody[person].token
     assert sign_in(client, token).status_code == 303
     for path in (*PAGES, "/rq/nothing/here"):
@@ -157,7 +157,7 @@ def test_a_wrong_token_is_refused_even_beside_a_good_session(client, cast):
 
 
 @pytest.mark.parametrize("how", ["revoked", "expired", "demoted"])
-def test_a_session_ends_with_what_it_stands_on(client, cast, how):
+def test_a_session_ends_with_the_token_it_was_opened_with(client, cast, how):
     sign_in(client, cast.admin.token)
     assert client.get("/rq/").status_code == 200
     if how == "demoted":
@@ -191,7 +191,7 @@ def test_the_form_is_accessible_and_runs_no_script(client):
 
 
 @pytest.mark.parametrize("token", ["", "belfry_wrong", "ü", "\x00", "a" * 10_000])
-def test_a_wrong_token_gets_the_form_again_and_says_why(client, token):
+def test_a_wrong_token_shows_the_form_again_with_the_reason(client, token):
     answer = sign_in(client, token, "/rq/0/view/workers")
     assert answer.status_code == 401
     assert "This token is unknown, or it was revoked or has expired." in answer.text
@@ -200,7 +200,7 @@ def test_a_wrong_token_gets_the_form_again_and_says_why(client, token):
 
 
 @pytest.mark.parametrize("csrf", [None, "", "wrong", "ü"])
-def test_signing_in_and_out_needs_the_form_of_this_session(client, cast, csrf):
+def test_signing_in_and_out_needs_this_sessions_csrf_token(client, cast, csrf):
     form = {"token": cast.admin.token} | ({"csrf": csrf} if csrf is not None else {})
     assert client.post("/login", data=form).status_code == 403
     client.get("/login")
@@ -211,7 +211,7 @@ def test_signing_in_and_out_needs_the_form_of_this_session(client, cast, csrf):
     assert client.get("/rq/").status_code == 200
 
 
-def test_a_form_of_before_signing_in_is_no_use_after_it(client, cast):
+def test_a_csrf_token_from_before_signing_in_is_invalid_afterwards(client, cast):
     old = csrf_of(client.get("/login").text)
     client.post("/login", data={"csrf": old, "token": cast.admin.token})
     assert client.post("/logout", data={"csrf": old}).status_code == 403
@@ -228,7 +228,7 @@ def test_signing_out_ends_the_session(client, cast):
 
 
 @pytest.mark.parametrize("secure", [True, False])
-def test_the_cookie_keeps_to_itself(app, client, cast, monkeypatch, secure):
+def test_the_cookie_is_httponly_and_samesite(app, client, cast, monkeypatch, secure):
     monkeypatch.setitem(app.config, "SESSION_COOKIE_SECURE", secure)
     base_url = "https://localhost" if secure else "http://localhost"
     answer = sign_in(client, cast.admin.token, base_url=base_url)
@@ -241,7 +241,7 @@ def test_the_cookie_keeps_to_itself(app, client, cast, monkeypatch, secure):
         assert cast.admin.token not in str(session)
 
 
-def test_a_secure_cookie_is_one_that_no_other_host_can_set(cast, override):
+def test_a_secure_cookie_has_the_host_prefix(cast, override):
     override(session_cookie_secure=True)
     answer = sign_in(create_app().test_client(), cast.admin.token, base_url="https://localhost")
     name, *attributes = answer.headers["Set-Cookie"].split("; ")
@@ -250,7 +250,7 @@ def test_a_secure_cookie_is_one_that_no_other_host_can_set(cast, override):
 
 
 @pytest.mark.parametrize("path", ["/rq/", "/rq/0/view/workers", "/docs", "/rq/0/view/job/x?y=1#z"])
-def test_after_signing_in_it_goes_on_to_where_one_wanted(client, cast, path):
+def test_signing_in_redirects_to_the_requested_page(client, cast, path):
     answer = sign_in(client, cast.admin.token, path)
     assert (answer.status_code, answer.location) == (303, path)
 
@@ -274,12 +274,12 @@ def test_after_signing_in_it_goes_on_to_where_one_wanted(client, cast, path):
         "/rq/\r\nSet-Cookie: a=b",
     ],
 )
-def test_it_never_goes_on_to_another_site(client, cast, path):
+def test_signing_in_never_redirects_to_another_site(client, cast, path):
     assert sign_in(client, cast.admin.token, path).location == "/"
     assert 'name="next" value="/"' in client.get("/login", query_string={"next": path}).text
 
 
-# --- requests that another site makes a browser send
+# --- requests from other sites
 
 
 @pytest.mark.parametrize(
@@ -307,12 +307,12 @@ def test_a_change_must_come_from_a_page_of_this_site(client, cast, failed, heade
     assert queues.queue(queues.BULK).count == (1 if status == 200 else 0)
 
 
-def test_a_bearer_token_may_come_from_anywhere(admin, failed):
+def test_a_bearer_token_is_accepted_from_any_origin(admin, failed):
     assert admin.post("/rq/requeue/bulk", headers={"Origin": "http://evil.example"}).json["count"] == 1
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
-def test_reading_never_requeues(client, cast, failed, method):
+def test_get_requests_never_requeue(client, cast, failed, method):
     sign_in(client, cast.admin.token)
     answer = client.open("/rq/requeue/bulk", method=method, headers=SAME)
     assert answer.status_code == 405
@@ -320,7 +320,7 @@ def test_reading_never_requeues(client, cast, failed, method):
     assert queues.queue(queues.BULK).count == 0
 
 
-# --- what it shows
+# --- views
 
 
 def test_the_overview_counts_every_registry(admin, queue, failed):
@@ -332,7 +332,7 @@ def test_the_overview_counts_every_registry(admin, queue, failed):
     assert counts == {"count": 1, "failed_job_registry_count": 1, "scheduled_job_registry_count": 1}
 
 
-def test_a_job_of_every_state_has_its_page(admin, queue, work, failed):
+def test_jobs_in_every_state_have_a_page(admin, queue, work, failed):
     finished = queue.enqueue("math.sqrt", 4, description="run 8", meta={"slice": 3})
     work()
     waiting = queue.enqueue("math.sqrt", 4)
@@ -358,7 +358,7 @@ def test_a_job_of_every_state_has_its_page(admin, queue, work, failed):
     assert "ValueError" in admin.get(f"/rq/0/data/job/{failed}.json").json["exc_info"]
 
 
-def test_a_job_that_waits_for_others_has_its_page(admin, queue):
+def test_a_job_with_dependencies_has_a_page(admin, queue):
     first, second = queue.enqueue("math.sqrt", 4), queue.enqueue("math.sqrt", 9)
     waiting = queue.enqueue("math.sqrt", 16, depends_on=[first, second])
     second.delete()
@@ -372,7 +372,7 @@ def test_a_job_that_waits_for_others_has_its_page(admin, queue):
 
 
 @pytest.mark.parametrize("registry", ["queued", "canceled"])
-def test_pages_of_a_list_neither_repeat_nor_skip(admin, queue, registry):
+def test_the_pages_of_a_list_neither_repeat_nor_skip_jobs(admin, queue, registry):
     made = [queue.enqueue("math.sqrt", number, job_id=f"job-{number:02}") for number in range(20)]
     if registry == "canceled":
         for job in made:
@@ -397,7 +397,7 @@ def test_pages_of_a_list_neither_repeat_nor_skip(admin, queue, registry):
         assert admin.get(page["url"]).status_code == 200
 
 
-def test_jobs_without_a_name_are_those_of_our_first_queue(admin):
+def test_a_job_list_without_a_queue_name_shows_the_first_queue(admin):
     assert "<strong>notifications</strong>" in admin.get("/rq/0/view/jobs").text
 
 
@@ -405,7 +405,7 @@ _seen: list[Any] = []
 
 
 def look_around() -> None:
-    """A job that looks at the dashboard while it runs."""
+    """A job that requests the dashboard while it runs."""
     _seen.append([api_get("/rq/0/data/workers.json"), api_get("/rq/0/data/jobs/bulk/started/8/asc/1.json")])
 
 
@@ -431,7 +431,7 @@ def test_a_busy_worker_and_its_job_are_shown(app, cast, queue, work):
 
 @pytest.fixture
 def idle_worker():
-    """A worker that waits, and whose name is not harmless."""
+    """An idle worker with a hostile name."""
     with Redis.from_url(settings.redis_url) as connection:
         worker = Worker([queues.BULK], name=SCRIPT, connection=connection, serializer="json")
         worker.register_birth()
@@ -453,7 +453,7 @@ def test_a_worker_whose_job_was_deleted_is_shown(admin, queue, idle_worker):
     assert worker["current_job"] == "idle"
 
 
-def test_looking_at_workers_leaves_the_webs_timeouts_alone(app, admin, idle_worker, monkeypatch):
+def test_listing_workers_does_not_change_the_web_processs_timeouts(app, admin, idle_worker, monkeypatch):
     timeouts = app.redis_conn.connection_pool.connection_kwargs
     monkeypatch.setitem(timeouts, "socket_timeout", 3)
     for path in ("/rq/0/view/workers", "/rq/0/data/workers.json", "/rq/"):
@@ -461,10 +461,10 @@ def test_looking_at_workers_leaves_the_webs_timeouts_alone(app, admin, idle_work
     assert timeouts["socket_timeout"] == 3
 
 
-# --- what it does
+# --- actions
 
 
-def test_requeuing_one(client, cast, queue, failed):
+def test_one_job_is_requeued(client, cast, queue, failed):
     sign_in(client, cast.admin.token)
     assert client.post(f"/rq/job/{failed}/requeue", headers=SAME).json == {"status": "OK"}
     assert queue.job_ids == [failed]
@@ -474,7 +474,7 @@ def test_requeuing_one(client, cast, queue, failed):
     assert queue.job_ids == [failed]
 
 
-def test_requeuing_all(admin, queue, work, failed, redis):
+def test_all_failed_jobs_are_requeued(admin, queue, work, failed, redis):
     other = queue.enqueue("math.sqrt", -2)
     work()
     gone = queue.enqueue("math.sqrt", -3)
@@ -485,7 +485,7 @@ def test_requeuing_all(admin, queue, work, failed, redis):
     assert admin.post("/rq/requeue/deliveries").json == {"status": "OK", "count": 0}
 
 
-def test_deleting_one(client, cast, queue, redis):
+def test_one_job_is_deleted(client, cast, queue, redis):
     job = queue.enqueue("math.sqrt", 4)
     sign_in(client, cast.admin.token)
     assert client.post(f"/rq/job/{job.id}/delete", headers=SAME).json == {"status": "OK"}
@@ -495,7 +495,7 @@ def test_deleting_one(client, cast, queue, redis):
 @pytest.mark.parametrize(
     "registry", ["queued", "scheduled", "deferred", "started", "finished", "failed", "canceled"]
 )
-def test_emptying_a_registry(admin, queue, work, redis, registry, idle_worker):
+def test_a_registry_is_emptied(admin, queue, work, redis, registry, idle_worker):
     for number in range(2):
         job = queue.enqueue("math.sqrt", -1 if registry == "failed" else 4, job_id=f"job-{number}")
         if registry in ("finished", "failed"):
@@ -511,7 +511,7 @@ def test_emptying_a_registry(admin, queue, work, redis, registry, idle_worker):
             job.cancel()
     prefix = "next" if registry == "deferred" else "job"
     assert listed(admin, registry) == [f"{prefix}-0", f"{prefix}-1"]
-    redis.delete(f"rq:job:{prefix}-0")  # as when it has expired
+    redis.delete(f"rq:job:{prefix}-0")  # as if it had expired
     assert admin.post(f"/rq/queue/bulk/{registry}/empty").json == {"status": "OK"}
     assert listed(admin, registry) == []
     assert not Job.exists(f"{prefix}-1", redis)
@@ -519,7 +519,7 @@ def test_emptying_a_registry(admin, queue, work, redis, registry, idle_worker):
     assert not redis.exists(key)
 
 
-def test_compacting_removes_what_is_gone_and_keeps_the_order(admin, queue, redis):
+def test_compacting_removes_missing_jobs_and_keeps_the_order(admin, queue, redis):
     made = [queue.enqueue("math.sqrt", number) for number in range(4)]
     redis.delete(made[1].key)
     assert admin.post("/rq/queue/bulk/compact").json == {"status": "OK"}
@@ -536,7 +536,7 @@ def test_an_unknown_job_is_not_found(admin, path):
 
 
 @pytest.mark.parametrize("action", ["delete", "requeue"])
-def test_nothing_is_done_to_an_unknown_job(admin, action):
+def test_actions_on_an_unknown_job_are_refused(admin, action):
     assert admin.post(f"/rq/job/unknown/{action}").status_code == 404
 
 
@@ -557,15 +557,15 @@ def test_nothing_is_done_to_an_unknown_job(admin, action):
         "/rq/0/view/job/a:b",
     ],
 )
-def test_an_address_that_cannot_be_is_not_found(admin, path):
+def test_an_impossible_path_is_404(admin, path):
     assert admin.get(path).status_code == 404
 
 
-# --- what it must not
+# --- hostile jobs
 
 
 class Bomb:
-    """Unpickling it makes a file."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -574,7 +574,7 @@ class Bomb:
         return Path.touch, (self.path,)
 
 
-def test_nothing_is_ever_unpickled(admin, queue, redis, work, idle_worker, tmp_path):
+def test_no_job_is_ever_unpickled(admin, queue, redis, work, idle_worker, tmp_path):
     bomb = pickle.dumps(Bomb(tmp_path / "exploded"))
     ids = []
     for number in range(3):
@@ -604,7 +604,7 @@ def test_nothing_is_ever_unpickled(admin, queue, redis, work, idle_worker, tmp_p
     assert web.config.serializer is JSONSerializer
 
 
-def test_texts_of_jobs_are_text_where_they_would_be_html(admin, queue, redis, work, idle_worker):
+def test_texts_of_jobs_are_escaped(admin, queue, redis, work, idle_worker):
     job = queue.enqueue("json.loads", json.dumps({SCRIPT: [SCRIPT]}), description=SCRIPT, meta={"a": SCRIPT})
     work()
     redis.hset(job.key, "origin", SCRIPT)
@@ -616,13 +616,13 @@ def test_texts_of_jobs_are_text_where_they_would_be_html(admin, queue, redis, wo
         assert "<script" not in answer.text
         assert "&lt;script&gt;" in answer.text
     [worker] = admin.get("/rq/0/data/workers.json").json["workers"]
-    assert worker["current_job"].pop("description") == SCRIPT  # the page itself escapes this one
+    assert worker["current_job"].pop("description") == SCRIPT  # the page escapes this field
     assert "<script" not in str(worker)
     for path in ("/rq/0/view/jobs", "/rq/", f"/rq/0/view/job/{job.id}"):
         assert "alert(1)" not in admin.get(path).text.replace("&lt;script&gt;alert(1)", "")
 
 
-def test_a_traceback_is_text_where_it_would_be_html(admin, queue, work):
+def test_a_traceback_is_escaped(admin, queue, work):
     job = queue.enqueue("json.loads", f"{SCRIPT}")
     work()
     failing = queue.enqueue("builtins.open", f"/nothing/{SCRIPT}")
@@ -632,13 +632,13 @@ def test_a_traceback_is_text_where_it_would_be_html(admin, queue, work):
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in shown
 
 
-def test_the_name_of_a_queue_cannot_leave_the_script_that_it_is_written_into(admin):
+def test_a_queue_name_cannot_break_out_of_a_script(admin):
     for name in ("%27%3Balert(1)%3B%27", "%3C%2Fscript%3E", "a%22b", "a%0Ab"):
         assert admin.get(f"/rq/0/view/jobs/{name}/queued/8/asc/1").status_code == 404
 
 
 @pytest.mark.parametrize("page", ["", "0/view/workers", "0/view/jobs", "0/view/job/{failed}"])
-def test_only_the_librarys_own_script_may_run(admin, failed, page):
+def test_the_policy_permits_only_the_librarys_script(admin, failed, page):
     answers = [admin.get(f"/rq/{page.format(failed=failed)}") for _ in range(2)]
     nonces = set()
     for answer in answers:
@@ -666,15 +666,15 @@ def test_only_the_librarys_own_script_may_run(admin, failed, page):
         ("unix://user:s3cret@/tmp/redis.sock?db=3", "/tmp/redis.sock, database 3"),
     ],
 )
-def test_every_kind_of_address_is_taken_and_no_password_is_shown(override, url, shown):
+def test_each_kind_of_redis_url_is_accepted_and_its_password_hidden(override, url, shown):
     override(redis_url=url)
     app = Flask("another")
-    guard.register(app)  # does not connect: there is nothing at these addresses
+    guard.register(app)  # does not connect, because nothing listens there
     assert app.config["RQ_DASHBOARD_REDIS_URL"] == (shown,)
     assert "s3cret" not in str(app.config)
 
 
-def test_the_address_is_shown(app, admin):
+def test_the_redis_url_is_shown(app, admin):
     text = admin.get("/rq/").text
     assert app.config["RQ_DASHBOARD_REDIS_URL"][0] in text
 
@@ -682,7 +682,7 @@ def test_the_address_is_shown(app, admin):
 @pytest.mark.parametrize(
     "path", [path for path in PAGES if "static" not in path] + ["/rq/0/view/job/x", *ACTIONS]
 )
-def test_redis_out_of_reach_is_said(app, admin, monkeypatch, path):
+def test_an_unreachable_redis_is_reported(app, admin, monkeypatch, path):
     monkeypatch.setattr(app, "redis_conn", Redis(unix_socket_path="/nowhere/redis.sock", retry=ONCE))
     method = "POST" if path in ACTIONS else "GET"
     answer = admin.open(method, path)
@@ -694,7 +694,7 @@ def test_redis_out_of_reach_is_said(app, admin, monkeypatch, path):
     assert "Redis is unavailable" in page.text
 
 
-def test_redis_lost_on_the_way_is_said(app, admin, monkeypatch):
+def test_redis_that_is_lost_during_a_request_is_reported(app, admin, monkeypatch):
     class Lost(Redis):
         def ping(self, **_: Any) -> bool:
             return True

@@ -1,4 +1,4 @@
-"""Every refusal of the API: its status, its code, and the one shape that all of them have."""
+"""Every error of the API: its status, its code, and the common shape."""
 
 import http.client
 import json
@@ -28,7 +28,7 @@ BEYOND_BIGINT = 2**63
 
 
 def assert_problem(answer, status: int, code: str) -> dict:
-    """The answer is this refusal, in the one shape; its body."""
+    """Assert that the response is this problem in the common shape; its body."""
     assert answer.status_code == status, answer.get_data(as_text=True)
     assert answer.mimetype == "application/problem+json"
     assert re.fullmatch(r"[A-Za-z0-9_.-]{8,64}", answer.headers["X-Request-Id"])
@@ -45,7 +45,7 @@ def assert_problem(answer, status: int, code: str) -> dict:
 
 @pytest.fixture
 def post(api, cast):
-    """POST /api/messages as the subscriber, with this raw body."""
+    """POST /api/messages as the subscriber, with a raw body."""
     return lambda data, content_type="application/json", **arguments: api(cast.subscriber).post(
         "/api/messages", data=data, content_type=content_type, **arguments
     )
@@ -55,7 +55,7 @@ def post(api, cast):
 
 
 def api_routes(app):
-    """(method, address with ids filled in, contract) of everything under /api."""
+    """(method, path with ids filled in, contract) of every route under /api."""
     routes = [
         (method, re.sub(r"<[^>]+>", "1", rule.rule), getattr(app.view_functions[rule.endpoint], "contract", None))
         for rule in app.url_map.iter_rules()
@@ -66,7 +66,7 @@ def api_routes(app):
     return routes
 
 
-def test_nobody_gets_anywhere(app, api, cast, subtests):
+def test_every_route_needs_a_token(app, api, cast, subtests):
     for method, path, _ in api_routes(app):
         with subtests.test(f"{method} {path}"):
             answer = api().open(method, path)
@@ -74,7 +74,7 @@ def test_nobody_gets_anywhere(app, api, cast, subtests):
             assert answer.headers["WWW-Authenticate"].startswith("Bearer")
 
 
-def test_other_methods_are_refused_and_allow_says_which_are_not(app, api, cast, subtests):
+def test_other_methods_get_405_with_allow(app, api, cast, subtests):
     known = app.url_map.bind("localhost")
     for path in {path for _, path, _ in api_routes(app)} | {"/healthz", "/openapi.json"}:
         allowed = set(known.allowed_methods(path))
@@ -85,7 +85,7 @@ def test_other_methods_are_refused_and_allow_says_which_are_not(app, api, cast, 
                 assert set(answer.headers["Allow"].split(", ")) == allowed
 
 
-def test_what_admins_do_is_forbidden_to_others(app, api, cast, subtests):
+def test_admin_routes_are_403_for_others(app, api, cast, subtests):
     for_admins = [route for route in api_routes(app) if route[2] and route[2].admin]
     assert len(for_admins) >= 24
     for method, path, _ in for_admins:
@@ -96,7 +96,7 @@ def test_what_admins_do_is_forbidden_to_others(app, api, cast, subtests):
 # 400, 413, 415 --------------------------------------------------------------------------------------------
 
 
-def test_what_is_no_json_object_is_malformed(post, subtests):
+def test_a_body_that_is_not_a_json_object_is_400(post, subtests):
     for body in (
         b"", b"{", b"not json", b"[]", b'[{"content": "x"}]', b'"text"', b"7", b"null", b"{'a': 1}",
         b'{"channel_id": NaN}', b'{"channel_id": -Infinity}', b'{"content": "\xff"}', b"\xff\xfe{\x00}\x00",
@@ -106,13 +106,13 @@ def test_what_is_no_json_object_is_malformed(post, subtests):
             assert_problem(post(body), 400, "malformed_json")
 
 
-def test_other_media_types_are_refused(post, subtests):
+def test_other_media_types_get_415(post, subtests):
     for media_type in (None, "", "text/plain", "application/x-www-form-urlencoded", "application/jsonx", ";;;", "\xe9"):
         with subtests.test(media_type):
             assert_problem(post(b'{"channel_id": 1, "content": "x"}', media_type), 415, "unsupported_media_type")
 
 
-def test_json_is_json_whatever_parameters_its_media_type_has(post):
+def test_json_with_media_type_parameters_is_accepted(post):
     assert post(b'{"channel_id": 1, "content": "x"}', "APPLICATION/JSON; charset=utf-8; q=1").status_code == 201
 
 
@@ -124,7 +124,7 @@ def test_a_body_over_64_kib_is_too_large(post):
 # 401, 403, 404 --------------------------------------------------------------------------------------------
 
 
-def test_tokens_that_do_not_count(api, cast, client):
+def test_invalid_tokens_get_401(api, cast, client):
     person = cast.subscriber
     _, expired = tokens.create_token(person.user, datetime.now(UTC) - timedelta(seconds=1))
     revoked_row, revoked = tokens.create_token(person.user)
@@ -140,7 +140,7 @@ def test_tokens_that_do_not_count(api, cast, client):
     assert_problem(client.get(f"/api/me?access_token={person.token}"), 401, "unauthenticated")
 
 
-def test_posting_without_a_subscription_and_where_only_admins_do(api, cast):
+def test_posting_without_a_right_is_403(api, cast):
     for person, channel, code in (
         (cast.lapsed, cast.general, "subscription_required"),
         (cast.moderator, cast.announcements, "forbidden"),
@@ -149,13 +149,13 @@ def test_posting_without_a_subscription_and_where_only_admins_do(api, cast):
         assert_problem(answer, 403, code)
 
 
-def test_there_is_nothing_at_other_addresses(api, cast, subtests):
+def test_other_paths_are_404(api, cast, subtests):
     for path in ("/api", "/api/", "/api/nothing", "/api/users/x", "/api/users/-1", "/api/users/0", "/api/%00"):
         with subtests.test(path):
             assert_problem(api(cast.admin).get(path), 404, "not_found")
 
 
-def test_unknown_ids_are_not_found(api, cast, subtests):
+def test_unknown_ids_are_404(api, cast, subtests):
     admin = api(cast.admin)
     for unknown in (999, BEYOND_BIGINT - 1, BEYOND_BIGINT, 10**400):
         for path in ("users/{}", "users/{}/tokens", "servers/{}/members", "channels/{}", "messages/{}", "runs/{}"):
@@ -169,7 +169,7 @@ def test_unknown_ids_are_not_found(api, cast, subtests):
 # 409, 422 -------------------------------------------------------------------------------------------------
 
 
-def test_the_same_key_while_the_first_request_is_under_way(api, cast):
+def test_an_idempotency_key_in_use_is_a_conflict(api, cast):
     with psycopg.connect(settings.database_url) as first:
         name = f"idempotency {cast.subscriber.id} once"
         first.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", [name])
@@ -180,7 +180,7 @@ def test_the_same_key_while_the_first_request_is_under_way(api, cast):
     assert Message.select().count() == 0
 
 
-def test_a_key_that_came_with_another_body(api, cast):
+def test_an_idempotency_key_with_another_body_is_refused(api, cast):
     sam, key = api(cast.subscriber), {"Idempotency-Key": "once"}
     assert sam.post("/api/messages", json={"channel_id": 1, "content": "x"}, headers=key).status_code == 201
     answer = sam.post("/api/messages", json={"channel_id": 1, "content": "y"}, headers=key)
@@ -188,7 +188,7 @@ def test_a_key_that_came_with_another_body(api, cast):
     assert Message.select().count() == 1
 
 
-def test_keys_that_cannot_be(post, subtests):
+def test_invalid_idempotency_keys_are_refused(post, subtests):
     for key in ("", " ", "two words", "x" * 256, "é", "tab\t.", "\x7f"):
         with subtests.test(key[:10]):
             answer = post(b'{"channel_id": 1, "content": "x"}', headers={"Idempotency-Key": key})
@@ -218,7 +218,7 @@ WRONG = {
 }  # fmt: skip
 
 
-def test_every_field_of_every_body_refuses_what_it_cannot_mean(app, api, cast, subtests):
+def test_every_field_of_every_body_refuses_invalid_values(app, api, cast, subtests):
     bodies = [route for route in api_routes(app) if route[2] and route[2].body]
     assert len(bodies) >= 17
     for method, path, contract in bodies:
@@ -262,7 +262,7 @@ CRAFTED = {
 
 
 @pytest.mark.parametrize("kind", CRAFTED)
-def test_no_refusal_of_a_body_is_larger_than_8_kib(app, api, cast, subtests, kind):
+def test_an_error_about_a_body_is_at_most_8_kib(app, api, cast, subtests, kind):
     body = json.dumps(CRAFTED[kind], ensure_ascii=False, separators=(",", ":")).encode()
     assert len(body) <= 65_536
     for method, path, contract in api_routes(app):
@@ -273,7 +273,7 @@ def test_no_refusal_of_a_body_is_larger_than_8_kib(app, api, cast, subtests, kin
                 assert len(answer.data) <= 8_192
 
 
-def test_no_refusal_of_a_query_or_header_is_larger_than_8_kib(app, api, cast, subtests):
+def test_an_error_about_a_query_or_header_is_at_most_8_kib(app, api, cast, subtests):
     queries = ["&".join(f"{name}=1" for name in names_of(600, 4)), "x" * 4_000 + "=1", "&".join(["limit=1"] * 500)]
     queries += ["limit=" + "9" * 4_000, "cursor=" + "x" * 4_000]
     for method, path, contract in api_routes(app):
@@ -293,22 +293,22 @@ def test_no_refusal_of_a_query_or_header_is_larger_than_8_kib(app, api, cast, su
                 assert sum(len(value) for _, value in answer.headers) < 1_000
 
 
-def test_a_refusal_shows_twenty_fields_and_says_how_many_more_there_are(post):
+def test_an_error_names_twenty_fields_and_counts_the_others(post):
     many = json.dumps(dict.fromkeys(names_of(6_000), 1), separators=(",", ":"))
     errors = assert_problem(post(many), 422, "invalid")["errors"]
     assert len(errors) == 21
-    assert errors["_schema"] == ["5982 more invalid fields are not shown."]  # with the two that are missing
+    assert errors["_schema"] == ["5982 more invalid fields are not shown."]  # including the two missing ones
     few = assert_problem(post(json.dumps(dict.fromkeys(names_of(18), 1))), 422, "invalid")["errors"]
     assert set(few) == {*names_of(18), "channel_id", "content"}
 
 
-def test_a_refusal_shortens_the_names_of_fields(post):
+def test_an_error_shortens_long_field_names(post):
     errors = assert_problem(post(json.dumps({"a" * 60_000: 1, "a" * 31: 2, "a" * 30: 3})), 422, "invalid")["errors"]
     assert errors["a" * 30 + "…"] == ["Unknown field.", "Unknown field."]
     assert errors["a" * 30] == ["Unknown field."]
 
 
-def test_every_list_refuses_what_its_query_cannot_mean(app, api, cast, subtests):
+def test_every_list_refuses_invalid_query_parameters(app, api, cast, subtests):
     queries = [f"limit={limit}" for limit in ("0", "101", "-1", "x", "", "1.5", "1e1", "9" * 5_000)]
     queries += [f"cursor={cursor}" for cursor in ("", "x", "YXQg", "%00", "ü", "4", "YXQgLTE", "YXQgMQ/../", "' OR 1")]
     queries += ["colour=red", "limit=5&Limit=5", "cursor[]=x"]
@@ -320,7 +320,7 @@ def test_every_list_refuses_what_its_query_cannot_mean(app, api, cast, subtests)
                 assert_problem(api(cast.admin).get(f"{path}?{query}"), 422, "invalid")
 
 
-def test_filters_that_cannot_be_meant(api, cast, subtests):
+def test_invalid_filters_are_refused(api, cast, subtests):
     for path, query in (
         ("runs", "state=done"), ("runs", "channel_id=x"), ("runs", f"channel_id={BEYOND_BIGINT}"),
         ("notifications", "unread=maybe"), ("notifications", "channel_id=0"),
@@ -337,7 +337,7 @@ def test_filters_that_cannot_be_meant(api, cast, subtests):
 
 @pytest.fixture(scope="module")
 def web() -> Iterator[tuple[str, int]]:
-    """A web process of its own, with a low limit; its address."""
+    """A separate web process with a low limit; its URL."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         command = ["-m", "gunicorn", "--bind", f"fd://{listening.fileno()}"]
         process = subprocess.Popen(
@@ -355,7 +355,7 @@ def web() -> Iterator[tuple[str, int]]:
 
 @pytest.fixture
 def send(web):
-    """`send(person, body, ...)`: POST /api/messages over the socket; (answer, its body)."""
+    """`send(person, body, ...)`: POST /api/messages over a socket; (response, its body)."""
 
     def over_socket(person, body, **headers):
         connection = http.client.HTTPConnection(*web, timeout=30)
@@ -370,12 +370,12 @@ def send(web):
     return over_socket
 
 
-def test_a_body_that_is_only_said_to_be_too_large(send, cast):
+def test_a_declared_length_that_is_too_large_is_refused(send, cast):
     answer, problem = send(cast.subscriber, None, **{"Content-Length": "10000000"})
     assert (answer.status, problem["code"]) == (413, "too_large")
 
 
-def test_a_chunked_body_that_turns_out_too_large(send, cast, subtests):
+def test_a_chunked_body_that_is_too_large_is_refused(send, cast, subtests):
     start = b'{"channel_id": 1, "content": "x"}'
     for status, rest in ((413, [b" " * 1_024] * 64), (413, [b" " * 1_024] * 64 + [b"["]), (201, [b" "])):
         with subtests.test(chunks=len(rest)):
@@ -384,7 +384,7 @@ def test_a_chunked_body_that_turns_out_too_large(send, cast, subtests):
     assert Message.select().count() == 1
 
 
-def test_one_author_posts_only_so_many_messages(send, cast, web):
+def test_the_rate_of_an_authors_messages_is_limited(send, cast, web):
     message = json.dumps({"channel_id": cast.general, "content": "hello"})
     remaining = []
     for _ in range(3):
@@ -402,13 +402,13 @@ def test_one_author_posts_only_so_many_messages(send, cast, web):
     assert Message.select().count() == 4
 
 
-def test_an_answer_that_refuses_nothing_does_not_ask_to_wait(api, cast):
+def test_a_successful_response_has_no_retry_after(api, cast):
     answer = api(cast.subscriber).get("/api/me")
     assert "Retry-After" not in answer.headers
     assert 0 <= int(answer.headers["RateLimit-Reset"]) <= 61
 
 
-def test_while_the_database_is_out_of_reach(api, cast, client, database_away):
+def test_requests_get_503_while_the_database_is_unavailable(api, cast, client, database_away):
     with database_away():
         answer = api(cast.subscriber).get("/api/me")
         assert_problem(answer, 503, "unavailable")
@@ -416,7 +416,7 @@ def test_while_the_database_is_out_of_reach(api, cast, client, database_away):
         assert_problem(client.get("/api/me"), 401, "unauthenticated")
 
 
-def test_when_the_database_goes_in_the_middle_of_a_request(api, cast, monkeypatch):
+def test_a_request_gets_503_where_the_database_fails_during_it(api, cast, monkeypatch):
     def gone(*_):
         raise OperationalError("server closed the connection unexpectedly: host=10.0.0.7")
 
@@ -426,7 +426,7 @@ def test_when_the_database_goes_in_the_middle_of_a_request(api, cast, monkeypatc
     assert answer.headers["Retry-After"] == "5"
 
 
-def test_a_crash_says_nothing_to_the_caller_and_everything_to_the_log(api, cast, monkeypatch, caplog):
+def test_an_unexpected_error_is_in_the_log_and_not_in_the_response(api, cast, monkeypatch, caplog):
     def crash(*_):
         raise RuntimeError("the password is hunter2")
 
@@ -439,13 +439,13 @@ def test_a_crash_says_nothing_to_the_caller_and_everything_to_the_log(api, cast,
     assert "hunter2" in caplog.text
 
 
-def test_a_request_id_that_is_none_is_replaced(client):
+def test_an_invalid_request_id_is_replaced(client):
     for given in ("short", "x" * 65, "two words", "<script>", "a\ttab-in-it"):
         answer = client.get("/healthz", headers={"X-Request-Id": given})
         assert re.fullmatch("[0-9a-f]{32}", answer.headers["X-Request-Id"])
 
 
-def test_a_field_that_is_given_twice_is_refused(api, cast):
+def test_a_repeated_field_is_refused(api, cast):
     body = f'{{"channel_id": {cast.general}, "content": "gold", "content": "silver"}}'
     answer = api(cast.subscriber).post("/api/messages", data=body, content_type="application/json")
     assert "given twice" in assert_problem(answer, 400, "malformed_json")["detail"]
@@ -453,7 +453,7 @@ def test_a_field_that_is_given_twice_is_refused(api, cast):
 
 
 @pytest.mark.parametrize("username", ["\u212aate", "kate\u0130", "ſam"])
-def test_a_username_of_letters_that_only_fold_to_ascii_is_refused_and_finds_nobody(api, cast, username):
+def test_a_username_that_folds_to_ascii_is_refused_and_finds_nobody(api, cast, username):
     admin = api(cast.admin)
     assert list(assert_problem(admin.post("/api/users", json={"username": username}), 422, "invalid")["errors"]) == [
         "username"
@@ -471,20 +471,20 @@ def test_a_name_without_a_visible_character_is_refused(api, cast, name):
 
 @pytest.mark.parametrize("impossible", ["0", str(2**63), "9" * 40])
 @pytest.mark.parametrize("method", ["GET", "PATCH", "DELETE"])
-def test_an_id_that_cannot_exist_is_404_on_every_method_of_its_route(api, cast, impossible, method):
+def test_an_impossible_id_is_404_for_every_method(api, cast, impossible, method):
     for path in ("channels", "messages"):
         answer = api(cast.admin).open(method, f"/api/{path}/{impossible}", json={"name": "x"})
         assert_problem(answer, 404, "not_found")
 
 
-def test_every_endpoint_that_writes_says_what_it_publishes(app):
+def test_every_route_that_writes_declares_what_it_publishes(app):
     for rule in app.url_map.iter_rules():
         contract = getattr(app.view_functions[rule.endpoint], "contract", None)
         if contract and rule.methods - {"GET", "HEAD", "OPTIONS"}:
             assert contract.publishes is not None, rule
 
 
-def test_a_request_line_that_is_too_long_has_the_one_error_shape(web):
+def test_an_overlong_request_line_gets_a_problem_response(web):
     with socket.create_connection(web, timeout=30) as connection:
         connection.sendall(b"GET /" + b"a" * 8_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n")
         answer = http.client.HTTPResponse(connection)

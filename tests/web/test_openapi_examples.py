@@ -79,7 +79,7 @@ VARIABLE = {
     r"\bretry: [0-9]+": "retry: 2000",
     r"\bid: [0-9]+-.*": "id: CURSOR",
 }
-"""What differs between two runs of the same example, and what is shown for it."""
+"""Values that differ between two runs of an example, and what the document shows for them."""
 
 
 def stable(text: str) -> str:
@@ -89,7 +89,7 @@ def stable(text: str) -> str:
 
 
 def read_events(stream: Iterable[bytes], number: int) -> str:
-    """The text of a stream up to the end of so many more events."""
+    """Read the stream until the end of this many more events."""
     lines: list[str] = []
     for line in stream:
         lines.append(line.decode())
@@ -101,7 +101,7 @@ def read_events(stream: Iterable[bytes], number: int) -> str:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("override")
-def test_the_application_answers_each_example_as_the_document_shows(api, cast, run_jobs, request):
+def test_each_example_of_the_document_is_the_applications_response(api, cast, run_jobs, request):
     people = {person.username: person for person in cast.everybody.values()}
     crowd(cast.server_id, 1)  # a user with an id between the cast's and the examples'
     recorded: dict[str, list[dict[str, Any]]] = {}
@@ -145,7 +145,7 @@ def operations(document) -> list[dict[str, Any]]:
 
 
 def arguments_of(command: str) -> list[str]:
-    """What a shell passes to curl."""
+    """The arguments that a shell passes to curl."""
     shell = ["sh", "-c", f"curl() {{ printf '%s\\0' \"$@\"; }}; {command}"]
     variables = {"BELFRY": "http://belfry.test", "TOKEN": "belfry_TOKEN"}
     return subprocess.check_output(shell, env=variables, text=True).split("\0")

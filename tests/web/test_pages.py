@@ -1,4 +1,4 @@
-"""The page, as it is read without JavaScript: who sees what of it, and that nothing in it can do harm."""
+"""The HTML of the pages: access, contents, forms, and hostile texts."""
 
 import re
 from html.parser import HTMLParser
@@ -25,7 +25,7 @@ HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(1)>\'{{ 7*7 }}'
 
 @pytest.fixture
 def browser(app):
-    """`browser(person)`: their browser after signing in; `browser()` before it."""
+    """`browser(person)`: a client that is signed in; `browser()`: one that is not."""
 
     def open_browser(person=None):
         client = app.test_client()
@@ -39,7 +39,7 @@ def browser(app):
 
 @pytest.fixture
 def post(api, cast):
-    """`post("text")` in #general by sam, or elsewhere, or by somebody else; the message's id."""
+    """`post("text")`: post over the API, by default in #general as sam; the message's id."""
 
     def write(content, channel_id=None, author=None):
         body = {"channel_id": channel_id or cast.general, "content": content}
@@ -51,7 +51,7 @@ def post(api, cast):
 
 
 def shown(html: str) -> list[int]:
-    """The ids of the messages, in the order in which they stand there."""
+    """The ids of the messages in the order of the page."""
     return [int(number) for number in re.findall(r'<li id="message-(\d+)"', html)]
 
 
@@ -60,7 +60,7 @@ def address(cast, channel_id, rest=""):
 
 
 class Tags(HTMLParser):
-    """Every element of a page, and what is not well-formed."""
+    """Collects the elements of a page and errors of its structure."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -71,10 +71,10 @@ class Tags(HTMLParser):
         self.found.append((tag, dict(attrs)))
 
 
-# Who sees what --------------------------------------------------------------------------------------------
+# Access ---------------------------------------------------------------------------------------------------
 
 
-def test_nobody_is_sent_to_sign_in_and_comes_back(browser, cast):
+def test_a_visitor_signs_in_and_returns_to_the_requested_page(browser, cast):
     nobody = browser()
     assert nobody.get("/").location == "/login?next=/"
     for path in (address(cast, cast.general), address(cast, cast.general, "?around=7"), "/inbox", "/inbox?unread=1"):
@@ -99,7 +99,7 @@ def test_a_script_gets_401_when_signed_out(browser, cast):
     assert browser().post("/inbox/read").status_code == 401
 
 
-def test_who_signs_in_finds_the_first_channel(browser, cast):
+def test_the_home_page_is_the_first_visible_channel(browser, cast):
     home = browser(cast.subscriber).get("/")
     assert (home.status_code, home.location) == (303, address(cast, cast.general))
 
@@ -110,7 +110,7 @@ def test_a_user_without_a_server_is_shown_a_page_that_says_so(browser, cast):
     assert "not a member of any server" in page.text
 
 
-def test_what_one_may_not_see_is_not_there(browser, cast, subtests):
+def test_an_invisible_channel_is_404(browser, cast, subtests):
     expected = {
         "general": "200 200 200 200 200 404",
         "announcements": "200 200 200 200 200 404",
@@ -128,18 +128,18 @@ def test_what_one_may_not_see_is_not_there(browser, cast, subtests):
     assert hidden.replace(str(cast.vault), "N") == nothing.replace("987654", "N")
 
 
-def test_a_channel_is_under_its_own_server_alone(browser, cast):
+def test_a_channel_under_another_server_is_404(browser, cast):
     assert browser(cast.admin).get(f"/servers/{cast.server_id + 1}/channels/{cast.general}").status_code == 404
 
 
-def test_the_channels_are_those_that_one_may_see(browser, cast):
+def test_the_sidebar_lists_the_visible_channels(browser, cast):
     open_ones = {"general", "announcements"}
     for person, names in ((cast.subscriber, open_ones), (cast.vip, open_ones | {"vault"})):
         page = browser(person).get(address(cast, cast.general)).text
         assert set(re.findall(r'class="name">#(\w+)<', page)) == names
 
 
-def test_an_admin_is_not_listed_every_channel_there_is(browser, cast):
+def test_the_sidebar_of_an_admin_is_bounded(browser, cast):
     ada, general = browser(cast.admin), address(cast, cast.general)
     assert "Not all channels are listed" not in ada.get(general).text
     execute("INSERT INTO server (name) SELECT 'server ' || n FROM generate_series(1, 50) AS n")
@@ -166,7 +166,7 @@ def test_an_admin_is_not_listed_every_channel_there_is(browser, cast):
     assert "Not all channels are listed" not in browser(cast.vip).get(general).text
 
 
-def test_who_may_not_post_reads_why(browser, cast):
+def test_the_page_says_why_the_reader_may_not_post(browser, cast):
     def why(person, channel_id):
         page = browser(person).get(address(cast, channel_id)).text
         found = re.search(r'<p id="may-not-post">(.*?)</p>', page, re.DOTALL)
@@ -218,12 +218,12 @@ def test_a_message_is_parsed_for_its_first_reader_only_until_it_is_edited(api, b
     for person in (cast.subscriber, cast.vip, cast.moderator, cast.subscriber):
         page = browser(person).get(address(cast, cast.general)).text
         assert ('<span class="mention me">@vera</span>' in page) == (person is cast.vip)
-    assert parsed.count("**gold**, @vera") == 3  # for the post, for vera, for everybody else
+    assert parsed.count("**gold**, @vera") == 3  # for the post, for vera, and for all others
     api(cast.subscriber).patch(f"/api/messages/{message_id}", json={"content": "**silver**, @vera"})
     assert "<strong>silver</strong>" in browser(cast.vip).get(address(cast, cast.general)).text
 
 
-def test_messages_are_read_newest_last_and_older_ones_by_a_link(browser, cast, post):
+def test_messages_are_in_order_and_older_ones_behind_a_link(browser, cast, post):
     ids = [post(f"number {number}") for number in range(120)]
     sam, read, path = browser(cast.subscriber), [], address(cast, cast.general)
     while path:
@@ -237,7 +237,7 @@ def test_messages_are_read_newest_last_and_older_ones_by_a_link(browser, cast, p
     assert shown(sam.get(newer).text) == ids[50:100]
 
 
-def test_a_link_leads_to_a_message_however_old_it_is(browser, cast, post):
+def test_a_permanent_link_shows_an_old_message(browser, cast, post):
     ids = [post(f"number {number}") for number in range(120)]
     sam = browser(cast.subscriber)
     for at, expected, newer in ((60, ids[36:86], True), (0, ids[:26], True), (119, ids[95:], False)):
@@ -246,7 +246,7 @@ def test_a_link_leads_to_a_message_however_old_it_is(browser, cast, post):
         assert ("data-newer" in page) == newer
 
 
-def test_a_part_has_the_messages_alone(browser, cast, post):
+def test_the_messages_part_has_only_the_messages(browser, cast, post):
     first, second, third = (post(text) for text in ("one", "two", "three"))
     sam = browser(cast.subscriber)
     part = sam.get(address(cast, cast.general, f"/messages?after={first}")).text
@@ -256,7 +256,7 @@ def test_a_part_has_the_messages_alone(browser, cast, post):
 
 
 @pytest.mark.parametrize("position", ["x", "-1", "1.5", "٣", "9" * 19, "9" * 40, "", "%00"])
-def test_a_position_that_is_none_does_no_harm(browser, cast, post, position):
+def test_an_invalid_position_is_ignored(browser, cast, post, position):
     post("hello")
     sam = browser(cast.subscriber)
     for name in ("before", "after", "around"):
@@ -280,13 +280,13 @@ def test_the_run_is_offered_to_the_author_and_to_admins(browser, cast, post):
         assert ("data-run=" in page) == offered
 
 
-def test_a_page_knows_whether_its_reader_may_hear_the_stream(browser, cast):
+def test_a_page_says_whether_the_reader_may_use_the_stream(browser, cast):
     for name, person in cast.everybody.items():
         for path in ("/inbox",) if name == "stranger" else ("/inbox", address(cast, cast.general)):
             assert ("data-can-stream" in browser(person).get(path).text) == (name not in ("lapsed", "stranger")), name
 
 
-def test_what_the_setting_does_is_said(browser, api, cast):
+def test_the_effect_of_the_preference_is_shown(browser, api, cast):
     def effect(person, channel_id):
         page = browser(person).get(address(cast, channel_id)).text
         return re.search(r'<noscript><p class="notice">(.*?)\. ', page)[1]
@@ -320,7 +320,7 @@ def test_the_inbox_shows_the_notifications(browser, cast, post, run_jobs):
     assert re.search(r'class="count mentions"><span class="number">2<', page)
 
 
-def test_the_inbox_is_marked_read_by_its_forms(browser, cast, post, run_jobs):
+def test_the_forms_of_the_inbox_mark_read(browser, cast, post, run_jobs):
     first, second = post("one"), post("two")
     run_jobs()
     vera = browser(cast.vip)
@@ -335,7 +335,7 @@ def test_the_inbox_is_marked_read_by_its_forms(browser, cast, post, run_jobs):
     assert vera.post("/inbox/read", data={**form, "id": "nothing"}).status_code == 404
 
 
-def test_a_form_that_does_not_say_what_marks_nothing(browser, cast, post, run_jobs):
+def test_a_form_without_notifications_marks_nothing(browser, cast, post, run_jobs):
     name = f"{cast.vip.id}-{post('one')}"
     run_jobs()
     vera = browser(cast.vip)
@@ -357,7 +357,7 @@ def test_a_form_of_another_session_marks_nothing(browser, cast, post, run_jobs):
     assert "<title>(1)" in vera.get("/inbox").text
 
 
-def test_the_inbox_goes_on_by_a_link(browser, cast, post, run_jobs):
+def test_older_notifications_are_behind_a_link(browser, cast, post, run_jobs):
     ids = [post(str(number)) for number in range(60)]
     run_jobs()
     vera, read, path = browser(cast.vip), [], "/inbox?unread=1"
@@ -369,14 +369,14 @@ def test_the_inbox_goes_on_by_a_link(browser, cast, post, run_jobs):
     assert read == ids[::-1]
 
 
-# Harm -----------------------------------------------------------------------------------------------------
+# Hostile texts and policies -------------------------------------------------------------------------------
 
 
 def pages(cast):
     return [address(cast, cast.general), address(cast, cast.general, "/messages"), "/inbox", "/inbox/notifications"]
 
 
-def test_the_policy_lets_nothing_run_but_what_is_served_here(browser, cast, post):
+def test_the_policy_permits_only_own_scripts(browser, cast, post):
     sam = browser(cast.subscriber)
     answers = [sam.get(path) for path in [*pages(cast), "/", address(cast, cast.vault)]]
     answers += [browser(cast.stranger).get("/"), browser().get("/inbox"), sam.post("/inbox/read")]
@@ -388,7 +388,7 @@ def test_the_policy_lets_nothing_run_but_what_is_served_here(browser, cast, post
         assert answer.headers["Referrer-Policy"] == "same-origin"
 
 
-def test_nothing_in_a_page_needs_more_than_the_policy_gives(browser, cast, post, run_jobs):
+def test_no_page_needs_more_than_the_policy_permits(browser, cast, post, run_jobs):
     post("hello")
     run_jobs()
     for path in pages(cast):
@@ -417,7 +417,7 @@ def test_hostile_names_and_contents_are_text(browser, cast, post, run_jobs):
                 assert not [name for name in attributes if name.startswith("on")]
 
 
-def test_a_page_takes_as_many_statements_however_much_is_in_it(browser, cast, post, run_jobs):
+def test_the_number_of_statements_does_not_grow_with_the_page(browser, cast, post, run_jobs):
     ada = browser(cast.admin)
     paths = [*pages(cast), address(cast, cast.general, "?around=20")]
     post("one @vera @moira")
@@ -438,7 +438,7 @@ def test_a_page_takes_as_many_statements_however_much_is_in_it(browser, cast, po
     assert counts[0] == counts[1] == [12, 6, 6, 3, 13]
 
 
-# When it cannot be -----------------------------------------------------------------------------------------
+# Errors ----------------------------------------------------------------------------------------------------
 
 
 def test_an_error_is_a_page(browser, cast, monkeypatch, override):

@@ -28,7 +28,7 @@ SLOW = 40
 
 
 class Proxy:
-    """A proxy that listens with TLS at `port`, in front of the web process at `web_port`."""
+    """A proxy with TLS on `port` in front of the web process on `web_port`."""
 
     def __init__(self, port: int, web_port: int) -> None:
         self.port, self._web_port = port, web_port
@@ -46,7 +46,7 @@ class Proxy:
             return False
 
     def request(self, method: str, path: str, body: object = None, **headers: str) -> tuple[int, dict[str, str]]:
-        """Status and headers of the answer."""
+        """Status and headers of the response."""
         headers = {"Content-Type": "application/json", **headers}
         with closing(HTTPSConnection("localhost", self.port, timeout=PATIENCE, context=self._tls)) as connection:
             with suppress(BrokenPipeError, ssl.SSLEOFError):  # refused before the whole body was sent
@@ -56,7 +56,7 @@ class Proxy:
             return answer.status, dict(answer.getheaders())
 
     def connections_behind(self) -> int:
-        """How many connections the web process has."""
+        """The number of connections of the web process."""
         return sum(
             one.status == psutil.CONN_ESTABLISHED and one.laddr and one.laddr.port == self._web_port
             for one in psutil.net_connections("tcp")
@@ -79,7 +79,7 @@ def _nginx(directory: Path, http: int, https: int, web: int) -> list[str]:
     ):
         assert old in text, old
         text = text.replace(old, new)
-    user = "user root;" if os.getuid() == 0 else ""  # the temporary directory is its owner's alone
+    user = "user root;" if os.getuid() == 0 else ""  # the temporary directory is readable only by its owner
     (directory / "nginx.conf").write_text(text)
     options = f"{user} daemon off; pid {directory}/pid; error_log {directory}/log;"
     return ["nginx", "-p", str(directory), "-c", f"{directory}/nginx.conf", "-e", f"{directory}/log", "-g", options]
@@ -158,7 +158,7 @@ def proxy(request) -> Iterator[Proxy]:
             process.wait(PATIENCE)
 
 
-def test_posts_and_pages_go_through_it(proxy, cast):
+def test_posts_and_pages_pass_the_proxy(proxy, cast):
     authorization = f"Bearer {cast.subscriber.token}"
     message = {"channel_id": cast.general, "content": "gold breaks out"}
     assert proxy.request("POST", "/api/messages", message, Authorization=authorization)[0] == 201
@@ -167,7 +167,7 @@ def test_posts_and_pages_go_through_it(proxy, cast):
     assert proxy.request("POST", "/api/messages", large, Authorization=authorization)[0] == 413
 
 
-def test_a_stream_goes_through_it_event_by_event(proxy, cast):
+def test_a_stream_passes_the_proxy_event_by_event(proxy, cast):
     with proxy.connect() as stream:
         stream.sendall(
             b"GET /api/notifications/stream HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer %b\r\n\r\n"
@@ -177,10 +177,10 @@ def test_a_stream_goes_through_it_event_by_event(proxy, cast):
         post_and_notify(cast.subscriber, cast.general, "gold breaks out")
         publish.publish(notified=True)
         _read_until(stream, b"event: notification")
-        _read_until(stream, b"event: ping")  # after 15 s in which nothing else was sent
+        _read_until(stream, b"event: ping")  # after 15 s without other events
 
 
-def test_slow_requests_stay_with_it(proxy, cast):
+def test_the_proxy_buffers_slow_requests(proxy, cast):
     head = b"POST /api/messages HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n"
     with ExitStack() as opened:
         for number in range(SLOW):
@@ -190,7 +190,7 @@ def test_slow_requests_stay_with_it(proxy, cast):
         for _ in range(3):
             message = {"channel_id": cast.general, "content": "gold breaks out"}
             assert proxy.request("POST", "/api/messages", message, Authorization=authorization)[0] == 201
-        assert proxy.connections_behind() < SLOW / 4  # a few are kept open for the next requests
+        assert proxy.connections_behind() < SLOW / 4  # a few idle connections are kept
 
 
 def _read_until(stream: ssl.SSLSocket, wanted: bytes) -> None:

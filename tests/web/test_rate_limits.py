@@ -1,4 +1,4 @@
-"""Rate limits: what is counted, whose it is, and when there is more."""
+"""Rate limits: what is counted, for whom, and when requests are accepted again."""
 
 import time
 
@@ -19,7 +19,7 @@ SETTING_OF_SCOPE = {
 
 @pytest.fixture
 def limit(override):
-    """`limit("messages", "3 per second")` from here on; the other scope is `other`."""
+    """`limit("messages", "3 per second")`: set a limit from now on; the other scope gets `other`."""
 
     def set_limit(scope, text):
         override(**{SETTING_OF_SCOPE[scope]: text})
@@ -29,7 +29,7 @@ def limit(override):
 
 @pytest.fixture
 def post(api, cast):
-    """A post of sam's, or somebody else's."""
+    """Post as sam, or as another user."""
 
     def message(author=None):
         body = {"channel_id": cast.general, "content": "gold"}
@@ -42,10 +42,10 @@ def notified(answer) -> tuple[str, str]:
     return answer.headers["RateLimit-Limit"], answer.headers["RateLimit-Remaining"]
 
 
-def test_openings_of_streams_are_limited_for_each_person(api, cast, limit):
+def test_new_streams_are_limited_for_each_user(api, cast, limit):
     limit("streams", "2 per minute")
     path = "/api/notifications/stream"
-    assert [api(cast.vip).get(path).status_code for _ in range(2)] == [501, 501]  # the test's client has no socket
+    assert [api(cast.vip).get(path).status_code for _ in range(2)] == [501, 501]  # the test client has no socket
     answer = api(cast.vip).get(path, headers={"Last-Event-ID": "1-3:3:"})
     assert_problem(answer, 429, "rate_limited")
     assert int(answer.headers["Retry-After"]) > 0
@@ -53,24 +53,24 @@ def test_openings_of_streams_are_limited_for_each_person(api, cast, limit):
     assert api(cast.vip).get("/api/notifications").status_code == 200
 
 
-def test_there_is_more_when_time_has_passed(post, limit):
+def test_the_limit_recovers_with_time(post, limit):
     limit("messages", "2 per second")
     assert [post().status_code for _ in range(3)] == [201, 201, 429]
     time.sleep(2.1)
     assert notified(post()) == ("2", "1")
 
 
-def test_what_was_posted_in_the_last_window_weighs_until_it_is_out_of_sight(post, limit, redis):
+def test_requests_of_the_previous_window_count_in_proportion(post, limit, redis):
     limit("messages", "10 per minute")
     assert [notified(post())[1] for _ in range(8)] == [str(left) for left in range(9, 1, -1)]
     (key,) = redis.keys("LIMITER*")
-    redis.hset(key, "began", float(redis.hget(key, "began")) - 90)  # so that half of it is in sight
+    redis.hset(key, "began", float(redis.hget(key, "began")) - 90)  # so that half of it counts
     answer = post()
     assert notified(answer) == ("10", "6"), "four of eight weigh still: 3.9, and this one"
     assert 0 < int(answer.headers["RateLimit-Reset"]) <= 8, "an eighth of a minute until one less does"
 
 
-def test_what_is_refused_does_not_count(post, limit, redis):
+def test_refused_requests_do_not_count(post, limit, redis):
     limit("messages", "1 per minute")
     assert [post().status_code for _ in range(4)] == [201, 429, 429, 429]
     (key,) = redis.keys("LIMITER*")
@@ -78,7 +78,7 @@ def test_what_is_refused_does_not_count(post, limit, redis):
     assert 60 < redis.ttl(key) <= 120, "and it is forgotten when it is out of sight"
 
 
-def test_of_several_limits_each_holds_and_the_refusing_one_is_reported(post, limit):
+def test_each_of_several_limits_applies_and_the_exceeded_one_is_named(post, limit):
     limit("messages", "5 per 15 minutes; 2 per second")
     assert notified(post()) == ("2", "1"), "the shortest, while none refuses"
     post()
@@ -93,7 +93,7 @@ def test_of_several_limits_each_holds_and_the_refusing_one_is_reported(post, lim
     assert notified(post()) == ("5", "0")
 
 
-def test_posts_and_edits_count_together_and_apart_from_everything_else(api, cast, post, limit):
+def test_posts_and_edits_share_a_limit_of_their_own(api, cast, post, limit):
     limit("messages", "2 per minute")
     limit("other", "3 per minute")
     sam = api(cast.subscriber)
@@ -106,7 +106,7 @@ def test_posts_and_edits_count_together_and_apart_from_everything_else(api, cast
     assert api(cast.vip).get("/api/me").status_code == 200
 
 
-def test_whatever_a_user_asks_counts_unknown_paths_included(api, cast, limit, app):
+def test_all_requests_of_a_user_count_also_to_unknown_paths(api, cast, limit, app):
     limit("other", "3 per minute")
     admin = api(cast.admin)
     paths = ["/rq/", "/metrics", "/api/nothing"]
@@ -117,7 +117,7 @@ def test_whatever_a_user_asks_counts_unknown_paths_included(api, cast, limit, ap
     assert admin.put("/api/me").status_code == 429, "no such method"
 
 
-def test_what_a_browsers_session_asks_counts_for_its_user(client, cast, limit):
+def test_requests_of_a_session_count_for_its_user(client, cast, limit):
     limit("other", "4 per minute")
     csrf = csrf_of(client.get("/login").text)
     client.post("/login", data={"csrf": csrf, "token": cast.admin.token})
@@ -137,7 +137,7 @@ ANONYMOUS = (
 )  # fmt: skip
 
 
-def test_requests_without_a_user_count_together_by_address(client, api, cast, limit):
+def test_requests_without_a_user_count_by_client_address(client, api, cast, limit):
     limit("anonymous", f"{len(ANONYMOUS)} per minute")
 
     def ask(method, path, token, address="192.0.2.1"):
@@ -156,7 +156,7 @@ def test_requests_without_a_user_count_together_by_address(client, api, cast, li
     assert client.get("/api/me", headers=vera, environ_base={"REMOTE_ADDR": "192.0.2.1"}).status_code == 200
 
 
-def test_what_asks_nothing_does_not_count(client, redis):
+def test_health_checks_and_static_files_do_not_count(client, redis):
     for path in ("/healthz", "/static/colours.css"):
         answer = client.get(path, buffered=True)
         assert answer.status_code == 200
@@ -164,7 +164,7 @@ def test_what_asks_nothing_does_not_count(client, redis):
     assert redis.keys("*") == []
 
 
-def test_a_scraper_counts_by_address_and_asks_for_no_user(client, limit, override):
+def test_a_scraper_counts_by_address_without_reading_a_user(client, limit, override):
     override(metrics_token="s" * 32)
     limit("anonymous", "1 per minute")
     with statements() as asked:
@@ -173,7 +173,7 @@ def test_a_scraper_counts_by_address_and_asks_for_no_user(client, limit, overrid
     assert not [sql for sql in asked if "api_token" in sql]
 
 
-def test_an_unknown_path_costs_one_statement_at_most(client, api, cast):
+def test_an_unknown_path_takes_at_most_one_statement(client, api, cast):
     for ask, most in ((client.get, 0), (api(cast.vip).get, 1)):
         with statements() as asked:
             for path in ("/nothing", "/api/nothing"):
@@ -205,14 +205,14 @@ def test_an_unknown_path_costs_one_statement_at_most(client, api, cast):
         (1, "", "x" * 5_000, "unknown"),
     ],
 )
-def test_the_address_is_the_one_that_a_trusted_proxy_wrote(app, override, proxies, peer, forwarded, expected):
+def test_the_client_address_is_that_of_the_trusted_proxy(app, override, proxies, peer, forwarded, expected):
     override(trusted_proxies=proxies)
     headers = {} if forwarded is None else {"X-Forwarded-For": forwarded}
     with app.test_request_context("/", headers=headers, environ_base={"REMOTE_ADDR": peer}):
         assert rate_limit.client_address() == expected
 
 
-def test_while_redis_is_out_of_reach_requests_pass_and_the_log_says_so(post, redis_away, caplog):
+def test_requests_pass_without_redis_and_a_warning_is_logged(post, redis_away, caplog):
     with redis_away():
         answer = post()
     assert answer.status_code == 201
@@ -220,7 +220,7 @@ def test_while_redis_is_out_of_reach_requests_pass_and_the_log_says_so(post, red
     assert "requests are not counted" in caplog.text
 
 
-def test_a_redis_that_was_replaced_learns_the_script_again(post, redis):
+def test_a_replaced_redis_gets_the_script_again(post, redis):
     first = int(notified(post())[1])
     redis.script_flush()
     assert int(notified(post())[1]) == first - 1

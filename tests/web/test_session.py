@@ -1,4 +1,4 @@
-"""The API as a page of this site asks it: by the session's cookie, and to write with its CSRF token."""
+"""Browser sessions: the API with a session cookie and CSRF token, and the end of sessions."""
 
 from collections.abc import Callable
 from contextlib import closing
@@ -20,7 +20,7 @@ from tests.processes import a_web_process
 
 @pytest.fixture
 def page(client, cast):
-    """The subscriber's browser after signing in."""
+    """The subscriber's browser, signed in."""
     form = client.get("/login").text
     client.post("/login", data={"csrf": csrf_of(form), "token": cast.subscriber.token})
     return client
@@ -30,19 +30,19 @@ def _message(cast) -> dict:
     return {"channel_id": cast.general, "content": "gold breaks out"}
 
 
-def test_a_session_reads(page, cast):
+def test_a_session_may_read(page, cast):
     assert page.get("/api/me").json["id"] == cast.subscriber.id
 
 
-def test_a_session_writes_with_its_csrf_token(page, cast):
+def test_a_session_may_write_with_its_csrf_token(page, cast):
     csrf = csrf_of(page.get("/login").text)
     answer = page.post("/api/messages", json=_message(cast), headers={"X-CSRF-Token": csrf})
     assert (answer.status_code, answer.json["author"]["id"]) == (201, cast.subscriber.id)
 
 
 @pytest.mark.parametrize("csrf", [None, "", "wrong", "ü"])
-def test_a_session_writes_nothing_without_it(page, cast, csrf):
-    page.get("/login")  # one was given out
+def test_a_session_may_not_write_without_its_csrf_token(page, cast, csrf):
+    page.get("/login")  # creates a CSRF token
     headers = {} if csrf is None else {"X-CSRF-Token": csrf}
     preference = {"level": "none", "muted_until": None}
     for answer in (
@@ -53,12 +53,12 @@ def test_a_session_writes_nothing_without_it(page, cast, csrf):
     assert page.get(f"/api/channels/{cast.general}/messages").json["items"] == []
 
 
-def test_before_a_page_gave_one_out_no_csrf_token_counts(page, cast):
+def test_no_csrf_token_is_valid_before_a_page_was_served(page, cast):
     answer = page.post("/api/messages", json=_message(cast), headers={"X-CSRF-Token": ""})
     assert answer.status_code == 403
 
 
-def test_with_an_authorization_header_the_session_counts_for_nothing(page, cast):
+def test_an_authorization_header_overrides_the_session(page, cast):
     assert page.get("/api/me", headers={"Authorization": f"Bearer {cast.vip.token}"}).json["id"] == cast.vip.id
     for header in ("Bearer wrong", "Basic x", ""):
         assert page.get("/api/me", headers={"Authorization": header}).status_code == 401
@@ -71,17 +71,17 @@ def test_a_session_ends_with_its_token(page, cast):
     assert (answer.status_code, answer.json["code"]) == (401, "unauthenticated")
 
 
-def test_who_sends_a_token_gets_no_cookie(api, cast):
+def test_a_request_with_a_token_gets_no_cookie(api, cast):
     assert "Set-Cookie" not in api(cast.subscriber).get("/api/me").headers
     assert "Set-Cookie" not in api().get("/api/me").headers
 
 
-# --- when a session ends
+# --- end of sessions
 
 
 @pytest.fixture
 def sign_in(app: Flask) -> Callable[..., FlaskClient]:
-    """`sign_in(person)`: a browser of theirs, after signing in."""
+    """`sign_in(person)`: a signed-in browser."""
 
     def open_browser(person) -> FlaskClient:
         browser = app.test_client()
@@ -97,14 +97,14 @@ def sign_in_again(browser: FlaskClient, person) -> None:
 
 
 def copy_of(browser: FlaskClient) -> FlaskClient:
-    """Somebody else's browser with a copy of the cookie."""
+    """Another browser with a copy of the cookie."""
     copy = browser.application.test_client()
     copy.set_cookie("belfry", browser.get_cookie("belfry").value)
     return copy
 
 
 def is_open(browser: FlaskClient) -> bool:
-    """Whether the browser is signed in, as the API and the page both see it."""
+    """Whether the browser is signed in, for the API and the pages."""
     statuses = browser.get("/api/me").status_code, browser.get("/inbox").status_code
     assert statuses in ((200, 200), (401, 303))
     return statuses == (200, 200)
@@ -115,7 +115,7 @@ def sign_out(browser: FlaskClient, **fields: str) -> None:
     assert browser.post("/logout", data={"csrf": csrf, **fields}).status_code == 303
 
 
-def test_a_copied_cookie_is_of_no_use_after_signing_out(sign_in, cast):
+def test_a_copied_cookie_is_invalid_after_signing_out(sign_in, cast):
     browser = sign_in(cast.admin)
     headers = {"X-CSRF-Token": csrf_of(browser.get("/login").text), "Sec-Fetch-Site": "same-origin"}
     copy = copy_of(browser)
@@ -154,7 +154,7 @@ def test_a_session_signs_out_everywhere_over_the_api_with_its_csrf_token(sign_in
     assert not is_open(other)
 
 
-def test_signing_in_makes_a_new_session_and_ends_the_one_that_the_cookie_had(app, sign_in, cast):
+def test_signing_in_replaces_the_session_of_the_cookie(app, sign_in, cast):
     planted = app.test_client()
     planted.get("/login")
     copy = copy_of(planted)
@@ -174,7 +174,7 @@ def test_signing_in_makes_a_new_session_and_ends_the_one_that_the_cookie_had(app
     ("column", "days", "ends"),
     [("last_seen_at", 6, False), ("last_seen_at", 7, True), ("created_at", 30, False), ("created_at", 31, True)],
 )
-def test_a_session_ends_by_idleness_and_by_age(sign_in, cast, column, days, ends):
+def test_a_session_ends_when_idle_or_too_old(sign_in, cast, column, days, ends):
     browser = sign_in(cast.vip)
     execute(f"UPDATE session SET {column} = now() - make_interval(days => %(days)s)", {"days": days})
     assert is_open(browser) is not ends
@@ -186,7 +186,7 @@ def test_an_expired_token_ends_its_sessions(sign_in, cast):
     assert not is_open(browser)
 
 
-def test_a_request_authenticates_by_one_statement_and_seldom_writes(sign_in, cast):
+def test_authentication_takes_one_statement_and_rarely_writes(sign_in, cast):
     browser = sign_in(cast.vip)
     with statements() as asked:
         assert browser.get("/login").status_code == 200
@@ -202,7 +202,7 @@ def test_a_request_authenticates_by_one_statement_and_seldom_writes(sign_in, cas
     assert again.last_seen_at == after.last_seen_at
 
 
-def test_the_cookie_carries_no_token_and_the_database_no_session_id(sign_in, cast):
+def test_the_cookie_has_no_token_and_the_database_no_session_id(sign_in, cast):
     browser = sign_in(cast.vip)
     with browser.session_transaction() as cookie:
         assert set(cookie) <= {"id", "csrf"}
@@ -215,7 +215,7 @@ def test_the_cookie_carries_no_token_and_the_database_no_session_id(sign_in, cas
     ).status_code == 401, "and it is no token"  # fmt: skip
 
 
-def test_one_token_has_so_many_sessions_and_the_one_that_was_idle_for_longest_ends(sign_in, cast):
+def test_the_longest_idle_session_ends_beyond_the_limit_of_a_token(sign_in, cast):
     browser, stranger = sign_in(cast.vip), sign_in(cast.stranger)
     for _ in range(sessions.PER_TOKEN):
         sessions.open_session(cast.vip.token)
@@ -239,10 +239,10 @@ def test_the_sweep_deletes_idle_sessions_in_bounded_batches(sign_in, cast):
     assert is_open(browser)
 
 
-# --- one's own tokens
+# --- own tokens
 
 
-def test_one_lists_and_revokes_ones_own_tokens(sign_in, api, cast):
+def test_users_list_and_revoke_their_own_tokens(sign_in, api, cast):
     _, second = tokens.create_token(cast.vip.user)
     browser = sign_in(cast.vip)
     shown = api(cast.vip).get("/api/me/tokens?limit=1").json
@@ -264,7 +264,7 @@ def test_one_lists_and_revokes_ones_own_tokens(sign_in, api, cast):
     assert api(cast.vip).get("/api/me").status_code == 401
 
 
-def test_anothers_token_does_not_exist(api, cast):
+def test_another_users_token_is_404(api, cast):
     token = ApiToken.get(ApiToken.user == cast.subscriber.id)
     for person in (cast.vip, cast.admin):
         assert api(person).delete(f"/api/me/tokens/{token.id}").status_code == 404

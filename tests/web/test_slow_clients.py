@@ -1,4 +1,4 @@
-"""Clients that are slow, silent or hostile, over raw sockets to a real web process: nobody else waits for them."""
+"""Slow, silent or hostile clients, over raw sockets to a real web process, do not delay others."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def web() -> Iterator[str]:
 
 @pytest.fixture
 def connect(web) -> Iterator[object]:
-    """`connect(bytes, ...)`: a new connection, on which these are sent one after the other."""
+    """`connect(bytes, ...)`: open a connection and send these one after the other."""
     with ExitStack() as opened:
 
         def open_connection(*parts: bytes, receive_bytes: int | None = None) -> socket.socket:
@@ -52,7 +52,7 @@ def connect(web) -> Iterator[object]:
 
 
 def answers_on(connection: socket.socket) -> list[tuple[int, bytes]]:
-    """Status and body of every answer until the server closes, 100 Continue included."""
+    """Status and body of every response until the server closes, including 100 Continue."""
     received = b"".join(iter(lambda: connection.recv(65_536), b""))
     found = []
     while received:
@@ -68,7 +68,7 @@ def statuses_on(connection: socket.socket) -> list[int]:
 
 
 def answer_on(connection: socket.socket, method: str = "GET") -> HTTPResponse:
-    """The next answer, read to its end. Only for answers of which nothing else has arrived."""
+    """Read the next response. Nothing after it may have arrived."""
     answer = HTTPResponse(connection, method=method)
     answer.begin()
     answer.read()
@@ -89,7 +89,7 @@ def chunked(*chunks: bytes, trailer: bytes = b"") -> bytes:
 
 
 def others_are_answered(web: str, person, channel_id: int, times: int = 5) -> None:
-    """/healthz and posts of somebody else, each over a new connection."""
+    """Request /healthz and post as another user, each over a new connection."""
     for _ in range(times):
         for request in (HEALTHZ, post_of(person, channel_id)):
             with socket.create_connection((urlsplit(web).hostname, urlsplit(web).port), timeout=PATIENCE) as other:
@@ -97,10 +97,10 @@ def others_are_answered(web: str, person, channel_id: int, times: int = 5) -> No
                 assert answer_on(other).status in (200, 201)
 
 
-# --- others are answered
+# --- other clients
 
 
-def test_others_are_answered_while_slow_and_silent_clients_are_connected(web, cast, connect):
+def test_slow_and_silent_clients_do_not_delay_others(web, cast, connect):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(4_096, hard)), hard))
     body = post_of(cast.vip, cast.general, "Content-Length: 60000", body=b"{")
@@ -114,20 +114,20 @@ def test_others_are_answered_while_slow_and_silent_clients_are_connected(web, ca
     others_are_answered(web, cast.subscriber, cast.general)
 
 
-def test_others_are_answered_while_clients_do_not_read_their_answers(web, cast, connect):
+def test_clients_that_do_not_read_do_not_delay_others(web, cast, connect):
     ask = b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 200
     for _ in range(24):
         connect(ask, receive_bytes=4_096)
-    others_are_answered(web, cast.subscriber, cast.general, 60)  # meanwhile the kernel's buffers become full
+    others_are_answered(web, cast.subscriber, cast.general, 60)  # meanwhile the kernel's buffers fill
 
 
-def test_others_are_answered_while_clients_do_not_close(web, cast, connect):
+def test_clients_that_do_not_close_do_not_delay_others(web, cast, connect):
     for _ in range(60):
         connect(HEALTHZ.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
     others_are_answered(web, cast.subscriber, cast.general)
 
 
-def test_streams_go_on_beside_slow_clients(web, cast, connect):
+def test_slow_clients_do_not_delay_streams(web, cast, connect):
     with Listener(web, cast.vip.token) as listener:
         for _ in range(50):
             connect(b"GET /healthz HTTP/1.1\r\nX-Slow: ")
@@ -136,7 +136,7 @@ def test_streams_go_on_beside_slow_clients(web, cast, connect):
             wait_until(lambda: "unread" in other.kinds(), "the count that a stream begins with")
 
 
-def test_others_are_answered_while_many_streams_are_opened(cast, connect, in_another_session):
+def test_opening_many_streams_does_not_delay_others(cast, connect, in_another_session):
     opening = (
         f"GET /api/notifications/stream HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {cast.vip.token}\r\n\r\n"
     )
@@ -149,10 +149,10 @@ def test_others_are_answered_while_many_streams_are_opened(cast, connect, in_ano
         assert stream.recv(12) == b"HTTP/1.1 200"
 
 
-# --- slow clients are answered, and closed
+# --- slow clients
 
 
-def test_a_request_that_does_not_become_complete_gets_408(cast, connect):
+def test_an_incomplete_request_gets_408(cast, connect):
     slow = {
         "head": connect(b"GET /healthz HTTP/1.1\r\nX-Slow: "),
         "body": connect(post_of(cast.subscriber, cast.general, "Content-Length: 60", body=b'{"channel_id": ')),
@@ -171,7 +171,7 @@ def test_a_request_that_does_not_become_complete_gets_408(cast, connect):
     assert Message.select().count() == 0
 
 
-def test_the_process_ends_although_a_request_is_not_complete(cast):
+def test_the_process_ends_despite_an_incomplete_request(cast):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with running(["gunicorn", "--bind", f"127.0.0.1:{port}", "app:create_app()"], WEB_CONCURRENCY="1") as process:
@@ -190,7 +190,7 @@ def _connects(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-# --- HTTP as before
+# --- HTTP
 
 
 def test_a_request_may_arrive_byte_by_byte(cast, connect):
@@ -198,7 +198,7 @@ def test_a_request_may_arrive_byte_by_byte(cast, connect):
     assert statuses_on(connect(*(bytes([one]) for one in request))) == [201]
 
 
-def test_a_connection_is_kept_and_requests_may_follow_each_other_unasked(cast, connect):
+def test_a_connection_is_kept_and_requests_may_be_pipelined(cast, connect):
     kept = connect()
     for _ in range(3):
         kept.sendall(HEALTHZ)
@@ -215,14 +215,14 @@ def test_a_connection_is_kept_and_requests_may_follow_each_other_unasked(cast, c
     assert statuses_on(kept) == [200, 201, 201, 201, 201, 404]
 
 
-def test_a_body_that_is_not_read_is_not_the_next_request(connect):
+def test_an_unread_body_is_not_taken_for_the_next_request(connect):
     inner = b"GET /readyz HTTP/1.1\r\nHost: localhost\r\n\r\n"
     outer = b"POST /api/messages HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(inner)
     last = HEALTHZ.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
     assert statuses_on(connect(outer + inner, last)) == [401, 200]
 
 
-def test_a_client_that_waits_for_100_continue_is_sent_one(cast, connect):
+def test_a_client_that_expects_100_continue_gets_it(cast, connect):
     body = json.dumps({"channel_id": cast.general, "content": "gold"}).encode()
     head = post_of(
         cast.subscriber,
@@ -239,24 +239,24 @@ def test_a_client_that_waits_for_100_continue_is_sent_one(cast, connect):
     assert statuses_on(connect(head + body)) == [201]
 
 
-def test_a_client_may_close_its_side_and_an_old_one_is_closed(connect):
+def test_half_closed_and_http_1_0_connections_are_answered_and_closed(connect):
     half = connect(HEALTHZ)
     half.shutdown(socket.SHUT_WR)
     assert statuses_on(half) == [200]
     assert statuses_on(connect(b"GET /healthz HTTP/1.0\r\n\r\n")) == [200]
 
 
-def test_a_client_that_goes_away_is_forgotten(web, cast, connect):
+def test_a_disconnected_client_is_released(web, cast, connect):
     for cut in range(1, len(HEALTHZ), 7):
         connect(HEALTHZ[:cut]).close()
     connect(HEALTHZ).close()
     others_are_answered(web, cast.subscriber, cast.general, 1)
 
 
-# --- what is refused
+# --- refused requests
 
 
-def test_what_is_too_large_is_refused_before_all_of_it_has_arrived(cast, connect, subtests):
+def test_an_oversized_request_is_refused_before_it_is_complete(cast, connect, subtests):
     announced = post_of(
         cast.subscriber, cast.general, "Expect: 100-continue", "Content-Length: 10000000", body=b"{" * 1_000
     )
@@ -280,8 +280,8 @@ def test_a_body_of_the_largest_size_is_read(cast, connect):
     assert statuses_on(connect(plain + in_chunks)) == [201, 201]
 
 
-def test_a_request_with_two_meanings_is_refused_and_nothing_follows_it(cast, connect, subtests):
-    """Each hides a post in what one of two readings takes for the body."""
+def test_an_ambiguous_request_is_refused_and_the_connection_closed(cast, connect, subtests):
+    """Requests that hide a post in what one of two interpretations takes for the body."""
     hidden = post_of(cast.subscriber, cast.general)
     head = b"POST /api/messages HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer %b\r\n%b\r\n\r\n%b"
     for fields, body in (
@@ -320,18 +320,18 @@ def test_the_end_of_a_chunked_body_is_found_however_it_arrives(chunks, trailer, 
         assert scanner.is_complete(body[position - step : position]) == (position == len(body))
 
 
-# --- headers that are only a proxy's to send
+# --- headers that only a trusted proxy may send
 
 
-def test_headers_of_the_wsgi_interface_change_nothing(connect):
-    """gunicorn would take SCRIPT_NAME from any client on this machine: a proxy that passes it on is one."""
+def test_headers_named_like_wsgi_variables_are_ignored(connect):
+    """gunicorn accepts SCRIPT_NAME from any client on this machine, which includes a proxy that passes it on."""
     for field in (b"SCRIPT_NAME: /x", b"PATH_INFO: /readyz", b"Script_Name: /healthz"):
         request = b"GET %b HTTP/1.1\r\nHost: localhost\r\n%b\r\nConnection: close\r\n\r\n"
         assert statuses_on(connect(request % (b"/healthz", field))) == [200], field
         assert statuses_on(connect(request % (b"/x/healthz", field))) == [404], field
 
 
-def test_headers_that_name_the_scheme_change_nothing(connect):
+def test_untrusted_scheme_headers_are_ignored(connect):
     contradiction = b"X-Forwarded-Proto: https\r\nX-Forwarded-Protocol: plain"
     request = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n%b\r\nConnection: close\r\n\r\n" % contradiction
     assert statuses_on(connect(request)) == [200]

@@ -4,7 +4,7 @@ from typing import Any
 
 import schemas
 from belfry.fanout import runs
-from belfry.messages import test_notifications
+from belfry.messages.send_test import send_test
 from belfry.queue.queues import enqueue_run
 from belfry.web.endpoint import ApiResponse, api, current_user, endpoint, nothing, paginate
 
@@ -54,6 +54,6 @@ def replay(run_id: int, body: dict[str, Any]) -> Any:
 )
 def test_notification(body: dict[str, Any]) -> ApiResponse:
     """Send a test notification through the real queue. Without a body it is for the caller."""
-    run_id = test_notifications.send_test(current_user(), body["channel_id"], body["content"], body["audience"])
+    run_id = send_test(current_user(), body["channel_id"], body["content"], body["audience"])
     enqueue_run(run_id)
     return ApiResponse(runs.find_run(run_id), headers={"Location": f"/api/runs/{run_id}"})
