@@ -25,8 +25,6 @@ from config import settings, tuning
 
 log = logging.getLogger(__name__)
 
-RETRY_GRACE_SECONDS = 5  # after a retry is due, before the sweeper takes it for lost
-
 Result = dict[str, Any]
 """What RQ stores for a finished job: {"run", "state", "summary"}; the summary is one line."""
 
@@ -171,4 +169,4 @@ def _run(item: WorkItem, attempt: int, job: Job | None) -> None:
 
 def _retry_deadline(job: Job | None) -> float | None:
     """Seconds after which the sweeper takes the retry of a job that fails now for lost; None without a retry."""
-    return job.get_retry_interval() + RETRY_GRACE_SECONDS if job and job.retries_left else None
+    return job.get_retry_interval() + claims.RETRY_GRACE_SECONDS if job and job.retries_left else None

@@ -225,6 +225,11 @@ class Message(Table):
         indexes = ((("channel_id", "id"), False),)  # lists the newest messages of a channel
 
 
+Message.add_index(
+    SQL("CREATE INDEX IF NOT EXISTS message_words ON message USING gin (to_tsvector('simple'::regconfig, content))")
+)
+
+
 class Run(Table):
     """One fan-out of one message. It is also the outbox, because it is inserted in the message's transaction.
 

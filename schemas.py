@@ -360,6 +360,11 @@ class Message(BaseSchema):
     run = fields.Nested(RunRef, allow_none=True)
 
 
+class SearchQuery(Page):
+    q = Text(required=True, validate=Length(1, 200), **about('All words, `"a phrase"`, `-without`, `or`.'))
+    channel_id = query_id("Only messages of this channel.")
+
+
 class DeletedMessage(BaseSchema):
     """How many members had a notification of the message. Null where counting takes too long."""
 
@@ -405,6 +410,8 @@ class Run(BaseSchema):
     progress = fields.Nested(Progress)
     stats = fields.Nested(Statistics)
     error = fields.String(allow_none=True)
+    reason = fields.String(allow_none=True, **about("Why the last attempt failed, in words without details."))
+    next_attempt_at = Time(allow_none=True, **about("When the next attempt of a run that is retried is due."))
     created_at = Time()
     started_at = Time(allow_none=True)
     finished_at = Time(allow_none=True)

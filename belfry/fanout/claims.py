@@ -28,6 +28,9 @@ attempt that was overtaken is given back (`release`): slowness alone does not fa
 """
 
 
+RETRY_GRACE_SECONDS = 5
+"""How long after a retry is due the sweeper takes it for lost."""
+
 _IS_OLD_SQL = "(created_at < now() - interval '1 day')"
 """Whether a run is older than the shortest RETENTION_DAYS, so that its notifications may have been dropped."""
 

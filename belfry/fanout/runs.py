@@ -1,5 +1,6 @@
 """Runs: create, find, list and replay them; their statistics."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from belfry.core.db import Row, fetch_all, fetch_one, transaction
 from belfry.core.errors import Conflict, Forbidden, NotFound
 from belfry.core.failpoints import failpoint
 from belfry.core.partitions import block_drops, oldest_retained_message_id
+from belfry.fanout.claims import RETRY_GRACE_SECONDS
 from belfry.fanout.decision import DECISIONS, NOTIFY_DECISIONS, load_fanout_message, next_slice_bounds, preview_replay
 from config import settings
 from models import RUN_STATES, UNFINISHED_STATES, User
@@ -24,6 +26,10 @@ _SELECT_RUNS_SQL = """
             ORDER BY slice.after_user_id
             LIMIT 1
         )) AS error,
+        COALESCE(
+            CASE WHEN run.state = 'queued' AND run.attempts > 0 THEN run.sweep_after END,
+            (SELECT min(slice.sweep_after) FROM slice WHERE slice.run_id = run.id AND slice.error IS NOT NULL)
+        ) - make_interval(secs => %(retry_grace)s) AS next_attempt_at,
         run.created_at, run.started_at, run.finished_at, msg.author_id
     FROM run
     JOIN message msg ON msg.id = run.message_id
@@ -55,12 +61,28 @@ def create_run(
     return int(created["id"])
 
 
+_REASONS = (
+    (r"ended without an error", "its worker was stopped"),
+    (r"time-?out|canceling statement", "it took too long"),
+    (r"disk|no space|read-only", "the database cannot store notifications"),
+    (r"connect|closed|shutting down|starting up|OperationalError|InterfaceError", "the database is unavailable"),
+)
+
+
+def failure_reason(error: str) -> str:
+    """What an error means, in words for members and without details: the first of _REASONS that it matches."""
+    reasons = (reason for pattern, reason in _REASONS if re.search(pattern, error, re.IGNORECASE))
+    return next(reasons, "an unexpected error occurred")
+
+
 HIDDEN_ERROR = "The last attempt failed. Admins can see the error."
 
 
 def _describe(run: Row, viewer: User | None) -> Row:
     """Add the progress and the statistics. Only admins see the error, which may name hosts and statements."""
-    shown = {"error": HIDDEN_ERROR} if run["error"] and viewer and not viewer.is_admin else {}
+    shown = {"reason": failure_reason(run["error"]) if run["error"] else None}
+    if run["error"] and viewer and not viewer.is_admin:
+        shown["error"] = HIDDEN_ERROR
     progress = {"done": run["members_processed"], "total": run["members_total"]}
     return {**run, **shown, "progress": progress, "stats": statistics(run)}
 
@@ -70,7 +92,8 @@ def find_run(run_id: int, viewer: User | None = None) -> Row:
 
     Raises NotFound where there is none, or the viewer is neither an admin nor the author of its message.
     """
-    found = fetch_one(f"{_SELECT_RUNS_SQL} WHERE run.id = %(run_id)s", {"run_id": run_id})
+    parameters = {"run_id": run_id, "retry_grace": RETRY_GRACE_SECONDS}
+    found = fetch_one(f"{_SELECT_RUNS_SQL} WHERE run.id = %(run_id)s", parameters)
     if not found or not (viewer is None or viewer.is_admin or found["author_id"] == viewer.id):
         raise NotFound(f"There is no run {run_id}.")
     return _describe(found, viewer)
@@ -86,7 +109,7 @@ def list_runs(*, before: int | None, limit: int, state: str | None = None, chann
         + ("" if channel_id is None else " AND msg.channel_id = %(channel_id)s")
         + " ORDER BY run.id DESC"
         " LIMIT %(limit)s",
-        {"before": before, "limit": limit, "channel_id": channel_id},
+        {"before": before, "limit": limit, "channel_id": channel_id, "retry_grace": RETRY_GRACE_SECONDS},
     )
     return [_describe(run, None) for run in found]
 

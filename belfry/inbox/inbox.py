@@ -13,6 +13,7 @@ from typing import Any
 from belfry.core.db import LARGEST_ID, Row, execute, fetch_all, fetch_one, transaction
 from belfry.core.errors import Invalid, NotFound
 from belfry.core.failpoints import failpoint
+from belfry.core.plain_text import SOURCE_CHARACTERS, excerpt
 from belfry.servers.visibility import (
     AUTHOR_CAN_POST_SQL,
     VIEWER_CTE_SQL,
@@ -97,7 +98,7 @@ def list_notifications(
             LIMIT (SELECT NULL::bigint)  -- all of them, and the first ones soon: never read first, and sorted then
         ) note
         CROSS JOIN LATERAL (
-            SELECT msg.channel_id, author.name AS author_name, left(msg.content, {BODY_CHARACTERS + 1}) AS beginning
+            SELECT msg.channel_id, author.name AS author_name, left(msg.content, {SOURCE_CHARACTERS}) AS beginning
             FROM message msg
             JOIN user_account author ON author.id = msg.author_id
             WHERE msg.id = note.message_id
@@ -123,7 +124,7 @@ def notifications_for(log_rows: Collection[Row], members: Collection[Row]) -> li
         f"""
         WITH chan AS MATERIALIZED (
             SELECT log_entry.notified_at, log_entry.last_xid, msg.id AS message_id,
-                left(msg.content, {BODY_CHARACTERS + 1}) AS beginning, author.name AS author_name,
+                left(msg.content, {SOURCE_CHARACTERS}) AS beginning, author.name AS author_name,
                 chan.id, chan.name, chan.private, chan.server_id, srv.name AS server_name
             FROM (
                 SELECT message_id, max(xid) AS last_xid,
@@ -190,15 +191,13 @@ def notifications_for(log_rows: Collection[Row], members: Collection[Row]) -> li
 
 def _serialize(user_id: int, notification: Row, channel: Row) -> Row:
     server, mentioned = channel["server"], notification["reason"] != "message"
-    beginning = notification["beginning"]
-    cut = f"{beginning[:BODY_CHARACTERS]}…" if len(beginning) > BODY_CHARACTERS else beginning
     event = "You were mentioned" if mentioned else "New message"
     return {
         "id": notification_id(user_id, notification["message_id"]),
         "type": "mention" if mentioned else "message",
         "reason": notification["reason"],
         "title": f"{event} in {server['name']} #{channel['name']}",
-        "body": f"{notification['author_name']}: {cut}",
+        "body": f"{notification['author_name']}: {excerpt(notification['beginning'], BODY_CHARACTERS)}",
         "url": f"/servers/{server['id']}/channels/{channel['id']}#message-{notification['message_id']}",
         "message_id": notification["message_id"],
         "channel": {"id": channel["id"], "name": channel["name"]},
@@ -380,12 +379,22 @@ def _mark_read(
 
 
 def dismiss(user: User, user_id: int, message_id: int) -> None:
-    """Remove one notification from the inbox for good. Raises NotFound where it is not the user's, or not shown."""
+    """Remove one notification from the inbox. Raises NotFound where it is not the user's, or not shown."""
+    _set_dismissed(user, user_id, message_id, "now()", "IS NULL")
+
+
+def restore(user: User, user_id: int, message_id: int) -> None:
+    """Undo `dismiss`. Raises NotFound where the notification is not the user's, or was not dismissed."""
+    _set_dismissed(user, user_id, message_id, "NULL", "IS NOT NULL")
+
+
+def _set_dismissed(user: User, user_id: int, message_id: int, value: str, condition: str) -> None:
     touched = user.id == user_id and execute(
-        "UPDATE notification note SET dismissed_at = now()"
+        f"UPDATE notification note SET dismissed_at = {value}"
         " FROM message msg"
         " WHERE msg.id = note.message_id"
-        f" AND note.message_id = %(message_id)s AND {_OWN_SQL} AND {_VISIBLE_SQL} AND EXISTS ({_AUTHOR_CAN_POST_SQL})",
+        f" AND note.message_id = %(message_id)s AND note.user_id = %(user_id)s AND note.dismissed_at {condition}"
+        f" AND {_VISIBLE_SQL} AND EXISTS ({_AUTHOR_CAN_POST_SQL})",
         {"user_id": user_id, "message_id": message_id, "channel_ids": list(_channels_of(user, None))},
     )
     if not touched:

@@ -14,19 +14,19 @@ from models import User
 PAGE_SIZE = 50  # messages
 PAGE_CHARACTERS = 100_000  # of content in a page: as many as ten messages of the greatest length have
 
-_COLUMNS = """
+COLUMNS_SQL = """
     msg.id, msg.channel_id, msg.content, msg.created_at, msg.edited_at, msg.author_id, msg.visible_to_user_id,
     msg.mentioned_users, msg.mentioned_roles, msg.mentions_everyone, msg.allowed_mentions,
     usr.username, usr.name
 """
-_VISIBLE = "msg.deleted_at IS NULL AND (msg.visible_to_user_id IS NULL OR msg.visible_to_user_id = %(user_id)s)"
+VISIBLE_SQL = "msg.deleted_at IS NULL AND (msg.visible_to_user_id IS NULL OR msg.visible_to_user_id = %(user_id)s)"
 
 
 def find_message(user: User, message_id: int) -> tuple[Row, VisibleChannel]:
     """Find a message and its channel. Raises NotFound where the user cannot see it, or it is deleted."""
     found = fetch_one(
-        f"SELECT {_COLUMNS} FROM message msg JOIN user_account usr ON usr.id = msg.author_id"
-        f" WHERE msg.id = %(message_id)s AND {_VISIBLE}",
+        f"SELECT {COLUMNS_SQL} FROM message msg JOIN user_account usr ON usr.id = msg.author_id"
+        f" WHERE msg.id = %(message_id)s AND {VISIBLE_SQL}",
         {"message_id": message_id, "user_id": user.id},
     )
     if found is None:
@@ -57,12 +57,12 @@ def stored_messages(
     The newest below `before`, newest first; or with `after`, the oldest above it, oldest first.
     """
     return fetch_all(
-        f"SELECT {_COLUMNS} FROM message msg JOIN user_account usr ON usr.id = msg.author_id"
+        f"SELECT {COLUMNS_SQL} FROM message msg JOIN user_account usr ON usr.id = msg.author_id"
         " WHERE msg.channel_id = %(channel_id)s"
         + ("" if before is None else " AND msg.id < %(before)s")  # no `IS NULL OR`, which reads newer ones
         + ("" if after is None else " AND msg.id > %(after)s")
         + ("" if ids is None else " AND msg.id = ANY(%(ids)s::bigint[])")
-        + f" AND {_VISIBLE}"
+        + f" AND {VISIBLE_SQL}"
         f" ORDER BY msg.id {'DESC' if after is None else 'ASC'}"
         " LIMIT %(limit)s",
         {"channel_id": channel_id, "before": before, "after": after, "ids": ids, "limit": limit, "user_id": user.id},

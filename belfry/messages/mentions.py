@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from markdown_it.token import Token
 
+from belfry.core import markdown
 from belfry.core.errors import truncate
-from belfry.messages import markdown
 
 EVERYONE = "everyone"
 
@@ -52,6 +52,8 @@ _MARKUP = {
     "em_close": "*",
     "strong_open": "*",
     "strong_close": "*",
+    "s_open": "~",
+    "s_close": "~",
     "link_open": "[",
     "link_close": ")",
 }

@@ -10,7 +10,8 @@ from itertools import accumulate
 from markdown_it.token import Token
 from markupsafe import Markup, escape
 
-from belfry.messages import markdown, mentions
+from belfry.core import markdown
+from belfry.messages import mentions
 from belfry.messages.mentions import NO_MENTIONS, Mentions
 
 _PAGE_STEPS = 2 * markdown.MAX_STEPS  # for all messages of a page that are not in the cache
@@ -32,6 +33,12 @@ _BLOCKS = {
     "bullet_list": "ul",
     "ordered_list": "ol",
     "list_item": "li",
+    "table": "table",
+    "thead": "thead",
+    "tbody": "tbody",
+    "tr": "tr",
+    "th": "th",
+    "td": "td",
 }
 _TAGS = {
     "softbreak": "<br>\n",
@@ -40,6 +47,8 @@ _TAGS = {
     "em_close": "</em>",
     "strong_open": "<strong>",
     "strong_close": "</strong>",
+    "s_open": "<s>",
+    "s_close": "</s>",
 }
 
 Marks = dict[int, list[tuple[int, str]]]  # {id of a text token: tags, and the character before which each stands}
@@ -126,11 +135,13 @@ def render(content: str, mentioned: Mentions = NO_MENTIONS, reader_names: Set[st
     `reader_names` are the names that mention the reader, in lower case: their username, and if the caller wants, their
     roles and `everyone`.
 
-    - Elements are p, br, hr, em, strong, code, pre, ul, ol, li, blockquote, a and span. Tags in the content are text.
+    - Elements are p, br, hr, em, strong, s, code, pre, ul, ol, li, blockquote, table, thead, tbody, tr, th, td, a and
+      span. Tags in the content are text.
     - A line's end is a line break, as in other chats.
     - A heading is `<p class="heading-1">` to `-6`, because headings belong to the page's outline.
     - A link's target is http, https or mailto, with `rel="nofollow noopener noreferrer ugc"`. For any other target the
       label is shown with the target in brackets, as text. A link's title is not shown.
+    - A bare `http://` or `https://` URL is a link to itself.
     - An image is a link to it with its description as the label: nothing is loaded from elsewhere.
     - A mention of `mentioned` is in `<span class="mention">`, one of the reader in `<span class="mention me">`.
     - There are no other attributes but the number that a list starts with; only `href` has a value from the content.

@@ -45,7 +45,9 @@ from belfry.stream.updates import Updates
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-PING_SECONDS = 15
+PING_SECONDS = 5
+DELAY_SECONDS = 10  # age of the oldest unfinished run, or of the last poll, from which on pings say that it is delayed
+DELAY_CHECK_SECONDS = 2
 CHECK_SECONDS = 15  # between two checks of who may still use the stream
 CHECK_AGAIN_SECONDS = 1  # between two checks after an admin's changes
 MAX_POLL_INTERVAL = 5  # seconds; one second while Redis is unavailable
@@ -83,6 +85,9 @@ class Hub:
         self._cursor: StreamCursor | None = None  # of all connected clients
         self._next_poll_at = self._polled_at = self._checked_at = self._pinged_at = 0.0
         self._redis_answers = False
+        self._oldest_run = 0.0  # age in seconds of the oldest unfinished run
+        self._oldest_run_at = time.monotonic()
+        self._was_delayed = False
         self._max_clients = streams_limit()
         for work in (self._run, self._subscribe):
             threading.Thread(target=work, name=f"hub{work.__name__}", daemon=True).start()
@@ -155,12 +160,18 @@ class Hub:
                 self._disconnect(key.data)
 
     def _ping(self) -> None:
+        """Send a `ping` to each client after PING_SECONDS, and to all when notifications begin or cease to be late."""
         self._pinged_at = time.monotonic()
+        delay = max(self._oldest_run, self._pinged_at - self._oldest_run_at)
+        is_delayed = delay >= DELAY_SECONDS
+        text = json.dumps({"delayed_seconds": round(delay)}) if is_delayed else "{}"
         for client in self._all_clients():
-            if self._cursor and self._pinged_at >= client.pinged_at + PING_SECONDS:
+            is_due = self._pinged_at >= client.pinged_at + PING_SECONDS or is_delayed != self._was_delayed
+            if self._cursor and is_due:
                 client.pinged_at = self._pinged_at
-                client.enqueue(event("ping", "{}", self._cursor))
+                client.enqueue(event("ping", text, self._cursor))
                 self._send(client)
+        self._was_delayed = is_delayed
 
     def _all_clients(self) -> list[StreamClient]:
         return [client for clients in self._clients.values() for client in clients]
@@ -171,6 +182,8 @@ class Hub:
         self._waiting += _drain(self._new)
         new = [self._waiting.popleft() for _ in range(min(NEW_AT_ONCE, len(self._waiting)))]
         events = _drain(self._events)
+        if not self._clients:
+            self._oldest_run_at = self._polled_at  # without clients nothing is read
         if new or self._clients:
             try:
                 signed_out = self._apply_events(events)
@@ -233,6 +246,8 @@ class Hub:
             changed = updates.messages_by_channel(self._changed, viewed) if self._changed and viewed else {}
             views = _views([*new, *checked])
             visible = updates.visible_views(views) if views else set()
+            if self._polled_at >= self._oldest_run_at + DELAY_CHECK_SECONDS:
+                self._oldest_run, self._oldest_run_at = updates.oldest_unfinished_seconds(), self._polled_at
         # Everything is read; errors from here on concern one client.
         self._cursor = here
         self._deleted.clear()
@@ -280,6 +295,8 @@ class Hub:
             self._disconnect(clients[0])
         clients.append(client)
         client.registered = True
+        if self._was_delayed:
+            client.pinged_at = 0.0  # so that it is told soon
         self._selector.register(client.socket, selectors.EVENT_READ, client)
         client.enqueue(*events_of(missed, here, [client.user.id], serialized).get(client.user.id, []))
 

@@ -224,6 +224,16 @@ def messages_by_channel(message_ids: Collection[int], channel_ids: Collection[in
     return found
 
 
+def oldest_unfinished_seconds() -> float:
+    """The age of the oldest unfinished run; 0 without one."""
+    found = fetch_one(
+        "SELECT EXTRACT(epoch FROM now() - min(created_at))::float AS seconds"
+        " FROM run"
+        " WHERE state IN ('pending', 'queued', 'running')"
+    )
+    return float(found["seconds"] or 0) if found else 0.0
+
+
 def visible_views(views: Collection[tuple[int, int]]) -> set[tuple[int, int]]:
     """Those of some (user id, channel id) whose user can see the channel."""
     found = fetch_all(

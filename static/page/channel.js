@@ -2,7 +2,7 @@
 
 import * as changes from './changes.js';
 import * as compose from './compose.js';
-import { live, start as startLive } from './live.js';
+import { isDelayed, live, start as startLive } from './live.js';
 import * as readTracking from './read_tracking.js';
 import { isOver, openRun, watch } from './run_dialog.js';
 import * as preference from './preference_dialog.js';
@@ -11,9 +11,7 @@ import { showToastFor } from './toast.js';
 import './unread.js';
 import * as explanation from './explain_dialog.js';
 
-// Milliseconds between two fetches: in a channel that does not notify the user of every message, and in others.
-const MIN_FETCH_INTERVAL = 15_000;
-const MAX_FETCH_INTERVAL = 60_000;
+const FETCH_INTERVAL = 60_000; // milliseconds; new messages are normally announced by the stream
 const me = document.body.dataset.user;
 const list = document.getElementById('messages');
 
@@ -56,16 +54,17 @@ live.addEventListener('notification', ({ detail }) => {
 });
 live.addEventListener('messages', ({ detail }) => quietly(timeline.updateMessages(detail.ids)));
 live.addEventListener('tick', () => visible() && quietly(timeline.fetchNewer()));
-live.addEventListener('ping', () => visible() && timeline.hasPending() && quietly(timeline.refresh()));
+live.addEventListener('ping', () => {
+  if (!visible()) return;
+  if (timeline.hasPending()) quietly(timeline.refresh());
+  else if (isDelayed()) quietly(timeline.fetchNewer()); // messages are announced by the workers
+});
 live.addEventListener('reset', () => quietly(timeline.refresh()));
-let fetchedAt = performance.now();
 (function fetchPeriodically() {
-  const wait = preference.isQuiet() ? MIN_FETCH_INTERVAL : MAX_FETCH_INTERVAL;
-  if (visible() && performance.now() - fetchedAt >= wait) {
-    fetchedAt = performance.now();
-    quietly(timeline.fetchNewer());
-  }
-  setTimeout(fetchPeriodically, MIN_FETCH_INTERVAL * (1 + Math.random()));
+  setTimeout(() => {
+    if (visible()) quietly(timeline.fetchNewer());
+    fetchPeriodically();
+  }, FETCH_INTERVAL * (1 + Math.random()));
 })();
 showToastFor((notification) => notification.channel.id === timeline.channelId && timeline.reachesNewest());
 startLive();

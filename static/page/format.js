@@ -2,15 +2,31 @@
 
 const CLOCK = new Intl.DateTimeFormat(undefined, { timeStyle: 'short' });
 const DAY = new Intl.DateTimeFormat(undefined, { day: 'numeric', month: 'short' });
+const DAY_AND_YEAR = new Intl.DateTimeFormat(undefined, { day: 'numeric', month: 'short', year: 'numeric' });
+const WEEKDAY = new Intl.DateTimeFormat(undefined, { weekday: 'long', day: 'numeric', month: 'long' });
+const WEEKDAY_AND_YEAR = new Intl.DateTimeFormat(undefined,
+  { weekday: 'long', day: 'numeric', month: 'long', year: 'numeric' });
 const LONG = new Intl.DateTimeFormat(undefined, { dateStyle: 'long', timeStyle: 'short' });
 const COUNT = new Intl.NumberFormat();
 
 export const clock = (time) => CLOCK.format(time);
 export const count = (number) => COUNT.format(number);
 
-// `09:30` for today, otherwise `23 Nov, 09:30`.
+const isThisYear = (time) => time.getFullYear() === new Date().getFullYear();
+
+// `09:30` for today, otherwise `23 Nov, 09:30`, with the year where it is another one.
 export function when(time, now = new Date()) {
-  return time.toDateString() === now.toDateString() ? clock(time) : `${DAY.format(time)}, ${clock(time)}`;
+  if (time.toDateString() === now.toDateString()) return clock(time);
+  return `${(isThisYear(time) ? DAY : DAY_AND_YEAR).format(time)}, ${clock(time)}`;
+}
+
+// `Today`, `Yesterday`, or `Monday, 23 November`, with the year where it is another one.
+export function day(time) {
+  const yesterday = new Date();
+  if (time.toDateString() === yesterday.toDateString()) return 'Today';
+  yesterday.setDate(yesterday.getDate() - 1);
+  if (time.toDateString() === yesterday.toDateString()) return 'Yesterday';
+  return (isThisYear(time) ? WEEKDAY : WEEKDAY_AND_YEAR).format(time);
 }
 
 // The beginning of a message in the list.
@@ -20,7 +36,7 @@ export const excerpt = (item) => item.querySelector('.content').textContent.trim
 export function localise(root) {
   for (const element of root.querySelectorAll('time[datetime]')) {
     const time = new Date(element.dateTime);
-    element.textContent = when(time);
+    element.textContent = element.classList.contains('day') ? day(time) : when(time);
     element.title = LONG.format(time);
   }
 }

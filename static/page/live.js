@@ -1,12 +1,12 @@
 // The stream of server-sent events. Events: `notification`, `messages` (those of the page's channel that were posted,
-// edited or deleted), `unread`, `tick` (fetch what is new), `reset` (fetch everything again), `ping` (the stream works), and `state`: connecting, live, reconnecting, polling, offline,
-// unsubscribed, signed-out.
+// edited or deleted), `unread`, `tick` (fetch what is new), `reset` (fetch everything again), `ping` (the stream works), and `state`: connecting, live, delayed, reconnecting, polling,
+// offline, unsubscribed, signed-out.
 
 import { call } from './api.js';
 
 const viewed = document.getElementById('log')?.dataset.channel;
 const ADDRESS = `/api/notifications/stream${viewed ? `?channel_id=${viewed}` : ''}`;
-const SILENCE = 45_000; // ms; three missing pings: the connection is dead
+const SILENCE = 12_000; // ms; two missing pings: the connection is dead
 const POLL = 30_000;
 const RETRY_DELAY = 5_000; // doubled after each refusal
 const SPREAD = 3_000; // ms over which pages spread requests that an event to all of them causes
@@ -21,6 +21,7 @@ let state = 'connecting';
 let isNew = true; // the page was just loaded and is nearly up to date
 
 const emit = (name, detail) => live.dispatchEvent(new CustomEvent(name, { detail }));
+const isConnected = () => state === 'live' || state === 'delayed';
 const isOver = () => state === 'unsubscribed' || state === 'signed-out';
 
 function setState(now) {
@@ -28,6 +29,8 @@ function setState(now) {
   state = now;
   emit('state', now);
 }
+
+export const isDelayed = () => state === 'delayed';
 
 export function start() {
   if (!('canStream' in document.body.dataset)) return withoutStream();
@@ -85,7 +88,11 @@ function open() {
   });
   on('messages', (event) => emit('messages', JSON.parse(event.data)));
   on('reset', () => resetSoon(true));
-  on('ping', () => emit('ping'));
+  on('ping', (event) => {
+    const { delayed_seconds: delay } = JSON.parse(event.data);
+    if (isConnected()) setState(delay ? 'delayed' : 'live');
+    emit('ping');
+  });
   mine.addEventListener('error', () => {
     if (source !== mine) return;
     if (mine.readyState === EventSource.CLOSED) refused();
@@ -162,5 +169,5 @@ async function count() {
 
 // Fetch the count where no stream sends it.
 export async function recount() {
-  if (state !== 'live') await count();
+  if (!isConnected()) await count();
 }

@@ -28,9 +28,6 @@ function mutedUntil() {
   return time > new Date() ? time : null;
 }
 
-// Whether messages may arrive without a notification.
-export const isQuiet = () => 'notNotified' in dialog.dataset || dialog.dataset.level !== 'all' || Boolean(mutedUntil());
-
 function show() {
   const { level } = dialog.dataset;
   const until = mutedUntil();

@@ -9,10 +9,10 @@ const WATCHED = 5; // runs at once, so that an author of many messages does not 
 const SVG = 'http://www.w3.org/2000/svg';
 const STATES = {
   pending: 'Waiting …', queued: 'Waiting …', running: 'Sending …',
-  succeeded: 'Done.', failed: 'Failed.',
 };
 const dialog = document.getElementById('run');
 const state = document.getElementById('run-state');
+const retry = document.getElementById('run-retry'); // for admins
 const bar = document.getElementById('run-progress');
 const table = document.getElementById('run-decisions');
 let shown = 0; // counts how often the dialog was opened: answers for an earlier opening are ignored
@@ -29,7 +29,7 @@ async function follow(id, show, wanted) {
     if (!wanted()) return;
     show(run);
     if (isOver(run)) return;
-    const now = `${run.state} ${run.progress.done}`;
+    const now = `${run.state} ${run.attempts} ${run.progress.done}`;
     wait = now === before ? Math.min(wait * 1.5, LONGEST) : PAUSE;
     before = now;
     await pause(wait);
@@ -69,10 +69,23 @@ function group(title, kind, decisions, counted, most) {
     ...found.map(([name, words]) => row(words, counted[name], most, kind))) : null;
 }
 
-function show(run) {
-  const { audience, notified, decisions } = run.stats;
+// What happens to the run, as a sentence.
+function sentence(run) {
+  const { audience, notified } = run.stats;
   const summary = `${count(notified)} of ${count(audience)} members were notified.`;
-  const words = isOver(run) ? `${run.state === 'failed' ? `Failed: ${run.error} ` : ''}${summary}` : STATES[run.state];
+  if (run.state === 'succeeded') return summary;
+  if (run.state === 'failed') return `Failed after ${attempts(run.attempts)}: ${run.reason}. ${summary}`;
+  if (!run.next_attempt_at) return STATES[run.state];
+  const wait = Math.round((new Date(run.next_attempt_at) - Date.now()) / 1_000);
+  return `Attempt ${run.attempts} failed: ${run.reason}. Next attempt ${wait > 0 ? `in ${count(wait)} s` : 'soon'}.`;
+}
+
+const attempts = (number) => (number === 1 ? 'one attempt' : `${count(number)} attempts`);
+
+function show(run) {
+  const { decisions } = run.stats;
+  const words = sentence(run);
+  if (retry) retry.hidden = run.state !== 'failed';
   if (state.textContent !== words) state.textContent = words; // screen readers announce each change
   progress(bar, run);
   bar.hidden = run.state === 'succeeded';
@@ -89,32 +102,49 @@ function clear() {
 }
 
 export async function openRun(item, button) {
-  const mine = ++shown;
   dialog.querySelector('.excerpt').textContent = excerpt(item);
+  dialog.dataset.run = button.dataset.run;
+  dialog.showModal();
+  await showRun();
+}
+
+async function showRun() {
+  const mine = ++shown;
   state.textContent = '…';
   clear();
   bar.removeAttribute('value');
-  dialog.showModal();
   try {
-    await follow(button.dataset.run, show, () => mine === shown && dialog.open);
+    await follow(dialog.dataset.run, show, () => mine === shown && dialog.open);
   } catch (problem) {
     state.textContent = problem.message;
   }
 }
+
+retry?.addEventListener('click', async () => {
+  try {
+    await call('POST', `/api/runs/${dialog.dataset.run}/retry`);
+    retry.hidden = true;
+  } catch (problem) {
+    state.textContent = problem.message;
+    return;
+  }
+  await showRun();
+});
 
 // Show the progress beside a message that was just posted, and then how many members were notified.
 const watched = [];
 
 export async function watch(button) {
   const small = make('progress', { ariaLabel: 'Members processed' });
-  button.parentElement.prepend(small);
+  button.closest('.by').append(small);
   watched.push(button);
   if (watched.length > WATCHED) watched.shift();
   await null; // of many messages that arrive at once, only the last ones are requested
   try {
     await follow(button.dataset.run, (run) => {
       progress(small, run);
-      if (isOver(run)) small.replaceWith(make('span', {}, `${count(run.stats.notified)} notified`));
+      if (run.state === 'succeeded') small.replaceWith(make('span', {}, `${count(run.stats.notified)} notified`));
+      else if (run.state === 'failed') small.replaceWith(make('span', { className: 'wrong' }, 'Not delivered'));
     }, () => button.isConnected && watched.includes(button));
   } catch { /* the button still opens the dialog */ }
   small.remove();

@@ -1,7 +1,7 @@
 // The list of messages: older ones are loaded while scrolling up, new ones as they arrive.
 
 import { coalesce, part } from './api.js';
-import { localise } from './format.js';
+import { day, localise } from './format.js';
 
 const log = document.getElementById('log');
 const list = document.getElementById('messages');
@@ -10,6 +10,7 @@ const toNewest = document.getElementById('to-newest');
 export const address = log.dataset.address;
 const GAP = 300; // milliseconds between two fetches
 const PAGE_SIZE = 50; // messages in one request
+const GROUP = 5 * 60_000; // milliseconds within which messages of one author are shown together
 const pendingIds = new Set(); // ids of announced messages
 
 export const timeline = new EventTarget(); // event `added`: the elements `items`, and whether they are new (`isNew`) or older ones
@@ -104,6 +105,7 @@ function replace(ids, given) {
       old.querySelector('.content').replaceWith(item.querySelector('.content'));
     }
   }
+  arrange();
   nothing.hidden = list.children.length > 0;
 }
 
@@ -123,6 +125,26 @@ function append(items) {
   timeline.dispatchEvent(new CustomEvent('added', { detail: { items: fresh, isNew: true } }));
 }
 
+// Show a line before the first message of each day, and the author once for messages that follow each other.
+function arrange() {
+  let before = null;
+  for (const item of list.children) {
+    const time = new Date(item.querySelector('.when time').dateTime);
+    const isNewDay = time.toDateString() !== before?.time.toDateString();
+    const { author } = item.dataset;
+    const continues = !isNewDay && author === before.author && time - before.time < GROUP && !item.querySelector('#new');
+    item.classList.toggle('continued', continues);
+    item.querySelector('.day-line')?.remove();
+    if (isNewDay) {
+      const line = document.createElement('p');
+      line.className = 'day-line';
+      line.textContent = day(time);
+      item.prepend(line);
+    }
+    before = { time, author };
+  }
+}
+
 // Insert in the order of ids; usually at the end.
 function insert(items) {
   for (const item of items) {
@@ -130,6 +152,7 @@ function insert(items) {
     if (earlier) earlier.after(item);
     else list.prepend(item);
   }
+  arrange();
 }
 
 // Update the listed messages, which may have been edited or deleted.
@@ -162,7 +185,10 @@ async function loadOlder() {
   if (!older || log.ariaBusy === 'true') return;
   await quietly(async () => {
     const { items, more } = await fetchMessages(`before=${idOf(list.firstElementChild)}`);
-    keepScrollPosition(() => list.prepend(...items));
+    keepScrollPosition(() => {
+      list.prepend(...items);
+      arrange();
+    });
     older.href = `${address}?before=${idOf(list.firstElementChild)}`;
     if (!more) older.parentElement.remove();
     timeline.dispatchEvent(new CustomEvent('added', { detail: { items, isNew: false } }));
@@ -181,6 +207,7 @@ export function scrollToEnd() {
 
 export function start() {
   localise(document);
+  arrange();
   if (!reachesNewest()) offerNewest('To the newest');
   toNewest.addEventListener('click', () => {
     if (!reachesNewest()) return location.assign(`${address}?newest=1`);

@@ -13,11 +13,11 @@ export function showToastFor(isShown) {
     const link = document.createElement('a');
     link.href = notification.url;
     link.className = notification.type;
-    const title = document.createElement('strong');
+    const title = document.createElement('small');
     title.textContent = notification.title;
     const body = document.createElement('span');
     body.textContent = notification.body;
-    link.append(title, ' ', body);
+    link.append(body, ' ', title);
     const close = document.createElement('button');
     close.type = 'button';
     close.textContent = 'Dismiss';

@@ -4,7 +4,7 @@ import { live } from './live.js';
 import { count } from './format.js';
 
 const TEXTS = {
-  connecting: '', live: 'Live', reconnecting: 'Reconnecting …', offline: 'Offline',
+  connecting: '', live: 'Live', delayed: 'Notifications are delayed', reconnecting: 'Reconnecting …', offline: 'Offline',
   polling: 'Updated every half minute', unsubscribed: 'Not live', 'signed-out': 'Signed out',
 };
 const bell = document.getElementById('bell');

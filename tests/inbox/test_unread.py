@@ -192,7 +192,7 @@ class Unread(RuleBasedStateMachine):
     @rule(data=st.data())
     def delete(self, data: Any) -> None:
         message_id = self.draw_message(data)
-        status = 404 if self.world.messages[message_id].deleted else 204
+        status = 404 if self.world.messages[message_id].deleted else 200
         assert self.root.delete(f"/api/messages/{message_id}").status_code == status
         self.world.messages[message_id].deleted = True
 

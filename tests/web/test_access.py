@@ -40,9 +40,9 @@ TABLE = [
     ("PATCH /api/messages/{in_general}", HELLO,           "403 403 200 403 403 404 401"),
     ("PATCH /api/messages/{in_announcements}", HELLO,     "200 403 403 403 403 404 401"),
     ("PATCH /api/messages/{in_vault}", HELLO,             "403 404 404 200 404 404 401"),
-    ("DELETE /api/messages/{in_general}", None,           "204 204 204 403 403 404 401"),
-    ("DELETE /api/messages/{in_announcements}", None,     "204 204 403 403 403 404 401"),
-    ("DELETE /api/messages/{in_vault}", None,             "204 404 404 204 404 404 401"),
+    ("DELETE /api/messages/{in_general}", None,           "200 200 200 403 403 404 401"),
+    ("DELETE /api/messages/{in_announcements}", None,     "200 200 403 403 403 404 401"),
+    ("DELETE /api/messages/{in_vault}", None,             "200 404 404 200 404 404 401"),
     ("GET /api/runs/{run_in_general}", None,              "200 404 200 404 404 404 401"),
     ("GET /api/runs/{run_in_vault}", None,                "200 404 404 200 404 404 401"),
     ("GET /api/messages/{in_general}/explain", None,      "200 200 200 200 200 404 401"),
@@ -104,7 +104,7 @@ def test_each_role_may_do_what_the_table_says(api, cast, community, subtests):
                 names["other"] = cast.moderator.id if person is cast.vip else cast.vip.id
                 answer = ask(api, person, names, request, body)
                 got.append(str(answer.status_code))
-                if answer.status_code == 204:  # create what was deleted again
+                if request.startswith("DELETE") and answer.status_code < 300:  # create what was deleted again
                     names = community()
             assert " ".join(got) == expected
 

@@ -11,13 +11,14 @@ from urllib.request import Request, urlopen
 
 import pytest
 
+from belfry.core.db import execute
 from belfry.web import openapi
 from tests.fanout_helpers import crowd
 from tests.processes import a_web_process
 
 STEPS: list[tuple[str, str, str, str, Any]] = [
-    # (operation, user, method, path, body) in an order in which each works. "work" runs the queued jobs, and
-    # "open the stream" makes the connection whose events the step "stream" records.
+    # (operation, user, method, path, body) in an order in which each works. "work" runs the queued jobs,
+    # "fail" makes run 1 fail, and "open the stream" makes the connection whose events the step "stream" records.
     ("create_user", "ada", "POST", "/api/users", {"username": "robin", "name": "Robin"}),
     ("list_users", "ada", "GET", "/api/users?username=robin", None),
     ("get_user", "ada", "GET", "/api/users/8", None),
@@ -57,6 +58,7 @@ STEPS: list[tuple[str, str, str, str, Any]] = [
     ("stream", "vera", "GET", "/api/notifications/stream", None),
     ("mark_read", "vera", "POST", "/api/notifications/read", {"ids": ["4-1"]}),
     ("dismiss", "vera", "DELETE", "/api/notifications/4-1", None),
+    ("restore", "vera", "POST", "/api/notifications/4-1/restore", None),
     ("put_preference", "vera", "PUT", "/api/channels/1/preference", {"level": "mentions", "muted_until": None}),
     ("get_preference", "vera", "GET", "/api/channels/1/preference", None),
     ("edit_message", "sam", "PATCH", "/api/messages/1", {"content": "Gold's trend is up, @moira"}),
@@ -68,6 +70,8 @@ STEPS: list[tuple[str, str, str, str, Any]] = [
     ("replay", "ada", "POST", "/api/runs/1/replay", {"dry_run": False}),
     ("test_notification", "ada", "POST", "/api/test-notifications", {"audience": "me"}),
     ("work", "", "", "", None),
+    ("fail", "", "", "", None),
+    ("retry", "ada", "POST", "/api/runs/1/retry", None),
     ("remove_member", "ada", "DELETE", "/api/servers/1/members/8", None),
     ("delete_message", "sam", "DELETE", "/api/messages/1", None),
     ("end_own_sessions", "sam", "DELETE", "/api/me/sessions", None),
@@ -109,6 +113,9 @@ def test_each_example_of_the_document_is_the_applications_response(api, cast, ru
         for operation, user, method, path, body in STEPS:
             if operation == "work":
                 run_jobs()
+                continue
+            if operation == "fail":
+                execute("UPDATE run SET state = 'failed', error = 'Database unavailable' WHERE id = 1")
                 continue
             if operation == "open the stream":
                 web = processes.enter_context(a_web_process())

@@ -6,10 +6,10 @@ from html.parser import HTMLParser
 import pytest
 
 from belfry.core.db import execute
+from belfry.core.markdown import parse
 from belfry.identity import sessions, tokens
 from belfry.inbox import inbox
 from belfry.messages import rendering, sidebar
-from belfry.messages.markdown import parse
 from belfry.servers import servers
 from models import ApiToken, Channel, Message, User
 from tests.fanout_helpers import statements

@@ -76,7 +76,7 @@ def ordinary() -> list[str]:
 
 def steps_of(content: str) -> int:
     """Return the steps that parsing takes: MAX_STEPS where the parser stops."""
-    from belfry.messages import markdown
+    from belfry.core import markdown
 
     budget = markdown.Budget(markdown.MAX_STEPS, 1)
     try:

@@ -49,12 +49,22 @@ def mark_read(body: dict[str, Any]) -> Any:
 @api.delete("/notifications/<notification_id>")
 @endpoint(status=204, publishes=own_counts)
 def dismiss(notification_id: str) -> None:
-    """Remove a notification from the inbox. It cannot be restored."""
+    """Remove a notification from the inbox."""
+    inbox.dismiss(current_user(), *_parsed(notification_id))
+
+
+@api.post("/notifications/<notification_id>/restore")
+@endpoint(status=204, publishes=own_counts)
+def restore(notification_id: str) -> None:
+    """Undo the removal of a notification from the inbox."""
+    inbox.restore(current_user(), *_parsed(notification_id))
+
+
+def _parsed(notification_id: str) -> tuple[int, int]:
     try:
-        user_id, message_id = parse_notification_id(notification_id)
+        return parse_notification_id(notification_id)
     except ValueError:
         raise HttpProblem(404, "There is no such notification.") from None
-    inbox.dismiss(current_user(), user_id, message_id)
 
 
 @api.get("/channels/<id:channel_id>/preference")

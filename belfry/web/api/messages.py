@@ -10,7 +10,7 @@ from peewee import InterfaceError, OperationalError
 import schemas
 from belfry.core.errors import Invalid
 from belfry.core.idempotency import IdempotentRequest, save_response
-from belfry.messages import explanation, history, messages
+from belfry.messages import explanation, history, messages, search
 from belfry.messages.mentions import AllowedMentions
 from belfry.queue.queues import enqueue_run, queue_is_full
 from belfry.web.endpoint import (
@@ -86,6 +86,20 @@ def list_messages(channel_id: int, query: dict[str, Any]) -> Any:
         lambda before, limit: history.list_messages(current_user(), channel_id, before=before, limit=limit),
         lambda message: message["id"],
     )
+
+
+@api.get("/messages/search")
+@endpoint(query=schemas.SearchQuery, response=schemas.Message)
+def search_messages(query: dict[str, Any]) -> Any:
+    """Search the messages that the caller can see by their words. The newest are first."""
+    found, cursor = paginate(
+        query,
+        lambda before, limit: search.search(
+            current_user(), query["q"], channel_id=query["channel_id"], before=before, limit=limit
+        ),
+        lambda message: message["id"],
+    )
+    return history.serialize_messages(current_user(), found), cursor
 
 
 @api.get("/messages/<id:message_id>")

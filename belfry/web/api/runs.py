@@ -3,8 +3,10 @@
 from typing import Any
 
 import schemas
-from belfry.fanout import runs
+from belfry.core.errors import Conflict
+from belfry.fanout import recovery, runs
 from belfry.messages.send_test import send_test
+from belfry.queue import queues
 from belfry.queue.queues import enqueue_run
 from belfry.web.endpoint import ApiResponse, api, current_user, endpoint, nothing, paginate
 
@@ -41,6 +43,18 @@ def replay(run_id: int, body: dict[str, Any]) -> Any:
     return ApiResponse(
         {**replayed, "run": {"id": new_run, "state": state}}, headers={"Location": f"/api/runs/{new_run}"}
     )
+
+
+@api.post("/runs/<id:run_id>/retry")
+@endpoint(response=schemas.Run, status=202, admin=True, publishes=nothing)
+def retry(run_id: int) -> Any:
+    """Continue a failed run, with all attempts and its progress so far. 409 for a run that has not failed."""
+    runs.find_run(run_id)
+    items = recovery.retry_failed([run_id])
+    if not items:
+        raise Conflict("Only a failed run can be retried.")
+    queues.enqueue(items, lost=True)
+    return runs.find_run(run_id)
 
 
 @api.post("/test-notifications")

@@ -42,7 +42,7 @@ def _find_authorized_user(token_hash: bytes) -> User | None:
 @limit_streams
 @endpoint(query=schemas.StreamQuery)
 def stream(query: dict[str, Any]) -> Response:
-    """Open a stream of server-sent events: `notification` and `unread` as they happen, `ping` every 15 s.
+    """Open a stream of server-sent events: `notification` and `unread` as they happen, `ping` every 5 s.
 
     `messages` names the messages of `channel_id` that were posted, edited or deleted. `Last-Event-ID` resumes. `reset`
     replaces what is too much to send: read the inbox then. 403 for a user who cannot be notified, without a

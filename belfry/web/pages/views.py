@@ -4,7 +4,7 @@ The HTML is readable without JavaScript. static/page/ adds live updates and writ
 """
 
 from collections.abc import Set
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from typing import Any
 
 from flask import Blueprint, Response, g, redirect, render_template, request, url_for
@@ -12,13 +12,15 @@ from markupsafe import Markup
 from werkzeug.wrappers import Response as AnyResponse
 
 from belfry.core.db import LARGEST_ID, Row
-from belfry.core.errors import Forbidden, NotFound
+from belfry.core.errors import Forbidden, Invalid, NotFound
+from belfry.core.markdown import Budget
+from belfry.core.plain_text import excerpt
 from belfry.inbox import inbox
 from belfry.inbox.inbox import parse_notification_id
 from belfry.messages.history import PAGE_SIZE, load_page
-from belfry.messages.markdown import Budget
 from belfry.messages.mentions import EVERYONE
 from belfry.messages.rendering import page_budget, render_in_page
+from belfry.messages.search import MAX_QUERY_CHARACTERS, search
 from belfry.messages.sidebar import sidebar_channels
 from belfry.servers import preferences
 from belfry.servers.servers import roles_of
@@ -40,6 +42,8 @@ PARTS = ("pages.messages", "pages.notifications")  # for the parts of a page tha
 POLICY = auth.POLICY + (
     "; script-src 'self'; connect-src 'self'; require-trusted-types-for 'script'; trusted-types 'none'"
 )
+
+SEARCH_EXCERPT = 300  # characters of each message that is found
 
 blueprint = Blueprint("pages", __name__)
 
@@ -91,7 +95,6 @@ def channel(server_id: int, channel_id: int) -> str:
         may_not_post=_posting_denied_reason(g.user, seen),
         preference=preference,
         effects=effects,
-        notified=effects is PREFERENCE_HELP,
         effect=_effect(preference, effects),
     )
 
@@ -103,16 +106,52 @@ def messages(server_id: int, channel_id: int) -> str:
     return render_template("messages.html", channel=seen, **_message_page(seen))
 
 
+@blueprint.get("/search")
+def search_page() -> str:
+    """Search messages: `q`, in all visible channels or in one `channel`, from the top or `before` one."""
+    query, channel_id = request.args.get("q", "").strip()[:MAX_QUERY_CHARACTERS], _position("channel")
+    found, problem = [], None
+    if query:
+        try:
+            found = search(g.user, query, channel_id=channel_id, before=_position("before"), limit=PAGE_SIZE + 1)
+        except Invalid as error:
+            problem = error.errors["q"][0]
+    channels, _ = sidebar_channels(g.user, channel_id)
+    return _page(
+        "search.html",
+        query=query,
+        problem=problem,
+        searched_channel=channel_id,
+        search_channels=channels,
+        found=[one | {"excerpt": excerpt(one["content"], SEARCH_EXCERPT)} for one in found[:PAGE_SIZE]],
+        more=len(found) > PAGE_SIZE,
+    )
+
+
 @blueprint.get("/inbox")
 def inbox_page() -> str:
-    """The inbox, newest first: all notifications or the `unread` ones, from the top or `before` one."""
-    return _page("inbox.html", **_notifications())
+    """The inbox, newest first: all notifications, the `unread` ones, `mentions`, those of a `channel`, `before` one."""
+    channels, _ = sidebar_channels(g.user, None)
+    return _page("inbox.html", inbox_channels=channels, undo=request.args.get("undo"), **_notifications())
 
 
 @blueprint.get("/inbox/notifications")
 def notifications() -> str:
     """Only the notifications of the inbox."""
     return render_template("notifications.html", csrf=auth.csrf_token(), **_notifications())
+
+
+@blueprint.post("/inbox/dismiss")
+def dismiss() -> AnyResponse:
+    """Remove the notification `id` from the inbox, or with `undo` restore it. 303 to the inbox."""
+    try:
+        key = parse_notification_id(request.form.get("id", ""))
+    except ValueError:
+        raise NotFound("There is no such notification.") from None
+    undo = request.form.get("undo") == "1"
+    (inbox.restore if undo else inbox.dismiss)(g.user, *key)
+    publish(user_id=g.user.id)
+    return redirect(url_for("pages.inbox_page", undo=None if undo else inbox.notification_id(*key)), 303)
 
 
 @blueprint.post("/inbox/read")
@@ -204,9 +243,27 @@ def _message_page(seen: VisibleChannel) -> Row:
 
 
 def _notifications() -> Row:
-    unread = request.args.get("unread") == "1"
-    found = inbox.list_notifications(g.user, before=_position("before"), limit=PAGE_SIZE + 1, unread=unread)
-    return {"notifications": found[:PAGE_SIZE], "more": len(found) > PAGE_SIZE, "unread_only": unread}
+    """The notifications that the query asks for, in groups of a channel and a day, and the query as `filters`."""
+    unread, mentions = (request.args.get(name) == "1" for name in ("unread", "mentions"))
+    channel_id = _position("channel")
+    found = inbox.list_notifications(
+        g.user,
+        before=_position("before"),
+        limit=PAGE_SIZE + 1,
+        unread=unread,
+        mentions=mentions,
+        channel_id=channel_id,
+    )
+    groups: dict[tuple[date, int], list[Row]] = {}
+    for one in found[:PAGE_SIZE]:
+        groups.setdefault((one["created_at"].date(), one["channel"]["id"]), []).append(one)
+    filters = {"unread": 1 if unread else None, "mentions": 1 if mentions else None, "channel": channel_id}
+    return {
+        "notifications": found[:PAGE_SIZE],
+        "groups": sorted(groups.values(), key=lambda group: group[0]["created_at"].date(), reverse=True),
+        "more": len(found) > PAGE_SIZE,
+        "filters": filters,
+    }
 
 
 def _posting_denied_reason(user: User, seen: VisibleChannel) -> str | None:
@@ -253,6 +310,12 @@ PREFERENCE_HELP = {
 def _utc(time: datetime) -> str:
     """For reading without JavaScript, which replaces it by the reader's own time."""
     return f"{time.astimezone(UTC):%d %b %Y, %H:%M} UTC"
+
+
+@blueprint.app_template_filter("utc_day")
+def _utc_day(time: datetime) -> str:
+    """The day, for reading without JavaScript."""
+    return f"{time.astimezone(UTC):%d %b %Y}"
 
 
 @blueprint.app_template_filter("rfc3339")

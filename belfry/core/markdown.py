@@ -1,4 +1,4 @@
-"""CommonMark as Belfry reads it: one parser for mentions and for HTML, with bounds for its work."""
+"""CommonMark as Belfry reads it, with tables, strikethrough and bare URLs: one parser, with bounds for its work."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from markdown_it import MarkdownIt, helpers
+from markdown_it import MarkdownIt, helpers, rules_block
 from markdown_it.common.utils import unescapeAll
 from markdown_it.parser_inline import ParserInline
 from markdown_it.rules_block import StateBlock
@@ -27,7 +27,7 @@ MAX_NESTING = 40
 # only a text that is searched repeatedly takes more than 131,000.
 MAX_STEPS = 150_000
 _LINE_STEPS = 10
-_MARKS = "*_\\&<`@["
+_MARKS = "*_\\&<`@[~|"
 _MARK_STEPS = 12
 
 # A link's destination without `<>`: no white space, and balanced round brackets, up to three levels deep, as
@@ -37,6 +37,16 @@ _DESTINATION = r"(?:[^\x00-\x20\x7f()\\]++|\\[()\\]?)*+"
 for _ in range(3):
     _DESTINATION = rf"(?:[^\x00-\x20\x7f()\\]++|\\[()\\]?|\({_DESTINATION}\))*+"
 _find_destination = re.compile(_DESTINATION).match
+
+
+# A bare URL: a scheme that no letter precedes, and what follows up to white space or a character that ends it.
+_find_scheme = re.compile(r"(?<![A-Za-z0-9])https?\Z", re.IGNORECASE).search
+_find_rest = re.compile(r"://[^\s<>\"\[\]`\\|]+").match
+_is_delimiter_row = re.compile(r"[ \t|:-]+\Z").match
+_AFTER_URL = "*_~.,;:!?'\""  # at the end of a URL they belong to the sentence
+
+MAX_TABLE_CELLS = 2_000
+"""A table has at most this many cells; a larger one is text. The library completes each row with empty cells."""
 
 
 class ParseBudgetExceeded(Exception):
@@ -100,12 +110,49 @@ def _parse_destination(text: str, start: int, end: int) -> Any:
     return SimpleNamespace(ok=is_complete, pos=found.end(), str=unescapeAll(found[0]) if is_complete else "")
 
 
+def _bare_url(state: StateInline, silent: bool) -> bool:
+    """An inline rule: a bare URL is a link to itself. The parser tries it at the colon, when the scheme is read."""
+    scheme = _find_scheme(state.pending[-len("xhttps") :])
+    if scheme is None or state.linkLevel > 0 or not (found := _find_rest(state.src, state.pos, state.posMax)):
+        return False
+    _count(state.env, len(found[0]))
+    rest = found[0].rstrip(_AFTER_URL)
+    while rest.endswith(")") and rest.count(")") > rest.count("("):
+        rest = rest[:-1].rstrip(_AFTER_URL)
+    address = state.md.normalizeLink(scheme[0] + rest)
+    if len(rest) < len("://a") or not state.md.validateLink(address):
+        return False
+    if not silent:
+        state.pending = state.pending[: -len(scheme[0])]
+        opened = state.push("link_open", "a", 1)
+        opened.attrs, opened.markup, opened.info = {"href": address}, "linkify", "auto"
+        state.push("text", "", 0).content = scheme[0] + rest
+        closed = state.push("link_close", "a", -1)
+        closed.markup, closed.info = "linkify", "auto"
+    state.pos += len(rest)
+    return True
+
+
+def _small_table(state: StateBlock, start_line: int, end_line: int, silent: bool) -> bool:
+    """The library's rule for tables, for those with at most MAX_TABLE_CELLS; others are paragraphs."""
+    if start_line + 2 > end_line or not _is_delimiter_row(state.getLines(start_line + 1, start_line + 2, 0, False)):
+        return False
+    most = MAX_TABLE_CELLS // (state.getLines(start_line, start_line + 1, 0, False).count("|") + 1)
+    lines = 0
+    while lines <= most and start_line + lines < end_line and not state.isEmpty(start_line + lines):
+        lines += 1
+    _count(state.env, lines)
+    return lines <= most and rules_block.table(state, start_line, end_line, silent)
+
+
 def _parser() -> MarkdownIt:
     # HTML is off, so that what looks like a tag is text. `text_join` is off, because it would make an escaped `\@` and
     # a `&#64;` the same as a plain `@`.
     parser = MarkdownIt("zero")
     parser.inline = _CountedInline()
     parser.configure("commonmark", {"html": False, "maxNesting": MAX_NESTING}).disable("text_join")
+    parser.enable(["table", "strikethrough"]).block.ruler.at("table", _small_table, {"alt": ["paragraph", "reference"]})
+    parser.inline.ruler.after("text", "bare_url", _bare_url)
     parser.block.ruler.before("code", "count", _count_line, {"alt": ["paragraph", "reference", "blockquote", "list"]})
     parser.helpers = SimpleNamespace(  # type: ignore[assignment]  # the library has a module there
         parseLinkDestination=_parse_destination,
