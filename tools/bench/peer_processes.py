@@ -29,15 +29,21 @@ _VERSIONS = "import sys; from importlib.metadata import version; print(*map(vers
 
 
 def python_of(name: str) -> Path:
-    """Return the interpreter of a peer's environment, which is created if it does not exist."""
+    """Return the interpreter of a peer's environment. It is created if it does not exist, or was made elsewhere."""
     home, requirements = _home(name), PEERS / f"requirements-{name}.txt"
     python = home / "bin" / "python"
-    if not (home / "complete").exists():
+    if not _is_complete(name):
         say(f"creating an environment for {name} …")
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(home)], check=True)
         subprocess.run([str(python), "-m", "pip", "install", "-q", "-r", str(requirements)], check=True)
-        (home / "complete").touch()
+        (home / "complete").write_text(str(home))
     return python
+
+
+def _is_complete(name: str) -> bool:
+    """Whether the environment of a peer was installed, at this path: its scripts contain their path."""
+    complete = _home(name) / "complete"
+    return complete.exists() and complete.read_text() == str(_home(name))
 
 
 def versions() -> dict[str, str]:
@@ -45,7 +51,7 @@ def versions() -> dict[str, str]:
     found: dict[str, str] = {}
     for requirements in sorted(PEERS.glob("requirements-*.txt")):
         name = requirements.stem.removeprefix("requirements-")
-        if name != "charts" and (_home(name) / "complete").exists():
+        if name != "charts" and _is_complete(name):
             packages = re.findall(r"^[\w.-]+", requirements.read_text(), re.MULTILINE)
             line = [str(python_of(name)), "-c", _VERSIONS, *packages]
             output = subprocess.run(line, capture_output=True, text=True, check=True).stdout
