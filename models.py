@@ -24,6 +24,7 @@ from peewee import (
     SmallIntegerField,
     TextField,
     UUIDField,
+    fn,
 )
 from playhouse.postgres_ext import ArrayField
 
@@ -225,9 +226,8 @@ class Message(Table):
         indexes = ((("channel_id", "id"), False),)  # lists the newest messages of a channel
 
 
-Message.add_index(
-    SQL("CREATE INDEX IF NOT EXISTS message_words ON message USING gin (to_tsvector('simple'::regconfig, content))")
-)
+# For the search.
+Message.add_index(fn.to_tsvector(SQL("'simple'::regconfig"), Message.content), using="GIN", name="message_words")
 
 
 class Run(Table):

@@ -296,7 +296,7 @@ class Hub:
         clients.append(client)
         client.registered = True
         if self._was_delayed:
-            client.pinged_at = 0.0  # so that it is told soon
+            client.pinged_at = 0.0  # so that the next `_ping` includes it
         self._selector.register(client.socket, selectors.EVENT_READ, client)
         client.enqueue(*events_of(missed, here, [client.user.id], serialized).get(client.user.id, []))
 

@@ -50,6 +50,7 @@ STEPS: list[tuple[str, str, str, str, Any]] = [
     ("post_message", "sam", "POST", "/api/messages", {"channel_id": 1, "content": "Gold's trend is up, @vera"}),
     ("work", "", "", "", None),
     ("get_message", "sam", "GET", "/api/messages/1", None),
+    ("search_messages", "vera", "GET", "/api/messages/search?q=gold&limit=1", None),
     ("list_messages", "vera", "GET", "/api/channels/1/messages?limit=1", None),
     ("get_run", "sam", "GET", "/api/runs/1", None),
     ("explain", "ada", "GET", "/api/messages/1/explain?user_id=5", None),

@@ -435,7 +435,7 @@ def test_the_number_of_statements_does_not_grow_with_the_page(browser, cast, pos
             person = make_person(f"member-{number}")
             servers.put_member(cast.server_id, person.id, [cast.vip_role])
         run_jobs()
-    assert counts[0] == counts[1] == [12, 6, 6, 3, 13]
+    assert counts[0] == counts[1] == [14, 6, 6, 3, 14]
 
 
 # Errors ----------------------------------------------------------------------------------------------------

@@ -49,14 +49,14 @@ def mark_read(body: dict[str, Any]) -> Any:
 @api.delete("/notifications/<notification_id>")
 @endpoint(status=204, publishes=own_counts)
 def dismiss(notification_id: str) -> None:
-    """Remove a notification from the inbox."""
+    """Remove a notification from the inbox. `restore` undoes it."""
     inbox.dismiss(current_user(), *_parsed(notification_id))
 
 
 @api.post("/notifications/<notification_id>/restore")
 @endpoint(status=204, publishes=own_counts)
 def restore(notification_id: str) -> None:
-    """Undo the removal of a notification from the inbox."""
+    """Undo the removal of a notification from the inbox. 404 where it was not removed."""
     inbox.restore(current_user(), *_parsed(notification_id))
 
 

@@ -116,13 +116,11 @@ def search_page() -> str:
             found = search(g.user, query, channel_id=channel_id, before=_position("before"), limit=PAGE_SIZE + 1)
         except Invalid as error:
             problem = error.errors["q"][0]
-    channels, _ = sidebar_channels(g.user, channel_id)
     return _page(
         "search.html",
         query=query,
         problem=problem,
         searched_channel=channel_id,
-        search_channels=channels,
         found=[one | {"excerpt": excerpt(one["content"], SEARCH_EXCERPT)} for one in found[:PAGE_SIZE]],
         more=len(found) > PAGE_SIZE,
     )
@@ -131,8 +129,7 @@ def search_page() -> str:
 @blueprint.get("/inbox")
 def inbox_page() -> str:
     """The inbox, newest first: all notifications, the `unread` ones, `mentions`, those of a `channel`, `before` one."""
-    channels, _ = sidebar_channels(g.user, None)
-    return _page("inbox.html", inbox_channels=channels, undo=request.args.get("undo"), **_notifications())
+    return _page("inbox.html", undo=request.args.get("undo"), **_notifications())
 
 
 @blueprint.get("/inbox/notifications")
@@ -226,13 +223,10 @@ def _message_page(seen: VisibleChannel) -> Row:
     roles = roles_of(g.user.id, seen.server_id)
     before, after, around = map(_position, ("before", "after", "around"))
     ids = [_id(one) or 0 for one in request.args["ids"].split(",")] if "ids" in request.args else None
+    first_unread = None if request.endpoint in PARTS else inbox.first_unread(g.user, seen.id)
+    if not {"newest", "before", "after", "around", "ids"} & request.args.keys():
+        around = first_unread
     found = load_page(g.user, seen, before=before, after=after, around=around, ids=ids)
-    first_unread = None
-    if request.endpoint not in PARTS:
-        first_unread = inbox.first_unread(g.user, seen.id)
-        starts_later = found.older and first_unread and first_unread < found.messages[0]["id"]
-        if starts_later and not {"newest", "before", "after", "around", "ids"} & request.args.keys():
-            found = load_page(g.user, seen, around=first_unread)
     return {
         "message_page": found,
         "first_unread": first_unread,
