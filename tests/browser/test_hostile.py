@@ -7,6 +7,7 @@ checked at the end of each test, as of all tests in a browser.
 import pytest
 from playwright.sync_api import Page, expect
 
+from belfry.core.plain_text import SOURCE_CHARACTERS, excerpt
 from models import Message
 from tests.browser.browsing import address, composer, message, shown, wait_until_live
 from tests.messages.test_rendering import ALLOWED, VECTORS
@@ -15,6 +16,7 @@ PAGES = {
     *("html", "head", "meta", "title", "link", "script", "body", "noscript", "main", "nav", "header", "div", "h1"),
     *("h2", "small", "svg", "path", "circle", "rect", "button", "form", "input", "label", "textarea", "kbd", "time"),
     *("dialog", "fieldset", "legend", "progress", "table", "caption", "thead", "tbody", "tr", "th", "td"),
+    "optgroup", "option", "section", "select",
 }
 ATTRIBUTES = {"href", "rel", "class", "start"}
 KINDS = {group: next(vector for vector in vectors if len(vector) <= 90) for group, vectors in VECTORS.items()}
@@ -58,8 +60,7 @@ def _pages_with_all_vectors(override) -> None:
 
 def in_the_list(vector: str) -> str:
     """The vector as the inbox shows it."""
-    text = vector.strip()
-    return "Sam: " + (text if len(text) <= 100 else text[:100] + "…")
+    return f"Sam: {excerpt(vector[:SOURCE_CHARACTERS], 100)}"
 
 
 def test_every_vector_is_text_in_the_channel_and_the_inbox(visit, cast, post, run_jobs) -> None:
@@ -67,7 +68,7 @@ def test_every_vector_is_text_in_the_channel_and_the_inbox(visit, cast, post, ru
     ids = [post(vector) for vector in vectors]
     run_jobs()
     assert len(ids) > 500
-    page = visit(address(cast, cast.general), cast.vip)
+    page = visit(address(cast, cast.general, "?newest=1"), cast.vip)
     seen = shown(page)
     look(page)
     while page.locator("#older").count():
@@ -136,6 +137,6 @@ def test_vectors_in_names_are_text(visit, worker, cast, post, api, kind) -> None
     page.goto(address(cast, cast.announcements))
     wait_until_live(page)
     post("@vera")
-    expect(page.locator("#toast strong")).to_have_text(f"You were mentioned in Golden Signals #{hostile}")
+    expect(page.locator("#toast small")).to_have_text(f"You were mentioned in Golden Signals #{hostile}")
     expect(page.locator("#toast span")).to_have_text(f"{hostile}: @vera")
     look(page)
