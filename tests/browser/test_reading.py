@@ -26,7 +26,7 @@ def unread(run_jobs, cast):
     """`unread(61, mention=5)`: notify vera of this many messages, one of which mentions her; their ids."""
 
     def write(number: int, mention: int | None = None) -> list[int]:
-        texts = [f"number {at}" + (", @vera" if at == mention else "") for at in range(number)]
+        texts = [f"number {at}" + (", @vera" if at == mention else "") + "\n\nand more" * 2 for at in range(number)]
         posted = [write_message(cast.subscriber, cast.general, text) for text in texts]
         queues.enqueue([WorkItem(run_id) for _, run_id in posted])
         run_jobs()
