@@ -152,6 +152,10 @@ def _web_address(value: str) -> str:
     return value.rstrip("/")
 
 
+def _optional_web_address(value: str) -> str:
+    return _web_address(value) if value else ""
+
+
 def _variable(read: Callable[[str], T], default: T, about: str) -> Any:
     return field(default=default, metadata={"read": read, "about": about})
 
@@ -168,6 +172,7 @@ class Settings:
     web_threads: int = _variable(_number(1, 256), 8, "threads in each web process, and its database connections")
     max_streams_per_process: int = _variable(_number(1, 100_000), 10_000, "largest number of streams of a web process")
     public_url: str = _variable(_web_address, "http://localhost:8000", "the address that users see")
+    subscribe_url: str = _variable(_optional_web_address, "", "where members without an active subscription get one")
     session_cookie_secure: bool = _variable(_flag, True, "session cookies over HTTPS only; 0 for development on http://")
     log_level: str = _variable(_one_of("DEBUG", "INFO", "WARNING", "ERROR"), "INFO", "lowest level that is logged")
     log_format: str = _variable(_one_of("text", "json"), "text", "format of log lines")

@@ -8,6 +8,7 @@ import { isOver, openRun, watch } from './run_dialog.js';
 import * as preference from './preference_dialog.js';
 import * as timeline from './timeline.js';
 import { showToastFor } from './toast.js';
+import './shortcuts.js';
 import './unread.js';
 import * as explanation from './explain_dialog.js';
 

@@ -3,6 +3,7 @@
 import { call, coalesce, part } from './api.js';
 import { live, recount, start as startLive } from './live.js';
 import { showToastFor } from './toast.js';
+import './shortcuts.js';
 import './unread.js';
 import { localise } from './format.js';
 

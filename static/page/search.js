@@ -3,6 +3,7 @@
 import { localise } from './format.js';
 import { start as startLive } from './live.js';
 import { showToastFor } from './toast.js';
+import './shortcuts.js';
 import './unread.js';
 
 localise(document);

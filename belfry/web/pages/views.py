@@ -36,6 +36,7 @@ from belfry.stream.publish import publish
 from belfry.web import auth
 from belfry.web.endpoint import READS
 from belfry.web.problems import HttpProblem
+from config import settings
 from models import User
 
 PARTS = ("pages.messages", "pages.notifications")  # for the parts of a page that its scripts fetch
@@ -43,6 +44,19 @@ POLICY = auth.POLICY + (
     "; script-src 'self'; connect-src 'self'; require-trusted-types-for 'script'; trusted-types 'none'"
 )
 
+SHORTCUTS = (
+    ("?", "this list"),
+    ("/", "search"),
+    ("i", "the inbox"),
+    ("m", "the message field"),
+    ("n", "the newest messages"),
+    ("↑", "in the empty message field: edit your last message"),
+    ("Esc", "close a list, a dialog or an edit"),
+    ("j, k", "in the inbox: the next and the previous notification"),
+    ("e", "in the inbox: mark it read"),
+    ("Delete", "in the inbox: remove it"),
+    ("z", "in the inbox: undo that"),
+)  # static/page/shortcuts.js, compose.js, inbox.js
 SEARCH_EXCERPT = 300  # characters of each message that is found
 
 blueprint = Blueprint("pages", __name__)
@@ -192,6 +206,8 @@ def _page(template: str, **context: Any) -> str:
         more_channels=more_channels,
         count=count,
         unread_here=by_channel[viewed.id]["unread"] if viewed and viewed.id in by_channel else 0,
+        subscribe_url=settings.subscribe_url,
+        shortcuts=SHORTCUTS,
         can_stream=current is not None and current.session_hash in updates.authorized_clients([current.session_hash]),
         **context,
     )
