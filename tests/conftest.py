@@ -32,6 +32,7 @@ from belfry.core import failpoints, migrations
 from belfry.core.db import db
 from belfry.core.redis import redis_connection
 from belfry.queue import queues
+from belfry.worker import maintenance
 from config import settings
 from tests.fanout_helpers import empty
 from tests.overrides import overridden
@@ -57,6 +58,8 @@ def _clean(_schema: None) -> Iterator[None]:
     db.connect(reuse_if_open=True)
     empty()
     yield
+    if maintenance._indexing:  # it would wait for the next test's locks, and that test for its
+        maintenance._indexing.join()
     if not db.is_closed():
         db.close()
 

@@ -355,7 +355,7 @@ def test_a_work_item_that_waits_for_its_message_is_not_swept(run, in_another_ses
         assert len(recovery.fail_exhausted()) == 0
         assert claims.claim(WorkItem(run)) is None
     thread.join()
-    assert outcome == [[]]
+    assert [processed.slices for processed in outcome] == [[]]
     assert run_of(run)["state"] == "succeeded"
 
 
@@ -441,7 +441,7 @@ def test_the_sweeper_waits_for_each_scheduled_retry(cast, run_jobs):
         (job_id,) = queue.scheduled_job_registry.get_job_ids()
         intervals = queue.fetch_job(job_id).retry_intervals
         found = fetch_one("SELECT extract(epoch FROM sweep_after - now())::float AS seconds FROM run")
-        latest = intervals[retry] + jobs.RETRY_GRACE_SECONDS
+        latest = intervals[retry] + claims.RETRY_GRACE_SECONDS
         assert latest - 2 < found["seconds"] <= latest
         redis = redis_connection()
         redis.zadd(queue.scheduled_job_registry.key, {job_id: 0})  # it is due
