@@ -104,7 +104,7 @@ def test_the_schema_is_unchanged(held):
     held("schema.txt", "\n".join(line for line in lines if not others.search(line)))
 
 
-def test_the_hot_statements_are_unchanged(api, cast, executed, slices_of, held):
+def test_the_hot_statements_are_unchanged(api, cast, executed, set_slice_size, held):
     texts = []
 
     def section(title: str) -> None:
@@ -128,7 +128,7 @@ def test_the_hot_statements_are_unchanged(api, cast, executed, slices_of, held):
     section("jobs.notify: a small message by itself, as by RQ's own worker")
     post("gold, @moira @everyone")
     section("POST /api/messages with mentions")
-    slices_of(2)
+    set_slice_size(2)
     large = post("gold to many, @moira")
     executed.clear()
     jobs.notify(large)

@@ -1,6 +1,6 @@
 """Faults of an earlier implementation, with a test for each.
 
-One more is in test_fanout.py, where the communities for it are made: that there is no query, or three, for each
+One more is in test_fanout.py, where the scenarios for it are made: that there is no query, or three, for each
 recipient is `test_every_slice_takes_the_same_statements_however_many_members`.
 """
 
@@ -19,7 +19,7 @@ from belfry.servers.preferences import set_preference
 from belfry.servers.servers import put_member
 from belfry.worker import maintenance
 from models import Notification, Preference
-from tests.fanout_helpers import advance, notifications_that, parts_of
+from tests.fanout_helpers import fault_on_insert, process_next, remaining_work_items
 from tests.people import Person, make_person
 
 
@@ -50,7 +50,7 @@ def joined(cast, username: str, **kind) -> Person:
 
 def test_a_failing_job_is_not_reported_as_successful(api, cast, run_jobs):
     message = post(api, cast.subscriber, cast.general)
-    with notifications_that():
+    with fault_on_insert():
         run_jobs()
     run = api(cast.admin).get(message["run"]["url"]).get_json()
     assert run["state"] == "queued"
@@ -64,15 +64,15 @@ def test_a_failing_job_is_not_reported_as_successful(api, cast, run_jobs):
 def test_a_job_that_keeps_failing_ends_failed_with_its_error(api, cast):
     message = post(api, cast.subscriber, cast.general)
     for _ in range(queues.MAX_ATTEMPTS):
-        with notifications_that(), pytest.raises(Exception, match="division by zero"):
+        with fault_on_insert(), pytest.raises(Exception, match="division by zero"):
             jobs.notify(message["run"]["id"])
     run = api(cast.admin).get(message["run"]["url"]).get_json()
     assert (run["state"], run["attempts"]) == ("failed", queues.MAX_ATTEMPTS)
     assert "division by zero" in run["error"]
 
 
-def test_notifications_are_not_lost_when_the_queue_cannot_be_reached(api, cast, run_jobs, redis_away, caplog):
-    with redis_away():
+def test_notifications_are_not_lost_when_the_queue_cannot_be_reached(api, cast, run_jobs, redis_unavailable, caplog):
+    with redis_unavailable():
         message = post(api, cast.subscriber, cast.general)
     assert api(cast.subscriber).get(message["run"]["url"]).get_json()["state"] == message["run"]["state"] == "pending"
     assert "Redis is unavailable" in caplog.text, "and the log says so"
@@ -128,8 +128,8 @@ def test_all_recipients_are_notified_in_one_statement(cast, monkeypatch):
         raise AssertionError("a fan-out waits for nothing")
 
     monkeypatch.setattr(time, "sleep", never)
-    advance(posted.run_id)
-    assert parts_of(posted.run_id) == [], "one part is enough"
+    process_next(posted.run_id)
+    assert remaining_work_items(posted.run_id) == [], "one part is enough"
     assert Notification.select().count() == 33
 
 

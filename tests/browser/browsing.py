@@ -8,9 +8,9 @@ from axe_playwright_python.base import AXE_SCRIPT
 from playwright.sync_api import BrowserContext, ConsoleMessage, Dialog, Locator, Page, Request, Response, Route, expect
 
 from tests.people import Cast
-from tests.processes import PATIENCE
+from tests.processes import WAIT_SECONDS
 
-expect.set_options(timeout=PATIENCE * 1000)
+expect.set_options(timeout=WAIT_SECONDS * 1000)
 
 # The browser's own console message about a policy violation lacks the element and the source.
 REPORT_VIOLATIONS = """

@@ -14,7 +14,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 from tests.browser.browsing import Faults, sign_in
 from tests.people import Api, Cast, Person
-from tests.processes import PATIENCE, Process, a_web_process, a_worker
+from tests.processes import WAIT_SECONDS, Process, web_process, worker_process
 from tools.dev import CommandError, chromium
 
 HERE = Path(__file__).parent
@@ -85,9 +85,9 @@ def measured(request: pytest.FixtureRequest) -> Callable[[str], None]:
 
 
 @pytest.fixture(scope="package")
-def web_process() -> Iterator[str]:
+def shared_web_process() -> Iterator[str]:
     """The web process of all tests, because starting one takes longer than most tests."""
-    with a_web_process() as address:
+    with web_process() as address:
         yield address
 
 
@@ -95,16 +95,16 @@ def web_process() -> Iterator[str]:
 def site(request: pytest.FixtureRequest) -> Iterator[str]:
     """The URL of the web process. A test that sets environment variables gets a process of its own."""
     if not hasattr(request, "param"):
-        yield request.getfixturevalue("web_process")
+        yield request.getfixturevalue("shared_web_process")
         return
-    with a_web_process(**request.param) as address:
+    with web_process(**request.param) as address:
         yield address
 
 
 @pytest.fixture
 def worker() -> Iterator[Process]:
     """A worker, for tests in which users are notified."""
-    with a_worker() as process:
+    with worker_process() as process:
         yield process
 
 
@@ -140,7 +140,7 @@ def visit(browser: Browser, site: str, faults: Faults, request: pytest.FixtureRe
 
     def open_page(path: str, person: Person | None = None, **options: object) -> Page:
         context = browser.new_context(base_url=site, reduced_motion="reduce", **options)
-        context.set_default_timeout(PATIENCE * 1000)
+        context.set_default_timeout(WAIT_SECONDS * 1000)
         faults.watch(context)
         page = context.new_page()
         pages.append(page)

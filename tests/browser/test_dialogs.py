@@ -7,7 +7,7 @@ from playwright.sync_api import Locator, Page, expect
 
 from models import Preference, Run
 from tests.browser.browsing import address, bell, message, wait_until_live
-from tests.processes import a_worker, wait_until
+from tests.processes import wait_until, worker_process
 
 
 def opened(page: Page, title: str) -> Locator:
@@ -146,7 +146,7 @@ def test_the_progress_of_a_run_is_shown_and_then_its_counts(visit, cast, post) -
     expect(dialog.get_by_role("progressbar")).to_have_js_property("value", 2)
     expect(message(page, number).get_by_role("progressbar")).to_have_js_property("max", 5)
     Run.update(state="queued", members_processed=0, members_total=None).execute()
-    with a_worker():
+    with worker_process():
         expect(dialog.get_by_role("status")).to_have_text("3 of 5 members were notified.")
     expect(dialog.get_by_role("progressbar")).to_be_hidden()
     rows = dialog.locator("tr:has([scope=row])")

@@ -21,7 +21,7 @@ from tests.browser.browsing import (
     watch_requests,
 )
 from tests.people import Person
-from tests.processes import RedisGate, WebGate, a_gate, a_web_process, a_worker, wait_until
+from tests.processes import RedisProxy, WebProxy, open_redis_proxy, wait_until, web_process, worker_process
 
 NETWORK = r"net::ERR_(INTERNET_DISCONNECTED|\w*CONNECT\w+|INCOMPLETE_CHUNKED_ENCODING|EMPTY_RESPONSE|FAILED)"
 RECORD_TOASTS = """() => {
@@ -34,33 +34,33 @@ RECORD_TOASTS = """() => {
 
 
 class Web:
-    """A web process behind a gate. It can be stopped and replaced at the same address."""
+    """A web process behind a proxy. It can be stopped and replaced at the same address."""
 
     def __init__(self, **environment: str) -> None:
         self._environment = environment
         self._stack = ExitStack()
-        self.gate = WebGate(self._stack.enter_context(a_web_process(**environment)))
-        self.address = self.gate.address
+        self.proxy = WebProxy(self._stack.enter_context(web_process(**environment)))
+        self.address = self.proxy.address
 
     def stop(self) -> None:
         self._stack.close()
 
     def start(self) -> None:
-        self.gate.target = urlsplit(self._stack.enter_context(a_web_process(**self._environment)))
+        self.proxy.target = urlsplit(self._stack.enter_context(web_process(**self._environment)))
 
 
 @pytest.fixture
-def redis_gate() -> Iterator[RedisGate]:
-    with a_gate(settings.redis_url) as gate:
-        yield gate
+def redis_proxy() -> Iterator[RedisProxy]:
+    with open_redis_proxy(settings.redis_url) as proxy:
+        yield proxy
 
 
 @pytest.fixture
-def web(redis_gate) -> Iterator[Web]:
-    """The web process, with Redis behind a gate as well."""
-    web = Web(REDIS_URL=redis_gate.url)
+def web(redis_proxy) -> Iterator[Web]:
+    """The web process, with Redis behind a proxy as well."""
+    web = Web(REDIS_URL=redis_proxy.url)
     yield web
-    web.gate.close()
+    web.proxy.close()
     web.stop()
 
 
@@ -76,12 +76,12 @@ def says(page: Page, state: str) -> None:
 def go_offline(page: Page, web: Web) -> None:
     """Take the browser offline, and cut its connections: Playwright's switch does not cut an open stream."""
     page.context.set_offline(True)
-    web.gate.shut()
+    web.proxy.cut_connections()
     says(page, "Offline")
 
 
 def come_back(page: Page, web: Web) -> None:
-    web.gate.open()
+    web.proxy.accept_connections()
     page.context.set_offline(False)
 
 
@@ -159,28 +159,28 @@ def test_a_broken_stream_resumes(visit, web, worker, faults, cast, post) -> None
     texts = [f"number {number}" for number in range(9)]
     for number, text in enumerate(texts, start=1):
         if number % 3 == 0:
-            web.gate.shut()
+            web.proxy.cut_connections()
             post(text)
             wait_until(lambda: notified(cast.vip) == number, "vera to be notified")  # noqa: B023
-            web.gate.open()
+            web.proxy.accept_connections()
         else:
             post(text)
         expect(bell(page)).to_have_text(str(number))
     assert page.evaluate("window.toasts") == [f"Sam: {text}" for text in texts]
 
 
-def test_live_updates_continue_after_a_redis_outage(visit, redis_gate, cast) -> None:
-    with a_worker(REDIS_URL=redis_gate.url):
+def test_live_updates_continue_after_a_redis_outage(visit, redis_proxy, cast) -> None:
+    with worker_process(REDIS_URL=redis_proxy.url):
         writer = visit(address(cast, cast.general), cast.subscriber)
         reader = visit(address(cast, cast.announcements), cast.vip)
         wait_until_live(reader)
-        redis_gate.shut()
+        redis_proxy.cut_connections()
         for number in range(2):
             composer(writer).fill(f"while Redis is away {number}")
             composer(writer).press("Enter")
             expect(writer.locator("#messages li")).to_have_count(number + 1)
         says(reader, "Live")
-        redis_gate.open()
+        redis_proxy.accept_connections()
         expect(bell(reader)).to_have_text("2")
         composer(writer).fill("and after it")
         composer(writer).press("Enter")

@@ -122,9 +122,9 @@ class World:
             },
             author=message.author,
             private=channel.private,
-            opening_roles=frozenset(channel.roles),
+            channel_roles=frozenset(channel.roles),
             named=message.mentions.people,
-            named_roles=message.mentions.roles,
+            mentioned_roles=message.mentions.roles,
             everyone=message.mentions.everyone,
         )
         return oracle.decision(community, number, now)  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ from belfry.identity import users
 from belfry.messages import messages
 from tests.fanout_helpers import run_to_end
 from tests.oracle import Preference
-from tests.processes import a_web_process
+from tests.processes import web_process
 from tools.chaos.__main__ import has_passed
 from tools.chaos.audit import audit
 from tools.chaos.harness import FailpointHit, ProgressEvent
@@ -139,7 +139,7 @@ def test_only_a_killed_work_horse_concerns_one_work_item(point, action, known):
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    with a_web_process(RATE_LIMIT_DEFAULT="100000 per minute") as address:
+    with web_process(RATE_LIMIT_DEFAULT="100000 per minute") as address:
         yield address
 
 

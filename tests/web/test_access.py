@@ -72,8 +72,8 @@ TABLE = [
 
 
 @pytest.fixture
-def community(api, cast):
-    """`community()`: create the resources that the table's {names} stand for."""
+def create_resources(api, cast):
+    """`create_resources()`: create the resources that the table's {names} stand for."""
 
     def make() -> dict[str, int]:
         names = {name: getattr(cast, name) for name in ("general", "announcements", "vault")}
@@ -94,8 +94,8 @@ def ask(api, person, names, request: str, body):
     return api(person).open(method, address.format(**names), json=sent)
 
 
-def test_each_role_may_do_what_the_table_says(api, cast, community, subtests):
-    names = community()
+def test_each_role_may_do_what_the_table_says(api, cast, create_resources, subtests):
+    names = create_resources()
     for request, body, expected in TABLE:
         with subtests.test(f"{request} {body or ''}"):
             got = []
@@ -105,13 +105,13 @@ def test_each_role_may_do_what_the_table_says(api, cast, community, subtests):
                 answer = ask(api, person, names, request, body)
                 got.append(str(answer.status_code))
                 if answer.status_code == 204:  # create what was deleted again
-                    names = community()
+                    names = create_resources()
             assert " ".join(got) == expected
 
 
-def test_an_invisible_resource_answers_like_a_missing_one(api, cast, community, subtests):
+def test_an_invisible_resource_answers_like_a_missing_one(api, cast, create_resources, subtests):
     """Both responses are the same except for the requested id."""
-    names = community()
+    names = create_resources()
     nothing = dict.fromkeys(names, 987_654)
     for who in ("stranger", "subscriber"):
         hidden = [row for row in TABLE if row[2].split()[PEOPLE.index(who)] == "404"]
@@ -138,8 +138,8 @@ def test_each_user_lists_the_channels_that_they_can_see(api, cast):
     assert len(api(cast.stranger).get("/api/me").get_json()["servers"]) == 0
 
 
-def test_a_run_is_visible_to_the_author_and_admins(api, cast, community):
-    message = community()["in_general"]
+def test_a_run_is_visible_to_the_author_and_admins(api, cast, create_resources):
+    message = create_resources()["in_general"]
     for name, person in cast.everybody.items():
         if name != "stranger":
             run = api(person).get(f"/api/messages/{message}").get_json()["run"]
@@ -157,16 +157,16 @@ def test_a_role_of_another_server_opens_nothing(api, cast):
     assert_problem(api(visitor).get(f"/api/channels/{cast.general}"), 404, "not_found")
 
 
-def test_a_moderator_of_another_server_does_not_moderate_here(api, cast, community):
+def test_a_moderator_of_another_server_does_not_moderate_here(api, cast, create_resources):
     elsewhere = api(cast.admin).post("/api/servers", json={"name": "Elsewhere"}).get_json()["id"]
     role = servers.create_role(elsewhere, "police", moderator=True)
     servers.put_member(elsewhere, cast.vip.id, [role.id])
-    message = community()["in_general"]
+    message = create_resources()["in_general"]
     assert_problem(api(cast.vip).delete(f"/api/messages/{message}"), 403, "forbidden")
 
 
-def test_a_removed_member_loses_access_at_once(api, cast, community):
-    names = community()
+def test_a_removed_member_loses_access_at_once(api, cast, create_resources):
+    names = create_resources()
     servers.remove_member(cast.server_id, cast.subscriber.id)
     sam = api(cast.subscriber)
     for path in ("channels/{general}", "channels/{general}/messages", "messages/{in_general}"):

@@ -276,11 +276,11 @@ def readiness(client) -> dict:
     return problem.get_json()["errors"]
 
 
-def test_readiness_names_the_part_that_is_not_ready(client, redis_away, database_away):
+def test_readiness_names_the_part_that_is_not_ready(client, redis_unavailable, database_unavailable):
     parts = ("database", "redis", "migrations", "partitions", "recovery")
     ready = {"status": "ok", **dict.fromkeys(parts, "ok"), "warnings": []}
     assert (client.get("/readyz").status_code, client.get("/readyz").get_json()) == (200, ready)
-    with redis_away():
+    with redis_unavailable():
         assert list(readiness(client)) == ["redis"]
     execute("UPDATE schema_migration SET name = 'another' WHERE name LIKE '0002%%'")
     try:
@@ -290,7 +290,7 @@ def test_readiness_names_the_part_that_is_not_ready(client, redis_away, database
         }
     finally:
         execute("UPDATE schema_migration SET name = '0002_slices' WHERE name = 'another'")
-    with database_away():
+    with database_unavailable():
         assert list(readiness(client)) == ["database", "migrations", "partitions"]
         assert (client.get("/healthz").status_code, client.get("/healthz").get_json()) == (200, {"status": "ok"})
     assert client.get("/readyz").status_code == 200

@@ -408,8 +408,8 @@ def test_a_successful_response_has_no_retry_after(api, cast):
     assert 0 <= int(answer.headers["RateLimit-Reset"]) <= 61
 
 
-def test_requests_get_503_while_the_database_is_unavailable(api, cast, client, database_away):
-    with database_away():
+def test_requests_get_503_while_the_database_is_unavailable(api, cast, client, database_unavailable):
+    with database_unavailable():
         answer = api(cast.subscriber).get("/api/me")
         assert_problem(answer, 503, "unavailable")
         assert answer.headers["Retry-After"] == "5"

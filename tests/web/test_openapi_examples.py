@@ -12,8 +12,8 @@ from urllib.request import Request, urlopen
 import pytest
 
 from belfry.web import openapi
-from tests.fanout_helpers import crowd
-from tests.processes import a_web_process
+from tests.fanout_helpers import add_members
+from tests.processes import web_process
 
 STEPS: list[tuple[str, str, str, str, Any]] = [
     # (operation, user, method, path, body) in an order in which each works. "work" runs the queued jobs, and
@@ -103,7 +103,7 @@ def read_events(stream: Iterable[bytes], number: int) -> str:
 @pytest.mark.usefixtures("override")
 def test_each_example_of_the_document_is_the_applications_response(api, cast, run_jobs, request):
     people = {person.username: person for person in cast.everybody.values()}
-    crowd(cast.server_id, 1)  # a user with an id between the cast's and the examples'
+    add_members(cast.server_id, 1)  # a user with an id between the cast's and the examples'
     recorded: dict[str, list[dict[str, Any]]] = {}
     with ExitStack() as processes:
         for operation, user, method, path, body in STEPS:
@@ -111,7 +111,7 @@ def test_each_example_of_the_document_is_the_applications_response(api, cast, ru
                 run_jobs()
                 continue
             if operation == "open the stream":
-                web = processes.enter_context(a_web_process())
+                web = processes.enter_context(web_process())
                 asked = Request(web + path, headers={"Authorization": f"Bearer {people[user].token}"})
                 stream = processes.enter_context(urlopen(asked))
                 events = read_events(stream, 1)

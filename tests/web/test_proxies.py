@@ -18,7 +18,7 @@ import pytest
 
 from belfry.stream import publish
 from tests.fanout_helpers import post_and_notify
-from tests.processes import PATIENCE, a_web_process, wait_until
+from tests.processes import WAIT_SECONDS, wait_until, web_process
 from tools.dev import ROOT
 
 pytestmark = pytest.mark.slow
@@ -36,7 +36,7 @@ class Proxy:
         self._tls.check_hostname, self._tls.verify_mode = False, ssl.CERT_NONE
 
     def connect(self) -> ssl.SSLSocket:
-        connection = socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE)
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=WAIT_SECONDS)
         return self._tls.wrap_socket(connection, server_hostname="localhost")
 
     def answers(self) -> bool:
@@ -48,7 +48,7 @@ class Proxy:
     def request(self, method: str, path: str, body: object = None, **headers: str) -> tuple[int, dict[str, str]]:
         """Status and headers of the response."""
         headers = {"Content-Type": "application/json", **headers}
-        with closing(HTTPSConnection("localhost", self.port, timeout=PATIENCE, context=self._tls)) as connection:
+        with closing(HTTPSConnection("localhost", self.port, timeout=WAIT_SECONDS, context=self._tls)) as connection:
             with suppress(BrokenPipeError, ssl.SSLEOFError):  # refused before the whole body was sent
                 connection.request(method, path, json.dumps(body) if body else None, headers)
             answer = connection.getresponse()
@@ -137,7 +137,7 @@ def proxy(request) -> Iterator[Proxy]:
             cwd=directory, check=True, capture_output=True,
         )  # fmt: skip
         (directory / "pem").write_text((directory / "crt").read_text() + (directory / "key").read_text())
-        web_port = urlsplit(stage.enter_context(a_web_process())).port
+        web_port = urlsplit(stage.enter_context(web_process())).port
         http, https = _free_ports(2)
         log = stage.enter_context((directory / "output").open("wb"))
         process = subprocess.Popen(
@@ -155,7 +155,7 @@ def proxy(request) -> Iterator[Proxy]:
             raise
         finally:
             process.terminate()
-            process.wait(PATIENCE)
+            process.wait(WAIT_SECONDS)
 
 
 def test_posts_and_pages_pass_the_proxy(proxy, cast):

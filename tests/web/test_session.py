@@ -15,7 +15,7 @@ from belfry.worker import maintenance
 from models import ApiToken, Session
 from tests.fanout_helpers import statements
 from tests.people import csrf_of
-from tests.processes import a_web_process
+from tests.processes import web_process
 
 
 @pytest.fixture
@@ -278,7 +278,7 @@ def test_hsts_is_sent_only_with_an_https_public_url():
         ("1", "http://chat.example.com", None),
         ("0", "https://chat.example.com", None),
     ):
-        with a_web_process(SESSION_COOKIE_SECURE=secure, PUBLIC_URL=address) as web:
+        with web_process(SESSION_COOKIE_SECURE=secure, PUBLIC_URL=address) as web:
             for path in ("/healthz", "/login", "/nowhere"):
                 connection = HTTPConnection(urlsplit(web).netloc, timeout=30)
                 with closing(connection):

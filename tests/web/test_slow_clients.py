@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from belfry.web.connection import ChunkScanner
 from models import Message
-from tests.processes import PATIENCE, a_web_process, running, wait_until
-from tests.sse_client import Listener
+from tests.processes import WAIT_SECONDS, running, wait_until, web_process
+from tests.sse_client import StreamClient
 
 pytestmark = pytest.mark.slow
 
@@ -28,7 +28,7 @@ HEALTHZ = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 @pytest.fixture(scope="module")
 def web() -> Iterator[str]:
-    with a_web_process() as address:
+    with web_process() as address:
         yield address
 
 
@@ -39,7 +39,7 @@ def connect(web) -> Iterator[object]:
 
         def open_connection(*parts: bytes, receive_bytes: int | None = None) -> socket.socket:
             connection = opened.enter_context(closing(socket.socket()))
-            connection.settimeout(PATIENCE)
+            connection.settimeout(WAIT_SECONDS)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if receive_bytes:
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
@@ -92,7 +92,7 @@ def others_are_answered(web: str, person, channel_id: int, times: int = 5) -> No
     """Request /healthz and post as another user, each over a new connection."""
     for _ in range(times):
         for request in (HEALTHZ, post_of(person, channel_id)):
-            with socket.create_connection((urlsplit(web).hostname, urlsplit(web).port), timeout=PATIENCE) as other:
+            with socket.create_connection((urlsplit(web).hostname, urlsplit(web).port), timeout=WAIT_SECONDS) as other:
                 other.sendall(request)
                 assert answer_on(other).status in (200, 201)
 
@@ -128,11 +128,11 @@ def test_clients_that_do_not_close_do_not_delay_others(web, cast, connect):
 
 
 def test_slow_clients_do_not_delay_streams(web, cast, connect):
-    with Listener(web, cast.vip.token) as listener:
+    with StreamClient(web, cast.vip.token) as listener:
         for _ in range(50):
             connect(b"GET /healthz HTTP/1.1\r\nX-Slow: ")
         wait_until(lambda: "unread" in listener.kinds(), "the count that a stream begins with")
-        with Listener(web, cast.moderator.token) as other:
+        with StreamClient(web, cast.moderator.token) as other:
             wait_until(lambda: "unread" in other.kinds(), "the count that a stream begins with")
 
 
@@ -163,7 +163,7 @@ def test_an_incomplete_request_gets_408(cast, connect):
         "second head": connect(HEALTHZ + b"GET /healthz HTTP/1.1\r\nX-Slow: "),
     }
     for name, connection in slow.items():
-        connection.settimeout(2 * PATIENCE)
+        connection.settimeout(2 * WAIT_SECONDS)
         *before, (status, problem) = answers_on(connection)
         assert status == 408, name
         assert json.loads(problem)["code"] == "request_timeout"
@@ -176,9 +176,9 @@ def test_the_process_ends_despite_an_incomplete_request(cast):
         port = free.getsockname()[1]
     with running(["gunicorn", "--bind", f"127.0.0.1:{port}", "app:create_app()"], WEB_CONCURRENCY="1") as process:
         wait_until(lambda: "Booting worker" in process.log() and _connects(port), "the web process to listen")
-        with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as slow:
+        with socket.create_connection(("127.0.0.1", port), timeout=WAIT_SECONDS) as slow:
             slow.sendall(b"GET /healthz HTTP/1.1\r\nX-Slow: ")
-            with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as other:
+            with socket.create_connection(("127.0.0.1", port), timeout=WAIT_SECONDS) as other:
                 other.sendall(HEALTHZ)  # accepted after the slow one
                 assert answer_on(other).status == 200
             os.kill(process.pid, signal.SIGTERM)
