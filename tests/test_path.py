@@ -3,12 +3,12 @@ from models import Notification
 
 
 def test_posting_notifies_the_right_members(api, cast, run_jobs):
-    answer = api(cast.subscriber).post(
+    response = api(cast.subscriber).post(
         "/api/messages", json={"channel_id": cast.general, "content": "gold breaks out, @moira and @bobby"}
     )
-    assert answer.status_code == 201
-    message = answer.get_json()
-    assert answer.headers["Location"] == f"/api/messages/{message['id']}"
+    assert response.status_code == 201
+    message = response.get_json()
+    assert response.headers["Location"] == f"/api/messages/{message['id']}"
     assert message["run"]["state"] == "queued"
     assert message["mentions"]["users"] == [{"id": cast.moderator.id, "username": "moira"}]
     assert message["warnings"] == [{"code": "unknown_mention", "detail": "@bobby is not a member of this server"}]

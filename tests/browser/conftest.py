@@ -1,7 +1,7 @@
 """Fixtures of the browser tests: Chromium, a web process, and a worker for tests that need one.
 
-Without Chromium they are left out, and the summary says so. A test takes `visit`, and is refused what no page may
-do: see `Faults`.
+Without Chromium they are left out, and the summary says so. Tests open pages with `visit`; a page with a fault makes
+its test fail (see `Faults`).
 """
 
 import re
@@ -18,8 +18,8 @@ from tests.processes import WAIT_SECONDS, Process, web_process, worker_process
 from tools.dev import CommandError, chromium
 
 HERE = Path(__file__).parent
-PICTURES = HERE.parent.parent / ".belfry" / "failed-in-browser"
-LEFT_OUT = pytest.StashKey[int]()
+SCREENSHOTS = HERE.parent.parent / ".belfry" / "failed-in-browser"
+SKIPPED = pytest.StashKey[int]()
 MEASURED = pytest.StashKey[list[str]]()
 FAILED = pytest.StashKey[bool]()
 
@@ -38,11 +38,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     except CommandError as error:
         raise pytest.UsageError(str(error)) from None
     items[:] = [item for item in items if item not in ours]
-    config.stash[LEFT_OUT] = len(ours)
+    config.stash[SKIPPED] = len(ours)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    if count := config.stash.get(LEFT_OUT, 0):
+    if count := config.stash.get(SKIPPED, 0):
         terminalreporter.write_line(f"{count} browser tests were left out: no Chromium. {chromium.HOW_TO}", yellow=True)
     for line in config.stash.get(MEASURED, []):
         terminalreporter.write_line(line)
@@ -112,13 +112,13 @@ def worker() -> Iterator[Process]:
 def post(api: Callable[..., Api], cast: Cast) -> Callable[..., int]:
     """`post("text")`: post over the API, by default in #general as sam; the message's id."""
 
-    def write(content: str, channel_id: int | None = None, author: Person | None = None) -> int:
+    def post_message(content: str, channel_id: int | None = None, author: Person | None = None) -> int:
         body = {"channel_id": channel_id or cast.general, "content": content}
-        answer = api(author or cast.subscriber).post("/api/messages", json=body)
-        assert answer.status_code == 201, answer.json
-        return int(answer.json["id"])
+        response = api(author or cast.subscriber).post("/api/messages", json=body)
+        assert response.status_code == 201, response.json
+        return int(response.json["id"])
 
-    return write
+    return post_message
 
 
 @pytest.fixture
@@ -133,8 +133,8 @@ def faults(site: str) -> Iterator[Faults]:
 def visit(browser: Browser, site: str, faults: Faults, request: pytest.FixtureRequest) -> Iterator[Visit]:
     """`visit("/login")`: open a page in a new context; `visit("/", cast.admin)`: after signing in as that user.
 
-    `color_scheme="dark"`, `viewport={"width": 390, "height": 844}` and whatever else a browser's context takes come
-    after. Of a test that fails there are pictures in .belfry/failed-in-browser/.
+    `color_scheme="dark"`, `viewport={"width": 390, "height": 844}` and other options of a browser context may follow.
+    If the test fails, screenshots of its pages are stored in .belfry/failed-in-browser/.
     """
     pages: list[Page] = []
 
@@ -153,5 +153,5 @@ def visit(browser: Browser, site: str, faults: Faults, request: pytest.FixtureRe
     name = re.sub(r"\W+", "-", request.node.name).strip("-")
     for number, page in enumerate(pages, start=1):
         if request.node.stash.get(FAILED, False):
-            page.screenshot(path=PICTURES / f"{name}-{number}.png", full_page=True)
+            page.screenshot(path=SCREENSHOTS / f"{name}-{number}.png", full_page=True)
         page.context.close()

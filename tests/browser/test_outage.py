@@ -27,8 +27,8 @@ NETWORK = r"net::ERR_(INTERNET_DISCONNECTED|\w*CONNECT\w+|INCOMPLETE_CHUNKED_ENC
 RECORD_TOASTS = """() => {
     window.toasts = [];
     new MutationObserver((records) => {
-        for (const record of records) for (const one of record.addedNodes)
-            if (one.localName === "a") window.toasts.push(one.querySelector("span").textContent);
+        for (const record of records) for (const node of record.addedNodes)
+            if (node.localName === "a") window.toasts.push(node.querySelector("span").textContent);
     }).observe(document.getElementById("toast"), { childList: true });
 }"""
 
@@ -69,7 +69,7 @@ def site(web) -> str:
     return web.address
 
 
-def says(page: Page, state: str) -> None:
+def expect_state(page: Page, state: str) -> None:
     expect(page.locator("#connection")).to_have_text(re.compile(state))
 
 
@@ -77,10 +77,10 @@ def go_offline(page: Page, web: Web) -> None:
     """Take the browser offline, and cut its connections: Playwright's switch does not cut an open stream."""
     page.context.set_offline(True)
     web.proxy.cut_connections()
-    says(page, "Offline")
+    expect_state(page, "Offline")
 
 
-def come_back(page: Page, web: Web) -> None:
+def go_online(page: Page, web: Web) -> None:
     web.proxy.accept_connections()
     page.context.set_offline(False)
 
@@ -89,7 +89,7 @@ def notified(person: Person) -> int:
     return Notification.select().where(Notification.user_id == person.id).count()
 
 
-def test_offline_and_back(visit, web, worker, faults, cast, post) -> None:
+def test_a_page_that_was_offline_shows_what_it_missed(visit, web, worker, faults, cast, post) -> None:
     faults.allow(NETWORK)
     page = visit(address(cast, cast.announcements), cast.vip)
     wait_until_live(page)
@@ -97,20 +97,20 @@ def test_offline_and_back(visit, web, worker, faults, cast, post) -> None:
     expect(message(page, before)).to_be_visible()
     expect(bell(page)).to_be_hidden()
     go_offline(page, web)
-    elsewhere = [post("one"), post("two, @vera")]
-    here = [post(f"three {number}", cast.announcements, cast.admin) for number in range(3)]
+    in_general = [post("one"), post("two, @vera")]
+    in_announcements = [post(f"three {number}", cast.announcements, cast.admin) for number in range(3)]
     wait_until(lambda: notified(cast.vip) == 6, "vera to be notified")
     page.wait_for_timeout(300)
     assert shown(page) == [before]
     expect(bell(page)).to_be_hidden()
-    come_back(page, web)
-    says(page, "Live")
-    expect(message(page, here[-1])).to_be_visible()
-    expect(bell(page)).to_have_text(str(len(elsewhere)))  # visible messages are read
+    go_online(page, web)
+    expect_state(page, "Live")
+    expect(message(page, in_announcements[-1])).to_be_visible()
+    expect(bell(page)).to_have_text(str(len(in_general)))  # visible messages are read
     expect(page.locator("#bell")).to_have_class("mentions")
     after = post("after", cast.announcements, cast.admin)
     expect(message(page, after)).to_be_visible()
-    assert shown(page) == [before, *here, after]
+    assert shown(page) == [before, *in_announcements, after]
 
 
 def test_edits_and_deletions_during_an_outage_are_shown(visit, web, worker, faults, cast, post, api) -> None:
@@ -122,7 +122,7 @@ def test_edits_and_deletions_during_an_outage_are_shown(visit, web, worker, faul
     sam = api(cast.subscriber)
     assert sam.patch(f"/api/messages/{edited}", json={"content": "**silver**"}).status_code == 200
     assert sam.delete(f"/api/messages/{deleted}").status_code == 204
-    come_back(page, web)
+    go_online(page, web)
     expect(message(page, edited).locator("strong", has_text="silver")).to_be_visible()
     expect(message(page, edited)).to_contain_text("edited")
     expect(message(page, deleted)).to_have_count(0)
@@ -137,12 +137,12 @@ def test_the_web_process_restarts(visit, web, worker, faults, cast, post) -> Non
     post(texts[0])
     expect(bell(page)).to_have_text("1")
     web.stop()
-    says(page, "Reconnecting")
+    expect_state(page, "Reconnecting")
     for text in texts[1:4]:
         post(text)
     seen = post("seen", cast.announcements, cast.admin)
     web.start()
-    says(page, "Live")
+    expect_state(page, "Live")
     expect(bell(page)).to_have_text("4")
     expect(message(page, seen)).to_be_visible()
     for text in texts[4:]:
@@ -176,10 +176,10 @@ def test_live_updates_continue_after_a_redis_outage(visit, redis_proxy, cast) ->
         wait_until_live(reader)
         redis_proxy.cut_connections()
         for number in range(2):
-            composer(writer).fill(f"while Redis is away {number}")
+            composer(writer).fill(f"while Redis is unavailable {number}")
             composer(writer).press("Enter")
             expect(writer.locator("#messages li")).to_have_count(number + 1)
-        says(reader, "Live")
+        expect_state(reader, "Live")
         redis_proxy.accept_connections()
         expect(bell(reader)).to_have_text("2")
         composer(writer).fill("and after it")
@@ -194,14 +194,14 @@ def test_an_ended_session_is_reported(visit, faults, cast, api) -> None:
     composer(page).fill("a beginning")
     ada = api(cast.admin)
     (token,) = ada.get(f"/api/users/{cast.vip.id}/tokens").json["items"]
-    fresh = ada.post(f"/api/users/{cast.vip.id}/tokens", json={}).json["token"]
+    new_token = ada.post(f"/api/users/{cast.vip.id}/tokens", json={}).json["token"]
     assert ada.delete(f"/api/users/{cast.vip.id}/tokens/{token['id']}").status_code == 204
-    says(page, "Signed out")
+    expect_state(page, "Signed out")
     expect(page.get_by_text("You are signed out.")).to_be_visible()
     composer(page).press("Enter")
     expect(page.locator("#compose-status")).to_have_class("wrong")
     page.get_by_role("link", name="Sign in again").click()
-    page.get_by_label("Token").fill(fresh)
+    page.get_by_label("Token").fill(new_token)
     page.keyboard.press("Enter")
     expect(page.get_by_role("heading", level=1)).to_contain_text("#general")
     expect(composer(page)).to_have_value("a beginning")
@@ -216,8 +216,8 @@ def test_a_session_that_ends_while_offline_is_reported(visit, web, faults, cast,
     ada = api(cast.admin)
     (token,) = ada.get(f"/api/users/{cast.vip.id}/tokens").json["items"]
     assert ada.delete(f"/api/users/{cast.vip.id}/tokens/{token['id']}").status_code == 204
-    come_back(page, web)
-    says(page, "Signed out")
+    go_online(page, web)
+    expect_state(page, "Signed out")
 
 
 def test_an_ended_subscription_is_reported(visit, faults, cast, api) -> None:
@@ -225,13 +225,13 @@ def test_an_ended_subscription_is_reported(visit, faults, cast, api) -> None:
     page = visit(address(cast, cast.general), cast.vip)
     wait_until_live(page)
     api(cast.admin).put(f"/api/users/{cast.vip.id}/subscription", json={"status": "canceled"})
-    says(page, "Not live")
+    expect_state(page, "Not live")
     expect(page.get_by_text("Live updates need an active subscription")).to_be_visible()
 
 
 @pytest.mark.parametrize("status", [501, 503])
 def test_a_page_without_a_stream_polls(visit, worker, faults, cast, post, status) -> None:
-    faults.expect(f"answer {status}")
+    faults.expect(f"response {status}")
     faults.expect(f"status of {status}")
     page = visit("/login", cast.vip)
     page.route(
@@ -239,16 +239,16 @@ def test_a_page_without_a_stream_polls(visit, worker, faults, cast, post, status
         lambda route: route.fulfill(status=status) if route.request.method == "GET" else route.continue_(),
     )
     page.goto(address(cast, cast.announcements))
-    says(page, "Updated every half minute")
-    elsewhere, here = post("elsewhere"), post("here", cast.announcements, cast.admin)
-    expect(message(page, here)).to_be_visible()
+    expect_state(page, "Updated every half minute")
+    in_general, in_announcements = post("elsewhere"), post("here", cast.announcements, cast.admin)
+    expect(message(page, in_announcements)).to_be_visible()
     expect(bell(page)).to_have_text("1")
     page.unroute_all()
     wait_until_live(page)
-    assert here > elsewhere
+    assert in_announcements > in_general
 
 
-APPEAR = """(state) => {
+SET_VISIBILITY = """(state) => {
     Object.defineProperty(document, "visibilityState", { get: () => state, configurable: true });
     document.dispatchEvent(new Event("visibilitychange"));
 }"""
@@ -257,25 +257,25 @@ APPEAR = """(state) => {
 def test_a_background_page_has_no_stream_and_resumes_it(visit, cast) -> None:
     page = visit("/login", cast.vip)
     page.clock.install()
-    streams, asked, held = watch_requests(page, "eventsource"), watch_requests(page, "fetch"), []
+    streams, fetches, pending = watch_requests(page, "eventsource"), watch_requests(page, "fetch"), []
     page.goto("/inbox")
     wait_until_live(page)
     assert len(streams()) == 1
-    page.evaluate(APPEAR, "hidden")
+    page.evaluate(SET_VISIBILITY, "hidden")
     page.clock.fast_forward(11_000)
     page.evaluate("window.dispatchEvent(new Event('online'))")
     page.wait_for_timeout(300)
     assert len(streams()) == 1
-    page.route("**/unread-count", lambda route: held.append(route))
+    page.route("**/unread-count", lambda route: pending.append(route))
     page.clock.fast_forward(31_000)
-    wait_until(lambda: page.wait_for_timeout(50) or held, "a poll")
-    page.evaluate(APPEAR, "visible")
+    wait_until(lambda: page.wait_for_timeout(50) or pending, "a poll")
+    page.evaluate(SET_VISIBILITY, "visible")
     wait_until(lambda: page.wait_for_timeout(50) or len(streams()) == 2, "a stream")
-    held[0].continue_()
+    pending[0].continue_()
     page.wait_for_timeout(500)
     page.clock.fast_forward(31_000)
     page.wait_for_timeout(500)
-    assert len([url for url in asked() if url.endswith("/unread-count")]) == len(held) == 1
+    assert len([url for url in fetches() if url.endswith("/unread-count")]) == len(pending) == 1
 
 
 def test_a_message_written_offline_is_kept_and_sent_once(visit, web, faults, cast) -> None:
@@ -287,7 +287,7 @@ def test_a_message_written_offline_is_kept_and_sent_once(visit, web, faults, cas
     composer(page).press("Enter")
     expect(page.locator("#compose-status")).to_have_text("Belfry cannot be reached. Check your connection.")
     expect(composer(page)).to_have_value("gold")
-    come_back(page, web)
+    go_online(page, web)
     composer(page).press("Enter")
     expect(page.locator("#messages li")).to_have_count(1)
     expect(composer(page)).to_be_empty()

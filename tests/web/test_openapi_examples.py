@@ -1,4 +1,4 @@
-"""Each operation in /docs has an example, and the application answers each example as /docs shows."""
+"""Each operation in /docs has an example, and the application gives the responses that /docs shows."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from tests.fanout_helpers import add_members
 from tests.processes import web_process
 
 STEPS: list[tuple[str, str, str, str, Any]] = [
-    # (operation, user, method, path, body) in an order in which each works. "work" runs the queued jobs, and
+    # (operation, user, method, path, body) in an order in which each works. "run jobs" runs the queued jobs, and
     # "open the stream" makes the connection whose events the step "stream" records.
     ("create_user", "ada", "POST", "/api/users", {"username": "robin", "name": "Robin"}),
     ("list_users", "ada", "GET", "/api/users?username=robin", None),
@@ -47,7 +47,7 @@ STEPS: list[tuple[str, str, str, str, Any]] = [
     ("list_mention_suggestions", "sam", "GET", "/api/channels/1/mention-suggestions?q=v", None),
     ("open the stream", "vera", "GET", "/api/notifications/stream", None),
     ("post_message", "sam", "POST", "/api/messages", {"channel_id": 1, "content": "Gold's trend is up, @vera"}),
-    ("work", "", "", "", None),
+    ("run jobs", "", "", "", None),
     ("get_message", "sam", "GET", "/api/messages/1", None),
     ("list_messages", "vera", "GET", "/api/channels/1/messages?limit=1", None),
     ("get_run", "sam", "GET", "/api/runs/1", None),
@@ -60,14 +60,14 @@ STEPS: list[tuple[str, str, str, str, Any]] = [
     ("put_preference", "vera", "PUT", "/api/channels/1/preference", {"level": "mentions", "muted_until": None}),
     ("get_preference", "vera", "GET", "/api/channels/1/preference", None),
     ("edit_message", "sam", "PATCH", "/api/messages/1", {"content": "Gold's trend is up, @moira"}),
-    ("work", "", "", "", None),
+    ("run jobs", "", "", "", None),
     ("list_runs", "ada", "GET", "/api/runs?limit=1", None),
     ("put_subscription", "ada", "PUT", "/api/users/8/subscription", {"status": "active"}),
     ("get_subscription", "ada", "GET", "/api/users/8/subscription", None),
     ("replay", "ada", "POST", "/api/runs/1/replay", {"dry_run": True}),
     ("replay", "ada", "POST", "/api/runs/1/replay", {"dry_run": False}),
     ("test_notification", "ada", "POST", "/api/test-notifications", {"audience": "me"}),
-    ("work", "", "", "", None),
+    ("run jobs", "", "", "", None),
     ("remove_member", "ada", "DELETE", "/api/servers/1/members/8", None),
     ("delete_message", "sam", "DELETE", "/api/messages/1", None),
     ("end_own_sessions", "sam", "DELETE", "/api/me/sessions", None),
@@ -107,13 +107,13 @@ def test_each_example_of_the_document_is_the_applications_response(api, cast, ru
     recorded: dict[str, list[dict[str, Any]]] = {}
     with ExitStack() as processes:
         for operation, user, method, path, body in STEPS:
-            if operation == "work":
+            if operation == "run jobs":
                 run_jobs()
                 continue
             if operation == "open the stream":
                 web = processes.enter_context(web_process())
-                asked = Request(web + path, headers={"Authorization": f"Bearer {people[user].token}"})
-                stream = processes.enter_context(urlopen(asked))
+                opening = Request(web + path, headers={"Authorization": f"Bearer {people[user].token}"})
+                stream = processes.enter_context(urlopen(opening))
                 events = read_events(stream, 1)
                 continue
             example: dict[str, Any] = {"method": method, "path": path}
@@ -122,11 +122,11 @@ def test_each_example_of_the_document_is_the_applications_response(api, cast, ru
             if operation == "stream":
                 example |= {"status": stream.status, "response": stable(events + read_events(stream, 2))}
             else:
-                answer = api(people[user]).open(method, path, json=body)
-                assert answer.status_code < 300, (operation, answer.text)
-                example["status"] = answer.status_code
-                if answer.text:
-                    example["response"] = json.loads(stable(answer.text))
+                response = api(people[user]).open(method, path, json=body)
+                assert response.status_code < 300, (operation, response.text)
+                example["status"] = response.status_code
+                if response.text:
+                    example["response"] = json.loads(stable(response.text))
             recorded.setdefault(operation, []).append(example)
     text = json.dumps(recorded, indent=1, ensure_ascii=False) + "\n"  # in the order of the schemas' fields
     if request.config.getoption("--update-golden"):
