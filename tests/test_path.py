@@ -1,4 +1,4 @@
-"""The whole path inside one process: a message is posted, its job runs, and the right people are notified."""
+"""The whole path in one process: a message is posted, its job runs, and the right members are notified."""
 from models import Notification
 
 

@@ -30,13 +30,13 @@ def test_every_time_column_has_a_time_zone():
 
 
 def test_the_partition_in_use_has_only_its_key():
-    there = partitions.list_partitions()
-    used = partitions._in_use(there)
+    stored = partitions.list_partitions()
+    used = partitions._in_use(stored)
     indexes = fetch_all("SELECT tablename, indexdef FROM pg_indexes WHERE tablename ~ '^notification(_before|$)'")
     keys = [index for index in indexes if index["indexdef"].endswith("btree (user_id, message_id)")]
-    assert len({index["tablename"] for index in keys}) == len(keys) == 1 + len(there)
-    left = {one.name for one in there if one.upper < used.upper}
-    assert {index["tablename"] for index in indexes if index not in keys} <= left
+    assert len({index["tablename"] for index in keys}) == len(keys) == 1 + len(stored)
+    earlier = {partition.name for partition in stored if partition.upper < used.upper}
+    assert {index["tablename"] for index in indexes if index not in keys} <= earlier
 
 
 def test_migrating_repeatedly_and_concurrently_is_safe(monkeypatch):

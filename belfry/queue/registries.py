@@ -116,6 +116,11 @@ def _script(connection: Redis, text: str) -> Script:
     return connection.register_script(text % PREFIXES)
 
 
+def load_scripts(connection: Redis) -> None:
+    """Load the script that records the start of a batch, whose response is read too late to load it then."""
+    connection.script_load(_script(connection, _START_LUA).script)
+
+
 class BatchRecord:
     """RQ's records of one batch of a worker. Its methods raise RedisError while Redis is unavailable."""
 

@@ -31,7 +31,7 @@ import jobs
 from belfry.core.failpoints import failpoint
 from belfry.queue import queues
 from belfry.queue.job_class import BelfryJob
-from belfry.queue.registries import BatchRecord, trim
+from belfry.queue.registries import BatchRecord, load_scripts, trim
 from belfry.worker.deadline import Deadline
 from config import settings, tuning
 
@@ -69,6 +69,10 @@ class BelfryWorker(SimpleWorker):  # type: ignore[misc]
         if not self._busy:
             raise StopRequested
 
+    def register_birth(self) -> None:
+        super().register_birth()
+        load_scripts(self.connection)
+
     def dequeue_job_and_maintain_ttl(self, *arguments: Any) -> Any:
         while True:
             try:
@@ -90,6 +94,7 @@ class BelfryWorker(SimpleWorker):  # type: ignore[misc]
         if is_new:
             self.connection.hset(self.key, mapping=self.serialize())
             worker_registration.register(self)
+            load_scripts(self.connection)
 
     def run_maintenance_tasks(self) -> None:
         """Clean RQ's registries. Entries that RQ cannot read do not stop the worker."""

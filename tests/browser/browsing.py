@@ -23,8 +23,8 @@ document.addEventListener("securitypolicyviolation", (event) => console.error(
 class Faults:
     """Collects the faults of a test's pages. A test with an unexpected fault fails when it ends.
 
-    - an error on the console, and with it whatever the content security policy refuses
-    - an exception that nobody caught, and a dialog
+    - an error on the console, which includes every violation of the content security policy
+    - an uncaught exception, and a dialog
     - a request to another host than the site's
     - a response with status 500 or more
     """

@@ -29,16 +29,16 @@ Visit = Callable[..., Page]
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark these tests slow. Leave them out where there is no Chromium; raise UsageError where CHROMIUM names none."""
-    ours = [item for item in items if HERE in item.path.parents]
-    for item in ours:
+    browser_tests = [item for item in items if HERE in item.path.parents]
+    for item in browser_tests:
         item.add_marker("slow")
     try:
         if chromium.find() is not None:
             return
     except CommandError as error:
         raise pytest.UsageError(str(error)) from None
-    items[:] = [item for item in items if item not in ours]
-    config.stash[SKIPPED] = len(ours)
+    items[:] = [item for item in items if item not in browser_tests]
+    config.stash[SKIPPED] = len(browser_tests)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

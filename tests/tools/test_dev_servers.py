@@ -239,11 +239,11 @@ def test_servers_of_a_killed_user_are_used_again_and_stopped(
     killed = start_user(data_dir)
     killed.kill()
     killed.wait()
-    left = process_of([data_dir / "redis.pid"], data_dir / "redis.log")
-    assert left is not None
+    remaining = process_of([data_dir / "redis.pid"], data_dir / "redis.log")
+    assert remaining is not None
     with servers(data_dir, durable=False) as urls:
         found = pids(urls)
-        assert found[1] == left.pid
+        assert found[1] == remaining.pid
         assert servers_respond(urls)
     assert not any(is_running(pid) for pid in found)
 
@@ -364,8 +364,8 @@ def test_without_an_empty_redis_database_the_error_says_so(data_dir: Path) -> No
         with pytest.raises(CommandError, match="none of that server's databases 1 to 15"), private(urls, "trial"):
             pass
         with psycopg.connect(urls["DATABASE_URL"]) as connection:
-            left = connection.execute("SELECT count(*) FROM pg_database WHERE datname LIKE 'belfry_trial%'")
-            assert left.fetchone() == (0,)
+            databases = connection.execute("SELECT count(*) FROM pg_database WHERE datname LIKE 'belfry_trial%'")
+            assert databases.fetchone() == (0,)
 
 
 def test_a_port_in_use_is_an_error_if_given_and_skipped_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:

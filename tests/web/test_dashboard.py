@@ -478,9 +478,9 @@ def test_one_job_is_requeued(client, cast, queue, failed):
 def test_all_failed_jobs_are_requeued(admin, queue, run_worker, failed, redis):
     other = queue.enqueue("math.sqrt", -2)
     run_worker()
-    gone = queue.enqueue("math.sqrt", -3)
+    deleted = queue.enqueue("math.sqrt", -3)
     run_worker()
-    redis.delete(gone.key)
+    redis.delete(deleted.key)
     assert admin.post("/rq/requeue/bulk").json == {"status": "OK", "count": 2}
     assert sorted(queue.job_ids) == sorted([failed, other.id])
     assert admin.post("/rq/requeue/deliveries").json == {"status": "OK", "count": 0}

@@ -75,13 +75,13 @@ class Tags(HTMLParser):
 
 
 def test_a_visitor_signs_in_and_returns_to_the_requested_page(browser, cast):
-    nobody = browser()
-    assert nobody.get("/").location == "/login?next=/"
+    visitor = browser()
+    assert visitor.get("/").location == "/login?next=/"
     for path in (address(cast, cast.general), address(cast, cast.general, "?around=7"), "/inbox", "/inbox?unread=1"):
-        response = nobody.get(path)
+        response = visitor.get(path)
         assert response.status_code == 303
-        form = nobody.get(response.location).text
-        signed_in = nobody.post(
+        form = visitor.get(response.location).text
+        signed_in = visitor.post(
             "/login",
             data={
                 "csrf": csrf_of(form),
@@ -90,7 +90,7 @@ def test_a_visitor_signs_in_and_returns_to_the_requested_page(browser, cast):
             },
         )
         assert signed_in.location == path
-        nobody = browser()
+        visitor = browser()
 
 
 def test_a_script_gets_401_when_signed_out(browser, cast):
