@@ -34,11 +34,11 @@ from belfry.core.redis import redis_connection
 from belfry.queue import queues
 from belfry.worker import maintenance
 from config import settings
-from tests.fanout_helpers import empty
+from tests.fanout_helpers import delete_all_data
 from tests.overrides import overridden
 from tests.people import Api, Cast, make_cast
 
-NO_REDIS_URL = "unix:///nowhere/redis.sock"
+UNREACHABLE_REDIS_URL = "unix:///nowhere/redis.sock"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -56,7 +56,7 @@ def _schema() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _clean(_schema: None) -> Iterator[None]:
     db.connect(reuse_if_open=True)
-    empty()
+    delete_all_data()
     yield
     if maintenance._indexing:  # it would wait for the next test's locks, and that test for its
         maintenance._indexing.join()
@@ -65,7 +65,7 @@ def _clean(_schema: None) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _caches_cleared() -> Iterator[None]:
+def _caches_disabled() -> Iterator[None]:
     """Disable caches that would carry results of one test over to the next."""
     with overridden(readiness_cache_seconds=0, queue_full_recheck_seconds=0):
         yield
@@ -108,10 +108,10 @@ def cast() -> Cast:
 def api(app: Flask) -> Callable[..., Api]:
     """`api(cast.admin).post("/api/messages", json={...})`: the API as one user; `api()` sends no token."""
 
-    def as_person(person: SimpleNamespace | None = None) -> Api:
+    def client_of(person: SimpleNamespace | None = None) -> Api:
         return Api(app.test_client(), person.token if person else None)
 
-    return as_person
+    return client_of
 
 
 @pytest.fixture
@@ -137,25 +137,25 @@ def override() -> Iterator[Callable[..., None]]:
 
 
 @pytest.fixture
-def redis_away() -> Callable[[], AbstractContextManager[None]]:
-    """`with redis_away():` Redis is unavailable in the block."""
-    return lambda: overridden(redis_url=NO_REDIS_URL)
+def redis_unavailable() -> Callable[[], AbstractContextManager[None]]:
+    """`with redis_unavailable():` Redis is unavailable in the block."""
+    return lambda: overridden(redis_url=UNREACHABLE_REDIS_URL)
 
 
 @pytest.fixture
-def database_away(monkeypatch) -> Callable[[], AbstractContextManager[None]]:
-    """`with database_away():` the database is unavailable: nothing listens at its address."""
+def database_unavailable(monkeypatch) -> Callable[[], AbstractContextManager[None]]:
+    """`with database_unavailable():` the database is unavailable: nothing listens at its address."""
 
     @contextmanager
-    def away() -> Iterator[None]:
-        with monkeypatch.context() as patched, socket.socket() as silent:
-            silent.bind(("127.0.0.1", 0))
+    def unavailable() -> Iterator[None]:
+        with monkeypatch.context() as patched, socket.socket() as unused:
+            unused.bind(("127.0.0.1", 0))
             db.close_all()
             patched.setitem(db.connect_params, "host", "127.0.0.1")
-            patched.setitem(db.connect_params, "port", silent.getsockname()[1])
+            patched.setitem(db.connect_params, "port", unused.getsockname()[1])
             yield
 
-    return away
+    return unavailable
 
 
 @pytest.fixture
@@ -176,8 +176,8 @@ def at_failpoint(monkeypatch) -> Callable[[str, Callable[[], None]], None]:
 
 
 @pytest.fixture
-def slices_of(override) -> Callable[[int], None]:
-    """`slices_of(7)`: set the slice size to seven members from here on."""
+def set_slice_size(override) -> Callable[[int], None]:
+    """`set_slice_size(7)`: set the slice size to seven members for the rest of the test."""
     return lambda members: override(fanout_slice_size=members)
 
 

@@ -21,10 +21,10 @@ AtFailpoint = Callable[[str, Callable[[], None]], None]
 
 
 class Killed(BaseException):
-    """Stands for the sudden end of a process. Nothing in the product may catch it."""
+    """Simulates the sudden end of a process. The product must not catch it."""
 
 
-def parts_of(run_id: int) -> list[WorkItem]:
+def remaining_work_items(run_id: int) -> list[WorkItem]:
     """The work items left of a run, in order: the run itself or its slices; [] if it is done or does not exist."""
     run = fetch_one("SELECT state, slices_left FROM run WHERE id = %(run_id)s", {"run_id": run_id})
     if run is None or run["state"] == "succeeded":
@@ -36,23 +36,23 @@ def parts_of(run_id: int) -> list[WorkItem]:
     return [WorkItem(run_id, one["after_user_id"]) for one in slices] or [WorkItem(run_id)]
 
 
-def do(item: WorkItem) -> None:
+def claim_and_process(item: WorkItem) -> None:
     """Claim and process a work item; fail if it cannot be claimed."""
     attempt = claims.claim(item)
     assert attempt is not None, f"{item} cannot be claimed"
     fanout.process_work_item(item, attempt)
 
 
-def advance(run_id: int) -> None:
+def process_next(run_id: int) -> None:
     """Process the next work item of a run."""
-    do(parts_of(run_id)[0])
+    claim_and_process(remaining_work_items(run_id)[0])
 
 
 def run_to_end(run_id: int) -> str:
     """Process all work items left of a run; return its state, or `missing` if it does not exist."""
-    while items := parts_of(run_id):
+    while items := remaining_work_items(run_id):
         for item in items:
-            do(item)
+            claim_and_process(item)
     found = fetch_one("SELECT state FROM run WHERE id = %(run_id)s", {"run_id": run_id})
     return str(found["state"]) if found else "missing"
 
@@ -60,7 +60,7 @@ def run_to_end(run_id: int) -> str:
 def generic_plans(call: Callable[[], object], statement: str) -> list[int]:
     """Run `call` twenty times; return how often PostgreSQL used a generic plan, for each matching statement."""
     db.connection().execute("DEALLOCATE ALL")
-    for _ in range(20):  # five executions until it is prepared, and five until PostgreSQL chooses a plan
+    for _ in range(20):  # psycopg prepares after five executions, and PostgreSQL chooses a plan after five more
         call()
     found = fetch_all(
         "SELECT generic_plans FROM pg_prepared_statements WHERE statement ~ %(statement)s", {"statement": statement}
@@ -68,19 +68,19 @@ def generic_plans(call: Callable[[], object], statement: str) -> list[int]:
     return [one["generic_plans"] for one in found]
 
 
-def crowd(server_id: int, number: int) -> list[int]:
-    """Insert this number of members with an active subscription; return their ids."""
+def add_members(server_id: int, number: int) -> list[int]:
+    """Insert this number of members with an active subscription, named crowd-1 and so on; return their ids."""
     return [
         found["user_id"]
         for found in fetch_all(
             """
-            WITH people AS (
+            WITH created AS (
                 INSERT INTO user_account (username, name)
                 SELECT 'crowd-' || n, 'One of many' FROM generate_series(1, %(number)s) AS n
                 RETURNING id
             ),
-            paying AS (INSERT INTO subscription (user_id, status) SELECT id, 'active' FROM people)
-            INSERT INTO member (server_id, user_id) SELECT %(server_id)s, id FROM people RETURNING user_id
+            subscribed AS (INSERT INTO subscription (user_id, status) SELECT id, 'active' FROM created)
+            INSERT INTO member (server_id, user_id) SELECT %(server_id)s, id FROM created RETURNING user_id
             """,
             {"server_id": server_id, "number": number},
         )
@@ -128,18 +128,18 @@ def unread(person: Person) -> int:
     return int(unread_count(person.user)["unread"])
 
 
-def read_everything(person: Person) -> None:
+def mark_everything_read(person: Person) -> None:
     mark_all_read(person.user)
 
 
-def empty() -> None:
+def delete_all_data() -> None:
     """Delete everything in the database and in Redis."""
     tables = ", ".join(f'"{table._meta.table_name}"' for table in TABLES)
     execute(f"TRUNCATE {tables} RESTART IDENTITY")
     redis.redis_connection().flushdb()
 
 
-def contents() -> dict[str, list[str]]:
+def all_rows() -> dict[str, list[str]]:
     """{table: all its rows as text}."""
     return {
         name: sorted(found["line"] for found in fetch_all(f'SELECT t::text AS line FROM "{name}" t'))
@@ -195,36 +195,37 @@ def statements() -> Iterator[Sequence[str]]:
         yield _Statements(executed)
 
 
-def is_slice(sql: str) -> bool:
+def inserts_notifications(sql: str) -> bool:
     return "INSERT INTO notification" in sql
 
 
-def fail_at_slice(at_failpoint: AtFailpoint, number: int, error: BaseException) -> None:
+def fail_at_work_item(at_failpoint: AtFailpoint, number: int, error: BaseException) -> None:
     """Make the work item with this number, counted from 1, fail after it has inserted its notifications."""
-    reached = [0]
+    count = 0
 
     def fail() -> None:
-        reached[0] += 1
-        if reached[0] == number:
+        nonlocal count
+        count += 1
+        if count == number:
             raise error
 
     at_failpoint("run.notified", fail)
     at_failpoint("slice.notified", fail)
 
 
-EVERYBODY = {
+PLAIN_MESSAGE_STATS = {
     "audience": 5, "notified": 3, "inserted": 3, "retracted": 0, "message": 3, "author": 1, "no_subscription": 1
 }  # fmt: skip
 """The statistics of the run of a plain message by the subscriber in general, with the cast as members."""
 
 
-def wants_mentions_only(person: Person, channel_id: int) -> None:
+def set_mentions_only(person: Person, channel_id: int) -> None:
     set_preference(person.user, channel_id, "mentions", None)
 
 
 @contextmanager
-def notifications_that(body: str = "PERFORM 1 / 0;") -> Iterator[None]:
-    """Execute `body`, in PL/pgSQL, before each statement that inserts notifications. The default body fails."""
+def fault_on_insert(body: str = "PERFORM 1 / 0;") -> Iterator[None]:
+    """Execute `body`, in PL/pgSQL, before each statement that inserts notifications. The default raises an error."""
     execute(
         f"CREATE FUNCTION test_fault() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {body} RETURN NULL; END $$;"
         "CREATE TRIGGER test_fault BEFORE INSERT ON notification FOR EACH STATEMENT EXECUTE FUNCTION test_fault()"

@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 
 PROVIDER_SLACK = timedelta(days=1)
 NOTIFY_DECISIONS = ("message", "mention", "mention_role", "mention_everyone")
-SILENT = ("author", "no_channel_access", "no_subscription", "channel_off", "mentions_only", "muted")
+SILENT_DECISIONS = ("author", "no_channel_access", "no_subscription", "channel_off", "mentions_only", "muted")
 
 
 @dataclass
@@ -36,25 +36,25 @@ class Member:
 
 
 @dataclass
-class Community:
+class Scenario:
     """A server with one channel and one message. Numbers identify users and roles.
 
-    `author` and `named` may contain users who are not members. `only_for` is set for a test notification "to me",
+    `author` and `mentioned` may contain users who are not members. `only_for` is set for a test notification "to me",
     whose audience is only that user.
     """
 
     members: dict[int, Member]
     author: int
     private: bool = False
-    opening_roles: frozenset[int] = frozenset()
-    named: frozenset[int] = frozenset()
-    named_roles: frozenset[int] = frozenset()
+    channel_roles: frozenset[int] = frozenset()
+    mentioned: frozenset[int] = frozenset()
+    mentioned_roles: frozenset[int] = frozenset()
     everyone: bool = False
     only_for: int | None = None
     grace: timedelta = timedelta(days=7)
 
 
-def entitled(subscription: Subscription | None, now: datetime, grace: timedelta) -> bool:
+def has_active_subscription(subscription: Subscription | None, now: datetime, grace: timedelta) -> bool:
     if subscription is None:
         return False
     if subscription.status in ("active", "trialing"):
@@ -66,25 +66,25 @@ def entitled(subscription: Subscription | None, now: datetime, grace: timedelta)
     return subscription.period_end is None or now - subscription.period_end <= slack
 
 
-def decision(community: Community, number: int, now: datetime) -> str:
+def decision(scenario: Scenario, number: int, now: datetime) -> str:
     """The decision for this member. The order of the conditions is the documented order."""
-    member = community.members[number]
+    member = scenario.members[number]
     preference = member.preference or Preference()
     muted = preference.muted_until is not None and preference.muted_until > now
 
-    if number == community.author:
+    if number == scenario.author:
         return "author"
-    if community.private and not member.roles & community.opening_roles:
+    if scenario.private and not member.roles & scenario.channel_roles:
         return "no_channel_access"
-    if not member.admin and not entitled(member.subscription, now, community.grace):
+    if not member.admin and not has_active_subscription(member.subscription, now, scenario.grace):
         return "no_subscription"
     if preference.level == "none":
         return "channel_off"
-    if number in community.named:
+    if number in scenario.mentioned:
         return "mention"
-    if member.roles & community.named_roles and not muted:
+    if member.roles & scenario.mentioned_roles and not muted:
         return "mention_role"
-    if community.everyone and not muted:
+    if scenario.everyone and not muted:
         return "mention_everyone"
     if muted:
         return "muted"
@@ -93,10 +93,10 @@ def decision(community: Community, number: int, now: datetime) -> str:
     return "message"
 
 
-def decisions(community: Community, now: datetime) -> dict[int, str]:
+def decisions(scenario: Scenario, now: datetime) -> dict[int, str]:
     """The decisions for all members in the message's audience."""
     return {
-        number: decision(community, number, now) for number in community.members if community.only_for in (None, number)
+        number: decision(scenario, number, now) for number in scenario.members if scenario.only_for in (None, number)
     }
 
 
@@ -106,5 +106,5 @@ def statistics(decided: dict[int, str]) -> dict:
     return {
         "audience": len(decided),
         "notified": sum(counted[kind] for kind in NOTIFY_DECISIONS),
-        "decisions": {kind: counted[kind] for kind in NOTIFY_DECISIONS + SILENT},
+        "decisions": {kind: counted[kind] for kind in NOTIFY_DECISIONS + SILENT_DECISIONS},
     }

@@ -1,4 +1,4 @@
-"""Real processes for tests: web processes, workers, and gates that cut their connections to Redis or PostgreSQL."""
+"""Real processes for tests: web processes, workers, and proxies that cut or delay their connections."""
 
 import contextlib
 import json
@@ -23,17 +23,17 @@ from tools.dev.client import not_ready
 from tools.dev.processes import Child
 
 RQ_WORKER = ("rq.cli", "worker", "-S", "json", "--job-class", "belfry.queue.job_class.BelfryJob")
-PATIENCE = 30.0  # seconds; only a limit for waiting, never an assertion about speed
+WAIT_SECONDS = 30.0  # only a limit for waiting, never an assertion about speed
 
 
-def wait_until(condition: Callable[[], object], what: str, seconds: float = PATIENCE) -> None:
-    """Return as soon as the condition is true; fail with `what` if it is still false after `seconds`."""
-    give_up = time.monotonic() + seconds
-    while time.monotonic() < give_up:
+def wait_until(condition: Callable[[], object], description: str, seconds: float = WAIT_SECONDS) -> None:
+    """Return as soon as the condition is true; fail with the description if it is still false after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
         if condition():
             return
         time.sleep(0.05)
-    raise AssertionError(f"waited {seconds:.0f} s for: {what}")
+    raise AssertionError(f"waited {seconds:.0f} s for: {description}")
 
 
 class Process:
@@ -54,7 +54,7 @@ class Process:
     def running(self) -> bool:
         return self._process.poll() is None
 
-    def wait(self, seconds: float = PATIENCE) -> int:
+    def wait(self, seconds: float = WAIT_SECONDS) -> int:
         return self._process.wait(timeout=seconds)
 
 
@@ -75,47 +75,47 @@ def running(arguments: list[str], **environment: str) -> Iterator[Process]:
 
 
 @contextmanager
-def a_worker(*, through: tuple[str, ...] = (), **environment: str) -> Iterator[Process]:
+def worker_process(*, through: tuple[str, ...] = (), **environment: str) -> Iterator[Process]:
     """Run `flask --app app worker` with short intervals for retries and sweeps."""
-    quick = {"RETRY_BASE_DELAY_SECONDS": "1", "SWEEP_INTERVAL_SECONDS": "1"}
-    with running([*through, "flask", "--app", "app", "worker"], **quick | environment) as process:
+    short_intervals = {"RETRY_BASE_DELAY_SECONDS": "1", "SWEEP_INTERVAL_SECONDS": "1"}
+    with running([*through, "flask", "--app", "app", "worker"], **short_intervals | environment) as process:
         wait_until(lambda: "Listening on" in process.log(), "the worker to listen")
         yield process
 
 
 @contextmanager
-def a_crashing_worker(directory: Path, **environment: str) -> Iterator[Process]:
-    """Run a worker as `a_worker` does, whose failpoints `strike` arms."""
+def worker_with_failpoints(directory: Path, **environment: str) -> Iterator[Process]:
+    """Run a worker as `worker_process` does, whose failpoints `arm_failpoint` arms."""
     (directory / "armed").mkdir(exist_ok=True)
-    with a_worker(through=("tools.chaos.process_under_test", str(directory)), **environment) as process:
+    with worker_process(through=("tools.chaos.process_under_test", str(directory)), **environment) as process:
         yield process
 
 
-def strike(directory: Path, point: str, action: str = KILL) -> Callable[[], bool]:
+def arm_failpoint(directory: Path, point: str, action: str = KILL) -> Callable[[], bool]:
     """Arm a failpoint: the first process that reaches it applies the action to itself.
 
     Return a function that says whether a process has reached it.
     """
-    order = directory / "armed" / point
-    order.write_text(action)
-    return lambda: not order.exists()
+    armed = directory / "armed" / point
+    armed.write_text(action)
+    return lambda: not armed.exists()
 
 
 @contextmanager
-def a_web_process(*, through: tuple[str, ...] = (), **environment: str) -> Iterator[str]:
+def web_process(*, through: tuple[str, ...] = (), **environment: str) -> Iterator[str]:
     """Run gunicorn as the Procfile does; yield its address."""
-    with a_web_process_and_its_log(through=through, **environment) as (address, _):
+    with web_process_with_log(through=through, **environment) as (address, _):
         yield address
 
 
 @contextmanager
-def a_web_process_and_its_log(
+def web_process_with_log(
     *, through: tuple[str, ...] = (), **environment: str
 ) -> Iterator[tuple[str, Process]]:
-    """Run a web process as `a_web_process` does; yield its address and the process with its log."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    """Run a web process as `web_process` does; yield its address and the process with its log."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
     with running(
         [*through, "gunicorn", "--bind", f"127.0.0.1:{port}", "app:create_app()"],
@@ -125,22 +125,22 @@ def a_web_process_and_its_log(
         yield address, process
 
 
-class Gate:
-    """A proxy in front of a server. While it is shut, its connections are cut and new ones are refused."""
+class Proxy:
+    """A proxy in front of a server, which can cut all connections and refuse new ones for a while."""
 
-    answers_after = 0.0  # seconds by which each response is delayed
+    delay_seconds = 0.0  # seconds by which each response is delayed
 
     def __init__(self) -> None:
         self._listener: socket.socket | None = None
         self._pairs: list[tuple[socket.socket, socket.socket]] = []
         self._lock = threading.Lock()
-        self.open()
+        self.accept_connections()
 
-    def open(self) -> None:
+    def accept_connections(self) -> None:
         self._listener = self._listen()
         threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
 
-    def shut(self) -> None:
+    def cut_connections(self) -> None:
         listener, self._listener = self._listener, None
         if listener:
             listener.shutdown(socket.SHUT_RDWR)
@@ -153,7 +153,7 @@ class Gate:
                     end.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        self.shut()
+        self.cut_connections()
 
     def _listen(self) -> socket.socket:
         raise NotImplementedError
@@ -169,28 +169,28 @@ class Gate:
                 return
             try:
                 pair = (client, self._connect())
-            except OSError:  # the server behind the gate is not reachable
+            except OSError:  # the server behind the proxy is not reachable
                 client.close()
                 continue
             with self._lock:
                 self._pairs.append(pair)
-            threading.Thread(target=_forward, args=(*pair, self.answers_after), daemon=True).start()
+            threading.Thread(target=_forward, args=(*pair, self.delay_seconds), daemon=True).start()
 
 
-class RedisGate(Gate):
-    """A gate in front of Redis. It listens at a Unix socket, also if Redis listens at a TCP port."""
+class RedisProxy(Proxy):
+    """A proxy in front of Redis. It listens at a Unix socket, also if Redis listens at a TCP port."""
 
     def __init__(self, target_url: str) -> None:
         self._target = parse_url(target_url)
-        self._directory = tempfile.TemporaryDirectory(prefix="belfry-gate-")
+        self._directory = tempfile.TemporaryDirectory(prefix="belfry-proxy-")
         self._path = str(Path(self._directory.name) / "redis.sock")
         password = self._target.get("password")
         credentials = f"{self._target.get('username') or ''}:{password}@" if password else ""
         self.url = f"unix://{credentials}{self._path}?db={self._target.get('db', 0)}"
         super().__init__()
 
-    def shut(self) -> None:
-        super().shut()
+    def cut_connections(self) -> None:
+        super().cut_connections()
         Path(self._path).unlink(missing_ok=True)
 
     def close(self) -> None:
@@ -211,8 +211,8 @@ class RedisGate(Gate):
         return socket.create_connection((self._target.get("host", "localhost"), self._target.get("port", 6379)))
 
 
-class WebGate(Gate):
-    """A gate in front of a web process. It keeps its address while it is shut."""
+class WebProxy(Proxy):
+    """A proxy in front of a web process. It keeps its address while it refuses connections."""
 
     def __init__(self, target: str) -> None:
         self.target = urlsplit(target)
@@ -229,13 +229,13 @@ class WebGate(Gate):
         return socket.create_connection((self.target.hostname, self.target.port))
 
 
-class PostgresGate(Gate):
-    """A gate in front of PostgreSQL, which delays each response by `answers_after` seconds."""
+class PostgresProxy(Proxy):
+    """A proxy in front of PostgreSQL, which delays each response by `delay_seconds` seconds."""
 
-    def __init__(self, target_url: str, answers_after: float) -> None:
-        self.answers_after = answers_after
+    def __init__(self, target_url: str, delay_seconds: float) -> None:
+        self.delay_seconds = delay_seconds
         self._target = conninfo_to_dict(target_url)
-        self._directory = tempfile.TemporaryDirectory(prefix="belfry-gate-")
+        self._directory = tempfile.TemporaryDirectory(prefix="belfry-proxy-")
         user, password = (quote(str(self._target.get(name) or ""), safe="") for name in ("user", "password"))
         self.url = (
             f"postgresql://{user}{':' if password else ''}{password}@/{self._target['dbname']}"
@@ -262,7 +262,7 @@ class PostgresGate(Gate):
         return upstream
 
 
-def _forward(client: socket.socket, server: socket.socket, answers_after: float) -> None:
+def _forward(client: socket.socket, server: socket.socket, delay_seconds: float) -> None:
     with client, server, selectors.DefaultSelector() as selector:
         selector.register(client, selectors.EVENT_READ, server)
         selector.register(server, selectors.EVENT_READ, client)
@@ -273,26 +273,26 @@ def _forward(client: socket.socket, server: socket.socket, answers_after: float)
                     if not data:
                         return
                     if key.fileobj is server:
-                        time.sleep(answers_after)
+                        time.sleep(delay_seconds)
                     key.data.sendall(data)
                 except OSError:
                     return
 
 
 @contextmanager
-def a_gate(target_url: str) -> Iterator[RedisGate]:
-    gate = RedisGate(target_url)
+def open_redis_proxy(target_url: str) -> Iterator[RedisProxy]:
+    proxy = RedisProxy(target_url)
     try:
-        yield gate
+        yield proxy
     finally:
-        gate.close()
+        proxy.close()
 
 
 @contextmanager
-def a_slow_database(answers_after: float) -> Iterator[str]:
-    """The URL of a gate to the tests' PostgreSQL that delays each response by `answers_after` seconds."""
-    gate = PostgresGate(os.environ["DATABASE_URL"], answers_after)
+def slow_database(delay_seconds: float) -> Iterator[str]:
+    """The URL of a proxy to the tests' PostgreSQL that delays each response by `delay_seconds` seconds."""
+    proxy = PostgresProxy(os.environ["DATABASE_URL"], delay_seconds)
     try:
-        yield gate.url
+        yield proxy.url
     finally:
-        gate.close()
+        proxy.close()

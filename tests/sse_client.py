@@ -19,29 +19,29 @@ class Event:
     data: Any
 
 
-class Listener:
+class StreamClient:
     """Receive events in a thread from creation until `close`; `events` has all of them. Use it as a context manager."""
 
-    def __init__(self, address: str, token: str | None = None, *, since: str = "", **headers: str) -> None:
-        place = urlsplit(address)
-        self._connection = http.client.HTTPConnection(place.hostname or "", place.port, timeout=60)
+    def __init__(self, address: str, token: str | None = None, *, last_event_id: str = "", **headers: str) -> None:
+        parts = urlsplit(address)
+        self._connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=60)
         if token:
             headers["Authorization"] = f"Bearer {token}"
-        if since:
-            headers["Last-Event-ID"] = since
+        if last_event_id:
+            headers["Last-Event-ID"] = last_event_id
         self._connection.request("GET", "/api/notifications/stream", headers=headers)
         self._socket: socket.socket = self._connection.sock
-        self.answer = self._connection.getresponse()
+        self.response = self._connection.getresponse()
         self.events: list[Event] = []
         self.ended = threading.Event()
-        self.problem = json.loads(self.answer.read()) if self.answer.status != 200 else None
+        self.problem = json.loads(self.response.read()) if self.response.status != 200 else None
         self._thread = threading.Thread(target=self._read, daemon=True)
         if self.problem is None:
             self._thread.start()
         else:
             self.close()
 
-    def __enter__(self) -> "Listener":
+    def __enter__(self) -> "StreamClient":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -52,13 +52,13 @@ class Listener:
             with suppress(OSError):  # the server has ended the stream
                 self._socket.shutdown(socket.SHUT_RDWR)
             self._thread.join()
-        self.answer.close()
+        self.response.close()
         self._connection.close()
 
     def _read(self) -> None:
         fields: dict[str, str] = {}
         try:
-            for line in self.answer:
+            for line in self.response:
                 name, _, value = line.decode().rstrip("\n").partition(": ")
                 if name:
                     fields[name] = value

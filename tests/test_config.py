@@ -16,7 +16,7 @@ def test_an_empty_environment_means_the_defaults():
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "meant"),
+    ("name", "value", "expected"),
     [
         ("DATABASE_URL", "postgres://u:p@h:5433/d?sslmode=require", "postgres://u:p@h:5433/d?sslmode=require"),
         ("DATABASE_URL", "postgresql://postgres@/belfry?host=/tmp/x", "postgresql://postgres@/belfry?host=/tmp/x"),
@@ -33,8 +33,8 @@ def test_an_empty_environment_means_the_defaults():
         ("TRUSTED_PROXIES", "2", 2),
     ],
 )
-def test_each_variable_is_read(name, value, meant):
-    assert getattr(Settings.from_environment({name: value}), name.lower()) == meant
+def test_each_variable_is_read(name, value, expected):
+    assert getattr(Settings.from_environment({name: value}), name.lower()) == expected
 
 
 @pytest.mark.parametrize(

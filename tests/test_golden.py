@@ -1,7 +1,7 @@
 """Public interfaces, hot SQL statements and numbers of statements, compared with the files in `tests/golden`.
 
-A change that is meant shows in the diff of these files: `make test ARGS="tests/test_golden.py --update-golden"` writes
-them anew. Nothing here names a module of the product, so that moving code cannot change it unseen.
+An intended change shows in the diff of these files: `make test ARGS="tests/test_golden.py --update-golden"` writes them
+again. No module of the product is named here except `jobs` and `db`, so that moving code does not change the tests.
 """
 
 import difflib
@@ -17,12 +17,12 @@ from belfry.core.db import db, execute
 from tests.people import csrf_of
 
 GOLDEN = Path(__file__).parent / "golden"
-FLASKS_OWN = {"routes", "run", "shell"}  # commands
+FLASK_COMMANDS = {"routes", "run", "shell"}
 
 
 @pytest.fixture
-def held(request):
-    """`held(name, text)`: assert that the text is that of `tests/golden/name`."""
+def assert_golden(request):
+    """`assert_golden(name, text)`: assert that the text is that of `tests/golden/name`."""
 
     def compare(name: str, text: str) -> None:
         path, text = GOLDEN / name, text.rstrip() + "\n"
@@ -49,34 +49,34 @@ def executed(monkeypatch):
     return seen
 
 
-def test_the_api_document_is_unchanged(client, held):
+def test_the_api_document_is_unchanged(client, assert_golden):
     """The API document without the examples, which another test compares."""
 
     def without_examples(fields):
         return {name: value for name, value in fields.items() if name not in ("example", "x-codeSamples")}
 
     document = json.loads(client.get("/openapi.json").text, object_hook=without_examples)
-    held("openapi.json", json.dumps(document, indent=1, sort_keys=True))
+    assert_golden("openapi.json", json.dumps(document, indent=1, sort_keys=True))
 
 
-def test_the_help_of_every_command_is_unchanged(app, command, held):
+def test_the_help_of_every_command_is_unchanged(app, command, assert_golden):
     def helps(group, path=()):
         for name, one in sorted(group.commands.items()):
-            if path or name not in FLASKS_OWN:
+            if path or name not in FLASK_COMMANDS:
                 yield f"$ {' '.join((*path, name))}\n{command(*path, name, '--help').output}"
                 yield from helps(one, (*path, name)) if hasattr(one, "commands") else ()
 
-    held("commands.txt", "\n".join(helps(app.cli)))
+    assert_golden("commands.txt", "\n".join(helps(app.cli)))
 
 
-def test_the_metrics_are_unchanged(api, cast, held):
+def test_the_metrics_are_unchanged(api, cast, assert_golden):
     lines = api(cast.admin).get("/metrics").text.splitlines()
     kinds = [line for line in lines if line.startswith("# TYPE belfry")]
     labels = {re.sub(r'="[^"]*"', "", line.rpartition(" ")[0]) for line in lines if line.startswith("belfry")}
-    held("metrics.txt", "\n".join([*sorted(kinds), *sorted(labels)]))
+    assert_golden("metrics.txt", "\n".join([*sorted(kinds), *sorted(labels)]))
 
 
-def test_the_schema_is_unchanged(held):
+def test_the_schema_is_unchanged(assert_golden):
     tables = """
         SELECT format('%%s.%%s %%s%%s%%s', table_name, column_name, udt_name,
             CASE is_nullable WHEN 'NO' THEN ' not null' ELSE '' END, ' default ' || column_default)
@@ -101,10 +101,10 @@ def test_the_schema_is_unchanged(held):
     found = [line for query in (tables, constraints, indexes, others, types) for (line,) in db.execute_sql(query)]
     lines = [line for line in found if line is not None]
     others = re.compile("notification_before_(?!1000000)|_unread")
-    held("schema.txt", "\n".join(line for line in lines if not others.search(line)))
+    assert_golden("schema.txt", "\n".join(line for line in lines if not others.search(line)))
 
 
-def test_the_hot_statements_are_unchanged(api, cast, executed, slices_of, held):
+def test_the_hot_statements_are_unchanged(api, cast, executed, set_slice_size, assert_golden):
     texts = []
 
     def section(title: str) -> None:
@@ -112,9 +112,9 @@ def test_the_hot_statements_are_unchanged(api, cast, executed, slices_of, held):
         executed.clear()
 
     def post(content: str) -> int:
-        answer = api(cast.subscriber).post("/api/messages", json={"channel_id": cast.general, "content": content})
-        assert answer.status_code == 201
-        return int(answer.get_json()["run"]["id"])
+        response = api(cast.subscriber).post("/api/messages", json={"channel_id": cast.general, "content": content})
+        assert response.status_code == 201
+        return int(response.get_json()["run"]["id"])
 
     post("the first request opens connections")
     executed.clear()
@@ -128,7 +128,7 @@ def test_the_hot_statements_are_unchanged(api, cast, executed, slices_of, held):
     section("jobs.notify: a small message by itself, as by RQ's own worker")
     post("gold, @moira @everyone")
     section("POST /api/messages with mentions")
-    slices_of(2)
+    set_slice_size(2)
     large = post("gold to many, @moira")
     executed.clear()
     jobs.notify(large)
@@ -137,7 +137,7 @@ def test_the_hot_statements_are_unchanged(api, cast, executed, slices_of, held):
     executed.clear()
     jobs.notify_slice(large, after)
     section("jobs.notify_slice")
-    held("statements.sql", "\n\n".join(texts))
+    assert_golden("statements.sql", "\n\n".join(texts))
 
 
 REQUESTS = (
@@ -217,7 +217,7 @@ PAGES = (
 """Requests of a signed-in admin."""
 
 
-def test_the_number_of_statements_is_unchanged(app, api, cast, executed, held):
+def test_the_number_of_statements_is_unchanged(app, api, cast, executed, assert_golden):
     people = {person.username: person for person in vars(cast).values() if hasattr(person, "username")}
     names = {
         "general": cast.general, "vault": cast.vault, "server": cast.server_id, "vip_role": cast.vip_role,
@@ -234,40 +234,40 @@ def test_the_number_of_statements_is_unchanged(app, api, cast, executed, held):
         if path.endswith("/retry"):
             execute("UPDATE run SET state = 'failed', error = 'no' WHERE id = %(run)s", names)
         executed.clear()
-        sent = {"json": _filled(body, names)} if body is not None else {}
-        answer = api(people.get(username)).open(method, path.format(**names), **sent)
-        assert answer.status_code < 400, (method, path, answer.text)
+        sent = {"json": _fill_in(body, names)} if body is not None else {}
+        response = api(people.get(username)).open(method, path.format(**names), **sent)
+        assert response.status_code < 400, (method, path, response.text)
         lines.append(f"{len(executed):3}  {method} {path}{' ' + json.dumps(body) if body else ''}")
     browser = app.test_client()
     csrf = csrf_of(browser.get("/login").text)
     executed.clear()
-    answer = browser.post("/login", data={"token": cast.admin.token, "csrf": csrf})
-    assert answer.status_code == 303, answer.text
+    response = browser.post("/login", data={"token": cast.admin.token, "csrf": csrf})
+    assert response.status_code == 303, response.text
     lines.append(f"{len(executed):3}  POST /login")
     csrf = csrf_of(browser.get("/inbox").text)
     for method, path in PAGES:
         executed.clear()
         sent = {"data": {"csrf": csrf, "id": f"{cast.admin.id}-{posted['id']}"}} if method == "POST" else {}
-        answer = browser.open(path.format(**names), method=method, **sent)
-        assert answer.status_code < 400, (method, path, answer.text)
+        response = browser.open(path.format(**names), method=method, **sent)
+        assert response.status_code < 400, (method, path, response.text)
         lines.append(f"{len(executed):3}  {method} {path}")
-    tried = {(method.replace("HEAD", "GET"), path.partition("?")[0]) for _, method, path, _ in REQUESTS}
-    every = {
+    requested = {(method.replace("HEAD", "GET"), path.partition("?")[0]) for _, method, path, _ in REQUESTS}
+    routes = {
         (method, re.sub("<[^>]*>", "{}", rule.rule))
         for rule in app.url_map.iter_rules()
         for method in rule.methods - {"HEAD", "OPTIONS"}
         if rule.rule.startswith("/api/")
     }
-    assert not every - {(method, re.sub(r"\{[^/]*\}", "{}", path)) for method, path in tried}
-    held("statement-counts.txt", "\n".join(lines))
+    assert not routes - {(method, re.sub(r"\{[^/]*\}", "{}", path)) for method, path in requested}
+    assert_golden("statement-counts.txt", "\n".join(lines))
 
 
-def _filled(value, names):
+def _fill_in(value, names):
     """`value` with each string "{name}" replaced by what it names."""
     if isinstance(value, dict):
-        return {key: _filled(one, names) for key, one in value.items()}
+        return {key: _fill_in(one, names) for key, one in value.items()}
     if isinstance(value, list):
-        return [_filled(one, names) for one in value]
+        return [_fill_in(one, names) for one in value]
     if isinstance(value, str) and "{" in value:
         filled = value.format(**names)
         return int(filled) if filled.isdigit() else filled

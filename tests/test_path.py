@@ -1,14 +1,14 @@
-"""The whole path inside one process: a message is posted, its job runs, and the right people are notified."""
+"""The whole path in one process: a message is posted, its job runs, and the right members are notified."""
 from models import Notification
 
 
 def test_posting_notifies_the_right_members(api, cast, run_jobs):
-    answer = api(cast.subscriber).post(
+    response = api(cast.subscriber).post(
         "/api/messages", json={"channel_id": cast.general, "content": "gold breaks out, @moira and @bobby"}
     )
-    assert answer.status_code == 201
-    message = answer.get_json()
-    assert answer.headers["Location"] == f"/api/messages/{message['id']}"
+    assert response.status_code == 201
+    message = response.get_json()
+    assert response.headers["Location"] == f"/api/messages/{message['id']}"
     assert message["run"]["state"] == "queued"
     assert message["mentions"]["users"] == [{"id": cast.moderator.id, "username": "moira"}]
     assert message["warnings"] == [{"code": "unknown_mention", "detail": "@bobby is not a member of this server"}]

@@ -1,7 +1,7 @@
 """Faults of an earlier implementation, with a test for each.
 
-One more is in test_fanout.py, where the communities for it are made: that there is no query, or three, for each
-recipient is `test_every_slice_takes_the_same_statements_however_many_members`.
+One more is in tests/fanout/test_fanout.py, `test_a_slice_takes_the_same_statements_for_any_number_of_members`: the
+earlier implementation executed up to three statements for each recipient.
 """
 
 import time
@@ -19,14 +19,14 @@ from belfry.servers.preferences import set_preference
 from belfry.servers.servers import put_member
 from belfry.worker import maintenance
 from models import Notification, Preference
-from tests.fanout_helpers import advance, notifications_that, parts_of
+from tests.fanout_helpers import fault_on_insert, process_next, remaining_work_items
 from tests.people import Person, make_person
 
 
 def post(api, author: Person, channel_id: int, content: str = "gold breaks out") -> dict:
-    answer = api(author).post("/api/messages", json={"channel_id": channel_id, "content": content})
-    assert answer.status_code == 201
-    return answer.get_json()
+    response = api(author).post("/api/messages", json={"channel_id": channel_id, "content": content})
+    assert response.status_code == 201
+    return response.get_json()
 
 
 def notified(message: dict) -> dict[int, str]:
@@ -38,7 +38,7 @@ def inbox_of(api, person: Person) -> list[dict]:
     return api(person).get("/api/notifications").get_json()["items"]
 
 
-def joined(cast, username: str, **kind) -> Person:
+def add_user(cast, username: str, **kind) -> Person:
     """Add another user to the cast's server."""
     person = make_person(username, **kind)
     put_member(cast.server_id, person.id, [])
@@ -50,32 +50,32 @@ def joined(cast, username: str, **kind) -> Person:
 
 def test_a_failing_job_is_not_reported_as_successful(api, cast, run_jobs):
     message = post(api, cast.subscriber, cast.general)
-    with notifications_that():
+    with fault_on_insert():
         run_jobs()
     run = api(cast.admin).get(message["run"]["url"]).get_json()
     assert run["state"] == "queued"
     assert "division by zero" in run["error"]
     assert notified(message) == {}
     queue = queues.queue()
-    assert len(queue.scheduled_job_registry) == 1, "its retry is on its way"
+    assert len(queue.scheduled_job_registry) == 1, "a retry is scheduled"
     assert len(queue.finished_job_registry) == 0
 
 
 def test_a_job_that_keeps_failing_ends_failed_with_its_error(api, cast):
     message = post(api, cast.subscriber, cast.general)
     for _ in range(queues.MAX_ATTEMPTS):
-        with notifications_that(), pytest.raises(Exception, match="division by zero"):
+        with fault_on_insert(), pytest.raises(Exception, match="division by zero"):
             jobs.notify(message["run"]["id"])
     run = api(cast.admin).get(message["run"]["url"]).get_json()
     assert (run["state"], run["attempts"]) == ("failed", queues.MAX_ATTEMPTS)
     assert "division by zero" in run["error"]
 
 
-def test_notifications_are_not_lost_when_the_queue_cannot_be_reached(api, cast, run_jobs, redis_away, caplog):
-    with redis_away():
+def test_notifications_are_not_lost_when_the_queue_cannot_be_reached(api, cast, run_jobs, redis_unavailable, caplog):
+    with redis_unavailable():
         message = post(api, cast.subscriber, cast.general)
     assert api(cast.subscriber).get(message["run"]["url"]).get_json()["state"] == message["run"]["state"] == "pending"
-    assert "Redis is unavailable" in caplog.text, "and the log says so"
+    assert "Redis is unavailable" in caplog.text, "a warning is logged"
     execute("UPDATE run SET sweep_after = now() - interval '1 minute'")
     assert maintenance.sweep() == 1
     assert run_jobs() == 0
@@ -111,25 +111,25 @@ def test_repeating_a_run_inserts_no_duplicates(api, cast, run_jobs):
 def test_the_database_refuses_a_second_notification(api, cast, run_jobs):
     message = post(api, cast.subscriber, cast.general)
     run_jobs()
-    again = execute(
+    inserted = execute(
         "INSERT INTO notification (user_id, message_id, reason) VALUES (%(user_id)s, %(message_id)s, 'message')"
         " ON CONFLICT DO NOTHING",
         {"user_id": cast.vip.id, "message_id": message["id"]},
     )
-    assert again == 0
+    assert inserted == 0
 
 
-def test_all_recipients_are_notified_in_one_statement(cast, monkeypatch):
+def test_a_fan_out_notifies_all_recipients_without_pauses(cast, monkeypatch):
     for number in range(30):
         put_member(cast.server_id, make_person(f"reader-{number}").id, [])
     posted = messages.post_message(cast.subscriber.user, cast.general, "gold")
 
-    def never(_: float) -> None:
-        raise AssertionError("a fan-out waits for nothing")
+    def fail(_: float) -> None:
+        raise AssertionError("the fan-out pauses")
 
-    monkeypatch.setattr(time, "sleep", never)
-    advance(posted.run_id)
-    assert parts_of(posted.run_id) == [], "one part is enough"
+    monkeypatch.setattr(time, "sleep", fail)
+    process_next(posted.run_id)
+    assert remaining_work_items(posted.run_id) == [], "all recipients are in one work item"
     assert Notification.select().count() == 33
 
 
@@ -159,7 +159,7 @@ def test_a_user_without_a_device_has_the_notification_in_the_inbox(api, cast, ru
 def test_a_missing_preference_means_all_messages(api, cast, run_jobs):
     default = api(cast.vip).get(f"/api/channels/{cast.general}/preference").get_json()
     assert default == {"level": "all", "muted_until": None}
-    assert Preference.select().count() == 0, "asking creates nothing"
+    assert Preference.select().count() == 0, "reading the preference creates no row"
     set_preference(cast.moderator.user, cast.general, default["level"], default["muted_until"])
     message = post(api, cast.subscriber, cast.general)
     run_jobs()
@@ -181,7 +181,7 @@ def test_an_ended_period_is_not_an_active_subscription(api, cast, run_jobs, stat
     ["@a", "@gmail", "@gm", "write to sam@gmail.com", "ada@vera.example", "@verandah", "@sammy", "a/@vera@x.org"],
 )
 def test_parts_of_names_and_addresses_mention_nobody(api, cast, run_jobs, content):
-    readers = [cast.admin, cast.subscriber, cast.vip, joined(cast, "gmail.fan"), joined(cast, "alfred")]
+    readers = [cast.admin, cast.subscriber, cast.vip, add_user(cast, "gmail.fan"), add_user(cast, "alfred")]
     message = post(api, cast.moderator, cast.general, content)
     assert message["mentions"] == {"users": [], "roles": [], "everyone": False}
     run_jobs()
@@ -189,11 +189,11 @@ def test_parts_of_names_and_addresses_mention_nobody(api, cast, run_jobs, conten
 
 
 def test_a_private_channel_notifies_only_its_members(api, cast, run_jobs):
-    keeper = joined(cast, "victor")
-    put_member(cast.server_id, keeper.id, [cast.vip_role])
+    vip = add_user(cast, "victor")
+    put_member(cast.server_id, vip.id, [cast.vip_role])
     message = post(api, cast.vip, cast.vault, "@moira @ada, look")
     run_jobs()
-    assert notified(message) == {keeper.id: "message"}
+    assert notified(message) == {vip.id: "message"}
 
 
 # Reading --------------------------------------------------------------------------------------------------
@@ -248,27 +248,27 @@ def test_the_unread_count_is_not_capped_by_the_page(api, cast):
 def test_a_user_cannot_mark_another_users_notification_read(api, cast, run_jobs):
     post(api, cast.subscriber, cast.general)
     run_jobs()
-    (theirs,) = inbox_of(api, cast.vip)
-    for intruder in (cast.moderator, cast.stranger, cast.admin):
-        own = len(inbox_of(api, intruder))
-        marked = api(intruder).post("/api/notifications/read", json={"ids": [theirs["id"]]})
+    (notification,) = inbox_of(api, cast.vip)
+    for other in (cast.moderator, cast.stranger, cast.admin):
+        own = len(inbox_of(api, other))
+        marked = api(other).post("/api/notifications/read", json={"ids": [notification["id"]]})
         assert marked.get_json() == {"marked": 0, "unread": own}
-        assert api(intruder).post("/api/notifications/read", json={"up_to": theirs["id"]}).status_code == 422
-        assert api(intruder).delete(f"/api/notifications/{theirs['id']}").status_code == 404
-        api(intruder).post("/api/notifications/read", json={"all": True})
-        api(intruder).post("/api/notifications/read", json={"channel_id": cast.general})
-    assert inbox_of(api, cast.vip) == [theirs]
-    assert theirs["read_at"] is None
+        assert api(other).post("/api/notifications/read", json={"up_to": notification["id"]}).status_code == 422
+        assert api(other).delete(f"/api/notifications/{notification['id']}").status_code == 404
+        api(other).post("/api/notifications/read", json={"all": True})
+        api(other).post("/api/notifications/read", json={"channel_id": cast.general})
+    assert inbox_of(api, cast.vip) == [notification]
+    assert notification["read_at"] is None
 
 
 def test_a_user_cannot_read_the_run_of_another_users_message(api, cast, run_jobs):
     message = post(api, cast.subscriber, cast.general)
     run_jobs()
-    for intruder in (cast.vip, cast.moderator, cast.lapsed, cast.stranger):
-        refused, unknown = api(intruder).get(message["run"]["url"]), api(intruder).get("/api/runs/4711")
-        assert refused.status_code == unknown.status_code == 404, "they may not know that it exists"
-        assert api(intruder).get("/api/runs").status_code == 403
-        assert api(intruder).post(f"{message['run']['url']}/replay", json={}).status_code == 403
+    for other in (cast.vip, cast.moderator, cast.lapsed, cast.stranger):
+        refused, unknown = api(other).get(message["run"]["url"]), api(other).get("/api/runs/4711")
+        assert refused.status_code == unknown.status_code == 404, "the existence of the run is not revealed"
+        assert api(other).get("/api/runs").status_code == 403
+        assert api(other).post(f"{message['run']['url']}/replay", json={}).status_code == 403
     assert api().get(message["run"]["url"]).status_code == 401
     for reader in (cast.subscriber, cast.admin):
         assert api(reader).get(message["run"]["url"]).get_json()["id"] == message["run"]["id"]
@@ -276,20 +276,20 @@ def test_a_user_cannot_read_the_run_of_another_users_message(api, cast, run_jobs
 
 def test_tokens_with_a_common_prefix_do_not_share_a_rate_limit(api, cast):
     def with_token(username: str, token: str) -> Person:
-        person = joined(cast, username)
+        person = add_user(cast, username)
         execute(
             "INSERT INTO api_token (user_id, token_hash) VALUES (%(user_id)s, %(hash)s)",
             {"user_id": person.id, "hash": hash_token(token)},
         )
         return Person(person.user, token)
 
-    beginning = "belfry_" + "x" * 30
-    one, other = with_token("castor", beginning + "1"), with_token("pollux", beginning + "2")
+    prefix = "belfry_" + "x" * 30
+    one, other = with_token("castor", prefix + "1"), with_token("pollux", prefix + "2")
 
     def remaining(person: Person) -> int:
-        answer = api(person).post("/api/messages", json={"channel_id": cast.general, "content": "gold"})
-        assert answer.status_code == 201
-        return int(answer.headers["RateLimit-Remaining"])
+        response = api(person).post("/api/messages", json={"channel_id": cast.general, "content": "gold"})
+        assert response.status_code == 201
+        return int(response.headers["RateLimit-Remaining"])
 
     full = remaining(one)
     assert [remaining(one) for _ in range(3)] == [full - 1, full - 2, full - 3]

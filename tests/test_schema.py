@@ -30,13 +30,13 @@ def test_every_time_column_has_a_time_zone():
 
 
 def test_the_partition_in_use_has_only_its_key():
-    there = partitions.list_partitions()
-    used = partitions._in_use(there)
+    stored = partitions.list_partitions()
+    used = partitions._in_use(stored)
     indexes = fetch_all("SELECT tablename, indexdef FROM pg_indexes WHERE tablename ~ '^notification(_before|$)'")
     keys = [index for index in indexes if index["indexdef"].endswith("btree (user_id, message_id)")]
-    assert len({index["tablename"] for index in keys}) == len(keys) == 1 + len(there)
-    left = {one.name for one in there if one.upper < used.upper}
-    assert {index["tablename"] for index in indexes if index not in keys} <= left
+    assert len({index["tablename"] for index in keys}) == len(keys) == 1 + len(stored)
+    earlier = {partition.name for partition in stored if partition.upper < used.upper}
+    assert {index["tablename"] for index in indexes if index not in keys} <= earlier
 
 
 def test_migrating_repeatedly_and_concurrently_is_safe(monkeypatch):
@@ -84,15 +84,15 @@ def test_unfinished_runs_from_before_slices_continue_where_they_stopped(cast):
         ("failed", 1, True),
         ("succeeded", 0, True),
     ]
-    assert recovery.requeue_lost_slices(None) == [WorkItem(2, 2)], "the failed one waits to be asked for"
+    assert recovery.requeue_lost_slices(None) == [WorkItem(2, 2)], "failed runs are retried only on request"
     assert recovery.retry_failed() == [WorkItem(3, 2)]
     for run_id in (2, 3):
         execute("UPDATE run SET decisions = '{\"message\": 2}' WHERE id = %(id)s", {"id": run_id})
         assert run_to_end(run_id) == "succeeded"
-        assert stats(run_id)["audience"] == 5, "two are done, and the other three are counted now"
+        assert stats(run_id)["audience"] == 5, "two members were counted before, three are counted now"
 
 
-def refused(statement: str, **parameters: object) -> None:
+def assert_refused(statement: str, **parameters: object) -> None:
     with pytest.raises((IntegrityError, DataError)), db.atomic():
         execute(statement, parameters)
 
@@ -100,35 +100,35 @@ def refused(statement: str, **parameters: object) -> None:
 def test_constraints_of_the_database_refuse_invalid_rows(cast):
     other = Server.create(name="Other")
     foreign = Role.create(server=other, name="foreign")
-    refused(
+    assert_refused(
         "INSERT INTO member_role (role_id, user_id, server_id) VALUES (%(role)s, %(user)s, %(server)s)",
         role=foreign.id, user=cast.subscriber.id, server=cast.server_id,
     )  # fmt: skip
-    refused(
+    assert_refused(
         "INSERT INTO channel_role (channel_id, role_id, server_id) VALUES (%(channel)s, %(role)s, %(server)s)",
         channel=cast.vault, role=foreign.id, server=cast.server_id,
     )  # fmt: skip
-    refused("INSERT INTO member_role (role_id, user_id, server_id) VALUES (%(role)s, %(user)s, %(server)s)",
+    assert_refused("INSERT INTO member_role (role_id, user_id, server_id) VALUES (%(role)s, %(user)s, %(server)s)",
             role=cast.vip_role, user=cast.stranger.id, server=cast.server_id)  # fmt: skip
-    refused("INSERT INTO subscription (user_id, status) VALUES (%(user)s, 'active')", user=cast.subscriber.id)
-    refused("UPDATE subscription SET status = 'sort of'")
-    refused("INSERT INTO user_account (username, name) VALUES ('Loud', 'Loud')")
-    refused("INSERT INTO user_account (username, name) VALUES ('everyone', 'Everyone')")
-    refused("INSERT INTO user_account (username, name) VALUES ('dot.', 'Dot')")
-    refused("INSERT INTO message (channel_id, author_id, content) VALUES (%(channel)s, %(user)s, '')",
+    assert_refused("INSERT INTO subscription (user_id, status) VALUES (%(user)s, 'active')", user=cast.subscriber.id)
+    assert_refused("UPDATE subscription SET status = 'sort of'")
+    assert_refused("INSERT INTO user_account (username, name) VALUES ('Loud', 'Loud')")
+    assert_refused("INSERT INTO user_account (username, name) VALUES ('everyone', 'Everyone')")
+    assert_refused("INSERT INTO user_account (username, name) VALUES ('dot.', 'Dot')")
+    assert_refused("INSERT INTO message (channel_id, author_id, content) VALUES (%(channel)s, %(user)s, '')",
             channel=cast.general, user=cast.subscriber.id)  # fmt: skip
-    refused("INSERT INTO preference (channel_id, user_id, level) VALUES (%(channel)s, %(user)s, 'some')",
+    assert_refused("INSERT INTO preference (channel_id, user_id, level) VALUES (%(channel)s, %(user)s, 'some')",
             channel=cast.general, user=cast.subscriber.id)  # fmt: skip
-    refused("INSERT INTO notification (user_id, message_id, reason) VALUES (1, 1, 'muted')")
+    assert_refused("INSERT INTO notification (user_id, message_id, reason) VALUES (1, 1, 'muted')")
     Notification.insert(user_id=1, message_id=1, reason="message").execute()
-    refused("INSERT INTO notification (user_id, message_id, reason) VALUES (1, 1, 'mention')")
+    assert_refused("INSERT INTO notification (user_id, message_id, reason) VALUES (1, 1, 'mention')")
     assert Subscription.select().count() == 5
     assert User.select().where(User.username == "everyone").count() == 0
 
 
 def test_a_message_has_one_run_of_its_own(api, cast):
     message = api(cast.subscriber).post("/api/messages", json={"channel_id": cast.general, "content": "gold"})
-    refused("INSERT INTO run (message_id, kind) VALUES (%(id)s, 'message')", id=message.get_json()["id"])
-    refused("UPDATE run SET state = 'failed', finished_at = now()")  # without an error
-    refused("UPDATE run SET state = 'succeeded'")  # without a time
+    assert_refused("INSERT INTO run (message_id, kind) VALUES (%(id)s, 'message')", id=message.get_json()["id"])
+    assert_refused("UPDATE run SET state = 'failed', finished_at = now()")  # without an error
+    assert_refused("UPDATE run SET state = 'succeeded'")  # without a time
     assert fetch_one("SELECT state FROM run") == {"state": "queued"}

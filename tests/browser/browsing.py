@@ -8,9 +8,9 @@ from axe_playwright_python.base import AXE_SCRIPT
 from playwright.sync_api import BrowserContext, ConsoleMessage, Dialog, Locator, Page, Request, Response, Route, expect
 
 from tests.people import Cast
-from tests.processes import PATIENCE
+from tests.processes import WAIT_SECONDS
 
-expect.set_options(timeout=PATIENCE * 1000)
+expect.set_options(timeout=WAIT_SECONDS * 1000)
 
 # The browser's own console message about a policy violation lacks the element and the source.
 REPORT_VIOLATIONS = """
@@ -23,10 +23,10 @@ document.addEventListener("securitypolicyviolation", (event) => console.error(
 class Faults:
     """Collects the faults of a test's pages. A test with an unexpected fault fails when it ends.
 
-    - an error on the console, and with it whatever the content security policy refuses
-    - an exception that nobody caught, and a dialog
+    - an error on the console, which includes every violation of the content security policy
+    - an uncaught exception, and a dialog
     - a request to another host than the site's
-    - an answer of 500 or more
+    - a response with status 500 or more
     """
 
     def __init__(self, site: str) -> None:
@@ -52,16 +52,16 @@ class Faults:
         """Allow a fault that matches a pattern, which may or may not occur."""
         self._allowed.append(pattern)
 
-    def seen(self, pattern: str) -> bool:
+    def has_occurred(self, pattern: str) -> bool:
         return any(re.search(pattern, fault) for fault in self._found)
 
     def check(self) -> None:
         """Fail with the unexpected faults that occurred, and with the expected ones that did not."""
         known = [*self._expected, *self._allowed]
         unexpected = [fault for fault in self._found if not any(re.search(pattern, fault) for pattern in known)]
-        missing = [pattern for pattern in self._expected if not self.seen(pattern)]
-        assert not unexpected, "the browser found fault:\n" + "\n".join(unexpected)
-        assert not missing, f"expected of the browser, and not seen: {missing}"
+        missing = [pattern for pattern in self._expected if not self.has_occurred(pattern)]
+        assert not unexpected, "unexpected faults in the browser:\n" + "\n".join(unexpected)
+        assert not missing, f"expected faults did not occur: {missing}"
 
     def _add(self, fault: str) -> None:
         self._found.append(fault)
@@ -76,11 +76,11 @@ class Faults:
 
     def _request(self, request: Request) -> None:
         if not request.url.startswith((f"{self._site}/", "data:", "blob:")):
-            self._add(f"request elsewhere: {request.url}")
+            self._add(f"request to another host: {request.url}")
 
     def _response(self, response: Response) -> None:
         if response.status >= 500:
-            self._add(f"answer {response.status}: {response.url}")
+            self._add(f"response {response.status}: {response.url}")
 
 
 def sign_in(page: Page, token: str) -> None:
@@ -108,14 +108,14 @@ def lose_first_response(page: Page, lose: Callable[[Route], None] = Route.abort)
     """Let the first post reach the server and lose its response; a list with the lost status, once it is lost."""
     lost: list[int] = []
 
-    def answer(route: Route) -> None:
+    def lose_first(route: Route) -> None:
         if lost:
             route.continue_()
         else:
             lost.append(route.fetch().status)
             lose(route)
 
-    page.route("**/api/messages", answer)
+    page.route("**/api/messages", lose_first)
     return lost
 
 

@@ -1,7 +1,7 @@
 """Fixtures of the browser tests: Chromium, a web process, and a worker for tests that need one.
 
-Without Chromium they are left out, and the summary says so. A test takes `visit`, and is refused what no page may
-do: see `Faults`.
+Without Chromium they are left out, and the summary says so. Tests open pages with `visit`; a page with a fault makes
+its test fail (see `Faults`).
 """
 
 import re
@@ -14,12 +14,12 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 from tests.browser.browsing import Faults, sign_in
 from tests.people import Api, Cast, Person
-from tests.processes import PATIENCE, Process, a_web_process, a_worker
+from tests.processes import WAIT_SECONDS, Process, web_process, worker_process
 from tools.dev import CommandError, chromium
 
 HERE = Path(__file__).parent
-PICTURES = HERE.parent.parent / ".belfry" / "failed-in-browser"
-LEFT_OUT = pytest.StashKey[int]()
+SCREENSHOTS = HERE.parent.parent / ".belfry" / "failed-in-browser"
+SKIPPED = pytest.StashKey[int]()
 MEASURED = pytest.StashKey[list[str]]()
 FAILED = pytest.StashKey[bool]()
 
@@ -29,20 +29,20 @@ Visit = Callable[..., Page]
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark these tests slow. Leave them out where there is no Chromium; raise UsageError where CHROMIUM names none."""
-    ours = [item for item in items if HERE in item.path.parents]
-    for item in ours:
+    browser_tests = [item for item in items if HERE in item.path.parents]
+    for item in browser_tests:
         item.add_marker("slow")
     try:
         if chromium.find() is not None:
             return
     except CommandError as error:
         raise pytest.UsageError(str(error)) from None
-    items[:] = [item for item in items if item not in ours]
-    config.stash[LEFT_OUT] = len(ours)
+    items[:] = [item for item in items if item not in browser_tests]
+    config.stash[SKIPPED] = len(browser_tests)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    if count := config.stash.get(LEFT_OUT, 0):
+    if count := config.stash.get(SKIPPED, 0):
         terminalreporter.write_line(f"{count} browser tests were left out: no Chromium. {chromium.HOW_TO}", yellow=True)
     for line in config.stash.get(MEASURED, []):
         terminalreporter.write_line(line)
@@ -85,9 +85,9 @@ def measured(request: pytest.FixtureRequest) -> Callable[[str], None]:
 
 
 @pytest.fixture(scope="package")
-def web_process() -> Iterator[str]:
+def shared_web_process() -> Iterator[str]:
     """The web process of all tests, because starting one takes longer than most tests."""
-    with a_web_process() as address:
+    with web_process() as address:
         yield address
 
 
@@ -95,16 +95,16 @@ def web_process() -> Iterator[str]:
 def site(request: pytest.FixtureRequest) -> Iterator[str]:
     """The URL of the web process. A test that sets environment variables gets a process of its own."""
     if not hasattr(request, "param"):
-        yield request.getfixturevalue("web_process")
+        yield request.getfixturevalue("shared_web_process")
         return
-    with a_web_process(**request.param) as address:
+    with web_process(**request.param) as address:
         yield address
 
 
 @pytest.fixture
 def worker() -> Iterator[Process]:
     """A worker, for tests in which users are notified."""
-    with a_worker() as process:
+    with worker_process() as process:
         yield process
 
 
@@ -112,13 +112,13 @@ def worker() -> Iterator[Process]:
 def post(api: Callable[..., Api], cast: Cast) -> Callable[..., int]:
     """`post("text")`: post over the API, by default in #general as sam; the message's id."""
 
-    def write(content: str, channel_id: int | None = None, author: Person | None = None) -> int:
+    def post_message(content: str, channel_id: int | None = None, author: Person | None = None) -> int:
         body = {"channel_id": channel_id or cast.general, "content": content}
-        answer = api(author or cast.subscriber).post("/api/messages", json=body)
-        assert answer.status_code == 201, answer.json
-        return int(answer.json["id"])
+        response = api(author or cast.subscriber).post("/api/messages", json=body)
+        assert response.status_code == 201, response.json
+        return int(response.json["id"])
 
-    return write
+    return post_message
 
 
 @pytest.fixture
@@ -133,14 +133,14 @@ def faults(site: str) -> Iterator[Faults]:
 def visit(browser: Browser, site: str, faults: Faults, request: pytest.FixtureRequest) -> Iterator[Visit]:
     """`visit("/login")`: open a page in a new context; `visit("/", cast.admin)`: after signing in as that user.
 
-    `color_scheme="dark"`, `viewport={"width": 390, "height": 844}` and whatever else a browser's context takes come
-    after. Of a test that fails there are pictures in .belfry/failed-in-browser/.
+    `color_scheme="dark"`, `viewport={"width": 390, "height": 844}` and other options of a browser context may follow.
+    If the test fails, screenshots of its pages are stored in .belfry/failed-in-browser/.
     """
     pages: list[Page] = []
 
     def open_page(path: str, person: Person | None = None, **options: object) -> Page:
         context = browser.new_context(base_url=site, reduced_motion="reduce", **options)
-        context.set_default_timeout(PATIENCE * 1000)
+        context.set_default_timeout(WAIT_SECONDS * 1000)
         faults.watch(context)
         page = context.new_page()
         pages.append(page)
@@ -153,5 +153,5 @@ def visit(browser: Browser, site: str, faults: Faults, request: pytest.FixtureRe
     name = re.sub(r"\W+", "-", request.node.name).strip("-")
     for number, page in enumerate(pages, start=1):
         if request.node.stash.get(FAILED, False):
-            page.screenshot(path=PICTURES / f"{name}-{number}.png", full_page=True)
+            page.screenshot(path=SCREENSHOTS / f"{name}-{number}.png", full_page=True)
         page.context.close()

@@ -13,12 +13,12 @@ from models import Run
 from tests.browser.browsing import address, bell, composer, message, wait_until_live
 
 POSTS = 7
-SHOWS_WHEN = """(number) => {
+RECORD_BELL = """(number) => {
     const bell = document.querySelector("#bell .number");
-    new MutationObserver(() => { window.rang = { number: bell.textContent, at: Date.now() }; })
+    new MutationObserver(() => { window.bellChange = { number: bell.textContent, at: Date.now() }; })
         .observe(bell, { characterData: true, childList: true, subtree: true });
 }"""
-SENDS_WHEN = """() => document.getElementById("send").addEventListener(
+RECORD_CLICK = """() => document.getElementById("send").addEventListener(
     "click", () => { window.clicked = Date.now(); }, { capture: true })"""
 WITHOUT_FOCUS = "document.hasFocus = () => false;"  # Playwright gives the focus to every page
 
@@ -28,18 +28,19 @@ def test_a_post_in_one_window_shows_in_the_bell_of_another(visit, worker, cast, 
     reader = visit(address(cast, cast.announcements), cast.vip)
     wait_until_live(reader)
     expect(bell(reader)).to_be_hidden()
-    reader.evaluate(SHOWS_WHEN)
-    writer.evaluate(SENDS_WHEN)
-    took = []
+    reader.evaluate(RECORD_BELL)
+    writer.evaluate(RECORD_CLICK)
+    durations = []
     for number in range(1, POSTS + 1):
         composer(writer).fill(f"gold breaks out {number}")
         writer.get_by_role("button", name="Send").click()
         expect(bell(reader)).to_have_text(str(number))
-        rang = reader.evaluate("window.rang")
-        assert rang["number"] == str(number)
-        took.append(rang["at"] - writer.evaluate("window.clicked"))
+        change = reader.evaluate("window.bellChange")
+        assert change["number"] == str(number)
+        durations.append(change["at"] - writer.evaluate("window.clicked"))
         expect(reader.locator("#toast")).to_contain_text(f"Sam: gold breaks out {number}")
-    measured(f"from the click in one window to the bell in the other: {median(took):.0f} ms, at most {max(took)} ms")
+    summary = f"{median(durations):.0f} ms, at most {max(durations)} ms"
+    measured(f"from the click in one window to the bell in the other: {summary}")
 
     expect(reader).to_have_title(f"({POSTS}) #announcements – Belfry")
     expect(reader.get_by_role("link", name=f"Inbox, {POSTS} unread")).to_be_visible()
@@ -58,19 +59,19 @@ def test_a_mention_is_counted_as_a_mention(visit, worker, cast, post) -> None:
 
 
 def test_a_seen_message_is_read_in_all_windows(visit, worker, cast, post) -> None:
-    elsewhere = visit(address(cast, cast.announcements), cast.vip)
-    wait_until_live(elsewhere)
+    other_channel = visit(address(cast, cast.announcements), cast.vip)
+    wait_until_live(other_channel)
     first = post("one")
-    expect(bell(elsewhere)).to_have_text("1")
-    there = visit(address(cast, cast.general), cast.vip)
-    expect(message(there, first)).to_be_visible()
-    for page in (there, elsewhere):
+    expect(bell(other_channel)).to_have_text("1")
+    same_channel = visit(address(cast, cast.general), cast.vip)
+    expect(message(same_channel, first)).to_be_visible()
+    for page in (same_channel, other_channel):
         expect(bell(page)).to_be_hidden()
-    wait_until_live(there)
+    wait_until_live(same_channel)
     second = post("two")
-    expect(message(there, second)).to_be_visible()
-    expect(there.locator("#toast")).to_be_empty()
-    for page in (there, elsewhere):
+    expect(message(same_channel, second)).to_be_visible()
+    expect(same_channel.locator("#toast")).to_be_empty()
+    for page in (same_channel, other_channel):
         expect(bell(page)).to_be_hidden()
 
 
@@ -82,7 +83,7 @@ def test_a_window_without_focus_marks_nothing_read(visit, worker, cast, post) ->
     number = post("look")
     expect(message(page, number)).to_be_visible()
     expect(bell(page)).to_have_text("1")
-    page.wait_for_timeout(800)  # longer than the page waits before it marks what was seen
+    page.wait_for_timeout(800)  # longer than the page waits before it marks messages read
     expect(bell(page)).to_have_text("1")
     page.evaluate("() => { document.hasFocus = () => true; window.dispatchEvent(new Event('focus')); }")
     expect(bell(page)).to_be_hidden()
@@ -95,12 +96,12 @@ def test_a_message_that_could_not_be_fetched_stays_unread(visit, worker, faults,
     page.route(re.compile(r"/messages\?"), lambda route: route.fulfill(status=429))
     number = post("look")
     expect(bell(page)).to_have_text("1")
-    page.wait_for_timeout(1_500)  # longer than the page waits before it marks what was seen
+    page.wait_for_timeout(1_500)  # longer than the page waits before it marks messages read
     expect(bell(page)).to_have_text("1")
     page.unroute_all()
-    following = post("and look")
-    for one in (number, following):
-        expect(message(page, one)).to_be_visible()
+    next_id = post("and look")
+    for message_id in (number, next_id):
+        expect(message(page, message_id)).to_be_visible()
     expect(bell(page)).to_be_hidden()
 
 
@@ -138,12 +139,12 @@ def test_a_message_that_is_longer_than_the_window_is_read(visit, cast, post, run
 
 
 def test_messages_that_are_not_listed_stay_unread(visit, faults, cast, post, run_jobs, api) -> None:
-    """Neither older messages than the listed ones, nor one that was committed later than its neighbours."""
+    """Older messages than the listed ones stay unread, and so does one that was committed after its neighbours."""
     faults.expect("status of 429")
     mention, *_ = [post(f"number {number}, @vera" if number == 0 else f"number {number}") for number in range(60)]
     run_jobs()
-    with psycopg.connect(settings.database_url) as late:
-        late_id = late.execute(
+    with psycopg.connect(settings.database_url) as session:
+        late_id = session.execute(
             "INSERT INTO message (channel_id, author_id, content) VALUES (%s, %s, 'late') RETURNING id",
             [cast.general, cast.subscriber.id],
         ).fetchone()[0]
@@ -153,8 +154,8 @@ def test_messages_that_are_not_listed_stay_unread(visit, faults, cast, post, run
         page.add_init_script(WITHOUT_FOCUS)
         page.goto(address(cast, cast.general, "?newest=1"))
         expect(bell(page)).to_have_text("61")
-        late.execute("INSERT INTO run (message_id, kind) VALUES (%s, 'message')", [late_id])
-        late.commit()
+        session.execute("INSERT INTO run (message_id, kind) VALUES (%s, 'message')", [late_id])
+        session.commit()
     queues.enqueue([WorkItem(Run.get(Run.message == late_id).id)])
     page.route(re.compile(r"/messages\?"), lambda route: route.fulfill(status=429))  # not listed
     run_jobs()
@@ -171,12 +172,12 @@ def test_a_reader_of_a_busy_channel_has_nothing_unread(visit, worker, cast, post
     page.on("request", lambda request: marked.append(request.url) if request.url.endswith("/read") else None)
     for number in range(20):
         post(f"number {number}")
-        page.wait_for_timeout(150)  # less than the page waits before it marks what was seen
+        page.wait_for_timeout(150)  # less than the page waits before it marks messages read
     assert marked
     expect(bell(page)).to_be_hidden()
 
 
-def test_a_toast_leads_to_the_message_and_can_be_closed(visit, worker, cast, post) -> None:
+def test_a_toast_links_to_the_message_and_can_be_closed(visit, worker, cast, post) -> None:
     page = visit("/inbox", cast.vip)
     page.get_by_role("link", name="#announcements").click()
     wait_until_live(page)

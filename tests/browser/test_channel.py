@@ -25,21 +25,21 @@ def scroll_to(page: Page, where: str) -> None:
 
 
 @pytest.fixture
-def written(post) -> list[int]:
+def message_ids(post) -> list[int]:
     """More messages than a page has; their ids, oldest first."""
     return [post(f"number {number}") for number in range(2 * PAGE_SIZE + 20)]
 
 
 @contextmanager
-def written_late(author: Person, channel_id: int) -> Iterator[int]:
+def late_message(author: Person, channel_id: int) -> Iterator[int]:
     """A message whose transaction commits when the block ends; its run is enqueued then."""
-    written, run_module, posted = threading.Event(), threading.Event(), []
+    written, may_commit, posted = threading.Event(), threading.Event(), []
 
     def write() -> None:
         with db.atomic():
             posted.append(messages.post_message(author.user, channel_id, "late"))
             written.set()
-            run_module.wait()
+            may_commit.wait()
         enqueue_run(posted[0].run_id)
         db.close()
 
@@ -47,7 +47,7 @@ def written_late(author: Person, channel_id: int) -> Iterator[int]:
     writer.start()
     assert written.wait(30)
     yield posted[0].message["id"]
-    run_module.set()
+    may_commit.set()
     writer.join()
 
 
@@ -78,61 +78,61 @@ def test_an_admin_has_a_link_to_the_queues(visit, faults, cast) -> None:
     expect(page).to_have_url(re.compile("/rq/"))
 
 
-def test_older_messages_load_while_scrolling_up(visit, cast, written) -> None:
+def test_older_messages_load_while_scrolling_up(visit, cast, message_ids) -> None:
     page = visit(address(cast, cast.general), cast.subscriber)
-    expect(message(page, written[-1])).to_be_in_viewport()
-    assert shown(page) == written[-PAGE_SIZE:]
-    top = message(page, written[-PAGE_SIZE])
+    expect(message(page, message_ids[-1])).to_be_in_viewport()
+    assert shown(page) == message_ids[-PAGE_SIZE:]
+    top = message(page, message_ids[-PAGE_SIZE])
     scroll_to(page, "-log.scrollHeight")
-    wait_until(lambda: shown(page) == written[-2 * PAGE_SIZE :], "older messages")
+    wait_until(lambda: shown(page) == message_ids[-2 * PAGE_SIZE :], "older messages")
     expect(top).to_be_in_viewport()  # the visible messages do not move
     scroll_to(page, "-log.scrollHeight")
-    wait_until(lambda: shown(page) == written, "all messages")
+    wait_until(lambda: shown(page) == message_ids, "all messages")
     expect(page.get_by_role("link", name="Older messages")).to_have_count(0)
 
 
-def test_a_permanent_link_shows_an_old_message_with_a_way_to_the_newest(visit, cast, written) -> None:
-    page = visit(address(cast, cast.general, f"#message-{written[40]}"), cast.subscriber)
-    page.wait_for_url(f"**?around={written[40]}#message-{written[40]}")
-    expect(message(page, written[40])).to_be_in_viewport()
-    assert shown(page) == written[40 - HALF + 1 : 40 + HALF + 1]
+def test_a_permanent_link_shows_an_old_message_with_a_way_to_the_newest(visit, cast, message_ids) -> None:
+    page = visit(address(cast, cast.general, f"#message-{message_ids[40]}"), cast.subscriber)
+    page.wait_for_url(f"**?around={message_ids[40]}#message-{message_ids[40]}")
+    expect(message(page, message_ids[40])).to_be_in_viewport()
+    assert shown(page) == message_ids[40 - HALF + 1 : 40 + HALF + 1]
 
     scroll_to(page, "0")  # newer ones are added below
-    wait_until(lambda: shown(page)[-1] > written[40 + HALF], "newer messages")
-    expect(message(page, written[40 + HALF])).to_be_in_viewport()  # the reading position is kept
+    wait_until(lambda: shown(page)[-1] > message_ids[40 + HALF], "newer messages")
+    expect(message(page, message_ids[40 + HALF])).to_be_in_viewport()  # the reading position is kept
     page.get_by_role("button", name="To the newest").click()
     page.wait_for_url("**?newest=1")
-    expect(message(page, written[-1])).to_be_in_viewport()
+    expect(message(page, message_ids[-1])).to_be_in_viewport()
     page.go_back()
-    expect(message(page, written[40])).to_be_in_viewport()
+    expect(message(page, message_ids[40])).to_be_in_viewport()
 
 
-def test_the_page_of_an_author_of_many_messages_sends_few_requests(visit, cast, written) -> None:
+def test_the_page_of_an_author_of_many_messages_sends_few_requests(visit, cast, message_ids) -> None:
     page = visit("/docs", cast.subscriber)
-    asked = watch_requests(page, "fetch")
+    requests = watch_requests(page, "fetch")
     page.goto(address(cast, cast.general))
     expect(page.locator("#messages progress")).to_have_count(5)
     page.wait_for_timeout(3_000)
-    runs = {url for url in asked() if "/api/runs/" in url}
+    runs = {url for url in requests() if "/api/runs/" in url}
     assert len(runs) == 5
-    assert len(asked()) < 40
+    assert len(requests()) < 40
 
 
-def test_a_message_links_to_itself(visit, cast, written) -> None:
+def test_a_message_links_to_itself(visit, cast, message_ids) -> None:
     page = visit(address(cast, cast.general), cast.subscriber)
-    message(page, written[-3]).locator("a.when").click()
-    page.wait_for_url(f"**?around={written[-3]}#message-{written[-3]}")
-    expect(message(page, written[-3])).to_be_in_viewport()
+    message(page, message_ids[-3]).locator("a.when").click()
+    page.wait_for_url(f"**?around={message_ids[-3]}#message-{message_ids[-3]}")
+    expect(message(page, message_ids[-3])).to_be_in_viewport()
 
 
 def test_a_link_to_a_deleted_message_says_so(visit, cast, post) -> None:
-    gone, _ = post("one"), post("two")
-    Message.update(deleted_at=Message.created_at).where(Message.id == gone).execute()
-    page = visit(address(cast, cast.general, f"#message-{gone}"), cast.subscriber)
+    deleted, _ = post("one"), post("two")
+    Message.update(deleted_at=Message.created_at).where(Message.id == deleted).execute()
+    page = visit(address(cast, cast.general, f"#message-{deleted}"), cast.subscriber)
     expect(page.get_by_text("This message does not exist any more.")).to_be_visible()
 
 
-def test_new_messages_do_not_scroll_a_reader_of_old_ones(visit, worker, cast, written, post) -> None:
+def test_new_messages_do_not_scroll_a_reader_of_old_ones(visit, worker, cast, message_ids, post) -> None:
     page = visit(address(cast, cast.general, "?newest=1"), cast.vip)
     wait_until_live(page)
     new = page.get_by_role("button", name="New messages")
@@ -145,37 +145,37 @@ def test_new_messages_do_not_scroll_a_reader_of_old_ones(visit, worker, cast, wr
     new.click()
     expect(message(page, number)).to_be_in_viewport()
     expect(new).to_be_hidden()
-    following = post("and look")
-    expect(message(page, following)).to_be_in_viewport()  # a reader at the end stays there
+    next_id = post("and look")
+    expect(message(page, next_id)).to_be_in_viewport()  # a reader at the end stays there
     expect(new).to_be_hidden()
 
 
 def test_a_late_commit_is_inserted_in_order(visit, worker, cast, post) -> None:
     page = visit(address(cast, cast.general), cast.vip)
     wait_until_live(page)
-    with written_late(cast.subscriber, cast.general) as late:
-        following = post("before it, with a higher id")
-        expect(message(page, following)).to_be_visible()
+    with late_message(cast.subscriber, cast.general) as late:
+        next_id = post("before it, with a higher id")
+        expect(message(page, next_id)).to_be_visible()
     expect(message(page, late)).to_be_visible()
-    assert shown(page) == [late, following]
+    assert shown(page) == [late, next_id]
 
 
 def test_a_message_that_arrives_during_a_refresh_stays(visit, worker, cast, post, api) -> None:
     edited = post("gold")
     page = visit(address(cast, cast.general), cast.vip)
     wait_until_live(page)
-    held = []
-    page.route(re.compile(r"/messages\?$"), lambda route: held.append((route, route.fetch())))
-    with written_late(cast.subscriber, cast.general) as late:
-        following = post("before it, with a higher id")
-        expect(message(page, following)).to_be_visible()
-    wait_until(lambda: page.wait_for_timeout(50) or held, "a look at all there is")
+    pending = []
+    page.route(re.compile(r"/messages\?$"), lambda route: pending.append((route, route.fetch())))
+    with late_message(cast.subscriber, cast.general) as late:
+        next_id = post("before it, with a higher id")
+        expect(message(page, next_id)).to_be_visible()
+    wait_until(lambda: page.wait_for_timeout(50) or pending, "the refresh of the page")
     newest = post("meanwhile")
     expect(message(page, newest)).to_be_visible()
-    route, answer = held[0]
-    route.fulfill(response=answer)
+    route, response = pending[0]
+    route.fulfill(response=response)
     expect(message(page, late)).to_be_visible()
-    assert shown(page) == [edited, late, following, newest]
+    assert shown(page) == [edited, late, next_id, newest]
 
 
 def test_a_muted_channel_is_live_without_notifications(visit, worker, cast, post, api) -> None:
@@ -205,11 +205,11 @@ def test_a_page_with_all_notifications_does_not_poll_with_each_ping(visit, cast,
     begin = 'event: unread\ndata: {"unread": 0, "mentions": 0, "channels": []}\n\n'
     body = f"retry: 100000\n\n{begin}" + "event: ping\ndata: {}\n\n" * 5
     page.route(re.compile(r"/stream(\?|$)"), lambda route: route.fulfill(body=body, content_type="text/event-stream"))
-    asked = watch_requests(page, "xhr")
+    requests = watch_requests(page, "xhr")
     page.goto(address(cast, cast.general))
-    wait_until(lambda: page.wait_for_timeout(50) or asked(), "a look at what came before the stream")
+    wait_until(lambda: page.wait_for_timeout(50) or requests(), "the poll before the stream")
     page.wait_for_timeout(1_500)
-    assert len(asked()) == 1
+    assert len(requests()) == 1
 
 
 def test_a_user_without_a_server_is_shown_a_page_that_says_so(visit, cast) -> None:

@@ -8,7 +8,7 @@ from playwright.sync_api import Locator, Page, expect
 from models import Message
 from tests.browser.browsing import address, composer, lose_first_response, shown, sign_in
 
-ONE_AN_HOUR = {"RATE_LIMIT_MESSAGES": "1 per hour"}
+ONE_PER_HOUR = {"RATE_LIMIT_MESSAGES": "1 per hour"}
 
 
 def suggestions(page: Page) -> Locator:
@@ -19,7 +19,7 @@ def status_of(page: Page) -> Locator:
     return page.locator("#compose-status")
 
 
-def contents() -> list[str]:
+def stored_contents() -> list[str]:
     """The contents of all messages, in order."""
     return [message.content for message in Message.select().order_by(Message.id)]
 
@@ -45,7 +45,7 @@ def test_the_button_and_enter_send_and_shift_enter_does_not(page) -> None:
     expect(field).to_be_empty()
     expect(field).to_be_focused()
     expect(field).to_have_attribute("rows", "1")
-    assert contents() == ["by the button", "first line\nsecond line"]
+    assert stored_contents() == ["by the button", "first line\nsecond line"]
 
 
 def test_an_empty_message_is_not_sent(page) -> None:
@@ -56,7 +56,7 @@ def test_an_empty_message_is_not_sent(page) -> None:
     composer(page).fill("something")
     composer(page).press("Enter")
     expect(page.locator("#messages li")).to_have_count(1)
-    assert contents() == ["something"]
+    assert stored_contents() == ["something"]
 
 
 def test_enter_twice_sends_once(page) -> None:
@@ -65,7 +65,7 @@ def test_enter_twice_sends_once(page) -> None:
     composer(page).press("Enter")
     expect(page.locator("#messages li")).to_have_count(1)
     expect(composer(page)).to_be_empty()
-    assert contents() == ["once"]
+    assert stored_contents() == ["once"]
 
 
 def test_a_name_is_completed_by_keyboard(page) -> None:
@@ -115,9 +115,9 @@ def test_a_name_is_completed_by_mouse_within_a_text(page) -> None:
 
 
 def test_an_email_address_opens_no_suggestions(page) -> None:
-    with page.expect_request("**/mention-suggestions?*") as asked:
+    with page.expect_request("**/mention-suggestions?*") as request:
         composer(page).press_sequentially("me@v @v")
-    assert "q=v" in asked.value.url or asked.value.url.endswith("q=")
+    assert "q=v" in request.value.url or request.value.url.endswith("q=")
     expect(suggestions(page)).to_have_count(1)
     composer(page).fill("me@v")
     expect(suggestions(page)).to_have_count(0)
@@ -139,7 +139,7 @@ def test_a_mention_without_recipients_is_reported(page) -> None:
     expect(status_of(page)).to_be_empty()
 
 
-@pytest.mark.parametrize("site", [ONE_AN_HOUR], indirect=True)
+@pytest.mark.parametrize("site", [ONE_PER_HOUR], indirect=True)
 def test_the_text_stays_where_the_rate_limit_refuses_it(page, faults) -> None:
     faults.expect("status of 429")
     for text in ("one", "one too many"):
@@ -160,7 +160,7 @@ def test_an_overlong_message_is_refused_and_stays(page, faults) -> None:
     composer(page).fill("🪙" * 10_000)
     composer(page).press("Enter")
     expect(page.locator("#messages li")).to_have_count(1)
-    assert [len(content) for content in contents()] == [10_000]
+    assert [len(content) for content in stored_contents()] == [10_000]
 
 
 def test_a_draft_is_restored(page, cast) -> None:
@@ -191,7 +191,7 @@ def test_a_draft_is_not_shown_to_another_user(page, cast) -> None:
 @pytest.mark.parametrize("status", [409, 500, 503])
 def test_a_message_that_may_have_been_posted_is_not_posted_twice(page, faults, status) -> None:
     faults.expect(f"status of {status}")
-    faults.allow(f"answer {status}")
+    faults.allow(f"response {status}")
     lose_first_response(page, lambda route: route.fulfill(status=status, json={"detail": "Not now."}))
     composer(page).fill("gold")
     composer(page).press("Enter")
@@ -199,7 +199,7 @@ def test_a_message_that_may_have_been_posted_is_not_posted_twice(page, faults, s
     composer(page).press("Enter")
     expect(composer(page)).to_be_empty()
     expect(page.locator("#messages li")).to_have_count(1)
-    assert contents() == ["gold"]
+    assert stored_contents() == ["gold"]
 
 
 def test_another_text_after_a_lost_response_is_another_message(page, faults) -> None:
@@ -211,7 +211,7 @@ def test_another_text_after_a_lost_response_is_another_message(page, faults) -> 
     composer(page).fill("silver")
     composer(page).press("Enter")
     expect(composer(page)).to_be_empty()
-    assert contents() == ["gold", "silver"]
+    assert stored_contents() == ["gold", "silver"]
 
 
 def test_an_author_who_reads_old_messages_sees_the_posted_one(visit, cast, post) -> None:

@@ -14,7 +14,7 @@ from tests.processes import wait_until
         ("exception: .*oh no", "setTimeout(() => { throw new Error('oh no') })"),
         ("console: oh no", "console.error('oh no')"),
         ("dialog: oh no", "setTimeout(() => alert('oh no'))"),
-        ("request elsewhere: http://elsewhere.example/", "setTimeout(() => location = 'http://elsewhere.example/')"),
+        ("request to another host: http://elsewhere.example/", "setTimeout(() => location = 'http://elsewhere.example/')"),
     ],
     ids=["script", "image", "exception", "console", "dialog", "request"],
 )
@@ -22,8 +22,8 @@ def test_each_forbidden_fault_fails_a_test(visit, faults, fault, script) -> None
     page = visit("/login")
     page.evaluate(f"() => {{ {script} }}")
     # Any request to Playwright delivers the pending events.
-    wait_until(lambda: page.context.cookies() is not None and faults.seen(fault), fault)
-    with pytest.raises(AssertionError, match="found fault"):
+    wait_until(lambda: page.context.cookies() is not None and faults.has_occurred(fault), fault)
+    with pytest.raises(AssertionError, match="unexpected faults"):
         faults.check()
     faults.expect(".")
 
@@ -32,7 +32,7 @@ def test_an_expected_fault_must_occur() -> None:
     faults = Faults("http://127.0.0.1:1")
     faults.check()
     faults.expect("401")
-    with pytest.raises(AssertionError, match="not seen"):
+    with pytest.raises(AssertionError, match="did not occur"):
         faults.check()
 
 

@@ -1,7 +1,7 @@
 """Every XSS vector of the published lists is shown as text, as a message and as a name.
 
-That no dialog opens, nothing is asked of another host, the policy has nothing to refuse and nothing goes wrong is
-checked at the end of each test, as of all tests in a browser.
+At the end of each browser test, the fixture `faults` asserts that no dialog opened, no other host was requested, no
+policy was violated and no error occurred.
 """
 
 import pytest
@@ -12,7 +12,7 @@ from models import Message
 from tests.browser.browsing import address, composer, message, shown, wait_until_live
 from tests.messages.test_rendering import ALLOWED, VECTORS
 
-PAGES = {
+PAGE_TAGS = {
     *("html", "head", "meta", "title", "link", "script", "body", "noscript", "main", "nav", "header", "div", "h1"),
     *("h2", "small", "svg", "path", "circle", "rect", "button", "form", "input", "label", "textarea", "kbd", "time"),
     *("dialog", "fieldset", "legend", "progress", "table", "caption", "thead", "tbody", "tr", "th", "td"),
@@ -21,7 +21,7 @@ PAGES = {
 ATTRIBUTES = {"href", "rel", "class", "start"}
 KINDS = {group: next(vector for vector in vectors if len(vector) <= 90) for group, vectors in VECTORS.items()}
 
-LOOK = """() => {
+COLLECT_ELEMENTS = """() => {
     const all = [...document.querySelectorAll("*")];
     const contents = [...document.querySelectorAll(".content *")];
     for (const element of document.querySelectorAll("main *, #toast *, dialog *"))
@@ -34,21 +34,21 @@ LOOK = """() => {
         attributes: unique(contents.flatMap((one) => one.getAttributeNames())),
         handlers: unique(all.flatMap((one) => one.getAttributeNames()).filter((name) => /^on|^style$/.test(name))),
         scripts: unique(all.filter((one) => one.localName === "script").map((one) => one.getAttribute("src"))),
-        leads: unique([...document.links].map((one) => one.protocol)),
+        schemes: unique([...document.links].map((one) => one.protocol)),
         texts: [...document.querySelectorAll(".notification .body")].map((one) => one.textContent),
     };
 }"""
 
 
-def look(page: Page) -> list[str]:
+def check_page(page: Page) -> list[str]:
     """Check all elements of the page; the bodies of its notifications."""
-    found = page.evaluate(LOOK)
-    assert set(found["tags"]) <= PAGES | ALLOWED.keys()
+    found = page.evaluate(COLLECT_ELEMENTS)
+    assert set(found["tags"]) <= PAGE_TAGS | ALLOWED.keys()
     assert set(found["inside"]) <= ALLOWED.keys()
     assert set(found["attributes"]) <= ATTRIBUTES
     assert found["handlers"] == []
     assert all(source.startswith("/static/page/") for source in found["scripts"])
-    assert set(found["leads"]) - {":"} <= {"http:", "https:", "mailto:"}
+    assert set(found["schemes"]) - {":"} <= {"http:", "https:", "mailto:"}
     return found["texts"]
 
 
@@ -58,7 +58,7 @@ def _pages_with_all_vectors(override) -> None:
     override(rate_limit_messages="1000000 per minute", rate_limit_default="1000000 per minute")
 
 
-def in_the_list(vector: str) -> str:
+def inbox_text(vector: str) -> str:
     """The vector as the inbox shows it."""
     return f"Sam: {excerpt(vector[:SOURCE_CHARACTERS], 100)}"
 
@@ -70,45 +70,45 @@ def test_every_vector_is_text_in_the_channel_and_the_inbox(visit, cast, post, ru
     assert len(ids) > 500
     page = visit(address(cast, cast.general, "?newest=1"), cast.vip)
     seen = shown(page)
-    look(page)
+    check_page(page)
     while page.locator("#older").count():
         page.goto(address(cast, cast.general, f"?before={seen[0]}"))
         seen = sorted({*shown(page), *seen})  # the page may load older ones by itself
-        look(page)
+        check_page(page)
     assert seen == ids
 
     page.goto("/inbox")
-    texts = look(page)
+    texts = check_page(page)
     older = page.get_by_role("link", name="Older notifications")
     while older.count():
         page.goto(older.get_attribute("href"))
-        texts += look(page)
+        texts += check_page(page)
     assert len(texts) == len(ids)
     for text, vector in zip(texts[::-1], vectors, strict=True):
-        assert text.split() == in_the_list(vector).split()
+        assert text.split() == inbox_text(vector).split()
 
 
 def test_live_vectors_of_each_kind_are_text(visit, worker, cast) -> None:
     writer = visit(address(cast, cast.general), cast.subscriber)
-    there = visit(address(cast, cast.general), cast.vip)
-    elsewhere = visit(address(cast, cast.announcements), cast.moderator)
+    same_channel = visit(address(cast, cast.general), cast.vip)
+    other_channel = visit(address(cast, cast.announcements), cast.moderator)
     inbox = visit("/inbox", cast.admin)
-    for page in (there, elsewhere, inbox):
+    for page in (same_channel, other_channel, inbox):
         wait_until_live(page)
     for number, vector in enumerate(KINDS.values(), start=1):
         composer(writer).fill(vector)
         writer.get_by_role("button", name="Send").click()
-        for page in (writer, there):
+        for page in (writer, same_channel):
             expect(page.locator("#messages li")).to_have_count(number)
-        expect(elsewhere.locator("#toast span")).to_have_text(in_the_list(vector))
+        expect(other_channel.locator("#toast span")).to_have_text(inbox_text(vector))
         expect(inbox.locator("#notifications li")).to_have_count(number)
-        for page in (writer, there, elsewhere, inbox):
-            look(page)
+        for page in (writer, same_channel, other_channel, inbox):
+            check_page(page)
     last = Message.select().order_by(Message.id.desc()).first()
-    for page, button in ((there, "Why?"), (writer, "Recipients")):
+    for page, button in ((same_channel, "Why?"), (writer, "Recipients")):
         message(page, last.id).get_by_role("button", name=button).click()
         expect(page.locator("dialog[open] .excerpt")).to_be_visible()
-        look(page)
+        check_page(page)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -126,11 +126,11 @@ def test_vectors_in_names_are_text(visit, worker, cast, post, api, kind) -> None
     expect(page).to_have_title(f"#{hostile} – Belfry")
     composer(page).press_sequentially("@sa")
     expect(page.get_by_role("option").locator("span")).to_have_text([hostile])  # a list, so that it is retried
-    look(page)
+    check_page(page)
     composer(page).fill("")
     page.locator("#setting-button").click()
     expect(page.locator("#setting-title")).to_have_text(f"Notifications from #{hostile}")
-    look(page)
+    check_page(page)
     page.goto("/inbox")
     expect(page.locator(".notification .title")).to_have_text(f"You were mentioned in Golden Signals #{hostile}")
     wait_until_live(page)
@@ -139,4 +139,4 @@ def test_vectors_in_names_are_text(visit, worker, cast, post, api, kind) -> None
     post("@vera")
     expect(page.locator("#toast small")).to_have_text(f"You were mentioned in Golden Signals #{hostile}")
     expect(page.locator("#toast span")).to_have_text(f"{hostile}: @vera")
-    look(page)
+    check_page(page)

@@ -36,7 +36,7 @@ def test_one_notification_is_marked_read_and_then_all(visit, cast, notified) -> 
     expect(page.get_by_role("link", name="Unread", exact=True)).to_have_attribute("aria-current", "page")
     assert shown(page) == [notified[2], notified[0]]
     item(page, notified[2]).get_by_role("button", name="Mark read").click()
-    wait_until(lambda: shown(page) == [notified[0]], "one that is unread")
+    wait_until(lambda: shown(page) == [notified[0]], "one unread notification")
     expect(item(page, notified[0]).get_by_role("link")).to_be_focused()
     page.get_by_role("button", name="Mark all read").click()
     expect(page.get_by_text("Nothing unread.")).to_be_visible()
@@ -51,7 +51,7 @@ def test_one_notification_is_marked_read_and_then_all(visit, cast, notified) -> 
 @pytest.mark.parametrize("status", [429, 503])
 def test_the_form_is_used_where_the_script_fails(visit, faults, cast, notified, status) -> None:
     faults.expect(f"status of {status}")
-    faults.allow(f"answer {status}")
+    faults.allow(f"response {status}")
     page = visit("/inbox", cast.vip)
     page.route("**/api/notifications/read", lambda route: route.fulfill(status=status, json={"detail": "Not now."}))
     item(page, notified[1]).get_by_role("button", name="Mark read").click()
@@ -87,13 +87,13 @@ def test_a_new_notification_appears(visit, worker, cast, notified, post) -> None
 def test_many_new_notifications_cause_few_requests(visit, worker, cast, post) -> None:
     page = visit("/inbox", cast.vip)
     wait_until_live(page)
-    asked = watch_requests(page, "xhr")
+    requests = watch_requests(page, "xhr")
     for number in range(60):
         last = post(f"number {number}")
         page.wait_for_timeout(30)  # a run for each
     expect(item(page, last)).to_be_visible()
     expect(bell(page)).to_have_text("60")
-    assert len(asked()) < 12
+    assert len(requests()) < 12
 
 
 def test_a_notification_opens_an_old_message(visit, cast, notified, post, run_jobs) -> None:
@@ -129,10 +129,10 @@ def test_older_notifications_are_on_another_page(visit, cast, post, run_jobs) ->
 def test_a_retracted_notification_disappears(visit, worker, cast, post, api) -> None:
     page = visit("/inbox", cast.vip)
     wait_until_live(page)
-    kept, gone = post("kept"), post("gone")
-    expect(item(page, gone)).to_be_visible()
-    api(cast.subscriber).delete(f"/api/messages/{gone}")
-    expect(item(page, gone)).to_have_count(0)
+    kept, deleted = post("kept"), post("deleted")
+    expect(item(page, deleted)).to_be_visible()
+    api(cast.subscriber).delete(f"/api/messages/{deleted}")
+    expect(item(page, deleted)).to_have_count(0)
     expect(item(page, kept)).to_be_visible()
     expect(bell(page)).to_have_text("1")
 

@@ -6,10 +6,10 @@ from playwright.sync_api import Locator, Page, expect
 
 from tests.browser.browsing import address, bell, composer, message, wait_until_live
 
-STOPS = 60  # Tab presses within which everything must be reached
+MAX_STOPS = 60  # Tab presses to reach any element
 
 
-def outlined(page: Page) -> bool:
+def has_visible_focus(page: Page) -> bool:
     """Whether the focus is visible: an outline of two pixels or more in an opaque colour."""
     return page.evaluate(
         """() => {
@@ -22,20 +22,20 @@ def outlined(page: Page) -> bool:
 
 def tab_to(page: Page, target: Locator, key: str = "Tab") -> None:
     """Press Tab until the target has the focus. Each stop must be visible, with a visible focus."""
-    passed = []
-    for _ in range(STOPS):
+    stops = []
+    for _ in range(MAX_STOPS):
         page.keyboard.press(key)
         stop = page.evaluate(
             "() => document.activeElement.outerHTML.slice(0, 120).replace(/\\s+/g, ' ')",
         )
-        passed.append(stop)
+        stops.append(stop)
         if stop.startswith("<body"):
             continue  # the browser's own stop after the last element
-        assert outlined(page), f"no focus is to be seen at {stop}"
+        assert has_visible_focus(page), f"the focus is not visible at {stop}"
         if target.evaluate("target => target === document.activeElement"):
             expect(target).to_be_in_viewport()
             return
-    raise AssertionError(f"not reached by {key}; passed {passed}")
+    raise AssertionError(f"{key} does not reach the target; stops: {stops}")
 
 
 def test_a_whole_visit_by_keyboard(visit, worker, cast, post) -> None:
@@ -76,7 +76,7 @@ def test_a_whole_visit_by_keyboard(visit, worker, cast, post) -> None:
     keyboard.press("Enter")
     expect(page.locator("#messages .mention")).to_have_text("@moira")
     expect(composer(page)).to_be_focused()
-    assert outlined(page)
+    assert has_visible_focus(page)
 
     # Open "Why?"; Escape returns the focus.
     why = message(page, second).get_by_role("button", name="Why?")
@@ -86,7 +86,7 @@ def test_a_whole_visit_by_keyboard(visit, worker, cast, post) -> None:
     expect(page.get_by_role("dialog", name="Why?").get_by_role("button", name="Close")).to_be_focused()
     keyboard.press("Escape")
     expect(why).to_be_focused()
-    assert outlined(page)
+    assert has_visible_focus(page)
     run = page.get_by_role("button", name="Recipients")
     tab_to(page, run)
     keyboard.press("Space")
@@ -125,12 +125,12 @@ def test_a_whole_visit_by_keyboard(visit, worker, cast, post) -> None:
     expect(bell(page)).to_have_text("1")
     link = page.locator(f"#notifications [data-id='{fourth}']").get_by_role("link")
     expect(link).to_be_focused()
-    assert outlined(page)
+    assert has_visible_focus(page)
     tab_to(page, page.get_by_role("button", name="Mark all read"), "Shift+Tab")
     keyboard.press("Enter")
     expect(bell(page)).to_be_hidden()
     expect(page.get_by_role("link", name="All", exact=True)).to_be_focused()
-    assert outlined(page)
+    assert has_visible_focus(page)
     tab_to(page, page.locator(f"#notifications [data-id='{third}']").get_by_role("link"))
     keyboard.press("Enter")
     page.wait_for_url(f"**#message-{third}")

@@ -41,7 +41,7 @@ def test_the_menu_opens_and_closes(visit, worker, cast, post) -> None:
     expect(page.get_by_role("button", name="Channels")).to_be_focused()
 
 
-def test_enter_begins_a_line_and_the_button_sends(visit, cast) -> None:
+def test_enter_inserts_a_line_break_and_the_button_sends(visit, cast) -> None:
     page = visit(address(cast, cast.general), cast.vip, **PHONE)
     composer(page).press_sequentially("one")
     composer(page).press("Enter")

@@ -10,8 +10,8 @@ from belfry.core.db import execute
 from belfry.queue import queues
 from models import Run
 from tests.browser.browsing import address, message, wait_until_live
-from tests.fanout_helpers import notifications_that
-from tests.processes import a_worker
+from tests.fanout_helpers import fault_on_insert
+from tests.processes import worker_process
 
 
 def test_a_retry_is_announced_and_its_success_shown(visit, cast, post):
@@ -21,8 +21,8 @@ def test_a_retry_is_announced_and_its_success_shown(visit, cast, post):
     state = page.locator("#run-state")
     expect(state).to_have_text("Waiting …")
     with ExitStack() as fault:
-        fault.enter_context(notifications_that("RAISE 'the disk is full';"))
-        with a_worker(RETRY_BASE_DELAY_SECONDS="4"):
+        fault.enter_context(fault_on_insert("RAISE 'the disk is full';"))
+        with worker_process(RETRY_BASE_DELAY_SECONDS="4"):
             expect(state).to_have_text(re.compile(r"Attempt 1 failed: the database cannot store notifications\."))
             expect(state).to_have_text(re.compile(r"Next attempt (in \d+ s|soon)\."))
             fault.close()
@@ -65,5 +65,5 @@ def test_delayed_notifications_are_said_and_messages_still_arrive(visit, cast, p
     expect(message(page, number)).to_be_visible()
     execute("UPDATE run SET state = 'queued', attempts = 0, attempts_left = 6")
     queues.enqueue_run(Run.get().id)
-    with a_worker():
+    with worker_process():
         expect(connection).to_have_text("Live")

@@ -5,7 +5,7 @@ from playwright.sync_api import expect
 
 from tests.browser.browsing import bell, composer, message, shown
 
-QUIET = {"java_script_enabled": False}
+WITHOUT_SCRIPT = {"java_script_enabled": False}
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def ids(post, cast, run_jobs) -> list[int]:
 
 
 def test_channels_and_messages_are_readable_without_a_script(visit, cast, ids) -> None:
-    page = visit("/", cast.vip, **QUIET)
+    page = visit("/", cast.vip, **WITHOUT_SCRIPT)
     expect(page.get_by_role("link", name="#general 60 unread")).to_be_visible()
     expect(page.get_by_role("link", name="#announcements 1 unread, 1 mentioning you")).to_be_visible()
     expect(page.get_by_role("link", name="Inbox, 61 unread, 1 mentioning you")).to_be_visible()
@@ -40,7 +40,7 @@ def test_channels_and_messages_are_readable_without_a_script(visit, cast, ids) -
 
 
 def test_the_inbox_is_marked_read_without_a_script(visit, cast, ids) -> None:
-    page = visit("/inbox?unread=1", cast.vip, **QUIET)
+    page = visit("/inbox?unread=1", cast.vip, **WITHOUT_SCRIPT)
     page.get_by_role("link", name="Older notifications").click()
     assert shown(page) == ids[10::-1]
     page.get_by_role("link", name="Unread", exact=True).click()
@@ -56,14 +56,14 @@ def test_the_inbox_is_marked_read_without_a_script(visit, cast, ids) -> None:
 
 
 def test_the_channels_are_reachable_on_a_phone_without_a_script(visit, cast, ids) -> None:
-    page = visit("/", cast.vip, **QUIET, viewport={"width": 390, "height": 844})
+    page = visit("/", cast.vip, **WITHOUT_SCRIPT, viewport={"width": 390, "height": 844})
     page.get_by_role("button", name="Channels").click()
     page.get_by_role("link", name="#announcements").click()
     expect(message(page, ids[60])).to_be_in_viewport()
 
 
 def test_signing_in_and_out_without_a_script(visit, cast) -> None:
-    page = visit("/", **QUIET)
+    page = visit("/", **WITHOUT_SCRIPT)
     page.get_by_label("Token").fill(cast.vip.token)
     page.get_by_role("button", name="Sign in").click()
     expect(page.get_by_role("heading", level=1)).to_contain_text("#general")

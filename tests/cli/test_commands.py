@@ -14,13 +14,14 @@ from tools.dev import stack
 
 
 def test_create_user_prints_the_user_and_the_token_once(command, client):
-    made = json.loads(command("create-user", "Gil", "--admin", "--display-name", "Gil G", "--token", "--json").stdout)
-    assert made["username"] == "gil"
-    me = client.get("/api/me", headers={"Authorization": f"Bearer {made['token']}"}).get_json()
+    options = ("--admin", "--display-name", "Gil G", "--token", "--json")
+    created = json.loads(command("create-user", "Gil", *options).stdout)
+    assert created["username"] == "gil"
+    me = client.get("/api/me", headers={"Authorization": f"Bearer {created['token']}"}).get_json()
     assert (me["name"], me["is_admin"]) == ("Gil G", True)
     again = json.loads(command("create-token", "GIL", "--json").stdout)
-    assert again["token"] != made["token"]
-    assert made["token"] not in command("create-user", "ann", "--subscription", "active").stdout
+    assert again["token"] != created["token"]
+    assert created["token"] not in command("create-user", "ann", "--subscription", "active").stdout
     assert Subscription.get().status == "active"
 
 
@@ -28,13 +29,13 @@ def test_a_token_expires_after_the_given_days(command, cast):
     def expires_at(token: str):
         return ApiToken.get(ApiToken.token_hash == tokens.hash_token(token)).expires_at
 
-    made = json.loads(command("create-token", "sam", "--days", "7", "--json").stdout)
-    assert datetime.fromisoformat(made["expires_at"]) == expires_at(made["token"])
-    assert abs(expires_at(made["token"]) - datetime.now(UTC) - timedelta(days=7)) < timedelta(minutes=5)
-    forever = json.loads(command("create-token", "sam", "--json").stdout)
-    assert forever["expires_at"] is expires_at(forever["token"]) is None
+    created = json.loads(command("create-token", "sam", "--days", "7", "--json").stdout)
+    assert datetime.fromisoformat(created["expires_at"]) == expires_at(created["token"])
+    assert abs(expires_at(created["token"]) - datetime.now(UTC) - timedelta(days=7)) < timedelta(minutes=5)
+    unlimited = json.loads(command("create-token", "sam", "--json").stdout)
+    assert unlimited["expires_at"] is expires_at(unlimited["token"]) is None
     env = {**os.environ, "DATABASE_URL": settings.database_url}
-    assert expires_at(stack.new_token(env, "sam")), "as `make run` makes them"
+    assert expires_at(stack.new_token(env, "sam")), "tokens of `make run` expire"
 
 
 @pytest.mark.parametrize("name", ["ab", "a" * 33, "everyone", "belfry", "Ünal", "dot.", "_dash", "two words", "nul\0"])
@@ -55,11 +56,11 @@ def test_taken_and_unknown_usernames_are_reported(command, cast):
 
 
 def test_seed_creates_a_server_with_every_admin_as_a_member(command, cast):
-    made = json.loads(command("seed", "--members", "120", "--channels", "4", "--json").stdout)
-    assert made["members"] == 120
-    assert len(made["channel_ids"]) == 4
-    assert made["usernames"][0] == "member-1"
-    members = {member.user_id for member in Member.select().where(Member.server == made["server_id"])}
+    created = json.loads(command("seed", "--members", "120", "--channels", "4", "--json").stdout)
+    assert created["members"] == 120
+    assert len(created["channel_ids"]) == 4
+    assert created["usernames"][0] == "member-1"
+    members = {member.user_id for member in Member.select().where(Member.server == created["server_id"])}
     assert len(members) == 121
     assert cast.admin.id in members
     statuses = {subscription.status for subscription in Subscription.select()}

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from belfry.core import logging_setup
-from tests.processes import a_web_process_and_its_log, wait_until
+from tests.processes import wait_until, web_process_with_log
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def test_json_lines_are_printable_and_keep_the_original_text(capsys):
 def test_a_request_cannot_inject_a_line_into_the_log_of_the_web_process(access_log):
     hostile = "/x%0a2026-11-26%2009:00:00,000%20CRITICAL%20root:%20all%20is%20lost%1b%5b31m%c2%9b2J%e2%80%a8%e2%80%ae"
     options = {"GUNICORN_CMD_ARGS": "--access-logfile -"} if access_log else {}
-    with a_web_process_and_its_log(LOG_FORMAT="text", **options) as (address, process):
+    with web_process_with_log(LOG_FORMAT="text", **options) as (address, process):
         request = urllib.request.Request(address + hostile, headers={"User-Agent": "a\x9b31m\x85b"})
         with pytest.raises(urllib.error.HTTPError, match="404"):
             urllib.request.urlopen(request, timeout=20)

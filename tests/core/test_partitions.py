@@ -19,7 +19,16 @@ from belfry.messages import messages
 from belfry.worker import maintenance
 from config import settings
 from models import User
-from tests.fanout_helpers import advance, crowd, do, generic_plans, parts_of, run_to_end, statements, stats
+from tests.fanout_helpers import (
+    add_members,
+    claim_and_process,
+    generic_plans,
+    process_next,
+    remaining_work_items,
+    run_to_end,
+    statements,
+    stats,
+)
 from tests.fanout_helpers import post as write
 from tests.processes import wait_until
 
@@ -90,7 +99,7 @@ def test_every_message_id_has_a_partition_and_two_empty_partitions_follow():
 
 
 def test_a_full_partition_is_closed_and_the_next_message_starts_the_next_partition(api, cast, full_at, run_jobs):
-    crowd(cast.server_id, 20)
+    add_members(cast.server_id, 20)
     first = post(cast)
     full_at(100)
     partitions.maintain()
@@ -125,7 +134,7 @@ def test_a_partition_that_is_not_full_receives_the_next_message(cast, full_at):
 def test_the_size_of_a_partition_grows_with_the_number_of_accounts_and_rows(
     cast, full_at, override, constant, above_size, below_size
 ):
-    crowd(cast.server_id, 200)
+    add_members(cast.server_id, 200)
     execute("ANALYZE user_account")
     post(cast)
     full_at(100)
@@ -240,7 +249,7 @@ def test_explain_and_replay_report_that_old_notifications_are_not_kept(api, cast
 
 def test_a_replay_after_the_drop_notifies_nobody_twice(api, cast, retention_days, full_at):
     old = post(cast, days_ago=40)
-    crowd(cast.server_id, 1)
+    add_members(cast.server_id, 1)
     begin_partition(full_at)
     post(cast)
     run_id = fetch_one("SELECT id FROM run WHERE message_id = %(id)s", {"id": old})["id"]
@@ -260,7 +269,7 @@ def old_message_with_a_replay(api, cast, full_at):
     Return the ids of message and run.
     """
     old = post(cast, days_ago=40)
-    crowd(cast.server_id, 1)
+    add_members(cast.server_id, 1)
     begin_partition(full_at)
     post(cast)
     run_id = fetch_one("SELECT id FROM run WHERE message_id = %(id)s", {"id": old})["id"]
@@ -295,17 +304,17 @@ def try_to_drop():
 
 @pytest.mark.parametrize("in_slices", [False, True])
 def test_a_running_replay_keeps_its_partition_and_notifies_nobody_twice(
-    api, cast, retention_days, full_at, slices_of, in_slices
+    api, cast, retention_days, full_at, set_slice_size, in_slices
 ):
     old, run_id = old_message_with_a_replay(api, cast, full_at)
     before = notified_users(old)
     item = WorkItem(run_id)
     if in_slices:
-        slices_of(2)
-        advance(run_id)
-        item = parts_of(run_id)[-1]
+        set_slice_size(2)
+        process_next(run_id)
+        item = remaining_work_items(run_id)[-1]
     retention_days(30)
-    run_blocked_by_member_lock(lambda: do(item), try_to_drop)
+    run_blocked_by_member_lock(lambda: claim_and_process(item), try_to_drop)
     assert [user for user in notified_users(old) if user in before] == before, "earlier notifications are kept"
     assert len(notified_users(old)) == len(before) + 1
     assert run_to_end(run_id) == "succeeded"

@@ -17,15 +17,15 @@ from belfry.queue import queues
 from belfry.worker import cleanup, maintenance
 from models import MAX_ATTEMPTS
 from tests.fanout_helpers import (
-    EVERYBODY,
+    PLAIN_MESSAGE_STATS,
     Killed,
-    advance,
-    crowd,
-    do,
-    fail_at_slice,
-    notifications_that,
-    parts_of,
+    add_members,
+    claim_and_process,
+    fail_at_work_item,
+    fault_on_insert,
     post,
+    process_next,
+    remaining_work_items,
     run_of,
     run_to_end,
     statements,
@@ -39,9 +39,9 @@ def claim_and_die(at_failpoint) -> Callable[[WorkItem], None]:
     """Claim a work item and die before the commit."""
 
     def die(item: WorkItem) -> None:
-        fail_at_slice(at_failpoint, 1, Killed())
+        fail_at_work_item(at_failpoint, 1, Killed())
         with pytest.raises(Killed):
-            do(item)
+            claim_and_process(item)
 
     return die
 
@@ -72,12 +72,12 @@ def run(cast) -> int:
 
 
 @pytest.fixture
-def large_run(cast, slices_of) -> int:
+def large_run(cast, set_slice_size) -> int:
     """A run with 25 members whose five slices are planned."""
-    crowd(cast.server_id, 20)
-    slices_of(5)
+    add_members(cast.server_id, 20)
+    set_slice_size(5)
     _, run_id = post(cast.subscriber, cast.general)
-    advance(run_id)
+    process_next(run_id)
     return run_id
 
 
@@ -94,11 +94,11 @@ def test_an_overtaken_attempt_writes_nothing(run):
     assert (run_of(run)["state"], run_of(run)["members_processed"], run_of(run)["error"]) == ("running", 0, None)
     fanout.process_work_item(WorkItem(run), in_time)
     assert fanout.process_work_item(WorkItem(run), late) is None
-    assert (run_of(run)["state"], stats(run)) == ("succeeded", EVERYBODY)
+    assert (run_of(run)["state"], stats(run)) == ("succeeded", PLAIN_MESSAGE_STATS)
 
 
 def test_an_overtaken_attempt_of_a_slice_writes_nothing(large_run):
-    item = parts_of(large_run)[2]
+    item = remaining_work_items(large_run)[2]
     late, in_time = claims.claim(item), claims.claim(item)
     assert fanout.process_work_item(item, late) is None
     claims.record_failure(item, late, "too late", None)
@@ -131,7 +131,7 @@ def test_a_failure_is_shown_on_the_run_while_it_is_retried(run):
 
 
 def test_a_failure_of_a_slice_is_shown_on_the_run_while_it_is_retried(large_run):
-    item = parts_of(large_run)[1]
+    item = remaining_work_items(large_run)[1]
     claims.record_failure(item, claims.claim(item), "OperationalError: the disk is full", 30)
     assert (run_of(large_run)["state"], run_of(large_run)["error"]) == ("running", "OperationalError: the disk is full")
     assert overdue() == []
@@ -152,12 +152,12 @@ def test_a_failure_without_attempts_left_is_final_and_keeps_its_error(run):
 
 
 def test_a_slice_that_keeps_failing_fails_the_run_and_delays_no_other_slice(large_run):
-    poison, *others = parts_of(large_run)
+    poison, *others = remaining_work_items(large_run)
     for number in range(MAX_ATTEMPTS):
         claims.record_failure(poison, claims.claim(poison), f"failure {number + 1}", 0)
     assert (run_of(large_run)["state"], run_of(large_run)["error"]) == ("failed", f"failure {MAX_ATTEMPTS}")
     for item in others:
-        do(item)
+        claim_and_process(item)
     run = run_of(large_run)
     assert (run["state"], run["error"]) == ("failed", f"failure {MAX_ATTEMPTS}")
     assert (run["members_processed"], run["members_total"]) == (20, 25)
@@ -166,17 +166,17 @@ def test_a_slice_that_keeps_failing_fails_the_run_and_delays_no_other_slice(larg
 
     assert recovery.retry_failed([large_run]) == [poison]
     assert (run_of(large_run)["state"], run_of(large_run)["error"]) == ("running", None)
-    do(poison)
+    claim_and_process(poison)
     run = run_of(large_run)
     assert (run["state"], run["members_processed"], run["error"]) == ("succeeded", 25, None)
     assert verify() == []
 
 
 def test_each_slice_has_its_own_attempts(large_run, claim_and_die):
-    for item in parts_of(large_run):
+    for item in remaining_work_items(large_run):
         for _ in range(MAX_ATTEMPTS - 1):
             claim_and_die(item)
-        do(item)
+        claim_and_process(item)
     assert (run_of(large_run)["state"], stats(large_run)["audience"]) == ("succeeded", 25)
     assert run_of(large_run)["attempts"] == 1 + 5 * (MAX_ATTEMPTS - 1)
 
@@ -186,8 +186,8 @@ def test_each_slice_has_its_own_attempts(large_run, claim_and_die):
 
 def test_failed_runs_are_retried_with_their_progress_and_all_attempts(cast, large_run, claim_and_die):
     _, small_run = post(cast.subscriber, cast.general)
-    do(parts_of(large_run)[0])
-    failing = parts_of(large_run)[1]
+    claim_and_process(remaining_work_items(large_run)[0])
+    failing = remaining_work_items(large_run)[1]
     for item in (failing, WorkItem(small_run)):
         for _ in range(MAX_ATTEMPTS):
             claims.record_failure(item, claims.claim(item), "why", 0)
@@ -204,7 +204,7 @@ def test_failed_runs_are_retried_with_their_progress_and_all_attempts(cast, larg
 
 def test_a_failed_run_is_not_retried_automatically(cast, large_run):
     _, small_run = post(cast.subscriber, cast.general)
-    failing = parts_of(large_run)[0]
+    failing = remaining_work_items(large_run)[0]
     for item in (failing, WorkItem(small_run)):
         for _ in range(MAX_ATTEMPTS):
             claims.record_failure(item, claims.claim(item), "why", 0)
@@ -229,7 +229,7 @@ def test_a_run_whose_attempts_all_end_without_an_error_fails(run, run_jobs, clai
 
 
 def test_a_slice_whose_attempts_all_end_without_an_error_fails_its_run(large_run, claim_and_die):
-    item = parts_of(large_run)[3]
+    item = remaining_work_items(large_run)[3]
     for _ in range(MAX_ATTEMPTS):
         claim_and_die(item)
     make_all_overdue()
@@ -262,7 +262,7 @@ def test_an_overdue_run_is_found_once_and_only_while_it_is_unlocked(run, in_anot
 
 
 def test_an_overdue_slice_is_found_once_and_only_while_it_is_unlocked(large_run, in_another_session):
-    items = parts_of(large_run)
+    items = remaining_work_items(large_run)
     assert overdue() == []
     make_all_overdue()
     with in_another_session(f"SELECT FROM slice WHERE after_user_id = {items[2].after_user_id} FOR NO KEY UPDATE"):
@@ -280,7 +280,7 @@ def test_a_run_that_waits_in_the_queue_is_not_overdue(cast):
 
 
 def test_a_slice_that_waits_in_the_queue_is_not_overdue(large_run):
-    items = parts_of(large_run)
+    items = remaining_work_items(large_run)
     make_all_overdue()
     assert recovery.requeue_lost_slices(WorkItem(large_run - 1, items[-1].after_user_id)) == []
     assert recovery.requeue_lost_slices(items[2]) == items[:2]
@@ -307,7 +307,7 @@ def test_a_claim_of_a_locked_work_item_does_not_wait(run, large_run, in_another_
     with in_another_session("SELECT FROM run FOR NO KEY UPDATE"):
         assert claims.claim(WorkItem(run)) is None
     with in_another_session("SELECT FROM slice FOR NO KEY UPDATE"):
-        assert claims.claim(parts_of(large_run)[0]) is None
+        assert claims.claim(remaining_work_items(large_run)[0]) is None
     assert claims.claim(WorkItem(run)) == 1
 
 
@@ -368,11 +368,11 @@ def make_unlocked_overdue() -> None:
 
 
 def test_a_work_item_without_attempts_left_is_failed_and_never_enqueued(run, large_run):
-    for item in (WorkItem(run), parts_of(large_run)[0]):
+    for item in (WorkItem(run), remaining_work_items(large_run)[0]):
         for _ in range(MAX_ATTEMPTS):
             claims.claim(item)
     make_all_overdue()
-    assert overdue() == parts_of(large_run)[1:]
+    assert overdue() == remaining_work_items(large_run)[1:]
     assert len(recovery.fail_exhausted()) == 2
     assert [run_of(run_id)["state"] for run_id in (run, large_run)] == ["failed", "failed"]
 
@@ -391,7 +391,7 @@ def test_a_run_is_not_failed_because_workers_overtake_each_other(run):
 
 
 def test_a_slice_is_not_failed_because_workers_overtake_each_other(large_run):
-    item = parts_of(large_run)[1]
+    item = remaining_work_items(large_run)[1]
     late = claims.claim(item)
     for _ in range(3 * MAX_ATTEMPTS):
         make_all_overdue()
@@ -403,7 +403,7 @@ def test_a_slice_is_not_failed_because_workers_overtake_each_other(large_run):
 
 
 def test_released_attempts_are_limited_and_do_not_revive_a_failed_run(run, large_run):
-    small, item = WorkItem(run), parts_of(large_run)[0]
+    small, item = WorkItem(run), remaining_work_items(large_run)[0]
     for one in (small, item):
         claims.release(one)
         for _ in range(MAX_ATTEMPTS):
@@ -418,7 +418,7 @@ def test_released_attempts_are_limited_and_do_not_revive_a_failed_run(run, large
 
 
 def test_nothing_is_requeued_within_the_grace_for_a_slow_database(run, large_run):
-    item = parts_of(large_run)[0]
+    item = remaining_work_items(large_run)[0]
     for one in (WorkItem(run), item):
         for _ in range(MAX_ATTEMPTS):
             claims.claim(one)
@@ -428,7 +428,7 @@ def test_nothing_is_requeued_within_the_grace_for_a_slow_database(run, large_run
     execute("UPDATE slice SET attempts_left = 1 WHERE attempts_left = 0")
     assert (recovery.requeue_lost_runs(None, grace=60), recovery.requeue_lost_slices(None, grace=60)) == ([], [])
     lost = recovery.requeue_lost_runs(None) + recovery.requeue_lost_slices(None)
-    assert lost == [WorkItem(run), *parts_of(large_run)]
+    assert lost == [WorkItem(run), *remaining_work_items(large_run)]
 
 
 def test_the_sweeper_waits_for_each_scheduled_retry(cast, run_jobs):
@@ -436,7 +436,7 @@ def test_the_sweeper_waits_for_each_scheduled_retry(cast, run_jobs):
     assert queues.enqueue_run(run_id)
     queue = queues.queue()
     for retry in range(MAX_ATTEMPTS - 1):
-        with notifications_that():
+        with fault_on_insert():
             run_jobs()
         (job_id,) = queue.scheduled_job_registry.get_job_ids()
         intervals = queue.fetch_job(job_id).retry_intervals
@@ -446,7 +446,7 @@ def test_the_sweeper_waits_for_each_scheduled_retry(cast, run_jobs):
         redis = redis_connection()
         redis.zadd(queue.scheduled_job_registry.key, {job_id: 0})  # it is due
         maintenance.sweep()
-    with notifications_that():
+    with fault_on_insert():
         run_jobs()
     assert (run_of(run_id)["state"], run_of(run_id)["attempts"]) == ("failed", MAX_ATTEMPTS)
     assert len(queue.scheduled_job_registry) == queue.count == 0
@@ -470,9 +470,9 @@ def test_a_retry_transaction_has_an_idle_timeout(run):
 
 def test_a_statement_times_out_before_rq_interrupts_its_job(run, override):
     override(job_timeout_seconds=2)
-    with notifications_that("PERFORM pg_sleep(3);"), pytest.raises(OperationalError, match="statement timeout"):
-        do(WorkItem(run))
-    assert parts_of(run) == [WorkItem(run)], "nothing has changed"
+    with fault_on_insert("PERFORM pg_sleep(3);"), pytest.raises(OperationalError, match="statement timeout"):
+        claim_and_process(WorkItem(run))
+    assert remaining_work_items(run) == [WorkItem(run)], "nothing has changed"
     run_to_end(run)
 
 
@@ -506,8 +506,8 @@ def idle_limits(monkeypatch) -> dict[str, str]:
     return seen
 
 
-def test_every_transaction_that_locks_has_an_idle_timeout(api, cast, slices_of, run_jobs, idle_limits):
-    slices_of(3)
+def test_every_transaction_that_locks_has_an_idle_timeout(api, cast, set_slice_size, run_jobs, idle_limits):
+    set_slice_size(3)
     author = api(cast.subscriber)
     body = {"channel_id": cast.general, "content": "gold"}
     message = author.post("/api/messages", json=body, headers={"Idempotency-Key": "k"}).get_json()

@@ -20,7 +20,16 @@ from belfry.messages import messages
 from belfry.servers import servers
 from belfry.servers.preferences import set_preference
 from models import User
-from tests.fanout_helpers import crowd, do, notified, parts_of, post, post_and_notify, run_to_end, wants_mentions_only
+from tests.fanout_helpers import (
+    add_members,
+    claim_and_process,
+    notified,
+    post,
+    post_and_notify,
+    remaining_work_items,
+    run_to_end,
+    set_mentions_only,
+)
 from tests.overrides import overridden
 from tests.people import Cast, make_cast
 
@@ -41,8 +50,8 @@ def a_server() -> Iterator[tuple[Cast, list[int]]]:
 
 def make_server() -> tuple[Cast, list[int]]:
     cast = make_cast()
-    many = crowd(cast.server_id, 8)
-    wants_mentions_only(cast.vip, cast.general)
+    many = add_members(cast.server_id, 8)
+    set_mentions_only(cast.vip, cast.general)
     for user_id, level in ((many[0], "mentions"), (many[1], "none"), (many[4], "mentions")):
         set_preference(User.get_by_id(user_id), cast.general, level, None)
     servers.put_member(cast.server_id, many[4], [cast.vip_role])
@@ -88,7 +97,7 @@ def test_the_last_revision_decides_for_any_order_of_jobs(data):
                 else:  # keep enough attempts for any number of repetitions
                     execute("UPDATE run SET attempts_left = 6; UPDATE slice SET attempts_left = 6")
         while left := unfinished():
-            do(data.draw(st.sampled_from(left), label="remaining"))
+            claim_and_process(data.draw(st.sampled_from(left), label="remaining"))
         for attempt in claimed:
             fanout.process_work_item(*attempt)
 
@@ -102,12 +111,12 @@ def test_the_last_revision_decides_for_any_order_of_jobs(data):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_the_last_revision_decides_with_concurrent_edits_and_workers(cast, slices_of, seed):
+def test_the_last_revision_decides_with_concurrent_edits_and_workers(cast, set_slice_size, seed):
     """Three workers and an author who edits, each in its own thread with its own connection."""
-    crowd(cast.server_id, 40)
+    add_members(cast.server_id, 40)
     rng = random.Random(seed)
-    wants_mentions_only(cast.vip, cast.general)
-    slices_of(7)
+    set_mentions_only(cast.vip, cast.general)
+    set_slice_size(7)
     texts = [rng.choice(TEXTS) for _ in range(6)]
     message_id, _ = post(cast.moderator, cast.general, texts[0])
     edited = threading.Event()
@@ -150,13 +159,13 @@ def test_the_last_revision_decides_with_concurrent_edits_and_workers(cast, slice
     assert verify() == []
 
 
-def test_a_deletion_ends_every_run_of_the_message(cast, slices_of):
-    crowd(cast.server_id, 20)
-    slices_of(6)
+def test_a_deletion_ends_every_run_of_the_message(cast, set_slice_size):
+    add_members(cast.server_id, 20)
+    set_slice_size(6)
     message_id, first = post(cast.moderator, cast.general, "@vera")
     second = messages.edit_message(cast.moderator.user, message_id, "@everyone").run_id
     for run_id in (first, second, first, second):
-        item = parts_of(run_id)[0]
+        item = remaining_work_items(run_id)[0]
         fanout.process_work_item(item, claims.claim(item))
     messages.delete_message(cast.moderator.user, message_id)
     before = notified(message_id)

@@ -23,7 +23,7 @@ from belfry.fanout.decision import DECISIONS, DECISIONS_SQL, decision_for, load_
 from belfry.messages.explanation import explain
 from models import SUBSCRIPTION_STATUSES
 from tests.fanout_helpers import run_to_end
-from tests.oracle import NOTIFY_DECISIONS, Community, Member, Preference, Subscription, decision, decisions, statistics
+from tests.oracle import NOTIFY_DECISIONS, Member, Preference, Scenario, Subscription, decision, decisions, statistics
 from tests.overrides import overridden
 
 SERVER, OTHER_SERVER = 1, 2
@@ -66,13 +66,13 @@ def _json(value: Any) -> str:
     return json.dumps(value, default=datetime.isoformat)
 
 
-def store(community: Community) -> None:
-    """Insert a community, with its numbers as ids.
+def store(scenario: Scenario) -> None:
+    """Insert a scenario, with its numbers as ids.
 
     Also insert rows that must have no effect: all members are in another server too, with a role there, and
     have switched off another channel.
     """
-    members = community.members
+    members = scenario.members
     admins = {number: member.admin for number, member in members.items()}
     people = dict.fromkeys((*STRANGERS, *MEMBERS), False) | admins
     insert("user_account", [{"id": n, "username": f"user-{n}", "name": "U", "is_admin": people[n]} for n in people])
@@ -99,13 +99,13 @@ def store(community: Community) -> None:
     insert(
         "channel",
         [
-            {"id": CHANNEL, "server_id": SERVER, "name": "this", "private": community.private, "posting": "members"},
+            {"id": CHANNEL, "server_id": SERVER, "name": "this", "private": scenario.private, "posting": "members"},
             {"id": OTHER_CHANNEL, "server_id": SERVER, "name": "other", "private": False, "posting": "members"},
         ],
     )
     insert(
         "channel_role",
-        [{"channel_id": CHANNEL, "role_id": id_, "server_id": SERVER} for id_ in community.opening_roles],
+        [{"channel_id": CHANNEL, "role_id": id_, "server_id": SERVER} for id_ in scenario.channel_roles],
     )
     nothing = Preference("none")
     insert(
@@ -117,15 +117,15 @@ def store(community: Community) -> None:
             if preference
         ],
     )
-    message = {"id": MESSAGE, "channel_id": CHANNEL, "author_id": community.author, "content": "content"}
-    insert("message", [{**message, **mentions_of(community), "visible_to_user_id": community.only_for}])
+    message = {"id": MESSAGE, "channel_id": CHANNEL, "author_id": scenario.author, "content": "content"}
+    insert("message", [{**message, **mentions_of(scenario), "visible_to_user_id": scenario.only_for}])
 
 
-def mentions_of(community: Community) -> dict[str, Any]:
+def mentions_of(scenario: Scenario) -> dict[str, Any]:
     return {
-        "mentioned_users": sorted(community.named),
-        "mentioned_roles": sorted(community.named_roles),
-        "mentions_everyone": community.everyone,
+        "mentioned_users": sorted(scenario.mentioned),
+        "mentioned_roles": sorted(scenario.mentioned_roles),
+        "mentions_everyone": scenario.everyone,
     }
 
 
@@ -165,7 +165,7 @@ def preferences(now: datetime) -> st.SearchStrategy[Preference | None]:
 SOME_ROLES = [frozenset(roles) for count in range(4) for roles in combinations(ROLES, count)]
 
 
-def communities(now: datetime) -> st.SearchStrategy[Community]:
+def scenarios(now: datetime) -> st.SearchStrategy[Scenario]:
     anybody = st.sampled_from([*MEMBERS, *STRANGERS])
     some_roles = st.sampled_from(SOME_ROLES)
     member = st.builds(
@@ -176,19 +176,19 @@ def communities(now: datetime) -> st.SearchStrategy[Community]:
         preference=preferences(now),
     )
     return st.builds(
-        Community,
+        Scenario,
         members=st.dictionaries(st.sampled_from(MEMBERS), member, min_size=6),
         author=anybody,
         private=st.sampled_from([False, False, True]),
-        opening_roles=some_roles,
-        named=st.frozensets(anybody, max_size=6),
-        named_roles=st.sampled_from([frozenset(), *SOME_ROLES[:4]]),
+        channel_roles=some_roles,
+        mentioned=st.frozensets(anybody, max_size=6),
+        mentioned_roles=st.sampled_from([frozenset(), *SOME_ROLES[:4]]),
         everyone=st.sampled_from([False, False, False, True]),
         only_for=st.sampled_from([None] * 20 + [*MEMBERS[:4], STRANGERS[0]]),
     )
 
 
-RANDOM_COMMUNITIES = settings(
+RANDOM_SCENARIOS = settings(
     deadline=None,
     database=None,
     derandomize=True,  # the same examples each time, so that a failure is reproducible
@@ -196,59 +196,60 @@ RANDOM_COMMUNITIES = settings(
 )
 
 
-@settings(RANDOM_COMMUNITIES, max_examples=175)
+@settings(RANDOM_SCENARIOS, max_examples=175)
 @given(st.data(), st.integers(1, 20))
 def test_decisions_agree_with_the_oracle_for_any_slice_size(data, fanout_slice_size):
     with constant_time() as now, overridden(fanout_slice_size=fanout_slice_size):
-        community = data.draw(communities(now))
-        store(community)
-        expected = decisions(community, now)
+        scenario = data.draw(scenarios(now))
+        store(scenario)
+        expected = decisions(scenario, now)
         expected_notifications = {number: reason for number, reason in expected.items() if reason in NOTIFY_DECISIONS}
 
         subject = load_fanout_message(MESSAGE)
         found = fetch_all(DECISIONS_SQL, subject.parameters(0, LAST_ID))
         decided = [(one["user_id"], one["decision"]) for one in found]
         assert sorted(decided) == sorted(expected.items())
-        for number in (*community.members, *STRANGERS):
+        for number in (*scenario.members, *STRANGERS):
             assert decision_for(subject, number) == expected.get(number)
 
-        counted = run("test" if community.only_for else "message")
+        counted = run("test" if scenario.only_for else "message")
         assert notified() == expected_notifications
         assert counted == {**statistics(expected), "inserted": len(expected_notifications), "retracted": 0}
 
 
-@settings(RANDOM_COMMUNITIES, max_examples=50)
+@settings(RANDOM_SCENARIOS, max_examples=50)
 @given(st.data())
 def test_the_explanation_is_the_same_before_and_after_the_fan_out(data):
     with constant_time() as now:
-        community = data.draw(communities(now))
-        store(community)
-        expected = decisions(community, now)
+        scenario = data.draw(scenarios(now))
+        store(scenario)
+        expected = decisions(scenario, now)
         before = {number: explain(None, MESSAGE, number) for number in expected}
-        run("test" if community.only_for else "message")
+        run("test" if scenario.only_for else "message")
         after = {number: explain(None, MESSAGE, number) for number in expected}
         for number, reason in expected.items():
             assert before[number]["decision"] == after[number]["decision"] == reason
             assert before[number]["notified_at"] is None
             assert after[number]["notified_at"] == (now if reason in NOTIFY_DECISIONS else None)
             assert after[number]["detail"].startswith(DECISIONS[reason])
-            assert ("may no longer post" in after[number]["detail"]) == (not may_post(community))
+            assert ("may no longer post" in after[number]["detail"]) == (not may_post(scenario))
 
 
-def may_post(community: Community) -> bool:
+def may_post(scenario: Scenario) -> bool:
     """Whether the author is an admin, or in the server with a role that opens the channel."""
-    author = community.members.get(community.author)
-    if community.only_for or (author and author.admin):
+    author = scenario.members.get(scenario.author)
+    if scenario.only_for or (author and author.admin):
         return True
-    return author is not None and (not community.private or bool(author.roles & community.opening_roles))
+    return author is not None and (not scenario.private or bool(author.roles & scenario.channel_roles))
 
 
-@settings(RANDOM_COMMUNITIES, max_examples=100)
+@settings(RANDOM_SCENARIOS, max_examples=100)
 @given(st.data(), st.integers(1, 20))
 def test_after_an_edit_the_notifications_are_those_of_the_new_text(data, fanout_slice_size):
     with constant_time() as now, overridden(fanout_slice_size=fanout_slice_size):
-        first, other = data.draw(communities(now)), data.draw(communities(now))
-        edited = replace(first, named=other.named, named_roles=other.named_roles, everyone=other.everyone)
+        first, other = data.draw(scenarios(now)), data.draw(scenarios(now))
+        mentions = {name: getattr(other, name) for name in ("mentioned", "mentioned_roles", "everyone")}
+        edited = replace(first, **mentions)
         store(first)
         run("message")
         before = notified()
@@ -267,13 +268,13 @@ def test_after_an_edit_the_notifications_are_those_of_the_new_text(data, fanout_
         assert counted == {**statistics(expected), "inserted": len(inserted), "retracted": len(retracted)}
 
 
-def changes(before: Community, after: Community) -> dict[str, Any]:
+def changes(before: Scenario, after: Scenario) -> dict[str, Any]:
     return {
-        "added_users": sorted(after.named - before.named),
-        "added_roles": sorted(after.named_roles - before.named_roles),
+        "added_users": sorted(after.mentioned - before.mentioned),
+        "added_roles": sorted(after.mentioned_roles - before.mentioned_roles),
         "added_everyone": after.everyone and not before.everyone,
-        "removed_users": sorted(before.named - after.named),
-        "removed_roles": sorted(before.named_roles - after.named_roles),
+        "removed_users": sorted(before.mentioned - after.mentioned),
+        "removed_roles": sorted(before.mentioned_roles - after.mentioned_roles),
         "removed_everyone": before.everyone and not after.everyone,
     }
 
@@ -287,18 +288,18 @@ PAID = Subscription("active")
 
 @dataclass
 class Case:
-    """One member of a community and the expected decision. `member` is called with the current time."""
+    """One member of a scenario and the expected decision. `member` is called with the current time."""
 
     decision: str
     member: Callable[[datetime], Member]
-    community: dict[str, Any]
+    scenario: dict[str, Any]
 
     def check(self, **changed: Any) -> None:
         with constant_time() as now:
-            options = {"author": AUTHOR, **self.community, **changed}
-            community = Community({MEMBER: self.member(now)}, **options)
-            assert decision(community, MEMBER, now) == self.decision, "the oracle itself is wrong"
-            store(community)
+            options = {"author": AUTHOR, **self.scenario, **changed}
+            scenario = Scenario({MEMBER: self.member(now)}, **options)
+            assert decision(scenario, MEMBER, now) == self.decision, "the oracle itself is wrong"
+            store(scenario)
             assert decision_for(load_fanout_message(MESSAGE), MEMBER) == self.decision
 
 
@@ -318,11 +319,11 @@ def member_with(**member: Any) -> Callable[[datetime], Member]:
     return lambda now: Member(**{"subscription": PAID, **member})
 
 
-NAMED = {"named": frozenset({MEMBER})}
+MENTIONED = {"mentioned": frozenset({MEMBER})}
 ROLE = frozenset({ROLES[0]})
-NAMED_ROLE = {"named_roles": ROLE}
+MENTIONED_ROLE = {"mentioned_roles": ROLE}
 EVERYONE = {"everyone": True}
-ALL_MENTIONS = NAMED | NAMED_ROLE | EVERYONE
+ALL_MENTIONS = MENTIONED | MENTIONED_ROLE | EVERYONE
 PRIVATE = {"private": True}
 OWN_MESSAGE = {"author": MEMBER}
 ONLY_MENTIONS, SWITCHED_OFF = Preference("mentions"), Preference("none")
@@ -335,19 +336,19 @@ CASES = {
     "author before no_channel_access": ("author", subscriber(), OWN_MESSAGE | PRIVATE),
     # access to the channel
     "a private channel without an opening role": ("no_channel_access", member_with(roles=ROLE), PRIVATE),
-    "the role that opens a private channel": ("message", member_with(roles=ROLE), PRIVATE | {"opening_roles": ROLE}),
+    "the role that opens a private channel": ("message", member_with(roles=ROLE), PRIVATE | {"channel_roles": ROLE}),
     "one of several opening roles is enough": (
         "message",
         member_with(roles=frozenset(ROLES[1:2])),
-        PRIVATE | {"opening_roles": frozenset(ROLES)},
+        PRIVATE | {"channel_roles": frozenset(ROLES)},
     ),
     "another role gives no access": (
         "no_channel_access",
         member_with(roles=frozenset(ROLES[1:])),
-        PRIVATE | {"opening_roles": ROLE},
+        PRIVATE | {"channel_roles": ROLE},
     ),
     "an admin needs an opening role too": ("no_channel_access", member_with(admin=True), PRIVATE),
-    "opening roles do not restrict an open channel": ("message", subscriber(), {"opening_roles": ROLE}),
+    "opening roles do not restrict an open channel": ("message", subscriber(), {"channel_roles": ROLE}),
     "a mention gives no access": ("no_channel_access", member_with(roles=ROLE), PRIVATE | ALL_MENTIONS),
     "no_channel_access before no_subscription": ("no_channel_access", member_with(subscription=None), PRIVATE),
     # the subscription
@@ -374,21 +375,21 @@ CASES = {
     "channel_off before mention": ("channel_off", member_with(roles=ROLE, preference=SWITCHED_OFF), ALL_MENTIONS),
     "channel_off before muted": ("channel_off", muted("none"), {}),
     # mentions
-    "a named user": ("mention", subscriber(), NAMED),
-    "a named user with the level mentions": ("mention", subscriber(level="mentions"), NAMED),
-    "a named user with a mute": ("mention", muted(), NAMED),
-    "a named user with a mute and the level mentions": ("mention", muted("mentions"), NAMED),
-    "another named user": ("message", subscriber(), {"named": frozenset({MEMBERS[1], *STRANGERS})}),
+    "a mentioned user": ("mention", subscriber(), MENTIONED),
+    "a mentioned user with the level mentions": ("mention", subscriber(level="mentions"), MENTIONED),
+    "a mentioned user with a mute": ("mention", muted(), MENTIONED),
+    "a mentioned user with a mute and the level mentions": ("mention", muted("mentions"), MENTIONED),
+    "another mentioned user": ("message", subscriber(), {"mentioned": frozenset({MEMBERS[1], *STRANGERS})}),
     "mention before mention_role": ("mention", member_with(roles=ROLE), ALL_MENTIONS),
-    "a named role": ("mention_role", member_with(roles=ROLE), NAMED_ROLE),
-    "another named role": ("message", member_with(roles=frozenset(ROLES[1:])), NAMED_ROLE),
-    "a named role with the level mentions": (
+    "a mentioned role": ("mention_role", member_with(roles=ROLE), MENTIONED_ROLE),
+    "another mentioned role": ("message", member_with(roles=frozenset(ROLES[1:])), MENTIONED_ROLE),
+    "a mentioned role with the level mentions": (
         "mention_role",
         member_with(roles=ROLE, preference=ONLY_MENTIONS),
-        NAMED_ROLE,
+        MENTIONED_ROLE,
     ),
-    "a named role with a mute": ("muted", muted(roles=ROLE), NAMED_ROLE),
-    "mention_role before mention_everyone": ("mention_role", member_with(roles=ROLE), NAMED_ROLE | EVERYONE),
+    "a mentioned role with a mute": ("muted", muted(roles=ROLE), MENTIONED_ROLE),
+    "mention_role before mention_everyone": ("mention_role", member_with(roles=ROLE), MENTIONED_ROLE | EVERYONE),
     "everyone": ("mention_everyone", subscriber(), EVERYONE),
     "everyone with the level mentions": ("mention_everyone", subscriber(level="mentions"), EVERYONE),
     "everyone with a mute": ("muted", muted(), EVERYONE),
@@ -397,7 +398,7 @@ CASES = {
     "muted for one more microsecond": ("muted", muted(until=INSTANT), {}),
     "a mute that ends now has ended": ("message", muted(until=timedelta()), {}),
     "a mute that ended": ("message", muted(until=-INSTANT), {}),
-    "a named role after a mute that ended": ("mention_role", muted(until=-INSTANT, roles=ROLE), NAMED_ROLE),
+    "a mentioned role after a mute that ended": ("mention_role", muted(until=-INSTANT, roles=ROLE), MENTIONED_ROLE),
     "muted before mentions_only": ("muted", muted("mentions"), {}),
     # the level
     "mentions only, and not mentioned": ("mentions_only", subscriber(level="mentions"), {}),
@@ -470,10 +471,10 @@ def test_the_grace_period_is_configurable(override, days):
 
 def test_a_test_message_for_one_user_has_an_audience_of_one():
     with constant_time() as now:
-        community = Community(
+        scenario = Scenario(
             {number: Member(subscription=PAID) for number in MEMBERS}, author=AUTHOR, only_for=MEMBER, everyone=True
         )
-        store(community)
+        store(scenario)
         assert run("test")["audience"] == 1
-        assert notified() == {MEMBER: "mention_everyone"} == decisions(community, now)
+        assert notified() == {MEMBER: "mention_everyone"} == decisions(scenario, now)
         assert decision_for(load_fanout_message(MESSAGE), MEMBERS[1]) is None

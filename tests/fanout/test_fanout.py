@@ -18,22 +18,22 @@ from belfry.servers.preferences import set_preference
 from config import settings
 from models import Notification
 from tests.fanout_helpers import (
-    EVERYBODY,
+    PLAIN_MESSAGE_STATS,
     Killed,
-    advance,
-    crowd,
-    do,
-    fail_at_slice,
-    is_slice,
+    add_members,
+    claim_and_process,
+    fail_at_work_item,
+    inserts_notifications,
     notified,
-    parts_of,
     post,
+    process_next,
+    remaining_work_items,
     run_of,
     run_to_end,
+    set_mentions_only,
     statements,
     stats,
     unread,
-    wants_mentions_only,
 )
 from tests.people import Person, make_person
 
@@ -41,14 +41,14 @@ from tests.people import Person, make_person
 
 
 @pytest.mark.parametrize("members", [1, 2, 5, 7, 24, 25, 26, 1000])
-def test_each_member_is_counted_once_over_many_slices(cast, slices_of, members):
-    many = crowd(cast.server_id, 20)
-    slices_of(members)
+def test_each_member_is_counted_once_over_many_slices(cast, set_slice_size, members):
+    many = add_members(cast.server_id, 20)
+    set_slice_size(members)
     message_id, run_id = post(cast.subscriber, cast.general)
     with statements() as seen:
         assert run_to_end(run_id) == "succeeded"
-    assert sum(map(is_slice, seen)) == -(-25 // members)
-    assert stats(run_id) == EVERYBODY | {"audience": 25, "notified": 23, "message": 23, "inserted": 23}
+    assert sum(map(inserts_notifications, seen)) == -(-25 // members)
+    assert stats(run_id) == PLAIN_MESSAGE_STATS | {"audience": 25, "notified": 23, "message": 23, "inserted": 23}
     assert notified(message_id).keys() == {cast.admin.id, cast.moderator.id, cast.vip.id, *many}
     run = run_of(run_id)
     assert (run["state"], run["attempts"], run["members_processed"], run["members_total"]) == ("succeeded", 1, 25, 25)
@@ -56,31 +56,31 @@ def test_each_member_is_counted_once_over_many_slices(cast, slices_of, members):
     assert verify() == []
 
 
-def test_a_large_audience_is_sliced_and_the_progress_is_visible(cast, slices_of):
-    crowd(cast.server_id, 20)
-    slices_of(10)
+def test_a_large_audience_is_sliced_and_the_progress_is_visible(cast, set_slice_size):
+    add_members(cast.server_id, 20)
+    set_slice_size(10)
     _, run_id = post(cast.subscriber, cast.general)
     assert run_of(run_id)["members_total"] is None
-    advance(run_id)
-    assert len(parts_of(run_id)) == 3
+    process_next(run_id)
+    assert len(remaining_work_items(run_id)) == 3
     for done in (0, 10, 20):
         run = run_of(run_id)
         assert (run["state"], run["finished_at"]) == ("running", None)
         assert (run["members_processed"], run["members_total"]) == (done, 25)
         assert verify() == []
-        advance(run_id)
+        process_next(run_id)
     assert (run_of(run_id)["state"], run_of(run_id)["members_processed"]) == ("succeeded", 25)
 
 
 @pytest.mark.parametrize("mention", ["@crowd-17", "@crowd-17 @crowd-3 @vera @lars @sam", "@vip", "@vip @crowd-4"])
-def test_mentioned_members_are_notified_first_and_counted_once(cast, slices_of, mention):
-    many = crowd(cast.server_id, 20)
+def test_mentioned_members_are_notified_first_and_counted_once(cast, set_slice_size, mention):
+    many = add_members(cast.server_id, 20)
     servers.put_member(cast.server_id, many[9], [cast.vip_role])
-    wants_mentions_only(cast.vip, cast.general)
+    set_mentions_only(cast.vip, cast.general)
     set_preference(cast.admin.user, cast.general, "none", None)
-    slices_of(6)
+    set_slice_size(6)
     message_id, run_id = post(cast.moderator, cast.general, mention)
-    advance(run_id)
+    process_next(run_id)
     first = notified(message_id)
     assert first
     assert set(first.values()) <= {"mention", "mention_role"}
@@ -92,13 +92,13 @@ def test_mentioned_members_are_notified_first_and_counted_once(cast, slices_of, 
     assert verify() == []
 
 
-def test_members_of_a_mentioned_role_are_notified_first_up_to_one_slice(cast, slices_of):
-    many = crowd(cast.server_id, 20)
+def test_members_of_a_mentioned_role_are_notified_first_up_to_one_slice(cast, set_slice_size):
+    many = add_members(cast.server_id, 20)
     for user_id in many[:9]:
         servers.put_member(cast.server_id, user_id, [cast.vip_role])
-    slices_of(4)
+    set_slice_size(4)
     message_id, run_id = post(cast.moderator, cast.general, "@vip and @crowd-20")
-    advance(run_id)
+    process_next(run_id)
     first = notified(message_id)
     assert len(first) == 4
     assert first[many[19]] == "mention", "named users come before members of a role"
@@ -107,11 +107,11 @@ def test_members_of_a_mentioned_role_are_notified_first_up_to_one_slice(cast, sl
     assert (stats(run_id)["audience"], stats(run_id)["inserted"]) == (25, len(notified(message_id)))
 
 
-def test_a_member_notified_first_is_not_decided_again_after_a_preference_change(cast, slices_of):
-    crowd(cast.server_id, 20)
-    slices_of(4)
+def test_a_member_notified_first_is_not_decided_again_after_a_preference_change(cast, set_slice_size):
+    add_members(cast.server_id, 20)
+    set_slice_size(4)
     message_id, run_id = post(cast.subscriber, cast.general, "@vera")
-    advance(run_id)
+    process_next(run_id)
     set_preference(cast.vip.user, cast.general, "none", None)
     assert run_to_end(run_id) == "succeeded"
     assert (stats(run_id)["mention"], stats(run_id).get("channel_off"), notified(message_id)[cast.vip.id]) == (
@@ -122,12 +122,12 @@ def test_a_member_notified_first_is_not_decided_again_after_a_preference_change(
 @pytest.mark.parametrize("error", [RuntimeError("the disk is full"), Killed()], ids=["an error", "a kill"])
 @pytest.mark.parametrize("number", [1, 2, 3])
 def test_an_interrupted_work_item_changes_nothing_and_the_next_attempt_continues(
-    cast, slices_of, at_failpoint, error, number
+    cast, set_slice_size, at_failpoint, error, number
 ):
-    many = crowd(cast.server_id, 20)
-    slices_of(10)
+    many = add_members(cast.server_id, 20)
+    set_slice_size(10)
     message_id, run_id = post(cast.subscriber, cast.general, "@vera")
-    fail_at_slice(at_failpoint, number, error)
+    fail_at_work_item(at_failpoint, number, error)
     with pytest.raises(type(error)):
         run_to_end(run_id)
 
@@ -138,8 +138,9 @@ def test_an_interrupted_work_item_changes_nothing_and_the_next_attempt_continues
 
     with statements() as seen:
         assert run_to_end(run_id) == "succeeded"
-    assert sum(map(is_slice, seen)) == 5 - number, "the next attempt continues with the interrupted work item"
-    assert stats(run_id) == EVERYBODY | {"audience": 25, "notified": 23, "message": 22, "mention": 1, "inserted": 23}
+    assert sum(map(inserts_notifications, seen)) == 5 - number, "the next attempt continues with that work item"
+    changed = {"audience": 25, "notified": 23, "message": 22, "mention": 1, "inserted": 23}
+    assert stats(run_id) == PLAIN_MESSAGE_STATS | changed
     assert notified(message_id).keys() == {cast.admin.id, cast.moderator.id, cast.vip.id, *many}
     assert run_of(run_id)["attempts"] == 2
     assert verify() == []
@@ -157,12 +158,12 @@ def test_a_run_that_does_not_exist_cannot_be_claimed(cast):
     assert claims.claim(claims.WorkItem(4711, 0)) is None
 
 
-def test_many_workers_on_one_run_notify_and_count_each_member_once(cast, slices_of):
-    crowd(cast.server_id, 95)
-    slices_of(7)
+def test_many_workers_on_one_run_notify_and_count_each_member_once(cast, set_slice_size):
+    add_members(cast.server_id, 95)
+    set_slice_size(7)
     message_id, run_id = post(cast.subscriber, cast.general, "@vera")
-    advance(run_id)
-    slices = parts_of(run_id)
+    process_next(run_id)
+    slices = remaining_work_items(run_id)
     assert len(slices) == 15
 
     def process_all() -> int:
@@ -175,21 +176,22 @@ def test_many_workers_on_one_run_notify_and_count_each_member_once(cast, slices_
         return done
 
     assert sum(in_threads(process_all, 4)) >= 15
-    assert stats(run_id) == EVERYBODY | {"audience": 100, "notified": 98, "message": 97, "mention": 1, "inserted": 98}
+    changed = {"audience": 100, "notified": 98, "message": 97, "mention": 1, "inserted": 98}
+    assert stats(run_id) == PLAIN_MESSAGE_STATS | changed
     assert len(notified(message_id)) == Notification.select().count() == 98
     run = run_of(run_id)
     assert (run["state"], run["members_processed"], run["members_total"]) == ("succeeded", 100, 100)
     assert verify() == []
 
 
-def test_two_slices_that_end_at_the_same_time_are_both_counted_and_finish_the_run(cast, slices_of, at_failpoint):
-    crowd(cast.server_id, 5)
-    slices_of(5)
+def test_two_slices_that_end_at_the_same_time_are_both_counted_and_finish_the_run(cast, set_slice_size, at_failpoint):
+    add_members(cast.server_id, 5)
+    set_slice_size(5)
     _, run_id = post(cast.subscriber, cast.general)
-    advance(run_id)
+    process_next(run_id)
     both_have_inserted = threading.Barrier(2, timeout=30)
     at_failpoint("slice.notified", lambda: both_have_inserted.wait() and None)
-    first, second = parts_of(run_id)
+    first, second = remaining_work_items(run_id)
     tokens = [(item, claims.claim(item)) for item in (first, second)]
     in_threads(lambda: fanout.process_work_item(*tokens.pop()), 2)
     assert (run_of(run_id)["state"], run_of(run_id)["members_processed"]) == ("succeeded", 10)
@@ -218,12 +220,12 @@ def in_threads(work: Callable[[], Any], number: int) -> list[Any]:
     return results
 
 
-def test_deleting_a_message_ends_its_run_and_notifies_nobody_else(cast, slices_of):
-    crowd(cast.server_id, 20)
-    slices_of(10)
+def test_deleting_a_message_ends_its_run_and_notifies_nobody_else(cast, set_slice_size):
+    add_members(cast.server_id, 20)
+    set_slice_size(10)
     message_id, run_id = post(cast.subscriber, cast.general)
-    advance(run_id)
-    advance(run_id)
+    process_next(run_id)
+    process_next(run_id)
     so_far = stats(run_id)
     messages.delete_message(cast.subscriber.user, message_id)
     assert run_to_end(run_id) == "succeeded"
@@ -296,11 +298,11 @@ def measured(app, _schema) -> dict[int, Measured]:
 
 
 def measure(client, author: Person, members: int) -> Measured:
-    community = seed(members, 3)
+    server = seed(members, 3)
     with statements() as seen:
         response = client.post(
             "/api/messages",
-            json={"channel_id": community["channel_ids"][0], "content": f"@{community['usernames'][0]} and @vip"},
+            json={"channel_id": server["channel_ids"][0], "content": f"@{server['usernames'][0]} and @vip"},
             headers={"Authorization": f"Bearer {author.token}"},
         )
     assert response.status_code == 201
@@ -310,11 +312,11 @@ def measure(client, author: Person, members: int) -> Measured:
     tracemalloc.start()
     try:
         with statements() as seen:
-            advance(run_id)
+            process_next(run_id)
         of_items.append(len(seen))
-        for item in parts_of(run_id):
+        for item in remaining_work_items(run_id):
             with statements() as seen:
-                do(item)
+                claim_and_process(item)
             of_items.append(len(seen))
         peak = tracemalloc.get_traced_memory()[1]
     finally:

@@ -23,10 +23,18 @@ from belfry.queue import queues
 from belfry.servers import servers
 from belfry.worker import maintenance
 from models import Notification, Run, Server
-from tests.fanout_helpers import advance, crowd, notified, parts_of, run_of
+from tests.fanout_helpers import add_members, notified, process_next, remaining_work_items, run_of
 from tests.fanout_helpers import post as write
 from tests.people import Person
-from tests.processes import a_crashing_worker, a_gate, a_slow_database, a_web_process, a_worker, strike, wait_until
+from tests.processes import (
+    arm_failpoint,
+    open_redis_proxy,
+    slow_database,
+    wait_until,
+    web_process,
+    worker_process,
+    worker_with_failpoints,
+)
 from tests.worker.test_worker import post, state_of
 from tools.chaos.process_under_test import KILL_WITH_PARENT, STOP
 
@@ -37,7 +45,7 @@ RECOVERY = 30.0  # seconds, as docs/reliability.md promises
 
 @pytest.fixture
 def doomed(tmp_path: Path) -> Path:
-    """The directory in which `strike` arms a failpoint."""
+    """The directory in which `arm_failpoint` arms a failpoint."""
     (tmp_path / "armed").mkdir()
     return tmp_path
 
@@ -57,7 +65,7 @@ def enqueue(author: Person, channel_id: int, content: str = "gold breaks out") -
 @contextlib.contextmanager
 def two_workers(doomed: Path, **environment: str) -> Iterator[tuple[Any, Any]]:
     """Run a worker that a failpoint kills, and one that continues."""
-    with a_crashing_worker(doomed, **environment) as first, a_worker(**environment) as second:
+    with worker_with_failpoints(doomed, **environment) as first, worker_process(**environment) as second:
         yield first, second
 
 
@@ -68,25 +76,25 @@ def two_workers(doomed: Path, **environment: str) -> Iterator[tuple[Any, Any]]:
     "point", ["worker.dequeued", "run.claimed", "run.locked", "run.counted", "run.committed", "job.done"]
 )
 def test_no_notification_is_lost_when_a_worker_is_killed_during_a_job(cast, doomed, point):
-    with a_crashing_worker(doomed) as first:
-        struck = strike(doomed, point, KILL_WITH_PARENT)
+    with worker_with_failpoints(doomed) as first:
+        is_reached = arm_failpoint(doomed, point, KILL_WITH_PARENT)
         message_id, run_id = enqueue(cast.subscriber, cast.general)
-        wait_until(struck, "a process to reach the failpoint")
+        wait_until(is_reached, "a process to reach the failpoint")
         wait_until(lambda: not first.running(), "the worker to die")
-        with a_worker():
+        with worker_process():
             wait_for_success(run_id)
     assert notified(message_id).keys() == {cast.admin.id, cast.moderator.id, cast.vip.id}
 
 
 def test_another_worker_continues_a_slice_and_repeats_no_other(cast, doomed):
-    many = crowd(cast.server_id, 400)
-    with a_crashing_worker(doomed, FANOUT_SLICE_SIZE="50") as first:
-        struck = strike(doomed, "slice.counted", KILL_WITH_PARENT)
+    many = add_members(cast.server_id, 400)
+    with worker_with_failpoints(doomed, FANOUT_SLICE_SIZE="50") as first:
+        is_reached = arm_failpoint(doomed, "slice.counted", KILL_WITH_PARENT)
         message_id, run_id = enqueue(cast.subscriber, cast.general, "@vera")
-        wait_until(struck, "a process to reach the failpoint")
+        wait_until(is_reached, "a process to reach the failpoint")
         wait_until(lambda: not first.running(), "the worker to die")
         assert run_of(run_id)["members_processed"] < 405
-        with a_worker(FANOUT_SLICE_SIZE="50"):
+        with worker_process(FANOUT_SLICE_SIZE="50"):
             wait_for_success(run_id)
     assert notified(message_id).keys() == {cast.admin.id, cast.moderator.id, cast.vip.id, *many}
     assert (run_of(run_id)["members_processed"], run_of(run_id)["attempts"]) == (405, 2)
@@ -102,7 +110,7 @@ def test_a_run_that_ends_every_attempt_fails_and_delays_no_other_run(api, cast):
         "CREATE TRIGGER test_poison BEFORE INSERT ON notification FOR EACH ROW EXECUTE FUNCTION test_poison()"
     )
     try:
-        with a_worker():
+        with worker_process():
             queues.enqueue_run(poison)
             other, healthy = enqueue(cast.subscriber, cast.general)
             wait_for_success(healthy)
@@ -114,7 +122,7 @@ def test_a_run_that_ends_every_attempt_fails_and_delays_no_other_run(api, cast):
     finally:
         execute("DROP FUNCTION test_poison CASCADE")
     queues.enqueue(recovery.retry_failed([poison]))
-    with a_worker():
+    with worker_process():
         wait_for_success(poison)
     assert len(notified(message_id)) == 3
 
@@ -125,7 +133,7 @@ def test_a_run_that_ends_every_attempt_fails_and_delays_no_other_run(api, cast):
 @pytest.mark.parametrize("point", ["run.claimed", "run.locked", "run.counted"])
 def test_a_worker_that_hangs_is_overtaken_and_writes_nothing_later(cast, doomed, point):
     with two_workers(doomed) as (hanging, _):
-        strike(doomed, point, STOP)
+        arm_failpoint(doomed, point, STOP)
         # Either worker may get a job; post until the doomed one gets one.
         message_id = run_id = 0
 
@@ -163,7 +171,8 @@ def test_an_edit_whose_process_hangs_delays_the_fan_out_only_briefly(cast, in_an
         f"SELECT pg_advisory_xact_lock({claims.MESSAGE_LOCK}, {message_id});"
         f"UPDATE message SET content = 'edited' WHERE id = {message_id}"
     )
-    with a_worker(), contextlib.suppress(psycopg.errors.IdleInTransactionSessionTimeout), in_another_session(statement):
+    timed_out = contextlib.suppress(psycopg.errors.IdleInTransactionSessionTimeout)
+    with worker_process(), timed_out, in_another_session(statement):
         queues.enqueue_run(run_id)
         wait_until(lambda: state_of(run_id) == "running", "a worker to start the run")
         time.sleep(1)
@@ -179,9 +188,9 @@ def test_an_edit_whose_process_hangs_delays_the_fan_out_only_briefly(cast, in_an
 def test_slow_statements_do_not_fail_a_run(cast):
     """Locking takes longer than the longest sweep interval, and each statement longer than the idle time-out."""
     with (
-        a_slow_database(0.3) as url,
-        a_worker(through=("tests.faults.hasty",), DATABASE_URL=url) as first,
-        a_worker(through=("tests.faults.hasty",), DATABASE_URL=url) as second,
+        slow_database(0.3) as url,
+        worker_process(through=("tests.faults.short_leases",), DATABASE_URL=url) as first,
+        worker_process(through=("tests.faults.short_leases",), DATABASE_URL=url) as second,
     ):
         message_id, run_id = enqueue(cast.subscriber, cast.general)
         wait_until(lambda: state_of(run_id) in ("succeeded", "failed"), "the run to end", 120)
@@ -196,10 +205,10 @@ def test_slow_statements_do_not_fail_a_run(cast):
 
 
 def test_posts_are_accepted_while_redis_is_unavailable_and_notify_users_later(cast, redis):
-    with a_gate(os.environ["REDIS_URL"]) as gate:
-        behind = {"REDIS_URL": gate.url}
-        with a_web_process(**behind) as address, a_worker(**behind), a_worker(**behind):
-            gate.shut()
+    with open_redis_proxy(os.environ["REDIS_URL"]) as proxy:
+        behind = {"REDIS_URL": proxy.url}
+        with web_process(**behind) as address, worker_process(**behind), worker_process(**behind):
+            proxy.cut_connections()
             with ThreadPoolExecutor(4) as authors:
                 posted = list(
                     authors.map(
@@ -209,7 +218,7 @@ def test_posts_are_accepted_while_redis_is_unavailable_and_notify_users_later(ca
             assert {status for status, _ in posted} == {201}
             assert {message["run"]["state"] for _, message in posted} == {"pending"}
             redis.flushdb()
-            gate.open()
+            proxy.accept_connections()
             for _, message in posted:
                 wait_until(lambda run=message["run"]: state_of(run["id"]) == "succeeded", "the runs to succeed", 60)
     everybody = {cast.admin.id, cast.moderator.id, cast.vip.id}
@@ -220,7 +229,7 @@ def test_posts_are_accepted_while_redis_is_unavailable_and_notify_users_later(ca
 
 def test_queued_runs_are_found_again_after_redis_lost_its_data(cast, redis):
     runs = [enqueue(cast.subscriber, cast.general) for _ in range(5)]
-    with a_worker() as process:
+    with worker_process() as process:
         wait_until(lambda: Run.select().where(Run.state == "succeeded").count() > 0, "the first run to succeed")
         redis.flushdb()
         runs += [enqueue(cast.subscriber, cast.general) for _ in range(5)]
@@ -232,15 +241,16 @@ def test_queued_runs_are_found_again_after_redis_lost_its_data(cast, redis):
 
 
 def test_workers_with_wrong_clocks_use_the_clock_of_the_database(cast, doomed):
-    crowd(cast.server_id, 100)
-    ahead, behind = ("tests.faults.clock", "60"), ("tests.faults.clock", "-60")
+    add_members(cast.server_id, 100)
+    ahead = ("tests.faults.clock", "60")
+    behind = ("tests.faults.clock", "-60", "tools.chaos.process_under_test", str(doomed))
     with (
-        a_worker(through=ahead, FANOUT_SLICE_SIZE="10") as first,
-        a_worker(through=(*behind, "tools.chaos.process_under_test", str(doomed)), FANOUT_SLICE_SIZE="10") as second,
+        worker_process(through=ahead, FANOUT_SLICE_SIZE="10") as first,
+        worker_process(through=behind, FANOUT_SLICE_SIZE="10") as second,
     ):
-        struck = strike(doomed, "slice.notified", KILL_WITH_PARENT)
+        is_reached = arm_failpoint(doomed, "slice.notified", KILL_WITH_PARENT)
         runs = [enqueue(cast.subscriber, cast.general, "@vera")[1] for _ in range(4)]
-        wait_until(struck, "a process to reach the failpoint")
+        wait_until(is_reached, "a process to reach the failpoint")
         for run_id in runs:
             wait_for_success(run_id)
         assert first.running()
@@ -254,12 +264,12 @@ def test_workers_with_wrong_clocks_use_the_clock_of_the_database(cast, doomed):
 
 
 def test_several_workers_share_a_fan_out_and_a_small_message_does_not_wait(cast):
-    many = crowd(cast.server_id, 3_000)
+    many = add_members(cast.server_id, 3_000)
     server = Server.create(name="Elsewhere")
     elsewhere = servers.create_channel(server.id, "general", private=False, posting="members").id
     for person in (cast.subscriber, cast.vip):
         servers.put_member(server.id, person.id, [])
-    with a_worker(FANOUT_SLICE_SIZE="50") as first, a_worker(FANOUT_SLICE_SIZE="50") as second:
+    with worker_process(FANOUT_SLICE_SIZE="50") as first, worker_process(FANOUT_SLICE_SIZE="50") as second:
         large_message, large = enqueue(cast.subscriber, cast.general)
         wait_until(lambda: run_of(large)["members_processed"] > 200, "the fan-out to be in progress")
         small_message, small = enqueue(cast.subscriber, elsewhere, "@vera")
@@ -274,8 +284,8 @@ def test_several_workers_share_a_fan_out_and_a_small_message_does_not_wait(cast)
 
 
 def test_after_sigterm_during_a_fan_out_another_worker_continues(cast):
-    crowd(cast.server_id, 3_000)
-    with a_worker(FANOUT_SLICE_SIZE="50") as first:
+    add_members(cast.server_id, 3_000)
+    with worker_process(FANOUT_SLICE_SIZE="50") as first:
         message_id, run_id = enqueue(cast.subscriber, cast.general)
         wait_until(lambda: run_of(run_id)["members_processed"] > 200, "the fan-out to be in progress")
         for child in [*psutil.Process(first.pid).children(recursive=True), psutil.Process(first.pid)]:
@@ -285,7 +295,7 @@ def test_after_sigterm_during_a_fan_out_another_worker_continues(cast):
     stopped = run_of(run_id)
     assert (stopped["state"], stopped["members_processed"] % 50, stopped["error"]) == ("running", 0, None)
     assert stopped["members_processed"] < 3_005
-    with a_worker(FANOUT_SLICE_SIZE="50"):
+    with worker_process(FANOUT_SLICE_SIZE="50"):
         wait_for_success(run_id)
     assert (run_of(run_id)["members_processed"], run_of(run_id)["attempts"]) == (3_005, 1), "no slice is repeated"
     assert len(notified(message_id)) == 3_003
@@ -349,12 +359,12 @@ def test_a_job_lost_from_a_long_queue_is_found_and_processed_first(
     assert {state_of(run_id) for run_id in runs} == {"succeeded"}
 
 
-def test_a_slice_lost_from_a_long_queue_is_found(cast, slices_of, run_jobs):
-    crowd(cast.server_id, 40)
-    slices_of(5)
+def test_a_slice_lost_from_a_long_queue_is_found(cast, set_slice_size, run_jobs):
+    add_members(cast.server_id, 40)
+    set_slice_size(5)
     _, run_id = write(cast.subscriber, cast.general)
-    advance(run_id)
-    items = parts_of(run_id)
+    process_next(run_id)
+    items = remaining_work_items(run_id)
     queues.enqueue(items[4:])
     execute("UPDATE slice SET sweep_after = now() - interval '1 minute'")
     assert maintenance.sweep() == 4

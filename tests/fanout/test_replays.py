@@ -8,7 +8,17 @@ from belfry.inbox import inbox
 from belfry.inbox.inbox import dismiss
 from belfry.messages.send_test import send_test
 from belfry.servers.preferences import set_preference
-from tests.fanout_helpers import contents, crowd, notified, post, read_everything, run_of, run_to_end, stats, unread
+from tests.fanout_helpers import (
+    add_members,
+    all_rows,
+    mark_everything_read,
+    notified,
+    post,
+    run_of,
+    run_to_end,
+    stats,
+    unread,
+)
 
 
 def replayed(run_id: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -19,16 +29,16 @@ def replayed(run_id: int) -> tuple[dict[str, Any], dict[str, Any]]:
     return announced, stats(announced["run_id"])
 
 
-def test_a_replay_without_changes_writes_nothing(cast, slices_of):
-    crowd(cast.server_id, 20)
-    slices_of(4)
+def test_a_replay_without_changes_writes_nothing(cast, set_slice_size):
+    add_members(cast.server_id, 20)
+    set_slice_size(4)
     _, run_id = post(cast.subscriber, cast.general)
     run_to_end(run_id)
-    before = contents()
+    before = all_rows()
     announced = runs.replay(run_id, dry_run=False)
     assert (announced["inserted"], announced["unchanged"], announced["run_id"]) == (0, 23, None)
     assert announced["decisions_after"] == announced["decisions_before"]
-    assert contents() == before
+    assert all_rows() == before
 
 
 def test_a_replay_notifies_a_member_who_subscribed_since(cast):
@@ -56,7 +66,7 @@ def test_a_replay_retracts_nothing(cast):
 def test_a_replay_does_not_change_read_and_dismissed_notifications(cast):
     _, run_id = post(cast.subscriber, cast.general, "@moira")
     run_to_end(run_id)
-    read_everything(cast.moderator)
+    mark_everything_read(cast.moderator)
     dismiss(cast.vip.user, cast.vip.id, run_of(run_id)["message_id"])
     set_subscription(cast.lapsed.id, "active", None)
     replayed(run_id)
@@ -64,14 +74,14 @@ def test_a_replay_does_not_change_read_and_dismissed_notifications(cast):
     assert inbox.list_notifications(cast.vip.user, before=None, limit=10) == []
 
 
-def test_a_dry_run_counts_the_insertions_and_writes_nothing(cast, slices_of):
-    slices_of(2)
+def test_a_dry_run_counts_the_insertions_and_writes_nothing(cast, set_slice_size):
+    set_slice_size(2)
     _, run_id = post(cast.subscriber, cast.general)
     run_to_end(run_id)
     set_subscription(cast.lapsed.id, "active", None)
-    before = contents()
+    before = all_rows()
     announced = runs.replay(run_id, dry_run=True)
-    assert contents() == before
+    assert all_rows() == before
     assert (announced["dry_run"], announced["inserted"], announced["unchanged"]) == (True, 1, 3)
     assert announced["run_id"] is None
 
@@ -84,8 +94,8 @@ def test_a_replay_of_a_test_message_notifies_nobody_else(cast):
     assert notified(run_of(run_id)["message_id"]) == {cast.admin.id: "mention"}
 
 
-def test_a_replay_of_a_run_that_has_not_started_notifies_no_user_twice(cast, slices_of):
-    slices_of(2)
+def test_a_replay_of_a_run_that_has_not_started_notifies_no_user_twice(cast, set_slice_size):
+    set_slice_size(2)
     message_id, run_id = post(cast.subscriber, cast.general)
     again = runs.replay(run_id, dry_run=False)["run_id"]
     for one in (again, run_id):

@@ -209,9 +209,9 @@ def test_mark_up_to_skips_a_lower_message_id_that_was_committed_later(cast, read
 
 
 @pytest.mark.parametrize("members", [2, 100])
-def test_mark_up_to_compares_with_the_transaction_that_inserted_the_users_notification(cast, read, slices_of, members):
+def test_mark_up_to_compares_with_the_transaction_that_inserted_the_notification(cast, read, set_slice_size, members):
     """With slices as well as without."""
-    slices_of(members)
+    set_slice_size(members)
     (_, first_run), (second, second_run) = [post(cast.subscriber, cast.general, "gold") for _ in range(2)]
     run_to_end(second_run)
     run_to_end(first_run)

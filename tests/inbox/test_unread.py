@@ -18,7 +18,7 @@ from belfry.fanout.claims import WorkItem
 from belfry.integrity.verification import verify
 from belfry.servers import servers
 from tests import oracle
-from tests.fanout_helpers import do, empty, parts_of
+from tests.fanout_helpers import claim_and_process, delete_all_data, remaining_work_items
 from tests.inbox.unread_model import Channel, Mentions, Message, Run, World
 from tests.inbox.unread_model import Person as Modelled
 from tests.overrides import overridden
@@ -59,7 +59,7 @@ class Unread(RuleBasedStateMachine):
 
     @initialize(data=st.data(), fanout_slice_size=st.sampled_from([2, 4, 100]))
     def begin(self, data: Any, fanout_slice_size: int) -> None:
-        empty()
+        delete_all_data()
         self.overrides = ExitStack()
         self.overrides.enter_context(overridden(fanout_slice_size=fanout_slice_size))
         cast = make_cast()
@@ -218,7 +218,7 @@ class Unread(RuleBasedStateMachine):
     @precondition(lambda self: self.world.runs)
     @rule(data=st.data())
     def fan_out_one_work_item(self, data: Any) -> None:
-        items = [item for id_ in self.world.runs for item in parts_of(id_)]
+        items = [item for id_ in self.world.runs for item in remaining_work_items(id_)]
         self._process_work_item(data.draw(st.sampled_from(items), label="work item"))
 
     def _process_run(self, run_id: int) -> None:
@@ -227,10 +227,11 @@ class Unread(RuleBasedStateMachine):
             self._process_work_item(WorkItem(run_id, min(slices) if slices else None))
 
     def _process_work_item(self, item: WorkItem) -> None:
-        do(item)
+        claim_and_process(item)
         self.world.process_work_item(item.run_id, item.after_user_id, self.now)
         left = self.world.runs.get(item.run_id)
-        assert [one.after_user_id for one in parts_of(item.run_id)] == (sorted(left.slices or ()) if left else [])
+        expected = sorted(left.slices or ()) if left else []
+        assert [one.after_user_id for one in remaining_work_items(item.run_id)] == expected
 
     @precondition(lambda self: self.world.runs)
     @rule()

@@ -189,8 +189,8 @@ class _Operations:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_unread_counts_match_the_inbox_under_concurrent_changes(app, cast, slices_of, seed):
-    slices_of(3)
+def test_unread_counts_match_the_inbox_under_concurrent_changes(app, cast, set_slice_size, seed):
+    set_slice_size(3)
     operations = _Operations(app, cast, seed)
     for number in range(10):
         operations.notify(random.Random(number))

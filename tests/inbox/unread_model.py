@@ -112,7 +112,7 @@ class World:
 
     def decision(self, number: int, message: Message, now: object) -> str:
         channel = self.channels[message.channel]
-        community = oracle.Community(
+        scenario = oracle.Scenario(
             members={
                 one: oracle.Member(
                     person.admin, person.subscription, frozenset(person.roles), person.preferences.get(message.channel)
@@ -122,12 +122,12 @@ class World:
             },
             author=message.author,
             private=channel.private,
-            opening_roles=frozenset(channel.roles),
-            named=message.mentions.people,
-            named_roles=message.mentions.roles,
+            channel_roles=frozenset(channel.roles),
+            mentioned=message.mentions.people,
+            mentioned_roles=message.mentions.roles,
             everyone=message.mentions.everyone,
         )
-        return oracle.decision(community, number, now)  # type: ignore[arg-type]
+        return oracle.decision(scenario, number, now)  # type: ignore[arg-type]
 
     def members(self) -> list[int]:
         return sorted(number for number, person in self.people.items() if person.member)

@@ -18,7 +18,15 @@ from belfry.messages.send_test import send_test
 from belfry.servers import servers
 from belfry.servers.preferences import set_preference
 from models import Message
-from tests.fanout_helpers import advance, crowd, parts_of, post, post_and_notify, run_to_end, wants_mentions_only
+from tests.fanout_helpers import (
+    add_members,
+    post,
+    post_and_notify,
+    process_next,
+    remaining_work_items,
+    run_to_end,
+    set_mentions_only,
+)
 from tools.dev import ROOT
 
 UPDATE_RUN = "UPDATE run SET {} WHERE id = 1"
@@ -288,18 +296,18 @@ def age_by_a_day() -> None:
 
 
 @pytest.fixture
-def world(cast, slices_of):
+def world(cast, set_slice_size):
     """Runs 1 to 4: a message with all members notified, a test message, a message to more members that is in
     progress, and one that is queued; all of it valid, the first two a day old."""
     age_by_a_day()
     post_and_notify(cast.subscriber, cast.general, "gold, @vera")
     run_to_end(send_test(cast.admin.user, cast.general, None, "me"))
-    crowd(cast.server_id, 15)
+    add_members(cast.server_id, 15)
     age_by_a_day()
-    slices_of(5)
+    set_slice_size(5)
     _, run_id = post(cast.subscriber, cast.general)
-    advance(run_id)
-    assert len(parts_of(run_id)) == 4
+    process_next(run_id)
+    assert len(remaining_work_items(run_id)) == 4
     post(cast.subscriber, cast.general)
     assert verify() == []
     return cast
@@ -407,7 +415,7 @@ def test_findings_beyond_the_first_hundred_of_a_check_are_counted(cast):
 
 
 def test_a_slice_in_progress_has_no_finding(world, in_another_session):
-    item = parts_of(3)[0]
+    item = remaining_work_items(3)[0]
     attempt = claims.claim(item)
     with in_another_session("SELECT FROM slice FOR NO KEY UPDATE"):
         assert verify() == []
@@ -478,7 +486,7 @@ def findings_of_decisions() -> list[str]:
 @pytest.fixture
 def decided(cast):
     """Post a message that leads to several decisions; return the cast and the message's id."""
-    wants_mentions_only(cast.moderator, cast.general)
+    set_mentions_only(cast.moderator, cast.general)
     age_by_a_day()
     message_id = post_and_notify(cast.subscriber, cast.general, "gold, @vera")
     assert findings_of_decisions() == []

@@ -16,28 +16,28 @@ from belfry.messages import messages
 from belfry.servers import servers
 from belfry.servers.preferences import set_preference
 from tests.fanout_helpers import (
-    advance,
-    contents,
-    crowd,
-    do,
+    add_members,
+    all_rows,
+    claim_and_process,
     edit,
-    notifications_that,
+    fault_on_insert,
+    mark_everything_read,
     notified,
-    parts_of,
     post,
     post_and_notify,
-    read_everything,
+    process_next,
+    remaining_work_items,
     run_of,
     run_to_end,
+    set_mentions_only,
     stats,
     unread,
-    wants_mentions_only,
 )
 
 
 def test_an_edit_that_adds_a_mention_notifies_only_newly_mentioned_users(cast):
-    wants_mentions_only(cast.vip, cast.general)
-    wants_mentions_only(cast.moderator, cast.general)
+    set_mentions_only(cast.vip, cast.general)
+    set_mentions_only(cast.moderator, cast.general)
     message_id = post_and_notify(cast.subscriber, cast.general, "gold, @lars")
     assert notified(message_id) == {cast.admin.id: "message"}
     set_subscription(cast.lapsed.id, "active", None)  # would be notified now, but the edit does not change this mention
@@ -48,7 +48,7 @@ def test_an_edit_that_adds_a_mention_notifies_only_newly_mentioned_users(cast):
 
 @pytest.mark.parametrize("mention", ["@vip", "@everyone"])
 def test_an_edit_that_adds_a_group_notifies_its_members(cast, mention):
-    wants_mentions_only(cast.vip, cast.general)
+    set_mentions_only(cast.vip, cast.general)
     message_id = post_and_notify(cast.moderator, cast.general, "gold")
     assert cast.vip.id not in notified(message_id)
     edit(cast.moderator, message_id, f"gold, {mention}")
@@ -65,8 +65,8 @@ def test_an_added_mention_follows_the_notification_rules(cast):
 
 def test_a_plain_notification_becomes_an_unread_mention(cast):
     message_id = post_and_notify(cast.subscriber, cast.general, "gold")
-    read_everything(cast.moderator)
-    read_everything(cast.vip)
+    mark_everything_read(cast.moderator)
+    mark_everything_read(cast.vip)
     edited = edit(cast.subscriber, message_id, "gold, @moira")
     assert (edited["inserted"], edited["retracted"]) == (0, 0)
     assert notified(message_id)[cast.moderator.id] == "mention"
@@ -77,7 +77,7 @@ def test_a_plain_notification_becomes_an_unread_mention(cast):
 
 
 def test_an_edit_that_removes_a_mention_retracts_unread_notifications_of_that_mention_only(cast):
-    wants_mentions_only(cast.vip, cast.general)
+    set_mentions_only(cast.vip, cast.general)
     message_id = post_and_notify(cast.subscriber, cast.general, "@vera @moira")
     edited = edit(cast.subscriber, message_id, "nobody")
     assert notified(message_id) == {cast.admin.id: "message", cast.moderator.id: "message"}
@@ -87,7 +87,7 @@ def test_an_edit_that_removes_a_mention_retracts_unread_notifications_of_that_me
 
 
 def test_a_user_who_is_still_mentioned_in_another_way_keeps_the_notification(cast):
-    wants_mentions_only(cast.vip, cast.general)
+    set_mentions_only(cast.vip, cast.general)
     message_id = post_and_notify(cast.moderator, cast.general, "@vera @vip @everyone")
     for content, reason in (
         ("@vip @everyone", "mention_role"),
@@ -101,8 +101,8 @@ def test_a_user_who_is_still_mentioned_in_another_way_keeps_the_notification(cas
 
 
 @pytest.mark.parametrize(("members", "mention"), [(100, "@vera"), (2, "@vera"), (100, "@vip"), (2, "@everyone")])
-def test_an_edit_retracts_an_unread_mention_of_a_former_member(cast, slices_of, members, mention):
-    slices_of(members)
+def test_an_edit_retracts_an_unread_mention_of_a_former_member(cast, set_slice_size, members, mention):
+    set_slice_size(members)
     message_id = post_and_notify(cast.moderator, cast.general, mention)
     servers.remove_member(cast.server_id, cast.vip.id)
     edited = edit(cast.moderator, message_id, "nobody")
@@ -123,9 +123,9 @@ def test_a_former_member_keeps_read_mentions_and_plain_notifications(cast):
 
 
 def test_a_read_notification_is_not_retracted(cast):
-    wants_mentions_only(cast.vip, cast.general)
+    set_mentions_only(cast.vip, cast.general)
     message_id = post_and_notify(cast.subscriber, cast.general, "@vera")
-    read_everything(cast.vip)
+    mark_everything_read(cast.vip)
     assert edit(cast.subscriber, message_id, "nobody")["retracted"] == 0
     assert notified(message_id)[cast.vip.id] == "mention"
     assert unread(cast.vip) == 0
@@ -133,38 +133,38 @@ def test_a_read_notification_is_not_retracted(cast):
 
 def test_a_read_notification_stays_read_when_its_mention_is_removed(cast):
     message_id = post_and_notify(cast.subscriber, cast.general, "@moira")
-    read_everything(cast.moderator)
+    mark_everything_read(cast.moderator)
     edit(cast.subscriber, message_id, "nobody")
     assert unread(cast.moderator) == 0
 
 
 def test_a_repeated_edit_run_changes_nothing(cast):
-    wants_mentions_only(cast.vip, cast.general)
+    set_mentions_only(cast.vip, cast.general)
     message_id = post_and_notify(cast.subscriber, cast.general, "@ada")
     posted = messages.edit_message(cast.subscriber.user, message_id, "@moira @vera")
     run_to_end(posted.run_id)
-    read_everything(cast.moderator)
-    before = contents()["notification"]
+    mark_everything_read(cast.moderator)
+    before = all_rows()["notification"]
     changes = fetch_one("SELECT mention_diff FROM run WHERE id = %(run_id)s", {"run_id": posted.run_id})
     again = runs.create_run(message_id, "edit", changes["mention_diff"])
     assert run_to_end(again) == "succeeded"
-    assert contents()["notification"] == before
+    assert all_rows()["notification"] == before
     assert (stats(again)["inserted"], stats(again)["retracted"]) == (0, 0)
 
 
 def test_an_edit_without_changed_mentions_creates_no_run(cast):
     message_id = post_and_notify(cast.subscriber, cast.general, "@moira is right")
-    before = contents()
+    before = all_rows()
     assert messages.edit_message(cast.subscriber.user, message_id, "@moira is wrong, `@vera`").run_id == 0
-    after = contents()
+    after = all_rows()
     assert after.pop("message") != before.pop("message")
     assert after == before
 
 
 @pytest.mark.parametrize("edit_first", [False, True], ids=["in order", "edit run first"])
 def test_an_edit_before_the_first_run_gives_the_result_of_the_edited_text(cast, edit_first):
-    wants_mentions_only(cast.vip, cast.general)
-    wants_mentions_only(cast.moderator, cast.general)
+    set_mentions_only(cast.vip, cast.general)
+    set_mentions_only(cast.moderator, cast.general)
     message_id, first = post(cast.subscriber, cast.general, "@vera")
     second = messages.edit_message(cast.subscriber.user, message_id, "@moira").run_id
     for run_id in (second, first) if edit_first else (first, second):
@@ -173,15 +173,15 @@ def test_an_edit_before_the_first_run_gives_the_result_of_the_edited_text(cast, 
     assert unread(cast.moderator) == 1
 
 
-def test_an_edit_during_the_first_run_gives_the_result_of_the_edited_text(cast, slices_of):
-    many = crowd(cast.server_id, 8)
-    slices_of(6)
+def test_an_edit_during_the_first_run_gives_the_result_of_the_edited_text(cast, set_slice_size):
+    many = add_members(cast.server_id, 8)
+    set_slice_size(6)
     for person in (cast.vip, cast.moderator):
-        wants_mentions_only(person, cast.general)
+        set_mentions_only(person, cast.general)
     message_id, first = post(cast.moderator, cast.general, "@vera @crowd-8")
-    advance(first)
+    process_next(first)
     second = messages.edit_message(cast.moderator.user, message_id, "@crowd-1").run_id
-    advance(second)
+    process_next(second)
     for run_id in (first, second):
         assert run_to_end(run_id) == "succeeded"
         assert stats(run_id)["audience"] == 13
@@ -209,7 +209,7 @@ def test_an_edit_that_only_adds_a_mention_retracts_nothing(cast):
 
 
 def test_edits_do_not_restore_a_dismissed_notification(cast):
-    wants_mentions_only(cast.vip, cast.general)
+    set_mentions_only(cast.vip, cast.general)
     message_id = post_and_notify(cast.subscriber, cast.general, "@vera")
     dismiss(cast.vip.user, cast.vip.id, message_id)
     edit(cast.subscriber, message_id, "nobody")
@@ -226,22 +226,22 @@ def test_a_dismissed_notification_that_becomes_a_mention_stays_dismissed(cast):
 
 
 @pytest.mark.parametrize("members", [100, 2], ids=["unsliced", "slices"])
-def test_an_edit_waits_for_the_fan_out_and_then_retracts(cast, slices_of, members):
-    wants_mentions_only(cast.vip, cast.general)
-    slices_of(members)
+def test_an_edit_waits_for_the_fan_out_and_then_retracts(cast, set_slice_size, members):
+    set_mentions_only(cast.vip, cast.general)
+    set_slice_size(members)
     message_id, run_id = post(cast.subscriber, cast.general, "gold")
     if members == 2:
-        advance(run_id)  # so that a slice notifies vera, and not the run's first work item
+        process_next(run_id)  # so that a slice notifies vera, and not the run's first work item
     execute(f"UPDATE message SET mentioned_users = '{{{cast.vip.id}}}'")
-    items = parts_of(run_id)
+    items = remaining_work_items(run_id)
 
     def notify() -> None:
         with db.connection_context():
             for item in items:
-                do(item)
+                claim_and_process(item)
 
     fan_out = threading.Thread(target=notify)
-    with notifications_that("PERFORM pg_sleep(0.5);"):
+    with fault_on_insert("PERFORM pg_sleep(0.5);"):
         fan_out.start()
         time.sleep(0.2)
         edited = messages.edit_message(cast.subscriber.user, message_id, "@moira").run_id
@@ -251,21 +251,21 @@ def test_an_edit_waits_for_the_fan_out_and_then_retracts(cast, slices_of, member
     assert notified(message_id) == {cast.admin.id: "message", cast.moderator.id: "mention"}
 
 
-def test_an_edit_does_not_wait_for_later_slices(cast, slices_of):
+def test_an_edit_does_not_wait_for_later_slices(cast, set_slice_size):
     """Two workers process a large fan-out, so that at least one of them holds the message lock at any time."""
-    crowd(cast.server_id, 60)
-    slices_of(1)
+    add_members(cast.server_id, 60)
+    set_slice_size(1)
     message_id, run_id = post(cast.subscriber, cast.general)
-    advance(run_id)
-    left = parts_of(run_id)
+    process_next(run_id)
+    left = remaining_work_items(run_id)
 
     def notify() -> None:
         with db.connection_context():
             while left:
-                do(left.pop())
+                claim_and_process(left.pop())
 
     workers = [threading.Thread(target=notify) for _ in range(2)]
-    with notifications_that("PERFORM pg_sleep(0.1);"):
+    with fault_on_insert("PERFORM pg_sleep(0.1);"):
         for worker in workers:
             worker.start()
             time.sleep(0.05)

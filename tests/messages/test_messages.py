@@ -293,8 +293,8 @@ def test_a_post_conflicts_when_the_permission_is_granted_during_the_request(cast
     assert post("gold", cast.lapsed).status_code == 201
 
 
-def test_posting_does_not_need_redis(cast, post, redis_away):
-    with redis_away():
+def test_posting_does_not_need_redis(cast, post, redis_unavailable):
+    with redis_unavailable():
         response = post("hello", key="once")
         assert response.status_code == 201
         assert response.get_json()["run"]["state"] == "pending"

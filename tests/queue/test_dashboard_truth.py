@@ -19,15 +19,15 @@ from belfry.fanout.claims import WorkItem
 from belfry.queue import queues
 from config import settings
 from models import Run
-from tests.fanout_helpers import crowd, notifications_that
+from tests.fanout_helpers import add_members, fault_on_insert
 from tests.fanout_helpers import post as write
-from tests.processes import a_worker, wait_until
+from tests.processes import wait_until, worker_process
 from tests.worker.test_worker import horses_of
 
 pytestmark = pytest.mark.slow
 REGISTRIES = ("queued", "started", "scheduled", "finished", "failed")
 BURST = 1_000
-GATE = 4_711  # an advisory lock
+INSERT_LOCK = 4_711  # the key of an advisory lock
 
 
 class Dashboard:
@@ -95,10 +95,10 @@ def finished(run_id: int) -> bool:
 
 
 @contextmanager
-def a_closed_gate() -> Iterator[psycopg.Connection]:
-    """A session that holds the lock GATE until it unlocks it."""
+def blocked_inserts() -> Iterator[psycopg.Connection]:
+    """A session that holds the lock INSERT_LOCK until it unlocks it."""
     with psycopg.connect(settings.database_url, autocommit=True) as session:
-        session.execute("SELECT pg_advisory_lock(%s)", [GATE])
+        session.execute("SELECT pg_advisory_lock(%s)", [INSERT_LOCK])
         yield session
 
 
@@ -109,11 +109,11 @@ def test_the_dashboard_agrees_with_the_database_during_a_burst(dashboard, cast, 
     assert dashboard.counts() == {"queued": BURST, "started": 0, "scheduled": 0, "finished": 0, "failed": 0}
     busy, polls = 0, 0
     with (
-        a_closed_gate() as gate,
-        notifications_that(f"PERFORM pg_advisory_xact_lock_shared({GATE});"),
-        a_worker(),
-        a_worker(),
-        closing(gate),  # before the workers are stopped
+        blocked_inserts() as session,
+        fault_on_insert(f"PERFORM pg_advisory_xact_lock_shared({INSERT_LOCK});"),
+        worker_process(),
+        worker_process(),
+        closing(session),  # before the workers are stopped
     ):
         wait_until(lambda: len(dashboard.workers()) == 2, "both workers to register")
         while len(dashboard.jobs("finished")) < BURST:
@@ -128,7 +128,7 @@ def test_the_dashboard_agrees_with_the_database_during_a_burst(dashboard, cast, 
             assert seen["failed"] == seen["scheduled"] == set()
             if seen["started"] and any(worker["state"] == "busy" for worker in workers):
                 busy += 1
-                gate.execute("SELECT pg_advisory_unlock_all()")
+                session.execute("SELECT pg_advisory_unlock_all()")
             assert polls < 2_000, "the burst never ends"
             time.sleep(0.02)
         assert set(dashboard.jobs("finished")) == everything == runs_by_state()["succeeded"]
@@ -149,8 +149,8 @@ def test_a_failure_is_scheduled_then_failed_with_its_error_and_a_requeue_retries
     _, run_id = write(cast.subscriber, cast.general)
     job_id = queues.run_job_id(run_id)
     execute("UPDATE run SET attempts_left = 2")
-    with a_worker(RETRY_BASE_DELAY_SECONDS="3"):
-        with notifications_that("RAISE 'the disk is full';"):
+    with worker_process(RETRY_BASE_DELAY_SECONDS="3"):
+        with fault_on_insert("RAISE 'the disk is full';"):
             queues.enqueue_run(run_id)
             wait_until(lambda: dashboard.jobs("scheduled") == [job_id], "the retry to be scheduled")
             assert (Run.get_by_id(run_id).state, dashboard.job(job_id)["status"]) == ("queued", "scheduled")
@@ -168,8 +168,8 @@ def test_a_failure_is_scheduled_then_failed_with_its_error_and_a_requeue_retries
 
 @pytest.mark.parametrize("kill_worker", [False, True], ids=["work-horse", "worker"])
 def test_no_entry_of_a_killed_process_is_left_after_another_has_run_its_jobs(dashboard, cast, redis, kill_worker):
-    with a_worker() as first, a_worker():
-        with notifications_that("PERFORM pg_sleep(3);"):
+    with worker_process() as first, worker_process():
+        with fault_on_insert("PERFORM pg_sleep(3);"):
             runs = [write(cast.subscriber, cast.general, f"gold {number}")[1] for number in range(3)]
             queues.enqueue([WorkItem(run_id) for run_id in runs])
             wait_until(lambda: dashboard.jobs("started") != [], "jobs to be started")
@@ -187,11 +187,11 @@ def test_no_entry_of_a_killed_process_is_left_after_another_has_run_its_jobs(das
 
 
 def test_the_dashboard_shows_the_slices_of_a_fan_out(dashboard, cast, redis):
-    crowd(cast.server_id, 95)
+    add_members(cast.server_id, 95)
     _, run_id = write(cast.subscriber, cast.general)
     queues.enqueue_run(run_id)
     seen: Counter[str] = Counter()
-    with notifications_that("PERFORM pg_sleep(0.1);"), a_worker(FANOUT_SLICE_SIZE="10"):
+    with fault_on_insert("PERFORM pg_sleep(0.1);"), worker_process(FANOUT_SLICE_SIZE="10"):
         while not finished(run_id):
             seen["started"] += bool(dashboard.jobs("started", queues.BULK))
             seen["busy"] += any(worker["state"] == "busy" for worker in dashboard.workers())
@@ -213,7 +213,7 @@ def test_a_run_that_the_sweeper_fails_is_shown_as_failed_with_its_error(dashboar
         " sweep_after = now() - interval '1 minute'"
     )
     redis.flushdb()
-    with a_worker():
+    with worker_process():
         wait_until(lambda: dashboard.jobs("failed") == [queues.run_job_id(run_id)], "the run to be failed")
     run, job = Run.get_by_id(run_id), queues.queue().fetch_job(queues.run_job_id(run_id))
     assert (run.state, job.latest_result().exc_string) == ("failed", run.error)

@@ -24,12 +24,12 @@ from belfry.queue.job_class import BelfryJob
 from config import settings
 from models import Run
 from tests.fanout_helpers import post
-from tests.processes import RQ_WORKER, a_worker, running, wait_until
+from tests.processes import RQ_WORKER, running, wait_until, worker_process
 from tests.worker.test_worker import horses_of
 
 pytestmark = pytest.mark.slow
 
-LEAVE_MARK = "tests.faults.leaving_a_mark.leave"
+CREATE_MARK = "tests.faults.forbidden_function.create_mark"
 NOW = "2026-11-26T12:00:00.000000Z"
 
 
@@ -83,9 +83,9 @@ REJECTED: list[dict[str, Any]] = [
     {"data": b"[" * 200},
     {"data": b'{"a": 1, "b": 2, "c": 3, "d": 4}'},
     {"data": decompression_bomb()},
-    {"success_callback_name": LEAVE_MARK},
+    {"success_callback_name": CREATE_MARK},
     {"failure_callback_name": "builtins.print"},
-    {"stopped_callback_name": LEAVE_MARK},
+    {"stopped_callback_name": CREATE_MARK},
     {"webhooks": json.dumps([{"url": "http://127.0.0.1:1/", "job_status": "finished"}])},
     {"dependency_id": "run-1"},
     {"dependency_ids": '["run-1"]'},
@@ -149,7 +149,7 @@ def test_a_decompression_bomb_is_not_decompressed(redis):
 
 def test_each_of_several_jobs_is_checked(redis):
     write(redis, "run-1")
-    write(redis, "forged-1", failure_callback_name=LEAVE_MARK)
+    write(redis, "forged-1", failure_callback_name=CREATE_MARK)
     redis.set("rq:job:forged-2", "not a job")
     found = BelfryJob.fetch_many(["run-1", "forged-1", "missing", "forged-2"], redis)
     assert [job and job.args for job in found] == [[999], None, None, None]
@@ -188,24 +188,24 @@ def forge(redis: Redis, mark: Path) -> list[str]:
     """Write forged jobs to every place from which RQ reads jobs, as an attacker with write access; return their ids."""
     waiting = {
         "forged-system": {"data": call("os.system", f"touch {mark}")},
-        "forged-function": {"data": json.dumps([LEAVE_MARK, None, [], {}])},
-        "forged-success": {"success_callback_name": LEAVE_MARK},
-        "forged-failure": {"failure_callback_name": LEAVE_MARK, "data": call("jobs.notify", "no id")},
-        "forged-dependency": {"dependency_ids": '["run-1"]', "success_callback_name": LEAVE_MARK},
+        "forged-function": {"data": json.dumps([CREATE_MARK, None, [], {}])},
+        "forged-success": {"success_callback_name": CREATE_MARK},
+        "forged-failure": {"failure_callback_name": CREATE_MARK, "data": call("jobs.notify", "no id")},
+        "forged-dependency": {"dependency_ids": '["run-1"]', "success_callback_name": CREATE_MARK},
     }
     for job_id, changed in waiting.items():
         write(redis, job_id, **changed)
         redis.rpush("rq:queue:notifications", job_id)
-    write(redis, "forged-started", status="started", failure_callback_name=LEAVE_MARK)
+    write(redis, "forged-started", status="started", failure_callback_name=CREATE_MARK)
     redis.zadd("rq:wip:notifications", {"forged-started:1234": 1})
-    write(redis, "forged-scheduled", status="scheduled", data=call(LEAVE_MARK))
+    write(redis, "forged-scheduled", status="scheduled", data=call(CREATE_MARK))
     redis.zadd("rq:scheduled:notifications", {"forged-scheduled": 1})
-    write(redis, "forged-ready", status="ready_to_enqueue", data=call(LEAVE_MARK))
+    write(redis, "forged-ready", status="ready_to_enqueue", data=call(CREATE_MARK))
     redis.zadd("rq:ready:notifications", {"forged-ready": 1})
-    write(redis, "forged-failed", status="failed", data=call(LEAVE_MARK))
+    write(redis, "forged-failed", status="failed", data=call(CREATE_MARK))
     redis.zadd("rq:failed:notifications", {"forged-failed": time.time() + 600})
     Job.fetch("forged-failed", connection=redis, serializer="json").requeue()
-    write(redis, "forged-dependent", status="deferred", data=call(LEAVE_MARK))
+    write(redis, "forged-dependent", status="deferred", data=call(CREATE_MARK))
     redis.zadd("rq:deferred:notifications", {"forged-dependent": 1})
     for parent in ("run-1", "run-999"):
         redis.sadd(f"rq:job:{parent}:dependents", "forged-dependent")
@@ -220,7 +220,7 @@ def succeeded(run_id: int) -> bool:
 
 def test_the_worker_runs_no_forged_job_and_keeps_running(cast, redis, tmp_path):
     mark = tmp_path / "mark"
-    with a_worker(MARK=str(mark)) as process:
+    with worker_process(MARK=str(mark)) as process:
         horses = horses_of(process.pid)
         forged = forge(redis, mark)
         _, run_id = post(cast.subscriber, cast.general)
@@ -257,7 +257,7 @@ def test_invalid_entries_in_the_queue_do_not_stop_the_worker(cast, redis):
     redis.set("rq:job:garbage", "not a job")
     redis.zadd("rq:wip:bulk", {"no execution": 1, b"\xff": 1})
     redis.zadd("rq:scheduled:notifications", {b"\xff": 1, "a b": 1, "garbage": 1, "missing": 1})
-    with a_worker() as process:
+    with worker_process() as process:
         horses = horses_of(process.pid)
         for entry in (b"\xff", b"garbage", b"a b", b"run-" + b"9" * 5000, b"\n2026-11-26 CRITICAL"):
             redis.rpush("rq:queue:notifications", entry)

@@ -16,9 +16,9 @@ from belfry.fanout.claims import WorkItem
 from belfry.queue import queues
 from config import settings
 from models import Run
-from tests.fanout_helpers import crowd, notifications_that, post
-from tests.processes import RQ_WORKER, a_web_process, a_worker, running, wait_until
-from tests.sse_client import Listener
+from tests.fanout_helpers import add_members, fault_on_insert, post
+from tests.processes import RQ_WORKER, running, wait_until, web_process, worker_process
+from tests.sse_client import StreamClient
 from tools.dev import ROOT
 
 pytestmark = pytest.mark.slow
@@ -60,21 +60,21 @@ def test_the_user_cannot_run_other_commands(redis, restricted):
 
 
 def test_the_web_process_workers_and_dashboard_work_with_the_documented_rules(cast, redis, restricted):
-    crowd(cast.server_id, 30)
+    add_members(cast.server_id, 30)
     behind = {"REDIS_URL": restricted}
     bulk = Queue(queues.BULK, connection=redis, serializer="json")
-    with a_web_process(**behind) as address, Listener(address, cast.vip.token) as stream:
+    with web_process(**behind) as address, StreamClient(address, cast.vip.token) as stream:
 
         def send_request(path: str, method: str = "GET", data: bytes | None = None) -> bytes:
             headers = {"Authorization": f"Bearer {cast.admin.token}", "Content-Type": "application/json"}
             with urlopen(Request(address + path, data, headers, method=method), timeout=20) as response:
                 return bytes(response.read())
 
-        with a_worker(FANOUT_SLICE_SIZE="9", **behind):
+        with worker_process(FANOUT_SLICE_SIZE="9", **behind):
             for _ in range(3):
                 send_request("/api/messages", "POST", f'{{"channel_id": {cast.general}, "content": "gold"}}'.encode())
             wait_until(lambda: {run.state for run in Run.select()} == {"succeeded"}, "the runs to succeed")
-            with notifications_that("RAISE EXCEPTION 'the disk is full';"):
+            with fault_on_insert("RAISE EXCEPTION 'the disk is full';"):
                 _, run_id = post(cast.subscriber, cast.general)
                 queues.enqueue_run(run_id)
                 wait_until(lambda: redis.zcard("rq:scheduled:bulk"), "RQ's retry")
@@ -86,7 +86,7 @@ def test_the_web_process_workers_and_dashboard_work_with_the_documented_rules(ca
             bulk.enqueue("jobs.notify", run, job_id=f"run-{run}")
         queues.enqueue([WorkItem(failing[0], 5)])
         rq_worker = [*RQ_WORKER, "--burst", "--with-scheduler", "-u", restricted]
-        with notifications_that("RAISE EXCEPTION 'the disk is full';"):
+        with fault_on_insert("RAISE EXCEPTION 'the disk is full';"):
             with running([*rq_worker, *queues.QUEUES], **behind) as process:
                 assert process.wait(60) == 0
             assert bulk.failed_job_registry.count == 3

@@ -16,9 +16,9 @@ from belfry.queue import queues, registries
 from belfry.worker import maintenance, worker
 from config import settings
 from models import Run
-from tests.fanout_helpers import notifications_that
+from tests.fanout_helpers import fault_on_insert
 from tests.fanout_helpers import post as write
-from tests.processes import a_worker, wait_until
+from tests.processes import wait_until, worker_process
 from tests.worker.test_worker import horses_of
 
 pytestmark = pytest.mark.slow
@@ -96,8 +96,8 @@ def test_each_job_of_a_batch_is_shown_finished_with_result_times_and_counters(ap
     assert redis.ttl(f"rq:job:{job.id}") <= registries.RESULT_SECONDS
 
 
-def test_jobs_of_slices_are_shown(api, cast, redis, slices_of):
-    slices_of(2)
+def test_jobs_of_slices_are_shown(api, cast, redis, set_slice_size):
+    set_slice_size(2)
     _, run_id = write(cast.subscriber, cast.general)
     queues.enqueue_run(run_id)
     run_worker()
@@ -112,7 +112,7 @@ def test_a_failure_its_retries_and_the_final_failure_are_shown(api, cast, redis)
     _, run_id = write(cast.subscriber, cast.general)
     job_id = queues.run_job_id(run_id)
     queues.enqueue_run(run_id)
-    with notifications_that():
+    with fault_on_insert():
         run_worker()
         assert (Run.get_by_id(run_id).state, in_registries()["scheduled"]) == ("queued", {job_id})
         while Run.get_by_id(run_id).state != "failed":
@@ -136,7 +136,7 @@ def test_requeueing_a_failed_job_retries_its_run(api, cast, redis):
     queues.enqueue_run(run_id)
     execute("UPDATE run SET attempts_left = 1")
     redis.hset(f"rq:job:{job_id}", "retries_left", 0)
-    with notifications_that():
+    with fault_on_insert():
         run_worker()
     assert (Run.get_by_id(run_id).state, in_registries()["failed"]) == ("failed", {job_id})
     assert api(cast.admin).post(f"/rq/job/{job_id}/requeue").status_code == 200
@@ -150,7 +150,7 @@ def test_requeueing_a_failed_job_retries_its_run(api, cast, redis):
 
 
 def test_a_busy_worker_is_shown_with_its_job(api, cast, redis):
-    with notifications_that("PERFORM pg_sleep(2);"), a_worker():
+    with fault_on_insert("PERFORM pg_sleep(2);"), worker_process():
         _, run_id = write(cast.subscriber, cast.general)
         queues.enqueue_run(run_id)
         job_id = queues.run_job_id(run_id)
@@ -167,8 +167,8 @@ def _started(api, cast) -> list[dict]:
 
 
 def test_a_job_of_a_dead_worker_is_not_shown_as_started_after_its_run_succeeded(cast, redis):
-    with a_worker() as process:
-        with notifications_that("PERFORM pg_sleep(2);"):
+    with worker_process() as process:
+        with fault_on_insert("PERFORM pg_sleep(2);"):
             _, run_id = write(cast.subscriber, cast.general)
             queues.enqueue_run(run_id)
             wait_until(lambda: in_registries()["started"] != set(), "the job to be started")
@@ -271,7 +271,7 @@ def test_a_second_job_of_a_failed_run_fails_with_the_error_of_the_run(cast, redi
 def test_a_due_retry_goes_to_the_front_of_the_queue(cast, redis):
     failing, waiting = (write(cast.subscriber, cast.general)[1] for _ in range(2))
     queues.enqueue_run(failing)
-    with notifications_that():
+    with fault_on_insert():
         run_worker()
     queues.enqueue_run(waiting)
     redis.zadd("rq:scheduled:notifications", {queues.run_job_id(failing): 0})
@@ -313,7 +313,7 @@ def test_failed_jobs_are_kept_up_to_the_limit(cast, redis, override):
     execute("UPDATE run SET attempts_left = 1")
     queues.enqueue([WorkItem(run_id) for run_id in runs])
     override(max_ended_jobs=2)
-    with notifications_that():
+    with fault_on_insert():
         run_worker()
     assert len(in_registries()["failed"]) == 2
     assert len(redis.keys("rq:job:*")) == 2

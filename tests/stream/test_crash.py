@@ -17,8 +17,8 @@ from belfry.stream.cursor import StreamCursor
 from config import settings
 from tests.fanout_helpers import post_and_notify
 from tests.people import make_cast
-from tests.processes import a_web_process, wait_until
-from tests.sse_client import Listener
+from tests.processes import wait_until, web_process
+from tests.sse_client import StreamClient
 from tools.dev import postgres
 from tools.dev.paths import temporary_data_dir
 
@@ -128,7 +128,7 @@ def test_a_cursor_from_before_a_crash_is_reset(database, crash):
 
 def test_a_running_web_process_detects_a_crash_and_resets_its_clients(database):
     cast = make_cast()
-    with a_web_process(DATABASE_URL=database.url) as web, Listener(web, cast.vip.token) as listener:
+    with web_process(DATABASE_URL=database.url) as web, StreamClient(web, cast.vip.token) as listener:
         wait_until(lambda: "unread" in listener.kinds(), "the stream to begin")
         database.crash_a_backend()
         db.connect(reuse_if_open=True)

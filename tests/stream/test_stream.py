@@ -20,23 +20,31 @@ from belfry.stream import publish
 from config import settings
 from models import ApiToken
 from schemas import Notification
-from tests.fanout_helpers import crowd, edit, parts_of, post, post_and_notify, run_to_end, wants_mentions_only
+from tests.fanout_helpers import (
+    add_members,
+    edit,
+    post,
+    post_and_notify,
+    remaining_work_items,
+    run_to_end,
+    set_mentions_only,
+)
 from tests.people import csrf_of
-from tests.processes import RedisGate, a_gate, a_web_process, wait_until
-from tests.sse_client import Listener
+from tests.processes import RedisProxy, open_redis_proxy, wait_until, web_process
+from tests.sse_client import StreamClient
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def gate() -> Iterator[RedisGate]:
-    with a_gate(settings.redis_url) as gate:
-        yield gate
+def proxy() -> Iterator[RedisProxy]:
+    with open_redis_proxy(settings.redis_url) as proxy:
+        yield proxy
 
 
 @pytest.fixture(scope="module")
-def web(gate) -> Iterator[str]:
-    with a_web_process(REDIS_URL=gate.url) as address:
+def web(proxy) -> Iterator[str]:
+    with web_process(REDIS_URL=proxy.url) as address:
         yield address
 
 
@@ -73,9 +81,9 @@ def notify(person, channel_id: int, content: str = "gold breaks out") -> int:
     return message_id
 
 
-def connected(web: str, person, **options: str) -> Listener:
+def connected(web: str, person, **options: str) -> StreamClient:
     """A client that is connected and has received its first count."""
-    client = Listener(web, person.token, **options)
+    client = StreamClient(web, person.token, **options)
     wait_until(lambda: "unread" in client.kinds(), "the count at the start of the stream")
     return client
 
@@ -100,7 +108,7 @@ def test_a_stream_starts_with_the_count_and_continues_with_new_notifications(web
 
 def test_the_response_headers_disable_buffering_in_proxies(web, cast):
     with connected(web, cast.vip) as client:
-        headers = client.answer.headers
+        headers = client.response.headers
         assert headers["Content-Type"] == "text/event-stream; charset=utf-8"
         assert headers["Cache-Control"] == "no-store, no-transform"
         assert headers["X-Accel-Buffering"] == "no"
@@ -142,13 +150,13 @@ def test_a_reconnecting_client_is_sent_missed_notifications_once(web, cast):
         notify(cast.subscriber, cast.general)
         client.wait_for_unread(1)
     missed = [notify(cast.subscriber, cast.general) for _ in range(3)]
-    with connected(web, cast.vip, since=client.last_id()) as again:
+    with connected(web, cast.vip, last_event_id=client.last_id()) as again:
         assert again.messages() == missed
         assert again.unread() == 4
         after = notify(cast.subscriber, cast.general)
         again.wait_for_unread(5)
         assert again.messages() == [*missed, after]
-    with connected(web, cast.vip, since=again.last_id()) as third:
+    with connected(web, cast.vip, last_event_id=again.last_id()) as third:
         assert third.messages() == []
 
 
@@ -156,10 +164,10 @@ def test_a_client_resumes_after_any_event_of_one_update(web, cast):
     with connected(web, cast.vip) as client:
         pass
     notified = [notify(cast.subscriber, cast.general) for _ in range(4)]
-    with connected(web, cast.vip, since=client.last_id()) as complete:
+    with connected(web, cast.vip, last_event_id=client.last_id()) as complete:
         notifications = [event for event in complete.events if event.kind == "notification"]
     for number, event in enumerate(notifications, 1):
-        with connected(web, cast.vip, since=event.id) as rest:
+        with connected(web, cast.vip, last_event_id=event.id) as rest:
             assert rest.messages() == notified[number:]
 
 
@@ -167,7 +175,7 @@ def test_a_client_can_resume_at_another_web_process(web, cast):
     with connected(web, cast.vip) as client:
         pass
     message_id = notify(cast.subscriber, cast.general)
-    with a_web_process() as other, connected(other, cast.vip, since=client.last_id()) as again:
+    with web_process() as other, connected(other, cast.vip, last_event_id=client.last_id()) as again:
         assert again.messages() == [message_id]
 
 
@@ -184,15 +192,15 @@ def test_a_late_commit_is_sent_late_and_delays_no_other_notification(web, cast):
         publish.publish(notified=True)
         client.wait_for_unread(2)
         assert client.messages() == [message_id, early]
-    with connected(web, cast.vip, since=client.last_id()) as again:
+    with connected(web, cast.vip, last_event_id=client.last_id()) as again:
         assert again.messages() == []
 
 
 def test_a_cursor_older_than_the_log_is_reset(web, cast):
     notify(cast.subscriber, cast.general)
-    with connected(web, cast.vip, since="1700000000-700:700:") as client:
+    with connected(web, cast.vip, last_event_id="1700000000-700:700:") as client:
         assert client.kinds() == ["reset", "unread"]
-    with connected(web, cast.vip, since=client.last_id()) as again:
+    with connected(web, cast.vip, last_event_id=client.last_id()) as again:
         assert again.kinds() == ["unread"]
 
 
@@ -200,12 +208,12 @@ def test_a_forged_cursor_is_reset_without_an_error(web, cast):
     """A browser does not reconnect after an error, and after a change of SECRET_KEY all browsers have such cursors."""
     notify(cast.subscriber, cast.general)
     with connected(web, cast.vip) as client:
-        for since in (f"{int(time.time())}-3:3:", client.last_id()[:-1]):
-            with connected(web, cast.vip, since=since) as forged:
+        for cursor in (f"{int(time.time())}-3:3:", client.last_id()[:-1]):
+            with connected(web, cast.vip, last_event_id=cursor) as forged:
                 assert forged.kinds() == ["reset", "unread"]
     with (
-        a_web_process(SECRET_KEY="another key, which has been set since then") as other,
-        connected(other, cast.vip, since=client.last_id()) as again,
+        web_process(SECRET_KEY="another key, which has been set since then") as other,
+        connected(other, cast.vip, last_event_id=client.last_id()) as again,
     ):
         assert again.kinds() == ["reset", "unread"]
 
@@ -228,7 +236,7 @@ def test_the_count_is_updated_after_changes_in_another_process(web, cast, api, c
         elif change == "deleted":
             assert admin.delete(f"/api/messages/{first}").status_code == 200
         elif change == "edited":
-            wants_mentions_only(cast.vip, cast.general)
+            set_mentions_only(cast.vip, cast.general)
             edit(cast.subscriber, first, "gold")  # the edit removes the mention
             publish.publish(notified=True)
         elif change == "moved":
@@ -263,17 +271,17 @@ def test_the_last_count_is_exact_after_many_concurrent_changes(web, cast, api):
         assert len(client.messages()) == len(set(client.messages()))
 
 
-def test_all_slices_of_a_large_fan_out_are_sent(web, cast, slices_of):
-    people = crowd(cast.server_id, 40)
-    slices_of(10)
+def test_all_slices_of_a_large_fan_out_are_sent(web, cast, set_slice_size):
+    people = add_members(cast.server_id, 40)
+    set_slice_size(10)
     token = tokens.create_token(users.find_user(people[-1]))[1]
-    with connected(web, cast.vip) as first, Listener(web, token) as last:
+    with connected(web, cast.vip) as first, StreamClient(web, token) as last:
         wait_until(lambda: last.kinds() == ["unread"], "the count")
         message_id, run_id = post(cast.subscriber, cast.general)
         run_to_end(run_id)
         publish.publish(notified=True)
         wait_until(lambda: last.messages() == first.messages() == [message_id], "both to be notified")
-    assert not parts_of(run_id)
+    assert not remaining_work_items(run_id)
 
 
 # --- permission
@@ -288,13 +296,13 @@ def test_all_slices_of_a_large_fan_out_are_sent(web, cast, slices_of):
     ],
 )
 def test_a_user_who_cannot_be_notified_gets_no_stream(web, cast, who, status, code):
-    client = Listener(web, cast.everybody[who].token if who else None)
-    assert (client.answer.status, client.problem["code"]) == (status, code)
+    client = StreamClient(web, cast.everybody[who].token if who else None)
+    assert (client.response.status, client.problem["code"]) == (status, code)
 
 
 def test_an_invalid_cursor_is_rejected(web, cast):
-    client = Listener(web, cast.vip.token, since="7; DROP TABLE notification_log")
-    assert (client.answer.status, client.problem["code"]) == (422, "invalid")
+    client = StreamClient(web, cast.vip.token, last_event_id="7; DROP TABLE notification_log")
+    assert (client.response.status, client.problem["code"]) == (422, "invalid")
     assert "Last-Event-ID" in client.problem["errors"]
 
 
@@ -317,8 +325,8 @@ def test_a_stream_ends_when_its_user_loses_the_right_to_it(web, cast, api, chang
             response = admin.delete(f"/api/servers/{server_id}/members/{cast.vip.id}")
         assert response.status_code in (200, 204)
         client.wait_for_end()
-        again = Listener(web, cast.vip.token, since=client.last_id())
-        assert again.answer.status == {"revoked": 401, "left another": 200}.get(change, 403)
+        again = StreamClient(web, cast.vip.token, last_event_id=client.last_id())
+        assert again.response.status == {"revoked": 401, "left another": 200}.get(change, 403)
         again.close()
         assert not untouched.ended.is_set()
 
@@ -326,8 +334,8 @@ def test_a_stream_ends_when_its_user_loses_the_right_to_it(web, cast, api, chang
 def test_signing_out_ends_only_the_streams_of_that_session(web, cast):
     browsers = [Browser(web, cast.vip.token) for _ in range(2)]
     with (
-        Listener(web, Cookie=browsers[0].cookie) as one,
-        Listener(web, Cookie=browsers[1].cookie) as other,
+        StreamClient(web, Cookie=browsers[0].cookie) as one,
+        StreamClient(web, Cookie=browsers[1].cookie) as other,
         connected(web, cast.vip) as by_token,
     ):
         wait_until(lambda: "unread" in one.kinds() and "unread" in other.kinds(), "both clients to connect")
@@ -341,8 +349,8 @@ def test_signing_out_ends_only_the_streams_of_that_session(web, cast):
 def test_signing_out_everywhere_ends_the_streams_of_all_sessions(web, cast):
     browsers = [Browser(web, cast.vip.token) for _ in range(2)]
     with (
-        Listener(web, Cookie=browsers[0].cookie) as one,
-        Listener(web, Cookie=browsers[1].cookie) as other,
+        StreamClient(web, Cookie=browsers[0].cookie) as one,
+        StreamClient(web, Cookie=browsers[1].cookie) as other,
         connected(web, cast.vip) as by_token,
     ):
         wait_until(lambda: "unread" in one.kinds() and "unread" in other.kinds(), "both clients to connect")
@@ -358,8 +366,8 @@ def test_revoking_a_token_ends_its_streams_and_the_streams_of_its_sessions(web, 
     browser = Browser(web, cast.vip.token)
     with (
         connected(web, cast.vip) as revoked,
-        Listener(web, Cookie=browser.cookie) as by_session,
-        Listener(web, second) as by_another,
+        StreamClient(web, Cookie=browser.cookie) as by_session,
+        StreamClient(web, second) as by_another,
     ):
         wait_until(lambda: "unread" in by_session.kinds() and "unread" in by_another.kinds(), "all clients to connect")
         token = ApiToken.get(ApiToken.token_hash == tokens.hash_token(cast.vip.token))
@@ -372,7 +380,7 @@ def test_revoking_a_token_ends_its_streams_and_the_streams_of_its_sessions(web, 
 
 def test_an_expired_session_ends_its_streams(web, cast):
     browser = Browser(web, cast.vip.token)
-    with Listener(web, Cookie=browser.cookie) as client:
+    with StreamClient(web, Cookie=browser.cookie) as client:
         wait_until(lambda: "unread" in client.kinds(), "the client to connect")
         execute("UPDATE session SET last_seen_at = now() - interval '7 days'")
         client.wait_for_end()
@@ -399,16 +407,16 @@ def test_the_oldest_stream_of_a_user_ends_beyond_the_limit(web, cast):
 # --- failures
 
 
-def test_no_notification_is_lost_while_redis_is_unavailable(web, gate, cast):
+def test_no_notification_is_lost_while_redis_is_unavailable(web, proxy, cast):
     with connected(web, cast.vip) as client:
-        gate.shut()
+        proxy.cut_connections()
         try:
             during = post_and_notify(cast.subscriber, cast.general, "gold")  # it is not published
             client.wait_for_unread(1)
             with connected(web, cast.subscriber) as other:
                 assert other.unread() == 0
         finally:
-            gate.open()
+            proxy.accept_connections()
         after = notify(cast.subscriber, cast.general)
         client.wait_for_unread(2)
         assert client.messages() == [during, after]
@@ -433,8 +441,8 @@ def test_an_invalid_announcement_is_ignored(web, cast, redis, announced):
 
 def test_an_error_in_the_lookup_of_one_client_affects_no_other_client(cast):
     """An internal error that one cursor causes: that client is disconnected each time, and all others continue."""
-    with a_web_process(through=("tests.faults.poisoned",)) as web, connected(web, cast.vip) as client:
-        with Listener(web, cast.admin.token, since="1-7777:7777:") as poisoned:
+    with web_process(through=("tests.faults.failing_cursor",)) as web, connected(web, cast.vip) as client:
+        with StreamClient(web, cast.admin.token, last_event_id="1-7777:7777:") as poisoned:
             poisoned.wait_for_end()
         notify(cast.subscriber, cast.general)
         client.wait_for_unread(1)
@@ -476,7 +484,7 @@ def test_a_client_that_does_not_read_is_disconnected_and_resumes_later(web, cast
             other.wait_for_unread(2)
         received = read_until_closed(stalled)
     assert received.count(b"event: notification") < 900
-    with connected(web, cast.vip, since=client.last_id()) as again:
+    with connected(web, cast.vip, last_event_id=client.last_id()) as again:
         assert again.messages() == message_ids
 
 
@@ -484,7 +492,7 @@ def test_a_client_that_missed_too_many_notifications_is_reset(web, cast):
     client = connected(web, cast.vip)
     client.close()
     notify_in_one_transaction(cast.subscriber, cast.general, cast.vip, 1_001)
-    with connected(web, cast.vip, since=client.last_id()) as again:
+    with connected(web, cast.vip, last_event_id=client.last_id()) as again:
         assert again.kinds() == ["reset", "unread"]
         assert again.unread() == 1_001
         message_id = notify(cast.subscriber, cast.general)
@@ -562,15 +570,15 @@ def test_a_server_other_than_gunicorn_answers_501(api, cast):
 
 
 def test_a_process_with_the_maximum_of_streams_answers_503(cast):
-    with a_web_process(MAX_STREAMS_PER_PROCESS="1") as small, connected(small, cast.vip):
-        refused = Listener(small, cast.admin.token)
-        assert (refused.answer.status, refused.problem["code"]) == (503, "unavailable")
-        assert refused.answer.headers["Retry-After"]
+    with web_process(MAX_STREAMS_PER_PROCESS="1") as small, connected(small, cast.vip):
+        refused = StreamClient(small, cast.admin.token)
+        assert (refused.response.status, refused.problem["code"]) == (503, "unavailable")
+        assert refused.response.headers["Retry-After"]
 
 
 def test_open_streams_do_not_delay_the_shutdown_of_the_process(cast):
     started = None
-    with a_web_process() as short_lived, connected(short_lived, cast.vip) as client:
+    with web_process() as short_lived, connected(short_lived, cast.vip) as client:
         started = time.monotonic()
     client.wait_for_end()
     assert time.monotonic() - started < 20  # gunicorn waits 25 s for a request
@@ -580,7 +588,7 @@ def test_all_streams_of_a_process_share_one_thread(web, cast):
     """Other requests are answered meanwhile, by the same number of threads as without streams."""
     clients = [connected(web, person) for person in (cast.vip, cast.admin, cast.moderator) for _ in range(15)]
     try:
-        statuses = [Listener(web, cast.lapsed.token).answer.status for _ in range(20)]
+        statuses = [StreamClient(web, cast.lapsed.token).response.status for _ in range(20)]
         assert statuses == [403] * 20
         notify(cast.subscriber, cast.general)
         for client in clients:

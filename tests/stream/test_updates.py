@@ -18,7 +18,7 @@ from belfry.stream import cursor, resuming, updates
 from belfry.stream.cursor import StreamCursor
 from belfry.stream.updates import updates_since
 from config import settings as belfry
-from tests.fanout_helpers import crowd, edit, post, post_and_notify, run_to_end, statements
+from tests.fanout_helpers import add_members, edit, post, post_and_notify, run_to_end, statements
 from tests.people import make_cast
 
 HERE = "1795611700-772:781:774,779"
@@ -184,7 +184,7 @@ def test_an_edit_reports_changed_counts(cast):
 
 
 def test_a_message_to_thousands_takes_one_log_row_and_one_query_for_all_clients(cast):
-    people = crowd(cast.server_id, 3_000)
+    people = add_members(cast.server_id, 3_000)
     here, _ = _updates(None)
     with statements() as few:
         _connected_updates(here, *people[:2])
@@ -245,9 +245,9 @@ def test_log_rows_copied_from_another_database_are_purged(cast):
     assert db.execute_sql("SELECT count(*) FROM notification_log").fetchone() == (1,)
 
 
-def test_a_message_of_many_slices_is_looked_up_once(cast, slices_of, override):
-    people = crowd(cast.server_id, 30)
-    slices_of(3)
+def test_a_message_of_many_slices_is_looked_up_once(cast, set_slice_size, override):
+    people = add_members(cast.server_id, 30)
+    set_slice_size(3)
     here, _ = _updates(None)
     message_id = post_and_notify(cast.subscriber, cast.general, "gold")
     assert db.execute_sql("SELECT count(*) > 10 FROM notification_log").fetchone() == (True,)

@@ -18,7 +18,7 @@ from belfry.identity import users
 from belfry.messages import messages
 from tests.fanout_helpers import run_to_end
 from tests.oracle import Preference
-from tests.processes import a_web_process
+from tests.processes import web_process
 from tools.chaos.__main__ import has_passed
 from tools.chaos.audit import audit
 from tools.chaos.harness import FailpointHit, ProgressEvent
@@ -52,8 +52,8 @@ def test_no_notification_is_lost_or_doubled_while_processes_are_killed():
     finally:
         finish(process)
     result = json.loads(output.splitlines()[-1])
-    off = {name: result[name] for name in ("missing", "duplicates", "wrong_decision", "unresolved_runs")}
-    assert set(off.values()) == {0}, output
+    errors = {name: result[name] for name in ("missing", "duplicates", "wrong_decision", "unresolved_runs")}
+    assert set(errors.values()) == {0}, output
     assert process.returncode == 0, output
     assert result["kills"] >= 25, output
     assert result["points_covered"] >= 5, output
@@ -69,11 +69,11 @@ def test_the_failpoints_of_the_list_are_those_of_the_code():
     assert reached == set(FAILPOINTS | TEST_POINTS)
 
 
-# How recovery is measured ---------------------------------------------------------------------------------
+# Recovery times --------------------------------------------------------------------------------------------
 
 
-def events(*of: tuple[float, str, str]) -> list[ProgressEvent]:
-    return [ProgressEvent(when, 1, after, point) for when, after, point in of]
+def events(*entries: tuple[float, str, str]) -> list[ProgressEvent]:
+    return [ProgressEvent(when, 1, after, point) for when, after, point in entries]
 
 
 LARGE = events(
@@ -92,7 +92,7 @@ def test_a_work_item_has_recovered_with_its_next_event():
 def test_slices_are_unfinished_from_the_planning_commit_to_their_own():
     _, zero, fifty, ninety_nine = work_items_of(1, 0.0, 41.0, LARGE)
     assert [fifty.wait(when) for when in (1.9, 2, 4, 4.5, 5)] == [None, 2, 1, 0.5, None]
-    assert [zero.wait(when) for when in (3.5, 6, 11, 12, 13)] == [2.5, None, None, 1, None], "but for its retry"
+    assert [zero.wait(when) for when in (3.5, 6, 11, 12, 13)] == [2.5, None, None, 1, None], "it waits for its retry"
     assert [ninety_nine.wait(when) for when in (7, 8, 40)] == [33, 32, 1]
 
 
@@ -115,8 +115,8 @@ def recovered(*faults: Fault) -> list[tuple[float, int, str]]:
 def test_the_recovery_of_a_current_slice_counts_only_its_own_progress():
     assert recovered(Fault(8, "kill", 1, "99")) == [(32, 1, "99")]
     assert recovered(Fault(12.5, "kill", 1, "0")) == [(0.5, 1, "0")]
-    assert recovered(Fault(2, "kill", 1)) == [(5, 1, "99")], "and when the part is done: its slices"
-    assert recovered(Fault(50, "kill", 1)) == [], "there was nothing to do"
+    assert recovered(Fault(2, "kill", 1)) == [(5, 1, "99")], "the slices continue the run"
+    assert recovered(Fault(50, "kill", 1)) == [], "the run was finished"
 
 
 def test_where_the_current_work_item_is_unknown_the_slowest_recovery_counts():
@@ -134,12 +134,12 @@ def test_only_a_killed_work_horse_concerns_one_work_item(point, action, known):
     assert (fault.run_id, fault.after) == ((1, "50") if known else (None, RUN_ITSELF))
 
 
-# What the audit finds -------------------------------------------------------------------------------------
+# Findings of the audit ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    with a_web_process(RATE_LIMIT_DEFAULT="100000 per minute") as address:
+    with web_process(RATE_LIMIT_DEFAULT="100000 per minute") as address:
         yield address
 
 
@@ -149,10 +149,10 @@ def chaos_run(monkeypatch, address) -> tuple[World, History, str]:
     monkeypatch.setattr("tools.chaos.world.SMALL_MEMBERS", 24)
     monkeypatch.setattr("tools.chaos.world.LARGE_MEMBERS", 10)
     world = make_world()
-    return world, History(posted=[a_message(world, "gold")]), address
+    return world, History(posted=[create_message(world, "gold")]), address
 
 
-def a_message(world: World, content: str) -> PostedMessage:
+def create_message(world: World, content: str) -> PostedMessage:
     channel_id, author = world.small.channels["general"], users.find_user(world.admin)
     sent_at = time.time()
     posted = messages.post_message(author, channel_id, content)
@@ -168,7 +168,7 @@ def found(chaos_run: tuple[World, History, str]) -> dict[str, int]:
     return {kind: len(getattr(findings, kind)) for kind in kinds if getattr(findings, kind)}
 
 
-def somebody_notified(world: World) -> int:
+def notified_user(world: World) -> int:
     """A member who was notified and has made no change."""
     notified = fetch_all("SELECT user_id FROM notification ORDER BY 1")
     return next(one["user_id"] for one in notified if one["user_id"] not in world.changing_users)
@@ -177,7 +177,7 @@ def somebody_notified(world: World) -> int:
 def test_the_audit_finds_nothing_in_correct_data(chaos_run):
     world, history, _ = chaos_run
     assert found(chaos_run) == {}
-    history.posted += [a_message(world, "silver @everyone"), a_message(world, "lead")]
+    history.posted += [create_message(world, "silver @everyone"), create_message(world, "lead")]
     messages.edit_message(users.find_user(world.admin), 2, "copper")
     revisions = (Revision("silver @everyone", everyone=True), Revision("copper"))
     history.posted[1].revisions = {revision.content: revision for revision in revisions}
@@ -211,7 +211,7 @@ def test_the_audit_finds_nothing_in_correct_data(chaos_run):
 def test_the_audit_finds_each_kind_of_damage(chaos_run, fault, kinds):
     world, _, _ = chaos_run
     outsider = users.create_user("outsider").id
-    execute(fault.format(notified=somebody_notified(world), outsider=outsider))
+    execute(fault.format(notified=notified_user(world), outsider=outsider))
     assert found(chaos_run) == kinds
 
 
@@ -221,14 +221,14 @@ def test_the_audit_finds_acknowledged_changes_that_were_lost(chaos_run):
     posted.revisions["silver"] = Revision("silver")
     assert found(chaos_run) == {"wrong_decision": 1}
     posted.late_revisions.add("gold")
-    assert found(chaos_run) == {}, "it may have come late"
+    assert found(chaos_run) == {}, "an edit without a response may be carried out late"
     posted.deleted = True
     assert found(chaos_run) == {"wrong_decision": 1}
 
 
 def test_the_audit_finds_unknown_doubled_and_lost_messages(chaos_run):
     world, history, _ = chaos_run
-    a_message(world, "silver")
+    create_message(world, "silver")
     assert found(chaos_run) == {"duplicates": 1}
     history.posted += [history.posted[0]]
     assert found(chaos_run) == {"duplicates": 2}
@@ -238,7 +238,7 @@ def test_the_audit_finds_unknown_doubled_and_lost_messages(chaos_run):
 
 def test_the_audit_finds_notifications_that_became_unread(chaos_run):
     world, history, _ = chaos_run
-    reader = somebody_notified(world)
+    reader = notified_user(world)
     history.read.append((reader, history.posted[0].id))
     assert found(chaos_run) == {"duplicates": 1}
     execute(f"UPDATE notification SET read_at = now() WHERE user_id = {reader}")
@@ -260,7 +260,7 @@ def test_an_acknowledged_change_changes_the_prediction(chaos_run):
     with world.change(key, Preference("mentions")):
         pass
     possible = world.possible_settings(key, later, later)
-    assert possible == [Preference("all"), Preference("mentions")], "one may come late"
+    assert possible == [Preference("all"), Preference("mentions")], "the first attempt may be late"
 
 
 def test_a_chaos_run_passes_without_findings_and_late_recoveries():

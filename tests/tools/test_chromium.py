@@ -13,8 +13,8 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def machine(tmp_path, monkeypatch):
-    """`machine("chromium")`: make PATH contain only these programs; their directory."""
+def install_programs(tmp_path, monkeypatch):
+    """`install_programs("chromium")`: make PATH contain only these programs; their directory."""
 
     def install(*names: str):
         for name in names:
@@ -27,25 +27,25 @@ def machine(tmp_path, monkeypatch):
     return install
 
 
-def test_the_first_chromium_on_the_path_is_used(machine):
-    directory = machine("google-chrome", "chromium")
+def test_the_first_chromium_on_the_path_is_used(install_programs):
+    directory = install_programs("google-chrome", "chromium")
     assert chromium.find() == directory / "chromium"
 
 
-def test_the_named_chromium_is_preferred(machine, monkeypatch):
-    directory = machine("chromium", "mine")
+def test_the_named_chromium_is_preferred(install_programs, monkeypatch):
+    directory = install_programs("chromium", "mine")
     monkeypatch.setenv("CHROMIUM", str(directory / "mine"))
     assert chromium.find() == directory / "mine"
 
 
-def test_a_named_chromium_that_is_missing_is_an_error(machine, monkeypatch):
-    monkeypatch.setenv("CHROMIUM", str(machine("chromium") / "missing"))
+def test_a_named_chromium_that_is_missing_is_an_error(install_programs, monkeypatch):
+    monkeypatch.setenv("CHROMIUM", str(install_programs("chromium") / "missing"))
     with pytest.raises(CommandError, match="missing"):
         chromium.find()
 
 
-def test_the_summary_counts_tests_that_need_a_missing_chromium(machine):
-    machine()
+def test_the_summary_counts_tests_that_need_a_missing_chromium(install_programs):
+    install_programs()
     assert chromium.find() is None
     collected = subprocess.run(
         [sys.executable, "-m", "pytest", "tests/browser", "tests/test_layers.py", "--collect-only", "-q"],

@@ -34,7 +34,7 @@ embedded = pytest.mark.skipif(
 
 
 @pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def data_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A data directory. Servers that a failed test leaves there are stopped."""
     monkeypatch.delenv("DATABASE_URL", raising=False)
     monkeypatch.delenv("REDIS_URL", raising=False)
@@ -44,7 +44,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @pytest.fixture
-def user_elsewhere() -> Iterator[Callable[[Path], "subprocess.Popen[str]"]]:
+def start_user() -> Iterator[Callable[[Path], "subprocess.Popen[str]"]]:
     """Start another process that uses the servers of a directory until its standard input is closed."""
     program = textwrap.dedent("""
         import sys
@@ -75,7 +75,7 @@ def user_elsewhere() -> Iterator[Callable[[Path], "subprocess.Popen[str]"]]:
             process.kill()
 
 
-def leave(process: "subprocess.Popen[str]") -> None:
+def stop_using(process: "subprocess.Popen[str]") -> None:
     assert process.stdin is not None
     process.stdin.close()
     assert process.wait(60) == 0
@@ -89,19 +89,19 @@ def pids(urls: dict[str, str]) -> tuple[int, int]:
         return postmaster, int(client.info("server")["process_id"])
 
 
-def runs(pid: int) -> bool:
+def is_running(pid: int) -> bool:
     return psutil.pid_exists(pid) and not has_ended(psutil.Process(pid))
 
 
-def answers(urls: dict[str, str]) -> bool:
+def servers_respond(urls: dict[str, str]) -> bool:
     client = redis.Redis.from_url(urls["REDIS_URL"])
     with psycopg.connect(urls["DATABASE_URL"]) as connection, closing(client):
         return connection.execute("SELECT 1").fetchone() == (1,) and bool(client.ping())
 
 
 @embedded
-def test_data_is_kept_between_runs(home: Path) -> None:
-    with servers(home, durable=False) as urls:
+def test_data_is_kept_between_runs(data_dir: Path) -> None:
+    with servers(data_dir, durable=False) as urls:
         with psycopg.connect(urls["DATABASE_URL"]) as connection:
             connection.execute("CREATE TABLE kept (id int)")
         with closing(redis.Redis.from_url(urls["REDIS_URL"])) as client:
@@ -109,9 +109,9 @@ def test_data_is_kept_between_runs(home: Path) -> None:
             assert client.config_get("maxmemory-policy") == {"maxmemory-policy": "noeviction"}
             assert client.config_get("port") == {"port": "0"}
         first = pids(urls)
-    assert not any(runs(pid) for pid in first)
+    assert not any(is_running(pid) for pid in first)
     assert not Path(str(conninfo_to_dict(urls["DATABASE_URL"])["host"])).parent.exists()
-    with servers(home, durable=False) as urls:
+    with servers(data_dir, durable=False) as urls:
         with psycopg.connect(urls["DATABASE_URL"]) as connection:
             assert connection.execute("SELECT count(*) FROM kept").fetchone() == (0,)
         with closing(redis.Redis.from_url(urls["REDIS_URL"])) as client:
@@ -123,8 +123,8 @@ def without_password(urls: dict[str, str], **changed: str) -> dict[str, str]:
 
 
 @embedded
-def test_servers_need_a_password_that_only_the_owner_can_read(home: Path) -> None:
-    with servers(home, durable=False) as urls:
+def test_servers_need_a_password_that_only_the_owner_can_read(data_dir: Path) -> None:
+    with servers(data_dir, durable=False) as urls:
         with pytest.raises(psycopg.OperationalError, match="no password supplied"):
             psycopg.connect(**without_password(urls))
         with pytest.raises(psycopg.OperationalError, match="password authentication failed"):
@@ -132,7 +132,7 @@ def test_servers_need_a_password_that_only_the_owner_can_read(home: Path) -> Non
         with psycopg.connect(urls["DATABASE_URL"]) as connection:
             rules = connection.execute("SELECT DISTINCT auth_method, error FROM pg_hba_file_rules").fetchall()
         assert rules == [("scram-sha-256", None)]
-        secret = home / "postgresql-password"
+        secret = data_dir / "postgresql-password"
         assert stat.S_IMODE(secret.stat().st_mode) == 0o600
         assert secret.stat().st_uid == os.geteuid()
         password = conninfo_to_dict(urls["DATABASE_URL"])["password"]
@@ -140,54 +140,55 @@ def test_servers_need_a_password_that_only_the_owner_can_read(home: Path) -> Non
         with closing(redis.Redis.from_url(urls["REDIS_URL"])) as client:
             redis_socket = Path(str(client.connection_pool.connection_kwargs["path"]))
         assert stat.S_IMODE(redis_socket.stat().st_mode) == 0o700
-        for log in home.glob("*.log"):
+        for log in data_dir.glob("*.log"):
             assert password not in log.read_text()
             assert stat.S_IMODE(log.stat().st_mode) == 0o600
         assert not [process for process in psutil.process_iter(["cmdline"]) if password in str(process.info)]
 
 
 @embedded
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root has the servers run as somebody else")
-def test_another_process_of_the_servers_account_is_refused(home: Path) -> None:
+@pytest.mark.skipif(os.geteuid() != 0, reason="only for root do the servers run as another account")
+def test_another_process_of_the_servers_account_is_refused(data_dir: Path) -> None:
     program = textwrap.dedent("""
         import os, pwd, sys, psycopg, redis
-        questions = (
+        attempts = (
             lambda: psycopg.connect(sys.argv[1]),
             lambda: open(sys.argv[2]).read(),
             lambda: redis.Redis.from_url(sys.argv[3]).ping(),
         )
-        def ask(question):
+        def result_of(attempt):
             try:
-                question()
+                attempt()
             except Exception as error:
                 return type(error).__name__
-            return "let in"
-        first = [ask(question) for question in questions]  # all lazy imports are done
+            return "accepted"
+        as_owner = [result_of(attempt) for attempt in attempts]  # all lazy imports are done
         account = pwd.getpwnam("nobody")
         os.setgroups([])
         os.setgid(account.pw_gid)
         os.setuid(account.pw_uid)
-        print(*first, *(ask(question) for question in questions), sep="\\n")
+        print(*as_owner, *(result_of(attempt) for attempt in attempts), sep="\\n")
     """)
-    with servers(home, durable=False) as urls:
-        place = make_conninfo(**without_password(urls))
-        arguments = [place, str(home / "postgresql-password"), urls["REDIS_URL"]]
-        answer = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True)
-    as_owner, as_nobody = ["OperationalError", "let in", "let in"], ["OperationalError", "PermissionError"]
-    assert answer.stdout.splitlines() == [*as_owner, *as_nobody, "ConnectionError"]
+    with servers(data_dir, durable=False) as urls:
+        conninfo = make_conninfo(**without_password(urls))
+        arguments = [conninfo, str(data_dir / "postgresql-password"), urls["REDIS_URL"]]
+        command = [sys.executable, "-c", program, *arguments]
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    as_owner, as_nobody = ["OperationalError", "accepted", "accepted"], ["OperationalError", "PermissionError"]
+    assert output.splitlines() == [*as_owner, *as_nobody, "ConnectionError"]
 
 
 @embedded
 def test_data_without_a_password_is_kept_and_gets_one(
-    home: Path, capsys: pytest.CaptureFixture[str]
+    data_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with servers(home, durable=False) as urls, psycopg.connect(urls["DATABASE_URL"]) as connection:
+    with servers(data_dir, durable=False) as urls, psycopg.connect(urls["DATABASE_URL"]) as connection:
         connection.execute("CREATE TABLE kept (id int)")
         connection.execute("ALTER ROLE postgres PASSWORD NULL")
-    (home / "postgresql-password").unlink()
-    (home / "postgresql-18" / "pg_hba.conf").write_text("local all all trust\n")
+    (data_dir / "postgresql-password").unlink()
+    (data_dir / "postgresql-18" / "pg_hba.conf").write_text("local all all trust\n")
     assert capsys.readouterr().out == ""
-    with servers(home, durable=False) as urls:
+    with servers(data_dir, durable=False) as urls:
         assert "The embedded PostgreSQL gets a password; its data stays." in capsys.readouterr().out
         with psycopg.connect(urls["DATABASE_URL"]) as connection:
             assert connection.execute("SELECT count(*) FROM kept").fetchone() == (0,)
@@ -216,85 +217,85 @@ def test_files_of_development_commands_are_readable_only_by_the_owner() -> None:
 
 @embedded
 def test_two_processes_share_servers_and_the_last_one_stops_them(
-    home: Path, user_elsewhere: Callable[[Path], "subprocess.Popen[str]"]
+    data_dir: Path, start_user: Callable[[Path], "subprocess.Popen[str]"]
 ) -> None:
-    other = user_elsewhere(home)
-    with servers(home, durable=False) as urls:
+    other = start_user(data_dir)
+    with servers(data_dir, durable=False) as urls:
         shared = pids(urls)
-        leave(other)
-        assert answers(urls)
-        another = user_elsewhere(home)
-        assert not stop_unused(home)
-    assert all(runs(pid) for pid in shared)
+        stop_using(other)
+        assert servers_respond(urls)
+        third = start_user(data_dir)
+        assert not stop_unused(data_dir)
+    assert all(is_running(pid) for pid in shared)
     assert pids(urls) == shared
-    leave(another)
-    assert not any(runs(pid) for pid in shared)
+    stop_using(third)
+    assert not any(is_running(pid) for pid in shared)
 
 
 @embedded
 def test_servers_of_a_killed_user_are_used_again_and_stopped(
-    home: Path, user_elsewhere: Callable[[Path], "subprocess.Popen[str]"]
+    data_dir: Path, start_user: Callable[[Path], "subprocess.Popen[str]"]
 ) -> None:
-    killed = user_elsewhere(home)
+    killed = start_user(data_dir)
     killed.kill()
     killed.wait()
-    left = process_of([home / "redis.pid"], home / "redis.log")
-    assert left is not None
-    with servers(home, durable=False) as urls:
+    remaining = process_of([data_dir / "redis.pid"], data_dir / "redis.log")
+    assert remaining is not None
+    with servers(data_dir, durable=False) as urls:
         found = pids(urls)
-        assert found[1] == left.pid
-        assert answers(urls)
-    assert not any(runs(pid) for pid in found)
+        assert found[1] == remaining.pid
+        assert servers_respond(urls)
+    assert not any(is_running(pid) for pid in found)
 
 
 @embedded
-def test_servers_start_after_a_crash_of_the_machine(home: Path) -> None:
-    with servers(home, durable=False) as urls:
+def test_servers_start_after_a_crash_of_the_machine(data_dir: Path) -> None:
+    with servers(data_dir, durable=False) as urls:
         for pid in pids(urls):
             end(psutil.Process(pid), (signal.SIGKILL, 10))
     # The process ids in the files now belong to other processes.
-    (home / "redis.pid").write_text(f"{os.getpid()}\n")
-    pid_file = home / "postgresql-18" / "postmaster.pid"
+    (data_dir / "redis.pid").write_text(f"{os.getpid()}\n")
+    pid_file = data_dir / "postgresql-18" / "postmaster.pid"
     pid_file.write_text(pid_file.read_text().replace(pid_file.read_text().split("\n")[0], str(os.getpid()), 1))
-    with servers(home, durable=False) as urls:
-        assert answers(urls)
-    assert runs(os.getpid())
+    with servers(data_dir, durable=False) as urls:
+        assert servers_respond(urls)
+    assert is_running(os.getpid())
 
 
 @embedded
-def test_emptied_directories_leave_no_server_behind(home: Path) -> None:
-    with servers(home, durable=False) as urls:
+def test_emptied_directories_leave_no_server_behind(data_dir: Path) -> None:
+    with servers(data_dir, durable=False) as urls:
         running = pids(urls)
-        Path(home / "redis.pid").unlink()
-        Path(home / "sockets").unlink()
-        Path(home / "postgresql-18" / "postmaster.pid").unlink()
-    assert not any(runs(pid) for pid in running)
+        Path(data_dir / "redis.pid").unlink()
+        Path(data_dir / "sockets").unlink()
+        Path(data_dir / "postgresql-18" / "postmaster.pid").unlink()
+    assert not any(is_running(pid) for pid in running)
 
 
 @embedded
-def test_long_paths_and_paths_with_spaces_work(home: Path) -> None:
-    directory = home / ("a clone, " + "deep " * 20) / ("down " * 20 + "it's") / "data"
+def test_long_paths_and_paths_with_spaces_work(data_dir: Path) -> None:
+    directory = data_dir / ("a clone, " + "deep " * 20) / ("down " * 20 + "it's") / "data"
     with servers(directory, durable=False) as urls:
-        assert answers(urls)
+        assert servers_respond(urls)
 
 
 @embedded
-def test_a_copied_directory_has_servers_of_its_own(home: Path) -> None:
-    copy = home.with_name("copy")
-    with servers(home, durable=False) as urls:
+def test_a_copied_directory_has_servers_of_its_own(data_dir: Path) -> None:
+    copy = data_dir.with_name("copy")
+    with servers(data_dir, durable=False) as urls:
         copy.mkdir()
-        (copy / "sockets").write_text((home / "sockets").read_text())
+        (copy / "sockets").write_text((data_dir / "sockets").read_text())
         with servers(copy, durable=False) as others:
             assert set(pids(urls)).isdisjoint(pids(others))
-        assert answers(urls)
+        assert servers_respond(urls)
 
 
 @embedded
-def test_only_servers_without_a_url_are_started(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_servers_without_a_url_are_started(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DATABASE_URL", "postgresql://somebody@elsewhere/belfry")
-    with servers(home, durable=False) as urls:
+    with servers(data_dir, durable=False) as urls:
         assert urls["DATABASE_URL"] == "postgresql://somebody@elsewhere/belfry"
-        assert not list(home.glob("postgresql*"))
+        assert not list(data_dir.glob("postgresql*"))
         with closing(redis.Redis.from_url(urls["REDIS_URL"])) as client:
             assert client.ping()
 
@@ -309,13 +310,13 @@ def test_no_server_is_started_where_both_urls_are_given(tmp_path: Path, monkeypa
 
 
 @embedded
-def test_a_failed_start_says_why_and_leaves_no_process(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    home.mkdir()
-    (home / "redis.log").mkdir()  # the log cannot be written
-    with pytest.raises(CommandError, match="Redis"), servers(home, durable=False):
+def test_a_failed_start_says_why_and_leaves_no_process(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data_dir.mkdir()
+    (data_dir / "redis.log").mkdir()  # the log cannot be written
+    with pytest.raises(CommandError, match="Redis"), servers(data_dir, durable=False):
         pass
-    assert process_of([home / "postgresql-18" / "postmaster.pid"], home / "postgresql-18") is None
-    assert not (home / "sockets").exists()
+    assert process_of([data_dir / "postgresql-18" / "postmaster.pid"], data_dir / "postgresql-18") is None
+    assert not (data_dir / "sockets").exists()
 
 
 @pytest.fixture
@@ -355,16 +356,16 @@ def test_private_databases_are_deleted_after_a_failure(named_servers: dict[str, 
 
 
 @embedded
-def test_without_an_empty_redis_database_the_error_says_so(home: Path) -> None:
-    with servers(home, durable=False) as urls:
+def test_without_an_empty_redis_database_the_error_says_so(data_dir: Path) -> None:
+    with servers(data_dir, durable=False) as urls:
         for number in range(16):
             with closing(redis.Redis.from_url(urls["REDIS_URL"].replace("db=0", f"db={number}"))) as client:
                 client.set("taken", number)
         with pytest.raises(CommandError, match="none of that server's databases 1 to 15"), private(urls, "trial"):
             pass
         with psycopg.connect(urls["DATABASE_URL"]) as connection:
-            left = connection.execute("SELECT count(*) FROM pg_database WHERE datname LIKE 'belfry_trial%'")
-            assert left.fetchone() == (0,)
+            databases = connection.execute("SELECT count(*) FROM pg_database WHERE datname LIKE 'belfry_trial%'")
+            assert databases.fetchone() == (0,)
 
 
 def test_a_port_in_use_is_an_error_if_given_and_skipped_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Access rights: each user of the cast against each route; invisible resources answer like missing ones."""
+"""Access rights: each user of the cast against each route, and that invisible resources look like missing ones."""
 
 import re
 
@@ -72,74 +72,74 @@ TABLE = [
 
 
 @pytest.fixture
-def community(api, cast):
-    """`community()`: create the resources that the table's {names} stand for."""
+def create_resources(api, cast):
+    """`create_resources()`: create the resources that the table's {names} stand for."""
 
-    def make() -> dict[str, int]:
+    def create() -> dict[str, int]:
         names = {name: getattr(cast, name) for name in ("general", "announcements", "vault")}
         for channel, author in (("general", "subscriber"), ("announcements", "admin"), ("vault", "vip")):
-            answer = api(getattr(cast, author)).post("/api/messages", json={"channel_id": names[channel], **HELLO})
-            names[f"in_{channel}"] = answer.get_json()["id"]
-            names[f"run_in_{channel}"] = answer.get_json()["run"]["id"]
+            response = api(getattr(cast, author)).post("/api/messages", json={"channel_id": names[channel], **HELLO})
+            names[f"in_{channel}"] = response.get_json()["id"]
+            names[f"run_in_{channel}"] = response.get_json()["run"]["id"]
         empty = servers.create_channel(cast.server_id, f"empty {names['in_vault']}", False, "members")
         return names | {"empty": empty.id, "server": cast.server_id, "self": cast.admin.id, "other": cast.vip.id}
 
-    return make
+    return create
 
 
-def ask(api, person, names, request: str, body):
+def send(api, person, names, request: str, body):
     """The response to one of the table's requests, with `names` filled in."""
     method, address = request.split(" ")
-    sent = {**body, "channel_id": names[body["channel_id"]]} if body and "channel_id" in body else body
-    return api(person).open(method, address.format(**names), json=sent)
+    payload = {**body, "channel_id": names[body["channel_id"]]} if body and "channel_id" in body else body
+    return api(person).open(method, address.format(**names), json=payload)
 
 
-def test_each_role_may_do_what_the_table_says(api, cast, community, subtests):
-    names = community()
+def test_each_role_may_do_what_the_table_says(api, cast, create_resources, subtests):
+    names = create_resources()
     for request, body, expected in TABLE:
         with subtests.test(f"{request} {body or ''}"):
-            got = []
+            statuses = []
             for person in [cast.everybody.get(name) for name in PEOPLE]:
                 names["self"] = person.id if person else cast.admin.id
                 names["other"] = cast.moderator.id if person is cast.vip else cast.vip.id
-                answer = ask(api, person, names, request, body)
-                got.append(str(answer.status_code))
-                if request.startswith("DELETE") and answer.status_code < 300:  # create what was deleted again
-                    names = community()
-            assert " ".join(got) == expected
+                response = send(api, person, names, request, body)
+                statuses.append(str(response.status_code))
+                if request.startswith("DELETE") and response.status_code < 300:  # create what was deleted again
+                    names = create_resources()
+            assert " ".join(statuses) == expected
 
 
-def test_an_invisible_resource_answers_like_a_missing_one(api, cast, community, subtests):
+def test_an_invisible_resource_gets_the_same_response_as_a_missing_one(api, cast, create_resources, subtests):
     """Both responses are the same except for the requested id."""
-    names = community()
-    nothing = dict.fromkeys(names, 987_654)
+    names = create_resources()
+    missing = dict.fromkeys(names, 987_654)
     for who in ("stranger", "subscriber"):
         hidden = [row for row in TABLE if row[2].split()[PEOPLE.index(who)] == "404"]
         assert len(hidden) > 10
         for request, body, _ in hidden:
             with subtests.test(f"{who} {request}"):
-                answers = []
-                for asked in (names, nothing):
-                    answer = ask(api, cast.everybody[who], asked, request, body)
-                    problem = assert_problem(answer, 404, "not_found")
-                    headers = set(answer.headers.keys())
-                    answers.append(({**problem, "detail": re.sub(r"\d+", "N", problem["detail"])}, headers))
-                assert answers[0] == answers[1]
+                responses = []
+                for ids in (names, missing):
+                    response = send(api, cast.everybody[who], ids, request, body)
+                    problem = assert_problem(response, 404, "not_found")
+                    headers = set(response.headers.keys())
+                    responses.append(({**problem, "detail": re.sub(r"\d+", "N", problem["detail"])}, headers))
+                assert responses[0] == responses[1]
 
 
 def test_each_user_lists_the_channels_that_they_can_see(api, cast):
-    open_ones = ["general", "announcements"]
-    everything = [*open_ones, "vault"]
-    expected = {"admin": everything, "moderator": open_ones, "subscriber": open_ones, "vip": everything}
-    expected |= {"lapsed": open_ones, "stranger": []}
+    open_channels = ["general", "announcements"]
+    all_channels = [*open_channels, "vault"]
+    expected = {"admin": all_channels, "moderator": open_channels, "subscriber": open_channels, "vip": all_channels}
+    expected |= {"lapsed": open_channels, "stranger": []}
     for name, channels in expected.items():
         listed = api(cast.everybody[name]).get("/api/channels").get_json()["items"]
         assert [channel["name"] for channel in listed] == channels
     assert len(api(cast.stranger).get("/api/me").get_json()["servers"]) == 0
 
 
-def test_a_run_is_visible_to_the_author_and_admins(api, cast, community):
-    message = community()["in_general"]
+def test_a_run_is_visible_to_the_author_and_admins(api, cast, create_resources):
+    message = create_resources()["in_general"]
     for name, person in cast.everybody.items():
         if name != "stranger":
             run = api(person).get(f"/api/messages/{message}").get_json()["run"]
@@ -149,24 +149,24 @@ def test_a_run_is_visible_to_the_author_and_admins(api, cast, community):
 
 
 def test_a_role_of_another_server_opens_nothing(api, cast):
-    elsewhere = api(cast.admin).post("/api/servers", json={"name": "Elsewhere"}).get_json()["id"]
-    role = servers.create_role(elsewhere, "vip", moderator=True)
+    other_server = api(cast.admin).post("/api/servers", json={"name": "Elsewhere"}).get_json()["id"]
+    role = servers.create_role(other_server, "vip", moderator=True)
     visitor = make_person("vic")
-    servers.put_member(elsewhere, visitor.id, [role.id])
+    servers.put_member(other_server, visitor.id, [role.id])
     assert_problem(api(visitor).get(f"/api/channels/{cast.vault}"), 404, "not_found")
     assert_problem(api(visitor).get(f"/api/channels/{cast.general}"), 404, "not_found")
 
 
-def test_a_moderator_of_another_server_does_not_moderate_here(api, cast, community):
-    elsewhere = api(cast.admin).post("/api/servers", json={"name": "Elsewhere"}).get_json()["id"]
-    role = servers.create_role(elsewhere, "police", moderator=True)
-    servers.put_member(elsewhere, cast.vip.id, [role.id])
-    message = community()["in_general"]
+def test_a_moderator_of_another_server_does_not_moderate_here(api, cast, create_resources):
+    other_server = api(cast.admin).post("/api/servers", json={"name": "Elsewhere"}).get_json()["id"]
+    role = servers.create_role(other_server, "police", moderator=True)
+    servers.put_member(other_server, cast.vip.id, [role.id])
+    message = create_resources()["in_general"]
     assert_problem(api(cast.vip).delete(f"/api/messages/{message}"), 403, "forbidden")
 
 
-def test_a_removed_member_loses_access_at_once(api, cast, community):
-    names = community()
+def test_a_removed_member_loses_access_at_once(api, cast, create_resources):
+    names = create_resources()
     servers.remove_member(cast.server_id, cast.subscriber.id)
     sam = api(cast.subscriber)
     for path in ("channels/{general}", "channels/{general}/messages", "messages/{in_general}"):

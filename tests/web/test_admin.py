@@ -36,10 +36,10 @@ def server(cast):
 
 
 def test_a_user_is_created_found_and_changed(admin, cast):
-    answer = admin.post("/api/users", json={"username": " Bob.B ", "name": " Bob ", "email": "bob@example.com"})
-    person = answer.get_json()
-    assert answer.status_code == 201
-    assert answer.headers["Location"] == f"/api/users/{person['id']}"
+    response = admin.post("/api/users", json={"username": " Bob.B ", "name": " Bob ", "email": "bob@example.com"})
+    person = response.get_json()
+    assert response.status_code == 201
+    assert response.headers["Location"] == f"/api/users/{person['id']}"
     assert list(person) == ["id", "username", "name", "email", "is_admin", "created_at"]
     assert (person["username"], person["name"], person["is_admin"]) == ("bob.b", "Bob", False)
     path = f"/api/users/{person['id']}"
@@ -81,16 +81,16 @@ def test_invalid_usernames_are_refused(admin, server, subtests):
         assert admin.post("/api/users", json={"username": name}).status_code == 201
         assert admin.post(f"{server}/roles", json={"name": name}).status_code == 201
     for email in ("x", "a b@c", "@", "a@", "@b", "a@b@c", "x" * 250 + "@b.de"):
-        answer = admin.post("/api/users", json={"username": "new", "email": email})
-        assert list(assert_problem(answer, 422, "invalid")["errors"]) == ["email"]
+        response = admin.post("/api/users", json={"username": "new", "email": email})
+        assert list(assert_problem(response, 422, "invalid")["errors"]) == ["email"]
 
 
 def test_hostile_text_is_returned_as_text(admin, api, cast, server, subtests):
     """Hostile names are returned unchanged, and nothing else has changed."""
     for number, text in enumerate(HOSTILE):
         with subtests.test(text):
-            made = admin.post("/api/users", json={"username": f"user-{number}", "name": text}).get_json()
-            assert admin.get(f"/api/users/{made['id']}").get_json()["name"] == text
+            created = admin.post("/api/users", json={"username": f"user-{number}", "name": text}).get_json()
+            assert admin.get(f"/api/users/{created['id']}").get_json()["name"] == text
             assert admin.post("/api/servers", json={"name": text}).get_json()["name"] == text
             channel = admin.post(f"{server}/channels", json={"name": text}).get_json()
             assert admin.get(f"/api/channels/{channel['id']}").get_json()["name"] == text
@@ -118,10 +118,10 @@ def test_me(api, cast):
 def test_a_subscription_is_set(admin, cast):
     path = f"/api/users/{cast.admin.id}/subscription"
     assert admin.get(path).get_json() is None
-    answer = admin.put(path, json={"status": "past_due", "current_period_end": "2026-01-31T13:00:00+01:00"})
-    assert (answer.status_code, list(answer.get_json())) == (200, ["status", "current_period_end", "updated_at"])
-    assert answer.get_json()["current_period_end"] == "2026-01-31T12:00:00Z"
-    assert admin.get(path).data == answer.data
+    response = admin.put(path, json={"status": "past_due", "current_period_end": "2026-01-31T13:00:00+01:00"})
+    assert (response.status_code, list(response.get_json())) == (200, ["status", "current_period_end", "updated_at"])
+    assert response.get_json()["current_period_end"] == "2026-01-31T12:00:00Z"
+    assert admin.get(path).data == response.data
     assert admin.put(path, json={"status": "active"}).get_json()["current_period_end"] is None
     assert Subscription.select().where(Subscription.user == cast.admin.id).count() == 1
     assert_problem(admin.put("/api/users/999/subscription", json={"status": "active"}), 404, "not_found")
@@ -131,40 +131,40 @@ def test_a_subscription_is_set(admin, cast):
 def test_setting_the_same_subscription_again_changes_nothing(admin, cast):
     path = f"/api/users/{cast.admin.id}/subscription"
     for period_end in (None, "2026-01-31T12:00:00Z"):
-        answers = [admin.put(path, json={"status": "active", "current_period_end": period_end}) for _ in range(2)]
-        assert answers[0].data == answers[1].data
-        assert admin.get(path).data == answers[0].data
+        responses = [admin.put(path, json={"status": "active", "current_period_end": period_end}) for _ in range(2)]
+        assert responses[0].data == responses[1].data
+        assert admin.get(path).data == responses[0].data
 
 
 def test_a_token_is_shown_once_and_only_its_hash_is_stored(admin, client, cast):
     path = f"/api/users/{cast.vip.id}/tokens"
     until = (datetime.now(UTC) + timedelta(days=1)).replace(microsecond=0).isoformat().replace("+00:00", "Z")
     for body in (None, {"expires_at": until}):
-        answer = admin.post(path, json=body) if body else admin.post(path)
-        made = answer.get_json()
-        assert answer.status_code == 201
-        assert made["expires_at"] == (until if body else None)
-        header = {"Authorization": f"Bearer {made['token']}"}
+        response = admin.post(path, json=body) if body else admin.post(path)
+        created = response.get_json()
+        assert response.status_code == 201
+        assert created["expires_at"] == (until if body else None)
+        header = {"Authorization": f"Bearer {created['token']}"}
         assert client.get("/api/me", headers=header).get_json()["username"] == "vera"
         listed = admin.get(path).get_json()["items"][-1]
-        assert listed == {name: value for name, value in made.items() if name != "token"}
-        assert bytes(ApiToken.get_by_id(made["id"]).token_hash) == tokens.hash_token(made["token"])
+        assert listed == {name: value for name, value in created.items() if name != "token"}
+        assert bytes(ApiToken.get_by_id(created["id"]).token_hash) == tokens.hash_token(created["token"])
         stored = db.execute_sql("SELECT string_agg(t::text, ' ') FROM api_token t").fetchone()[0]
-        assert made["token"] not in stored
-        assert made["token"].encode().hex() not in stored
+        assert created["token"] not in stored
+        assert created["token"].encode().hex() not in stored
     assert_problem(admin.post("/api/users/999/tokens"), 404, "not_found")
     assert_problem(admin.get("/api/users/999/tokens"), 404, "not_found")
 
 
 def test_a_revoked_token_stops_working_at_once_and_stays_listed(admin, api, cast):
-    mine = ApiToken.get(ApiToken.user == cast.vip.id).id
-    assert_problem(admin.delete(f"/api/users/{cast.lapsed.id}/tokens/{mine}"), 404, "not_found")
+    token_id = ApiToken.get(ApiToken.user == cast.vip.id).id
+    assert_problem(admin.delete(f"/api/users/{cast.lapsed.id}/tokens/{token_id}"), 404, "not_found")
     assert api(cast.vip).get("/api/me").status_code == 200
-    assert admin.delete(f"/api/users/{cast.vip.id}/tokens/{mine}").status_code == 204
+    assert admin.delete(f"/api/users/{cast.vip.id}/tokens/{token_id}").status_code == 204
     assert_problem(api(cast.vip).get("/api/me"), 401, "unauthenticated")
     revoked = admin.get(f"/api/users/{cast.vip.id}/tokens").get_json()["items"]
     assert revoked[0]["revoked_at"]
-    assert admin.delete(f"/api/users/{cast.vip.id}/tokens/{mine}").status_code == 204
+    assert admin.delete(f"/api/users/{cast.vip.id}/tokens/{token_id}").status_code == 204
     assert admin.get(f"/api/users/{cast.vip.id}/tokens").get_json()["items"] == revoked
 
 
@@ -172,19 +172,19 @@ def test_a_revoked_token_stops_working_at_once_and_stays_listed(admin, api, cast
 
 
 def test_servers(admin, cast):
-    answer = admin.post("/api/servers", json={"name": " Silver "})
-    made = answer.get_json()
-    assert (answer.status_code, answer.headers["Location"]) == (201, f"/api/servers/{made['id']}")
-    assert (list(made), made["name"]) == (["id", "name", "created_at"], "Silver")
-    assert admin.get(f"/api/servers/{made['id']}").get_json() == made
+    response = admin.post("/api/servers", json={"name": " Silver "})
+    created = response.get_json()
+    assert (response.status_code, response.headers["Location"]) == (201, f"/api/servers/{created['id']}")
+    assert (list(created), created["name"]) == (["id", "name", "created_at"], "Silver")
+    assert admin.get(f"/api/servers/{created['id']}").get_json() == created
     assert [found["name"] for found in admin.get("/api/servers").get_json()["items"]] == ["Golden Signals", "Silver"]
 
 
 def test_members_and_their_roles(admin, cast, server):
     both = sorted([cast.vip_role, cast.moderators_role])
-    answer = admin.post(f"{server}/members", json={"user_id": cast.stranger.id, "role_ids": [*both, both[0]]})
-    member = answer.get_json()
-    assert answer.status_code == 201
+    response = admin.post(f"{server}/members", json={"user_id": cast.stranger.id, "role_ids": [*both, both[0]]})
+    member = response.get_json()
+    assert response.status_code == 201
     assert member["user"] == {"id": cast.stranger.id, "username": "stan", "name": "Stan"}
     assert member["role_ids"] == both
     path = f"{server}/members/{cast.stranger.id}"
@@ -200,8 +200,8 @@ def test_members_and_their_roles(admin, cast, server):
 
 
 def test_a_role_of_another_server_is_refused_and_changes_nothing(admin, cast, server):
-    elsewhere = admin.post("/api/servers", json={"name": "Elsewhere"}).get_json()["id"]
-    foreign = admin.post(f"/api/servers/{elsewhere}/roles", json={"name": "vip"}).get_json()["id"]
+    other_server = admin.post("/api/servers", json={"name": "Elsewhere"}).get_json()["id"]
+    foreign = admin.post(f"/api/servers/{other_server}/roles", json={"name": "vip"}).get_json()["id"]
     for role in (foreign, 999):
         for method, path in (
             ("PUT", f"{server}/members/{cast.vip.id}"),
@@ -227,8 +227,8 @@ def test_two_requests_set_the_roles_of_a_member_at_the_same_time(admin, api, cas
 
 
 def test_roles(admin, api, cast, server):
-    made = admin.post(f"{server}/roles", json={"name": " Police ", "moderator": True})
-    assert (made.status_code, made.get_json()["name"], made.get_json()["moderator"]) == (201, "police", True)
+    created = admin.post(f"{server}/roles", json={"name": " Police ", "moderator": True})
+    assert (created.status_code, created.get_json()["name"], created.get_json()["moderator"]) == (201, "police", True)
     names = [role["name"] for role in admin.get(f"{server}/roles").get_json()["items"]]
     assert names == ["vip", "moderators", "police"]
     assert admin.delete(f"{server}/roles/{cast.vip_role}").status_code == 204
@@ -238,22 +238,22 @@ def test_roles(admin, api, cast, server):
 
 
 def test_channels(admin, api, cast, server):
-    answer = admin.post(f"{server}/channels", json={"name": " café ", "private": True, "posting": "admins"})
-    made = answer.get_json()
-    path = f"/api/channels/{made['id']}"
-    assert (answer.status_code, answer.headers["Location"]) == (201, path)
+    response = admin.post(f"{server}/channels", json={"name": " café ", "private": True, "posting": "admins"})
+    created = response.get_json()
+    path = f"/api/channels/{created['id']}"
+    assert (response.status_code, response.headers["Location"]) == (201, path)
     expected = {
-        "id": made["id"], "name": "café", "private": True, "posting": "admins",
+        "id": created["id"], "name": "café", "private": True, "posting": "admins",
         "server": {"id": cast.server_id, "name": "Golden Signals"},
     }  # fmt: skip
-    assert json.dumps(made) == json.dumps(expected)
-    assert admin.get(path).get_json() == admin.get(f"{server}/channels").get_json()["items"][-1] == made
+    assert json.dumps(created) == json.dumps(expected)
+    assert admin.get(path).get_json() == admin.get(f"{server}/channels").get_json()["items"][-1] == created
     assert_problem(api(cast.vip).get(path), 404, "not_found")
-    opened = admin.put(f"{path}/roles", json={"role_ids": [cast.vip_role, cast.vip_role]}).get_json()
-    assert opened == {"items": [{"id": cast.vip_role, "name": "vip", "moderator": False}], "next": None}
-    assert admin.get(f"{path}/roles").get_json() == opened
-    assert api(cast.vip).get(path).get_json() == made
-    renamed = {**made, "private": False, "name": "tea"}
+    channel_roles = admin.put(f"{path}/roles", json={"role_ids": [cast.vip_role, cast.vip_role]}).get_json()
+    assert channel_roles == {"items": [{"id": cast.vip_role, "name": "vip", "moderator": False}], "next": None}
+    assert admin.get(f"{path}/roles").get_json() == channel_roles
+    assert api(cast.vip).get(path).get_json() == created
+    renamed = {**created, "private": False, "name": "tea"}
     assert admin.patch(path, json={"private": False, "name": "tea"}).get_json() == renamed
     assert admin.patch(path, json={}).get_json() == renamed
     assert admin.delete(path).status_code == 204
@@ -276,11 +276,11 @@ def readiness(client) -> dict:
     return problem.get_json()["errors"]
 
 
-def test_readiness_names_the_part_that_is_not_ready(client, redis_away, database_away):
+def test_readiness_names_the_part_that_is_not_ready(client, redis_unavailable, database_unavailable):
     parts = ("database", "redis", "migrations", "partitions", "recovery")
     ready = {"status": "ok", **dict.fromkeys(parts, "ok"), "warnings": []}
     assert (client.get("/readyz").status_code, client.get("/readyz").get_json()) == (200, ready)
-    with redis_away():
+    with redis_unavailable():
         assert list(readiness(client)) == ["redis"]
     execute("UPDATE schema_migration SET name = 'another' WHERE name LIKE '0002%%'")
     try:
@@ -290,7 +290,7 @@ def test_readiness_names_the_part_that_is_not_ready(client, redis_away, database
         }
     finally:
         execute("UPDATE schema_migration SET name = '0002_slices' WHERE name = 'another'")
-    with database_away():
+    with database_unavailable():
         assert list(readiness(client)) == ["database", "migrations", "partitions"]
         assert (client.get("/healthz").status_code, client.get("/healthz").get_json()) == (200, {"status": "ok"})
     assert client.get("/readyz").status_code == 200
@@ -299,10 +299,10 @@ def test_readiness_names_the_part_that_is_not_ready(client, redis_away, database
 def test_simultaneous_readiness_requests_share_one_check(override):
     override(readiness_cache_seconds=600)
     app = create_app()
-    with statements() as asked, ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda _: app.test_client().get("/readyz"), range(40)))
-    assert [answer.status_code for answer in answers] == [200] * 40
-    assert sum("SELECT 1" in sql for sql in asked) == 1
+    with statements() as executed, ThreadPoolExecutor(8) as pool:
+        responses = list(pool.map(lambda _: app.test_client().get("/readyz"), range(40)))
+    assert [response.status_code for response in responses] == [200] * 40
+    assert sum("SELECT 1" in sql for sql in executed) == 1
 
 
 def test_metrics(api, cast, client, override):

@@ -1,6 +1,6 @@
 """The dashboard of the queues: access, sign-in, what it shows and does, and hostile jobs.
 
-The jobs are real: made on Belfry's queues, and run by a worker of RQ's.
+The tests enqueue real jobs on Belfry's queues, and a worker of RQ runs them.
 """
 
 import base64
@@ -31,8 +31,8 @@ from config import settings
 from models import ApiToken, User
 from tests.people import csrf_of
 
-ONCE = Retry(NoBackoff(), 0)
-SAME = {"Sec-Fetch-Site": "same-origin"}
+NO_RETRY = Retry(NoBackoff(), 0)
+SAME_ORIGIN = {"Sec-Fetch-Site": "same-origin"}
 BROWSER = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
 SCRIPT = "<script>alert(1)</script>"
 JOBS = "/rq/0/data/jobs/bulk"
@@ -76,7 +76,7 @@ def admin(api, cast):
 
 
 @pytest.fixture
-def work(redis):
+def run_worker(redis):
     """Run the queued jobs, on a separate connection, because a worker changes its connection's time-outs."""
 
     def run(**arguments: Any) -> None:
@@ -88,23 +88,23 @@ def work(redis):
 
 
 @pytest.fixture
-def failed(queue, work):
+def failed(queue, run_worker):
     """The id of a failed job."""
     job = queue.enqueue("math.sqrt", -1, description="run 7")
-    work()
+    run_worker()
     assert job.get_status() == "failed"
     return job.id
 
 
-def sign_in(client, token: str, following: str = "/rq/", **options):
-    form = {"csrf": csrf_of(client.get("/login", **options).text), "token": token, "next": following}
+def sign_in(client, token: str, next_path: str = "/rq/", **options):
+    form = {"csrf": csrf_of(client.get("/login", **options).text), "token": token, "next": next_path}
     return client.post("/login", data=form, **options)
 
 
 def listed(admin, registry: str, size: int = 8, order: str = "asc", page: int = 1) -> list[str]:
-    answer = admin.get(f"{JOBS}/{registry}/{size}/{order}/{page}.json")
-    assert answer.status_code == 200
-    return [job["id"] for job in answer.json["jobs"]]
+    response = admin.get(f"{JOBS}/{registry}/{size}/{order}/{page}.json")
+    assert response.status_code == 200
+    return [job["id"] for job in response.json["jobs"]]
 
 
 # --- access
@@ -112,15 +112,15 @@ def listed(admin, registry: str, size: int = 8, order: str = "asc", page: int = 
 
 @pytest.mark.parametrize("path", [*PAGES, "/rq/0/view/job/x", "/rq/nothing/here", "/rq/requeue/bulk"])
 def test_an_unauthenticated_visitor_is_redirected_to_the_login(client, path):
-    answer = client.get(path)
-    assert answer.status_code == 303
-    assert unquote(answer.location) == f"/login?next={path}"
+    response = client.get(path)
+    assert response.status_code == 303
+    assert unquote(response.location) == f"/login?next={path}"
 
 
 @pytest.mark.parametrize("path", ACTIONS)
 def test_an_unauthenticated_visitor_changes_nothing(client, path):
-    answer = client.post(path, headers=SAME)
-    assert (answer.status_code, answer.json["code"]) == (401, "unauthenticated")
+    response = client.post(path, headers=SAME_ORIGIN)
+    assert (response.status_code, response.json["code"]) == (401, "unauthenticated")
 
 
 @pytest.mark.parametrize("person", ["subscriber", "lapsed", "stranger"])
@@ -131,7 +131,7 @@ def test_users_who_are_not_admins_are_refused(client, api, cast, person):
         assert client.get(path).status_code == 403, path
         assert api(cast.everybody[person]).get(path).status_code == 403, path
     for path in ACTIONS:
-        assert client.post(path, headers=SAME).status_code == 403, path
+        assert client.post(path, headers=SAME_ORIGIN).status_code == 403, path
         assert api(cast.everybody[person]).post(path).status_code == 403, path
     assert client.get("/rq/").json["code"] == "forbidden"
     page = client.get("/rq/", headers=BROWSER)
@@ -149,53 +149,53 @@ def test_an_admin_sees_every_page(client, admin, cast, path):
 
 def test_a_wrong_token_is_refused_even_beside_a_good_session(client, cast):
     sign_in(client, cast.admin.token)
-    answer = client.get("/rq/", headers={"Authorization": "Bearer belfry_wrong"})
-    assert answer.status_code == 401
-    assert answer.headers["WWW-Authenticate"].startswith("Bearer")
-    answer = client.get("/rq/", headers={"Authorization": f"Bearer {cast.stranger.token}"})
-    assert answer.status_code == 403
+    response = client.get("/rq/", headers={"Authorization": "Bearer belfry_wrong"})
+    assert response.status_code == 401
+    assert response.headers["WWW-Authenticate"].startswith("Bearer")
+    response = client.get("/rq/", headers={"Authorization": f"Bearer {cast.stranger.token}"})
+    assert response.status_code == 403
 
 
-@pytest.mark.parametrize("how", ["revoked", "expired", "demoted"])
-def test_a_session_ends_with_the_token_it_was_opened_with(client, cast, how):
+@pytest.mark.parametrize("change", ["revoked", "expired", "demoted"])
+def test_access_ends_with_the_token_or_the_admin_right(client, cast, change):
     sign_in(client, cast.admin.token)
     assert client.get("/rq/").status_code == 200
-    if how == "demoted":
+    if change == "demoted":
         User.update(is_admin=False).where(User.id == cast.admin.id).execute()
     else:
         past = datetime.now(UTC) - timedelta(seconds=1)
-        ended = {"revoked_at": past} if how == "revoked" else {"expires_at": past}
+        ended = {"revoked_at": past} if change == "revoked" else {"expires_at": past}
         ApiToken.update(**ended).where(ApiToken.user == cast.admin.id).execute()
-    assert client.get("/rq/").status_code == (403 if how == "demoted" else 303)
-    assert client.post(ACTIONS[0], headers=SAME).status_code == (403 if how == "demoted" else 401)
+    assert client.get("/rq/").status_code == (403 if change == "demoted" else 303)
+    assert client.post(ACTIONS[0], headers=SAME_ORIGIN).status_code == (403 if change == "demoted" else 401)
 
 
 # --- signing in
 
 
 def test_the_form_is_accessible_and_runs_no_script(client):
-    answer = client.get("/login")
-    assert answer.status_code == 200
-    assert '<label for="token">' in answer.text
-    assert re.search(r'<input type="password" id="token" name="token"', answer.text)
-    assert "<script" not in answer.text
-    assert "<style" not in answer.text
-    assert "style=" not in answer.text
-    policy = answer.headers["Content-Security-Policy"]
+    response = client.get("/login")
+    assert response.status_code == 200
+    assert '<label for="token">' in response.text
+    assert re.search(r'<input type="password" id="token" name="token"', response.text)
+    assert "<script" not in response.text
+    assert "<style" not in response.text
+    assert "style=" not in response.text
+    policy = response.headers["Content-Security-Policy"]
     assert "default-src 'none'" in policy
     assert "script-src" not in policy
     assert "unsafe" not in policy
-    assert answer.headers["Cache-Control"] == "no-store"
-    stylesheet = re.search(r'<link rel="stylesheet" href="([^"]+)"', answer.text)[1]
+    assert response.headers["Cache-Control"] == "no-store"
+    stylesheet = re.search(r'<link rel="stylesheet" href="([^"]+)"', response.text)[1]
     assert client.get(stylesheet, buffered=True).mimetype == "text/css"
 
 
 @pytest.mark.parametrize("token", ["", "belfry_wrong", "ü", "\x00", "a" * 10_000])
 def test_a_wrong_token_shows_the_form_again_with_the_reason(client, token):
-    answer = sign_in(client, token, "/rq/0/view/workers")
-    assert answer.status_code == 401
-    assert "This token is unknown, or it was revoked or has expired." in answer.text
-    assert 'name="next" value="/rq/0/view/workers"' in answer.text
+    response = sign_in(client, token, "/rq/0/view/workers")
+    assert response.status_code == 401
+    assert "This token is unknown, or it was revoked or has expired." in response.text
+    assert 'name="next" value="/rq/0/view/workers"' in response.text
     assert client.get("/rq/").status_code == 303
 
 
@@ -221,8 +221,8 @@ def test_signing_out_ends_the_session(client, cast):
     sign_in(client, cast.admin.token)
     page = client.get("/login")
     assert "Signed in as <strong>ada</strong>" in page.text
-    answer = client.post("/logout", data={"csrf": csrf_of(page.text)})
-    assert (answer.status_code, answer.location) == (303, "/login")
+    response = client.post("/logout", data={"csrf": csrf_of(page.text)})
+    assert (response.status_code, response.location) == (303, "/login")
     assert client.get("/rq/").status_code == 303
     assert client.get("/logout").status_code == 405
 
@@ -231,8 +231,8 @@ def test_signing_out_ends_the_session(client, cast):
 def test_the_cookie_is_httponly_and_samesite(app, client, cast, monkeypatch, secure):
     monkeypatch.setitem(app.config, "SESSION_COOKIE_SECURE", secure)
     base_url = "https://localhost" if secure else "http://localhost"
-    answer = sign_in(client, cast.admin.token, base_url=base_url)
-    cookie = answer.headers["Set-Cookie"]
+    response = sign_in(client, cast.admin.token, base_url=base_url)
+    cookie = response.headers["Set-Cookie"]
     assert "HttpOnly" in cookie
     assert "SameSite=Lax" in cookie
     assert ("Secure" in cookie) == secure
@@ -243,16 +243,16 @@ def test_the_cookie_is_httponly_and_samesite(app, client, cast, monkeypatch, sec
 
 def test_a_secure_cookie_has_the_host_prefix(cast, override):
     override(session_cookie_secure=True)
-    answer = sign_in(create_app().test_client(), cast.admin.token, base_url="https://localhost")
-    name, *attributes = answer.headers["Set-Cookie"].split("; ")
+    response = sign_in(create_app().test_client(), cast.admin.token, base_url="https://localhost")
+    name, *attributes = response.headers["Set-Cookie"].split("; ")
     assert name.startswith("__Host-belfry=")
-    assert {"Secure", "HttpOnly", "Path=/", "SameSite=Lax"} == set(attributes), "and no Domain"
+    assert {"Secure", "HttpOnly", "Path=/", "SameSite=Lax"} == set(attributes), "there is no Domain attribute"
 
 
 @pytest.mark.parametrize("path", ["/rq/", "/rq/0/view/workers", "/docs", "/rq/0/view/job/x?y=1#z"])
 def test_signing_in_redirects_to_the_requested_page(client, cast, path):
-    answer = sign_in(client, cast.admin.token, path)
-    assert (answer.status_code, answer.location) == (303, path)
+    response = sign_in(client, cast.admin.token, path)
+    assert (response.status_code, response.location) == (303, path)
 
 
 @pytest.mark.parametrize(
@@ -285,7 +285,7 @@ def test_signing_in_never_redirects_to_another_site(client, cast, path):
 @pytest.mark.parametrize(
     ("headers", "status"),
     [
-        (SAME, 200),
+        (SAME_ORIGIN, 200),
         ({"Origin": "http://localhost"}, 200),
         ({"Referer": "http://localhost/rq/0/view/jobs"}, 200),
         ({}, 403),
@@ -314,9 +314,9 @@ def test_a_bearer_token_is_accepted_from_any_origin(admin, failed):
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 def test_get_requests_never_requeue(client, cast, failed, method):
     sign_in(client, cast.admin.token)
-    answer = client.open("/rq/requeue/bulk", method=method, headers=SAME)
-    assert answer.status_code == 405
-    assert answer.headers["Allow"] == "POST"
+    response = client.open("/rq/requeue/bulk", method=method, headers=SAME_ORIGIN)
+    assert response.status_code == 405
+    assert response.headers["Allow"] == "POST"
     assert queues.queue(queues.BULK).count == 0
 
 
@@ -332,9 +332,9 @@ def test_the_overview_counts_every_registry(admin, queue, failed):
     assert counts == {"count": 1, "failed_job_registry_count": 1, "scheduled_job_registry_count": 1}
 
 
-def test_jobs_in_every_state_have_a_page(admin, queue, work, failed):
+def test_jobs_in_every_state_have_a_page(admin, queue, run_worker, failed):
     finished = queue.enqueue("math.sqrt", 4, description="run 8", meta={"slice": 3})
-    work()
+    run_worker()
     waiting = queue.enqueue("math.sqrt", 4)
     later = queue.enqueue_in(timedelta(hours=1), "math.sqrt", 4)
     canceled = queue.enqueue("math.sqrt", 4)
@@ -373,11 +373,11 @@ def test_a_job_with_dependencies_has_a_page(admin, queue):
 
 @pytest.mark.parametrize("registry", ["queued", "canceled"])
 def test_the_pages_of_a_list_neither_repeat_nor_skip_jobs(admin, queue, registry):
-    made = [queue.enqueue("math.sqrt", number, job_id=f"job-{number:02}") for number in range(20)]
+    jobs = [queue.enqueue("math.sqrt", number, job_id=f"job-{number:02}") for number in range(20)]
     if registry == "canceled":
-        for job in made:
+        for job in jobs:
             job.cancel()
-    ids = [job.id for job in made]
+    ids = [job.id for job in jobs]
     assert [listed(admin, registry, 8, "asc", page) for page in (1, 2, 3, 4)] == [
         ids[:8],
         ids[8:16],
@@ -401,27 +401,28 @@ def test_a_job_list_without_a_queue_name_shows_the_first_queue(admin):
     assert "<strong>notifications</strong>" in admin.get("/rq/0/view/jobs").text
 
 
-_seen: list[Any] = []
+_job_results: list[Any] = []
 
 
-def look_around() -> None:
+def request_dashboard() -> None:
     """A job that requests the dashboard while it runs."""
-    _seen.append([api_get("/rq/0/data/workers.json"), api_get("/rq/0/data/jobs/bulk/started/8/asc/1.json")])
+    paths = ("/rq/0/data/workers.json", f"{JOBS}/started/8/asc/1.json")
+    _job_results.append([get_as_admin(path) for path in paths])
 
 
-def api_get(path: str) -> Any:
-    app, token = _seen[0]
-    answer = app.test_client().get(path, headers={"Authorization": f"Bearer {token}"})
-    assert answer.status_code == 200
-    return answer.json
+def get_as_admin(path: str) -> Any:
+    app, token = _job_results[0]
+    response = app.test_client().get(path, headers={"Authorization": f"Bearer {token}"})
+    assert response.status_code == 200
+    return response.json
 
 
-def test_a_busy_worker_and_its_job_are_shown(app, cast, queue, work):
-    _seen[:] = [(app, cast.admin.token)]
-    job = queue.enqueue("tests.web.test_dashboard.look_around", description="run 9")
-    work(name="worker-1")
+def test_a_busy_worker_and_its_job_are_shown(app, cast, queue, run_worker):
+    _job_results[:] = [(app, cast.admin.token)]
+    job = queue.enqueue("tests.web.test_dashboard.request_dashboard", description="run 9")
+    run_worker(name="worker-1")
     assert job.get_status() == "finished"
-    workers, started = _seen[1]
+    workers, started = _job_results[1]
     [worker] = workers["workers"]
     assert (worker["name"], worker["state"], worker["queues"]) == ("worker-1", "busy", ["bulk"])
     assert worker["current_job"]["job_id"] == job.id
@@ -466,20 +467,20 @@ def test_listing_workers_does_not_change_the_web_processs_timeouts(app, admin, i
 
 def test_one_job_is_requeued(client, cast, queue, failed):
     sign_in(client, cast.admin.token)
-    assert client.post(f"/rq/job/{failed}/requeue", headers=SAME).json == {"status": "OK"}
+    assert client.post(f"/rq/job/{failed}/requeue", headers=SAME_ORIGIN).json == {"status": "OK"}
     assert queue.job_ids == [failed]
-    again = client.post(f"/rq/job/{failed}/requeue", headers=SAME)
+    again = client.post(f"/rq/job/{failed}/requeue", headers=SAME_ORIGIN)
     assert (again.status_code, again.json["code"]) == (409, "conflict")
     assert "has not failed" in again.json["detail"]
     assert queue.job_ids == [failed]
 
 
-def test_all_failed_jobs_are_requeued(admin, queue, work, failed, redis):
+def test_all_failed_jobs_are_requeued(admin, queue, run_worker, failed, redis):
     other = queue.enqueue("math.sqrt", -2)
-    work()
-    gone = queue.enqueue("math.sqrt", -3)
-    work()
-    redis.delete(gone.key)
+    run_worker()
+    deleted = queue.enqueue("math.sqrt", -3)
+    run_worker()
+    redis.delete(deleted.key)
     assert admin.post("/rq/requeue/bulk").json == {"status": "OK", "count": 2}
     assert sorted(queue.job_ids) == sorted([failed, other.id])
     assert admin.post("/rq/requeue/deliveries").json == {"status": "OK", "count": 0}
@@ -488,18 +489,18 @@ def test_all_failed_jobs_are_requeued(admin, queue, work, failed, redis):
 def test_one_job_is_deleted(client, cast, queue, redis):
     job = queue.enqueue("math.sqrt", 4)
     sign_in(client, cast.admin.token)
-    assert client.post(f"/rq/job/{job.id}/delete", headers=SAME).json == {"status": "OK"}
+    assert client.post(f"/rq/job/{job.id}/delete", headers=SAME_ORIGIN).json == {"status": "OK"}
     assert (queue.count, Job.exists(job.id, redis)) == (0, False)
 
 
 @pytest.mark.parametrize(
     "registry", ["queued", "scheduled", "deferred", "started", "finished", "failed", "canceled"]
 )
-def test_a_registry_is_emptied(admin, queue, work, redis, registry, idle_worker):
+def test_a_registry_is_emptied(admin, queue, run_worker, redis, registry, idle_worker):
     for number in range(2):
         job = queue.enqueue("math.sqrt", -1 if registry == "failed" else 4, job_id=f"job-{number}")
         if registry in ("finished", "failed"):
-            work()
+            run_worker()
         elif registry == "scheduled":
             job.delete()
             queue.enqueue_in(timedelta(hours=1), "math.sqrt", 4, job_id=job.id)
@@ -520,10 +521,10 @@ def test_a_registry_is_emptied(admin, queue, work, redis, registry, idle_worker)
 
 
 def test_compacting_removes_missing_jobs_and_keeps_the_order(admin, queue, redis):
-    made = [queue.enqueue("math.sqrt", number) for number in range(4)]
-    redis.delete(made[1].key)
+    jobs = [queue.enqueue("math.sqrt", number) for number in range(4)]
+    redis.delete(jobs[1].key)
     assert admin.post("/rq/queue/bulk/compact").json == {"status": "OK"}
-    assert queue.job_ids == [made[0].id, made[2].id, made[3].id]
+    assert queue.job_ids == [jobs[0].id, jobs[2].id, jobs[3].id]
     assert admin.post("/rq/queue/deliveries/compact").json == {"status": "OK"}
 
 
@@ -564,7 +565,7 @@ def test_an_impossible_path_is_404(admin, path):
 # --- hostile jobs
 
 
-class Bomb:
+class FileCreator:
     """Creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
@@ -574,14 +575,14 @@ class Bomb:
         return Path.touch, (self.path,)
 
 
-def test_no_job_is_ever_unpickled(admin, queue, redis, work, idle_worker, tmp_path):
-    bomb = pickle.dumps(Bomb(tmp_path / "exploded"))
+def test_no_job_is_ever_unpickled(admin, queue, redis, run_worker, idle_worker, tmp_path):
+    pickled = pickle.dumps(FileCreator(tmp_path / "unpickled"))
     ids = []
     for number in range(3):
         job = queue.enqueue("math.sqrt", 4 if number else -1, job_id=f"job-{number}")
-        work()
-        redis.hset(job.key, mapping={"data": zlib.compress(bomb), "meta": bomb, "result": bomb})
-        stored = {"type": 2 if number == 0 else 1, "return_value": base64.b64encode(bomb)}
+        run_worker()
+        redis.hset(job.key, mapping={"data": zlib.compress(pickled), "meta": pickled, "result": pickled})
+        stored = {"type": 2 if number == 0 else 1, "return_value": base64.b64encode(pickled)}
         redis.xadd(f"rq:results:{job.id}", stored)
         ids.append(job.id)
     idle_worker.prepare_execution(Job.fetch(ids[1], connection=redis, serializer="json"))
@@ -594,27 +595,27 @@ def test_no_job_is_ever_unpickled(admin, queue, redis, work, idle_worker, tmp_pa
         assert admin.get(f"/rq/0/data/job/{job_id}.json").status_code == 200
     assert admin.get("/rq/0/data/job/job-2.json").json["result"] == "(not JSON)"
     assert admin.post("/rq/job/job-0/requeue").status_code == 200
-    assert redis.hget("rq:job:job-0", "meta") == bomb
+    assert redis.hget("rq:job:job-0", "meta") == pickled
     assert admin.post("/rq/job/job-1/delete").status_code == 200
     assert admin.post("/rq/queue/bulk/compact").status_code == 200
     assert admin.post("/rq/requeue/bulk").status_code == 200
     for registry in ("finished", "started", "failed", "queued"):
         assert admin.post(f"/rq/queue/bulk/{registry}/empty").status_code == 200
-    assert not (tmp_path / "exploded").exists()
+    assert not (tmp_path / "unpickled").exists()
     assert web.config.serializer is JSONSerializer
 
 
-def test_texts_of_jobs_are_escaped(admin, queue, redis, work, idle_worker):
+def test_texts_of_jobs_are_escaped(admin, queue, redis, run_worker, idle_worker):
     job = queue.enqueue("json.loads", json.dumps({SCRIPT: [SCRIPT]}), description=SCRIPT, meta={"a": SCRIPT})
-    work()
+    run_worker()
     redis.hset(job.key, "origin", SCRIPT)
     idle_worker.prepare_execution(job)
     redis.sadd("rq:queues", f"rq:queue:{SCRIPT}")
     for path in (f"/rq/0/data/job/{job.id}.json", "/rq/0/data/queues.json"):
-        answer = admin.get(path)
-        assert answer.status_code == 200
-        assert "<script" not in answer.text
-        assert "&lt;script&gt;" in answer.text
+        response = admin.get(path)
+        assert response.status_code == 200
+        assert "<script" not in response.text
+        assert "&lt;script&gt;" in response.text
     [worker] = admin.get("/rq/0/data/workers.json").json["workers"]
     assert worker["current_job"].pop("description") == SCRIPT  # the page escapes this field
     assert "<script" not in str(worker)
@@ -622,11 +623,11 @@ def test_texts_of_jobs_are_escaped(admin, queue, redis, work, idle_worker):
         assert "alert(1)" not in admin.get(path).text.replace("&lt;script&gt;alert(1)", "")
 
 
-def test_a_traceback_is_escaped(admin, queue, work):
+def test_a_traceback_is_escaped(admin, queue, run_worker):
     job = queue.enqueue("json.loads", f"{SCRIPT}")
-    work()
+    run_worker()
     failing = queue.enqueue("builtins.open", f"/nothing/{SCRIPT}")
-    work()
+    run_worker()
     assert "<module>" not in admin.get(f"/rq/0/data/job/{job.id}.json").text
     shown = admin.get(f"/rq/0/data/job/{failing.id}.json").json["exc_info"]
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in shown
@@ -639,18 +640,18 @@ def test_a_queue_name_cannot_break_out_of_a_script(admin):
 
 @pytest.mark.parametrize("page", ["", "0/view/workers", "0/view/jobs", "0/view/job/{failed}"])
 def test_the_policy_permits_only_the_librarys_script(admin, failed, page):
-    answers = [admin.get(f"/rq/{page.format(failed=failed)}") for _ in range(2)]
+    responses = [admin.get(f"/rq/{page.format(failed=failed)}") for _ in range(2)]
     nonces = set()
-    for answer in answers:
-        policy = dict(part.split(" ", 1) for part in answer.headers["Content-Security-Policy"].split("; "))
+    for response in responses:
+        policy = dict(part.split(" ", 1) for part in response.headers["Content-Security-Policy"].split("; "))
         nonce = re.search(r"'nonce-([^']+)'", policy["script-src"])[1]
         assert policy["script-src"].split() == ["'self'", f"'nonce-{nonce}'", "'unsafe-eval'"]
         assert policy["default-src"] == policy["frame-ancestors"] == policy["base-uri"] == "'none'"
-        tags = re.findall(r"<script\b[^>]*>", answer.text)
+        tags = re.findall(r"<script\b[^>]*>", response.text)
         inline = [tag for tag in tags if " src=" not in tag and "text/template" not in tag]
         assert inline == [f'<script nonce="{nonce}">']
         assert all('src="/rq/static/' in tag for tag in tags if " src=" in tag)
-        assert not re.search(r"<[^>]+\son[a-z]+=", answer.text)
+        assert not re.search(r"<[^>]+\son[a-z]+=", response.text)
         nonces.add(nonce)
     assert len(nonces) == 2
 
@@ -683,11 +684,11 @@ def test_the_redis_url_is_shown(app, admin):
     "path", [path for path in PAGES if "static" not in path] + ["/rq/0/view/job/x", *ACTIONS]
 )
 def test_an_unreachable_redis_is_reported(app, admin, monkeypatch, path):
-    monkeypatch.setattr(app, "redis_conn", Redis(unix_socket_path="/nowhere/redis.sock", retry=ONCE))
+    monkeypatch.setattr(app, "redis_conn", Redis(unix_socket_path="/nowhere/redis.sock", retry=NO_RETRY))
     method = "POST" if path in ACTIONS else "GET"
-    answer = admin.open(method, path)
-    assert (answer.status_code, answer.json["code"]) == (503, "unavailable")
-    assert int(answer.headers["Retry-After"]) > 0
+    response = admin.open(method, path)
+    assert (response.status_code, response.json["code"]) == (503, "unavailable")
+    assert int(response.headers["Retry-After"]) > 0
     page = admin.open(method, path, headers=BROWSER)
     assert page.status_code == 503
     assert page.mimetype == "text/html"
@@ -695,13 +696,13 @@ def test_an_unreachable_redis_is_reported(app, admin, monkeypatch, path):
 
 
 def test_redis_that_is_lost_during_a_request_is_reported(app, admin, monkeypatch):
-    class Lost(Redis):
+    class DisconnectedRedis(Redis):
         def ping(self, **_: Any) -> bool:
             return True
 
         def execute_command(self, *_: Any, **__: Any) -> Any:
             raise RedisTimeoutError("Timeout reading from socket")
 
-    monkeypatch.setattr(app, "redis_conn", Lost())
+    monkeypatch.setattr(app, "redis_conn", DisconnectedRedis())
     for path in ("/rq/0/view/jobs", "/rq/0/data/workers.json", "/rq/0/view/job/x"):
         assert admin.get(path).status_code == 503

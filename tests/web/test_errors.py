@@ -24,15 +24,15 @@ from tools.dev import ROOT
 
 SHAPE = {"type", "title", "status", "detail", "code"}
 METHODS = {"GET", "POST", "PUT", "PATCH", "DELETE"}
-BEYOND_BIGINT = 2**63
+TOO_LARGE_FOR_BIGINT = 2**63
 
 
-def assert_problem(answer, status: int, code: str) -> dict:
+def assert_problem(response, status: int, code: str) -> dict:
     """Assert that the response is this problem in the common shape; its body."""
-    assert answer.status_code == status, answer.get_data(as_text=True)
-    assert answer.mimetype == "application/problem+json"
-    assert re.fullmatch(r"[A-Za-z0-9_.-]{8,64}", answer.headers["X-Request-Id"])
-    body = answer.get_json()
+    assert response.status_code == status, response.get_data(as_text=True)
+    assert response.mimetype == "application/problem+json"
+    assert re.fullmatch(r"[A-Za-z0-9_.-]{8,64}", response.headers["X-Request-Id"])
+    body = response.get_json()
     assert set(body) == (SHAPE | {"errors"} if code == "invalid" else SHAPE)
     assert (body["status"], body["code"]) == (status, code)
     assert all(body[member] and isinstance(body[member], str) for member in SHAPE - {"status"})
@@ -69,26 +69,26 @@ def api_routes(app):
 def test_every_route_needs_a_token(app, api, cast, subtests):
     for method, path, _ in api_routes(app):
         with subtests.test(f"{method} {path}"):
-            answer = api().open(method, path)
-            assert_problem(answer, 401, "unauthenticated")
-            assert answer.headers["WWW-Authenticate"].startswith("Bearer")
+            response = api().open(method, path)
+            assert_problem(response, 401, "unauthenticated")
+            assert response.headers["WWW-Authenticate"].startswith("Bearer")
 
 
 def test_other_methods_get_405_with_allow(app, api, cast, subtests):
-    known = app.url_map.bind("localhost")
+    urls = app.url_map.bind("localhost")
     for path in {path for _, path, _ in api_routes(app)} | {"/healthz", "/openapi.json"}:
-        allowed = set(known.allowed_methods(path))
+        allowed = set(urls.allowed_methods(path))
         for method in METHODS - allowed:
             with subtests.test(f"{method} {path}"):
-                answer = api(cast.admin).open(method, path)
-                assert_problem(answer, 405, "method_not_allowed")
-                assert set(answer.headers["Allow"].split(", ")) == allowed
+                response = api(cast.admin).open(method, path)
+                assert_problem(response, 405, "method_not_allowed")
+                assert set(response.headers["Allow"].split(", ")) == allowed
 
 
 def test_admin_routes_are_403_for_others(app, api, cast, subtests):
-    for_admins = [route for route in api_routes(app) if route[2] and route[2].admin]
-    assert len(for_admins) >= 24
-    for method, path, _ in for_admins:
+    admin_routes = [route for route in api_routes(app) if route[2] and route[2].admin]
+    assert len(admin_routes) >= 24
+    for method, path, _ in admin_routes:
         with subtests.test(f"{method} {path}"):
             assert_problem(api(cast.subscriber).open(method, path), 403, "forbidden")
 
@@ -145,8 +145,8 @@ def test_posting_without_a_right_is_403(api, cast):
         (cast.lapsed, cast.general, "subscription_required"),
         (cast.moderator, cast.announcements, "forbidden"),
     ):
-        answer = api(person).post("/api/messages", json={"channel_id": channel, "content": "hello"})
-        assert_problem(answer, 403, code)
+        response = api(person).post("/api/messages", json={"channel_id": channel, "content": "hello"})
+        assert_problem(response, 403, code)
 
 
 def test_other_paths_are_404(api, cast, subtests):
@@ -157,7 +157,7 @@ def test_other_paths_are_404(api, cast, subtests):
 
 def test_unknown_ids_are_404(api, cast, subtests):
     admin = api(cast.admin)
-    for unknown in (999, BEYOND_BIGINT - 1, BEYOND_BIGINT, 10**400):
+    for unknown in (999, TOO_LARGE_FOR_BIGINT - 1, TOO_LARGE_FOR_BIGINT, 10**400):
         for path in ("users/{}", "users/{}/tokens", "servers/{}/members", "channels/{}", "messages/{}", "runs/{}"):
             with subtests.test(path, unknown=str(unknown)[:30]):
                 assert_problem(admin.get("/api/" + path.format(unknown)), 404, "not_found")
@@ -173,26 +173,26 @@ def test_an_idempotency_key_in_use_is_a_conflict(api, cast):
     with psycopg.connect(settings.database_url) as first:
         name = f"idempotency {cast.subscriber.id} once"
         first.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", [name])
-        answer = api(cast.subscriber).post(
+        response = api(cast.subscriber).post(
             "/api/messages", json={"channel_id": cast.general, "content": "x"}, headers={"Idempotency-Key": "once"}
         )
-        assert_problem(answer, 409, "conflict")
+        assert_problem(response, 409, "conflict")
     assert Message.select().count() == 0
 
 
 def test_an_idempotency_key_with_another_body_is_refused(api, cast):
     sam, key = api(cast.subscriber), {"Idempotency-Key": "once"}
     assert sam.post("/api/messages", json={"channel_id": 1, "content": "x"}, headers=key).status_code == 201
-    answer = sam.post("/api/messages", json={"channel_id": 1, "content": "y"}, headers=key)
-    assert_problem(answer, 422, "idempotency_mismatch")
+    response = sam.post("/api/messages", json={"channel_id": 1, "content": "y"}, headers=key)
+    assert_problem(response, 422, "idempotency_mismatch")
     assert Message.select().count() == 1
 
 
 def test_invalid_idempotency_keys_are_refused(post, subtests):
     for key in ("", " ", "two words", "x" * 256, "é", "tab\t.", "\x7f"):
         with subtests.test(key[:10]):
-            answer = post(b'{"channel_id": 1, "content": "x"}', headers={"Idempotency-Key": key})
-            assert list(assert_problem(answer, 422, "invalid")["errors"]) == ["Idempotency-Key"]
+            response = post(b'{"channel_id": 1, "content": "x"}', headers={"Idempotency-Key": key})
+            assert list(assert_problem(response, 422, "invalid")["errors"]) == ["Idempotency-Key"]
     assert Message.select().count() == 0
 
 
@@ -204,8 +204,8 @@ def test_taken_names_are_a_conflict(api, cast):
     assert_problem(admin.patch(f"/api/channels/{cast.vault}", json={"name": "general"}), 409, "conflict")
 
 
-WRONG = {
-    fields.Integer: (True, "1", 1.5, 1.0, 0, -1, BEYOND_BIGINT, 10**400, [], {}, "x"),
+INVALID_VALUES = {
+    fields.Integer: (True, "1", 1.5, 1.0, 0, -1, TOO_LARGE_FOR_BIGINT, 10**400, [], {}, "x"),
     fields.Boolean: (0, 1, "true", "", [], {}),
     fields.DateTime: (
         0, True, "", "tomorrow", "2026-01-31", "2026-01-31T12:00:00", "2026-02-30T12:00:00Z",
@@ -223,11 +223,11 @@ def test_every_field_of_every_body_refuses_invalid_values(app, api, cast, subtes
     assert len(bodies) >= 17
     for method, path, contract in bodies:
         for name, field in contract.body().fields.items():
-            values = next(values for kind, values in WRONG.items() if isinstance(field, kind))
+            values = next(values for kind, values in INVALID_VALUES.items() if isinstance(field, kind))
             for value in values + (() if field.allow_none else (None,)):
                 with subtests.test(f"{method} {path} {name}", value=str(value)[:30]):
-                    answer = api(cast.admin).open(method, path, json={name: value})
-                    errors = assert_problem(answer, 422, "invalid")["errors"]
+                    response = api(cast.admin).open(method, path, json={name: value})
+                    errors = assert_problem(response, 422, "invalid")["errors"]
                     why = [why for field, why in errors.items() if field.split(".")[0] == name]
                     assert why
                     assert "Missing" not in str(why)
@@ -237,18 +237,18 @@ def test_every_body_refuses_unknown_fields(app, api, cast, subtests):
     for method, path, contract in api_routes(app):
         if contract and contract.body:
             with subtests.test(f"{method} {path}"):
-                answer = api(cast.admin).open(method, path, json={"all": True, "colour": "red", "\ud800": 1})
-                errors = assert_problem(answer, 422, "invalid")["errors"]
+                response = api(cast.admin).open(method, path, json={"all": True, "colour": "red", "\ud800": 1})
+                errors = assert_problem(response, 422, "invalid")["errors"]
                 assert errors["colour"] == errors["\ud800"] == ["Unknown field."]
 
 
-def names_of(count, length=5):
+def numbered_names(count, length=5):
     return [f"{number:0{length}}" for number in range(count)]
 
 
-CRAFTED = {
-    "6,000 unknown fields": dict.fromkeys(names_of(6_000), 1),
-    "fields with long names": dict.fromkeys(names_of(20, length=3_000), 1),
+OVERSIZED = {
+    "6,000 unknown fields": dict.fromkeys(numbered_names(6_000), 1),
+    "fields with long names": dict.fromkeys(numbered_names(20, length=3_000), 1),
     "one field with a name of 60,000 characters": {"x" * 60_000: 1},
     "names that JSON escapes": dict.fromkeys((f"{number}" + "\U0001f600" * 100 for number in range(100)), 1),
     "lists of invalid values": dict.fromkeys(
@@ -261,45 +261,45 @@ CRAFTED = {
 }
 
 
-@pytest.mark.parametrize("kind", CRAFTED)
+@pytest.mark.parametrize("kind", OVERSIZED)
 def test_an_error_about_a_body_is_at_most_8_kib(app, api, cast, subtests, kind):
-    body = json.dumps(CRAFTED[kind], ensure_ascii=False, separators=(",", ":")).encode()
+    body = json.dumps(OVERSIZED[kind], ensure_ascii=False, separators=(",", ":")).encode()
     assert len(body) <= 65_536
     for method, path, contract in api_routes(app):
         if contract and contract.body:
             with subtests.test(f"{method} {path}"):
-                answer = api(cast.admin).open(method, path, data=body, content_type="application/json")
-                assert_problem(answer, 422, "invalid")
-                assert len(answer.data) <= 8_192
+                response = api(cast.admin).open(method, path, data=body, content_type="application/json")
+                assert_problem(response, 422, "invalid")
+                assert len(response.data) <= 8_192
 
 
 def test_an_error_about_a_query_or_header_is_at_most_8_kib(app, api, cast, subtests):
-    queries = ["&".join(f"{name}=1" for name in names_of(600, 4)), "x" * 4_000 + "=1", "&".join(["limit=1"] * 500)]
-    queries += ["limit=" + "9" * 4_000, "cursor=" + "x" * 4_000]
+    queries = ["&".join(f"{name}=1" for name in numbered_names(600, 4)), "x" * 4_000 + "=1"]
+    queries += ["&".join(["limit=1"] * 500), "limit=" + "9" * 4_000, "cursor=" + "x" * 4_000]
     for method, path, contract in api_routes(app):
         if method == "GET" and contract and contract.query:
             for query in queries:
                 with subtests.test(f"{path}?{query[:20]}"):
-                    answer = api(cast.admin).get(f"{path}?{query}")
-                    assert answer.status_code in (404, 422)
-                    assert len(answer.data) <= 8_192
+                    response = api(cast.admin).get(f"{path}?{query}")
+                    assert response.status_code in (404, 422)
+                    assert len(response.data) <= 8_192
     for name in ("Last-Event-ID", "Idempotency-Key", "Authorization", "X-Request-Id", "Content-Type"):
         with subtests.test(name):
             for path in ("/api/messages", "/api/notifications/stream"):
                 method = "POST" if path == "/api/messages" else "GET"
                 body = {"channel_id": cast.general, "content": "x"} if method == "POST" else None
-                answer = api(cast.subscriber).open(method, path, json=body, headers={name: "x" * 8_000})
-                assert len(answer.data) <= 8_192
-                assert sum(len(value) for _, value in answer.headers) < 1_000
+                response = api(cast.subscriber).open(method, path, json=body, headers={name: "x" * 8_000})
+                assert len(response.data) <= 8_192
+                assert sum(len(value) for _, value in response.headers) < 1_000
 
 
 def test_an_error_names_twenty_fields_and_counts_the_others(post):
-    many = json.dumps(dict.fromkeys(names_of(6_000), 1), separators=(",", ":"))
+    many = json.dumps(dict.fromkeys(numbered_names(6_000), 1), separators=(",", ":"))
     errors = assert_problem(post(many), 422, "invalid")["errors"]
     assert len(errors) == 21
     assert errors["_schema"] == ["5982 more invalid fields are not shown."]  # including the two missing ones
-    few = assert_problem(post(json.dumps(dict.fromkeys(names_of(18), 1))), 422, "invalid")["errors"]
-    assert set(few) == {*names_of(18), "channel_id", "content"}
+    few = assert_problem(post(json.dumps(dict.fromkeys(numbered_names(18), 1))), 422, "invalid")["errors"]
+    assert set(few) == {*numbered_names(18), "channel_id", "content"}
 
 
 def test_an_error_shortens_long_field_names(post):
@@ -322,7 +322,7 @@ def test_every_list_refuses_invalid_query_parameters(app, api, cast, subtests):
 
 def test_invalid_filters_are_refused(api, cast, subtests):
     for path, query in (
-        ("runs", "state=done"), ("runs", "channel_id=x"), ("runs", f"channel_id={BEYOND_BIGINT}"),
+        ("runs", "state=done"), ("runs", "channel_id=x"), ("runs", f"channel_id={TOO_LARGE_FOR_BIGINT}"),
         ("notifications", "unread=maybe"), ("notifications", "channel_id=0"),
         ("messages/1/explain", "user_id=x"), ("messages/1/explain", "user=1"),
         ("users", "username=%00"), ("users", "name=Sam"),
@@ -357,30 +357,31 @@ def web() -> Iterator[tuple[str, int]]:
 def send(web):
     """`send(person, body, ...)`: POST /api/messages over a socket; (response, its body)."""
 
-    def over_socket(person, body, **headers):
+    def post_message(person, body, **headers):
         connection = http.client.HTTPConnection(*web, timeout=30)
         try:
-            everything = {"Authorization": f"Bearer {person.token}", "Content-Type": "application/json", **headers}
-            connection.request("POST", "/api/messages", body, everything, encode_chunked="Transfer-Encoding" in headers)
-            answer = connection.getresponse()
-            return answer, json.load(answer)
+            is_chunked = "Transfer-Encoding" in headers
+            all_headers = {"Authorization": f"Bearer {person.token}", "Content-Type": "application/json", **headers}
+            connection.request("POST", "/api/messages", body, all_headers, encode_chunked=is_chunked)
+            response = connection.getresponse()
+            return response, json.load(response)
         finally:
             connection.close()
 
-    return over_socket
+    return post_message
 
 
 def test_a_declared_length_that_is_too_large_is_refused(send, cast):
-    answer, problem = send(cast.subscriber, None, **{"Content-Length": "10000000"})
-    assert (answer.status, problem["code"]) == (413, "too_large")
+    response, problem = send(cast.subscriber, None, **{"Content-Length": "10000000"})
+    assert (response.status, problem["code"]) == (413, "too_large")
 
 
 def test_a_chunked_body_that_is_too_large_is_refused(send, cast, subtests):
     start = b'{"channel_id": 1, "content": "x"}'
     for status, rest in ((413, [b" " * 1_024] * 64), (413, [b" " * 1_024] * 64 + [b"["]), (201, [b" "])):
         with subtests.test(chunks=len(rest)):
-            answer, body = send(cast.subscriber, iter([start, *rest]), **{"Transfer-Encoding": "chunked"})
-            assert (answer.status, body.get("code")) == (status, "too_large" if status == 413 else None)
+            response, body = send(cast.subscriber, iter([start, *rest]), **{"Transfer-Encoding": "chunked"})
+            assert (response.status, body.get("code")) == (status, "too_large" if status == 413 else None)
     assert Message.select().count() == 1
 
 
@@ -388,67 +389,67 @@ def test_the_rate_of_an_authors_messages_is_limited(send, cast, web):
     message = json.dumps({"channel_id": cast.general, "content": "hello"})
     remaining = []
     for _ in range(3):
-        answer, _ = send(cast.subscriber, message)
-        assert answer.status == 201
-        remaining.append(answer.headers["RateLimit-Remaining"])
+        response, _ = send(cast.subscriber, message)
+        assert response.status == 201
+        remaining.append(response.headers["RateLimit-Remaining"])
     assert remaining == ["2", "1", "0"]
-    answer, problem = send(cast.subscriber, message)
-    assert (answer.status, answer.headers["Content-Type"]) == (429, "application/problem+json")
+    response, problem = send(cast.subscriber, message)
+    assert (response.status, response.headers["Content-Type"]) == (429, "application/problem+json")
     assert (set(problem), problem["code"]) == (SHAPE, "rate_limited")
-    assert (answer.headers["RateLimit-Limit"], answer.headers["RateLimit-Remaining"]) == ("3", "0")
-    assert 0 < int(answer.headers["Retry-After"]) <= 15 * 60
-    assert 0 < int(answer.headers["RateLimit-Reset"]) <= 15 * 60 + 1
+    assert (response.headers["RateLimit-Limit"], response.headers["RateLimit-Remaining"]) == ("3", "0")
+    assert 0 < int(response.headers["Retry-After"]) <= 15 * 60
+    assert 0 < int(response.headers["RateLimit-Reset"]) <= 15 * 60 + 1
     assert send(cast.moderator, message)[0].status == 201
     assert Message.select().count() == 4
 
 
 def test_a_successful_response_has_no_retry_after(api, cast):
-    answer = api(cast.subscriber).get("/api/me")
-    assert "Retry-After" not in answer.headers
-    assert 0 <= int(answer.headers["RateLimit-Reset"]) <= 61
+    response = api(cast.subscriber).get("/api/me")
+    assert "Retry-After" not in response.headers
+    assert 0 <= int(response.headers["RateLimit-Reset"]) <= 61
 
 
-def test_requests_get_503_while_the_database_is_unavailable(api, cast, client, database_away):
-    with database_away():
-        answer = api(cast.subscriber).get("/api/me")
-        assert_problem(answer, 503, "unavailable")
-        assert answer.headers["Retry-After"] == "5"
+def test_requests_get_503_while_the_database_is_unavailable(api, cast, client, database_unavailable):
+    with database_unavailable():
+        response = api(cast.subscriber).get("/api/me")
+        assert_problem(response, 503, "unavailable")
+        assert response.headers["Retry-After"] == "5"
         assert_problem(client.get("/api/me"), 401, "unauthenticated")
 
 
 def test_a_request_gets_503_where_the_database_fails_during_it(api, cast, monkeypatch):
-    def gone(*_):
+    def disconnect(*_):
         raise OperationalError("server closed the connection unexpectedly: host=10.0.0.7")
 
-    monkeypatch.setattr(history, "find_message", gone)
-    answer = api(cast.subscriber).get("/api/messages/1")
-    assert "10.0.0.7" not in assert_problem(answer, 503, "unavailable")["detail"]
-    assert answer.headers["Retry-After"] == "5"
+    monkeypatch.setattr(history, "find_message", disconnect)
+    response = api(cast.subscriber).get("/api/messages/1")
+    assert "10.0.0.7" not in assert_problem(response, 503, "unavailable")["detail"]
+    assert response.headers["Retry-After"] == "5"
 
 
 def test_an_unexpected_error_is_in_the_log_and_not_in_the_response(api, cast, monkeypatch, caplog):
-    def crash(*_):
+    def fail(*_):
         raise RuntimeError("the password is hunter2")
 
-    monkeypatch.setattr(preferences, "preference_of", crash)
-    answer = api(cast.subscriber).get("/api/channels/1/preference", headers={"X-Request-Id": "of-the-proxy-7"})
-    assert_problem(answer, 500, "internal")
-    assert answer.headers["X-Request-Id"] == "of-the-proxy-7"
-    assert not re.search("hunter2|RuntimeError|Traceback|preference", answer.get_data(as_text=True))
+    monkeypatch.setattr(preferences, "preference_of", fail)
+    response = api(cast.subscriber).get("/api/channels/1/preference", headers={"X-Request-Id": "of-the-proxy-7"})
+    assert_problem(response, 500, "internal")
+    assert response.headers["X-Request-Id"] == "of-the-proxy-7"
+    assert not re.search("hunter2|RuntimeError|Traceback|preference", response.get_data(as_text=True))
     assert "of-the-proxy-7" in caplog.text
     assert "hunter2" in caplog.text
 
 
 def test_an_invalid_request_id_is_replaced(client):
     for given in ("short", "x" * 65, "two words", "<script>", "a\ttab-in-it"):
-        answer = client.get("/healthz", headers={"X-Request-Id": given})
-        assert re.fullmatch("[0-9a-f]{32}", answer.headers["X-Request-Id"])
+        response = client.get("/healthz", headers={"X-Request-Id": given})
+        assert re.fullmatch("[0-9a-f]{32}", response.headers["X-Request-Id"])
 
 
 def test_a_repeated_field_is_refused(api, cast):
     body = f'{{"channel_id": {cast.general}, "content": "gold", "content": "silver"}}'
-    answer = api(cast.subscriber).post("/api/messages", data=body, content_type="application/json")
-    assert "given twice" in assert_problem(answer, 400, "malformed_json")["detail"]
+    response = api(cast.subscriber).post("/api/messages", data=body, content_type="application/json")
+    assert "given twice" in assert_problem(response, 400, "malformed_json")["detail"]
     assert Message.select().count() == 0
 
 
@@ -465,16 +466,16 @@ def test_a_username_that_folds_to_ascii_is_refused_and_finds_nobody(api, cast, u
 @pytest.mark.parametrize("name", ["\u200b", "\u2060\u00ad", "\u202e \u200f"])
 def test_a_name_without_a_visible_character_is_refused(api, cast, name):
     for path in ("/api/servers", f"/api/servers/{cast.server_id}/channels"):
-        answer = api(cast.admin).post(path, json={"name": name})
-        assert assert_problem(answer, 422, "invalid")["errors"]["name"] == ["Must have a visible character."]
+        response = api(cast.admin).post(path, json={"name": name})
+        assert assert_problem(response, 422, "invalid")["errors"]["name"] == ["Must have a visible character."]
 
 
 @pytest.mark.parametrize("impossible", ["0", str(2**63), "9" * 40])
 @pytest.mark.parametrize("method", ["GET", "PATCH", "DELETE"])
 def test_an_impossible_id_is_404_for_every_method(api, cast, impossible, method):
     for path in ("channels", "messages"):
-        answer = api(cast.admin).open(method, f"/api/{path}/{impossible}", json={"name": "x"})
-        assert_problem(answer, 404, "not_found")
+        response = api(cast.admin).open(method, f"/api/{path}/{impossible}", json={"name": "x"})
+        assert_problem(response, 404, "not_found")
 
 
 def test_every_route_that_writes_declares_what_it_publishes(app):
@@ -487,7 +488,7 @@ def test_every_route_that_writes_declares_what_it_publishes(app):
 def test_an_overlong_request_line_gets_a_problem_response(web):
     with socket.create_connection(web, timeout=30) as connection:
         connection.sendall(b"GET /" + b"a" * 8_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        answer = http.client.HTTPResponse(connection)
-        answer.begin()
-        assert (answer.status, answer.headers["Content-Type"]) == (414, "application/problem+json")
-        assert json.load(answer)["code"] == "uri_too_long"
+        response = http.client.HTTPResponse(connection)
+        response.begin()
+        assert (response.status, response.headers["Content-Type"]) == (414, "application/problem+json")
+        assert json.load(response)["code"] == "uri_too_long"

@@ -1,4 +1,4 @@
-"""Each operation in /docs has an example, and the application answers each example as /docs shows."""
+"""Each operation in /docs has an example, and the application gives the responses that /docs shows."""
 
 import json
 import re
@@ -13,11 +13,11 @@ import pytest
 
 from belfry.core.db import execute
 from belfry.web import openapi
-from tests.fanout_helpers import crowd
-from tests.processes import a_web_process
+from tests.fanout_helpers import add_members
+from tests.processes import web_process
 
 STEPS: list[tuple[str, str, str, str, Any]] = [
-    # (operation, user, method, path, body) in an order in which each works. "work" runs the queued jobs,
+    # (operation, user, method, path, body) in an order in which each works. "run jobs" runs the queued jobs,
     # "fail" makes run 1 fail, and "open the stream" makes the connection whose events the step "stream" records.
     ("create_user", "ada", "POST", "/api/users", {"username": "robin", "name": "Robin"}),
     ("list_users", "ada", "GET", "/api/users?username=robin", None),
@@ -48,7 +48,7 @@ STEPS: list[tuple[str, str, str, str, Any]] = [
     ("list_mention_suggestions", "sam", "GET", "/api/channels/1/mention-suggestions?q=v", None),
     ("open the stream", "vera", "GET", "/api/notifications/stream", None),
     ("post_message", "sam", "POST", "/api/messages", {"channel_id": 1, "content": "Gold's trend is up, @vera"}),
-    ("work", "", "", "", None),
+    ("run jobs", "", "", "", None),
     ("get_message", "sam", "GET", "/api/messages/1", None),
     ("search_messages", "vera", "GET", "/api/messages/search?q=gold&limit=1", None),
     ("list_messages", "vera", "GET", "/api/channels/1/messages?limit=1", None),
@@ -63,14 +63,14 @@ STEPS: list[tuple[str, str, str, str, Any]] = [
     ("put_preference", "vera", "PUT", "/api/channels/1/preference", {"level": "mentions", "muted_until": None}),
     ("get_preference", "vera", "GET", "/api/channels/1/preference", None),
     ("edit_message", "sam", "PATCH", "/api/messages/1", {"content": "Gold's trend is up, @moira"}),
-    ("work", "", "", "", None),
+    ("run jobs", "", "", "", None),
     ("list_runs", "ada", "GET", "/api/runs?limit=1", None),
     ("put_subscription", "ada", "PUT", "/api/users/8/subscription", {"status": "active"}),
     ("get_subscription", "ada", "GET", "/api/users/8/subscription", None),
     ("replay", "ada", "POST", "/api/runs/1/replay", {"dry_run": True}),
     ("replay", "ada", "POST", "/api/runs/1/replay", {"dry_run": False}),
     ("test_notification", "ada", "POST", "/api/test-notifications", {"audience": "me"}),
-    ("work", "", "", "", None),
+    ("run jobs", "", "", "", None),
     ("fail", "", "", "", None),
     ("retry", "ada", "POST", "/api/runs/1/retry", None),
     ("remove_member", "ada", "DELETE", "/api/servers/1/members/8", None),
@@ -108,20 +108,20 @@ def read_events(stream: Iterable[bytes], number: int) -> str:
 @pytest.mark.usefixtures("override")
 def test_each_example_of_the_document_is_the_applications_response(api, cast, run_jobs, request):
     people = {person.username: person for person in cast.everybody.values()}
-    crowd(cast.server_id, 1)  # a user with an id between the cast's and the examples'
+    add_members(cast.server_id, 1)  # a user with an id between the cast's and the examples'
     recorded: dict[str, list[dict[str, Any]]] = {}
     with ExitStack() as processes:
         for operation, user, method, path, body in STEPS:
-            if operation == "work":
+            if operation == "run jobs":
                 run_jobs()
                 continue
             if operation == "fail":
                 execute("UPDATE run SET state = 'failed', error = 'Database unavailable' WHERE id = 1")
                 continue
             if operation == "open the stream":
-                web = processes.enter_context(a_web_process())
-                asked = Request(web + path, headers={"Authorization": f"Bearer {people[user].token}"})
-                stream = processes.enter_context(urlopen(asked))
+                web = processes.enter_context(web_process())
+                opening = Request(web + path, headers={"Authorization": f"Bearer {people[user].token}"})
+                stream = processes.enter_context(urlopen(opening))
                 events = read_events(stream, 1)
                 continue
             example: dict[str, Any] = {"method": method, "path": path}
@@ -130,11 +130,11 @@ def test_each_example_of_the_document_is_the_applications_response(api, cast, ru
             if operation == "stream":
                 example |= {"status": stream.status, "response": stable(events + read_events(stream, 2))}
             else:
-                answer = api(people[user]).open(method, path, json=body)
-                assert answer.status_code < 300, (operation, answer.text)
-                example["status"] = answer.status_code
-                if answer.text:
-                    example["response"] = json.loads(stable(answer.text))
+                response = api(people[user]).open(method, path, json=body)
+                assert response.status_code < 300, (operation, response.text)
+                example["status"] = response.status_code
+                if response.text:
+                    example["response"] = json.loads(stable(response.text))
             recorded.setdefault(operation, []).append(example)
     text = json.dumps(recorded, indent=1, ensure_ascii=False) + "\n"  # in the order of the schemas' fields
     if request.config.getoption("--update-golden"):

@@ -41,13 +41,13 @@ def browser(app):
 def post(api, cast):
     """`post("text")`: post over the API, by default in #general as sam; the message's id."""
 
-    def write(content, channel_id=None, author=None):
+    def post_message(content, channel_id=None, author=None):
         body = {"channel_id": channel_id or cast.general, "content": content}
-        answer = api(author or cast.subscriber).post("/api/messages", json=body)
-        assert answer.status_code == 201
-        return answer.json["id"]
+        response = api(author or cast.subscriber).post("/api/messages", json=body)
+        assert response.status_code == 201
+        return response.json["id"]
 
-    return write
+    return post_message
 
 
 def shown(html: str) -> list[int]:
@@ -60,7 +60,7 @@ def address(cast, channel_id, rest=""):
 
 
 class Tags(HTMLParser):
-    """Collects the elements of a page and errors of its structure."""
+    """Collects the elements of a page with their attributes."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -75,13 +75,13 @@ class Tags(HTMLParser):
 
 
 def test_a_visitor_signs_in_and_returns_to_the_requested_page(browser, cast):
-    nobody = browser()
-    assert nobody.get("/").location == "/login?next=/"
+    visitor = browser()
+    assert visitor.get("/").location == "/login?next=/"
     for path in (address(cast, cast.general), address(cast, cast.general, "?around=7"), "/inbox", "/inbox?unread=1"):
-        answer = nobody.get(path)
-        assert answer.status_code == 303
-        form = nobody.get(answer.location).text
-        signed_in = nobody.post(
+        response = visitor.get(path)
+        assert response.status_code == 303
+        form = visitor.get(response.location).text
+        signed_in = visitor.post(
             "/login",
             data={
                 "csrf": csrf_of(form),
@@ -90,7 +90,7 @@ def test_a_visitor_signs_in_and_returns_to_the_requested_page(browser, cast):
             },
         )
         assert signed_in.location == path
-        nobody = browser()
+        visitor = browser()
 
 
 def test_a_script_gets_401_when_signed_out(browser, cast):
@@ -120,9 +120,9 @@ def test_an_invisible_channel_is_404(browser, cast, subtests):
         for (who, person), status in zip(cast.everybody.items(), statuses.split(), strict=True):
             for rest in ("", "/messages"):
                 with subtests.test(f"{who} {name}{rest}"):
-                    answer = browser(person).get(address(cast, getattr(cast, name), rest))
-                    assert answer.status_code == int(status)
-                    assert answer.mimetype == "text/html"
+                    response = browser(person).get(address(cast, getattr(cast, name), rest))
+                    assert response.status_code == int(status)
+                    assert response.mimetype == "text/html"
     sam = browser(cast.subscriber)
     hidden, nothing = (sam.get(address(cast, channel)).text for channel in (cast.vault, 987_654))
     assert hidden.replace(str(cast.vault), "N") == nothing.replace("987654", "N")
@@ -133,8 +133,8 @@ def test_a_channel_under_another_server_is_404(browser, cast):
 
 
 def test_the_sidebar_lists_the_visible_channels(browser, cast):
-    open_ones = {"general", "announcements"}
-    for person, names in ((cast.subscriber, open_ones), (cast.vip, open_ones | {"vault"})):
+    open_channels = {"general", "announcements"}
+    for person, names in ((cast.subscriber, open_channels), (cast.vip, open_channels | {"vault"})):
         page = browser(person).get(address(cast, cast.general)).text
         assert set(re.findall(r'class="name">#(\w+)<', page)) == names
 
@@ -167,16 +167,16 @@ def test_the_sidebar_of_an_admin_is_bounded(browser, cast):
 
 
 def test_the_page_says_why_the_reader_may_not_post(browser, cast):
-    def why(person, channel_id):
+    def reason(person, channel_id):
         page = browser(person).get(address(cast, channel_id)).text
         found = re.search(r'<p id="may-not-post">(.*?)</p>', page, re.DOTALL)
         assert bool(found) != ('id="compose"' in page)
         return found and found[1].strip()
 
-    assert why(cast.subscriber, cast.general) is None
-    assert why(cast.admin, cast.announcements) is None
-    assert why(cast.subscriber, cast.announcements).startswith("Only admins can post in #announcements.")
-    assert why(cast.lapsed, cast.general).startswith("Posting needs an active subscription.")
+    assert reason(cast.subscriber, cast.general) is None
+    assert reason(cast.admin, cast.announcements) is None
+    assert reason(cast.subscriber, cast.announcements).startswith("Only admins can post in #announcements.")
+    assert reason(cast.lapsed, cast.general).startswith("Posting needs an active subscription.")
 
 
 def test_a_session_ends_with_its_token(browser, cast):
@@ -191,7 +191,7 @@ def test_a_session_ends_with_its_token(browser, cast):
 # Messages -------------------------------------------------------------------------------------------------
 
 
-def test_a_page_of_long_messages_shows_fewer_of_them(browser, cast):
+def test_a_page_of_long_messages_has_fewer_messages(browser, cast):
     ids = [
         Message.create(channel_id=cast.general, author_id=cast.subscriber.id, content="long " * 2_000).id
         for _ in range(30)
@@ -211,7 +211,7 @@ def test_a_page_of_long_messages_shows_fewer_of_them(browser, cast):
     assert "data-older" in around
 
 
-def test_a_message_is_parsed_for_its_first_reader_only_until_it_is_edited(api, browser, cast, post, monkeypatch):
+def test_a_parsed_message_is_reused_until_it_is_edited(api, browser, cast, post, monkeypatch):
     parsed = []
     monkeypatch.setattr(rendering.markdown, "parse", lambda content, *rest: parsed.append(content) or parse(content))
     message_id = post("**gold**, @vera")
@@ -240,18 +240,18 @@ def test_messages_are_in_order_and_older_ones_behind_a_link(browser, cast, post)
 def test_a_permanent_link_shows_an_old_message(browser, cast, post):
     ids = [post(f"number {number}") for number in range(120)]
     sam = browser(cast.subscriber)
-    for at, expected, newer in ((60, ids[36:86], True), (0, ids[:26], True), (119, ids[95:], False)):
-        page = sam.get(address(cast, cast.general, f"?around={ids[at]}")).text
+    for index, expected, newer in ((60, ids[36:86], True), (0, ids[:26], True), (119, ids[95:], False)):
+        page = sam.get(address(cast, cast.general, f"?around={ids[index]}")).text
         assert shown(page) == expected
         assert ("data-newer" in page) == newer
 
 
-def test_the_messages_part_has_only_the_messages(browser, cast, post):
+def test_the_messages_route_returns_only_the_messages(browser, cast, post):
     first, second, third = (post(text) for text in ("one", "two", "three"))
     sam = browser(cast.subscriber)
-    part = sam.get(address(cast, cast.general, f"/messages?after={first}")).text
-    assert shown(part) == [second, third]
-    assert "<nav" not in part
+    fragment = sam.get(address(cast, cast.general, f"/messages?after={first}")).text
+    assert shown(fragment) == [second, third]
+    assert "<nav" not in fragment
     assert shown(sam.get(address(cast, cast.general, f"/messages?after={third}")).text) == []
 
 
@@ -344,8 +344,8 @@ def test_a_form_without_notifications_marks_nothing(browser, cast, post, run_job
         assert vera.post("/inbox/read", data={"csrf": csrf, **form}).status_code == 422, form
     assert "<title>(1)" in vera.get("/inbox").text
     forms = re.findall(r'<form method="post" action="/inbox/read".*?</form>', vera.get("/inbox").text, re.DOTALL)
-    said = [dict(re.findall(r'<input type="hidden" name="(id|all)" value="([^"]+)"', form)) for form in forms]
-    assert said == [{"all": "1"}, {"id": name}]
+    fields = [dict(re.findall(r'<input type="hidden" name="(id|all)" value="([^"]+)"', form)) for form in forms]
+    assert fields == [{"all": "1"}, {"id": name}]
 
 
 def test_a_form_of_another_session_marks_nothing(browser, cast, post, run_jobs):
@@ -378,14 +378,14 @@ def pages(cast):
 
 def test_the_policy_permits_only_own_scripts(browser, cast, post):
     sam = browser(cast.subscriber)
-    answers = [sam.get(path) for path in [*pages(cast), "/", address(cast, cast.vault)]]
-    answers += [browser(cast.stranger).get("/"), browser().get("/inbox"), sam.post("/inbox/read")]
-    for answer in answers:
-        policy = answer.headers["Content-Security-Policy"]
+    responses = [sam.get(path) for path in [*pages(cast), "/", address(cast, cast.vault)]]
+    responses += [browser(cast.stranger).get("/"), browser().get("/inbox"), sam.post("/inbox/read")]
+    for response in responses:
+        policy = response.headers["Content-Security-Policy"]
         assert dict(part.split(" ", 1) for part in policy.split("; ")) == POLICY
-        assert answer.headers["Cache-Control"] == "no-store"
-        assert answer.headers["X-Content-Type-Options"] == "nosniff"
-        assert answer.headers["Referrer-Policy"] == "same-origin"
+        assert response.headers["Cache-Control"] == "no-store"
+        assert response.headers["X-Content-Type-Options"] == "nosniff"
+        assert response.headers["Referrer-Policy"] == "same-origin"
 
 
 def test_no_page_needs_more_than_the_policy_permits(browser, cast, post, run_jobs):
@@ -410,7 +410,7 @@ def test_hostile_names_and_contents_are_text(browser, cast, post, run_jobs):
     for person in (cast.subscriber, cast.vip, cast.admin):
         for path in pages(cast):
             page = browser(person).get(path).text
-            assert ("{{ 7*7 }}" in page) or "inbox/notifications" in path, "and not what a template makes of it"
+            assert ("{{ 7*7 }}" in page) or "inbox/notifications" in path, "template syntax is not evaluated"
             for tag, attributes in Tags(page).found:
                 assert tag != "script" or attributes["src"].startswith("/static/page/")
                 assert tag != "img"
@@ -423,15 +423,15 @@ def test_the_number_of_statements_does_not_grow_with_the_page(browser, cast, pos
     post("one @vera @moira")
     run_jobs()
     counts = []
-    for beginning in (0, 20):
+    for first_number in (0, 20):
         counts.append([])
         for path in paths:
-            with statements() as said:
+            with statements() as executed:
                 assert ada.get(path).status_code == 200
-            counts[-1].append(len(said))
+            counts[-1].append(len(executed))
         for number in range(60):
             post(f"number {number} @vera @moira")
-        for number in range(beginning, beginning + 20):
+        for number in range(first_number, first_number + 20):
             person = make_person(f"member-{number}")
             servers.put_member(cast.server_id, person.id, [cast.vip_role])
         run_jobs()
@@ -445,22 +445,22 @@ def test_an_error_is_a_page(browser, cast, monkeypatch, override):
     sam = browser(cast.subscriber)
     path = address(cast, cast.general)
 
-    def answers(status, said):
-        answer = sam.get(path)
-        assert (answer.status_code, answer.mimetype) == (status, "text/html")
-        assert said in answer.text
-        assert answer.headers["Content-Security-Policy"]
-        return answer
+    def assert_page(status, text):
+        response = sam.get(path)
+        assert (response.status_code, response.mimetype) == (status, "text/html")
+        assert text in response.text
+        assert response.headers["Content-Security-Policy"]
+        return response
 
     override(rate_limit_default="1 per hour")
     sam.get(path)
-    assert int(answers(429, "Too many requests").headers["Retry-After"]) > 3_500
+    assert int(assert_page(429, "Too many requests").headers["Retry-After"]) > 3_500
     override(rate_limit_default="1200 per minute")
     with monkeypatch.context() as patch:
         patch.setattr(inbox, "unread_count", lambda user: 1 / 0)
-        answers(500, "It was logged as request")
+        assert_page(500, "It was logged as request")
     with monkeypatch.context() as patch:
-        suicide = "SELECT pg_terminate_backend(pg_backend_pid())"
-        patch.setattr(sessions, "find_session", lambda session_id: execute(suicide))
-        answers(503, "The database is unavailable")
-    answers(200, "#general")
+        end_own_session = "SELECT pg_terminate_backend(pg_backend_pid())"
+        patch.setattr(sessions, "find_session", lambda session_id: execute(end_own_session))
+        assert_page(503, "The database is unavailable")
+    assert_page(200, "#general")

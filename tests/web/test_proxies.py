@@ -18,13 +18,13 @@ import pytest
 
 from belfry.stream import publish
 from tests.fanout_helpers import post_and_notify
-from tests.processes import PATIENCE, a_web_process, wait_until
+from tests.processes import WAIT_SECONDS, wait_until, web_process
 from tools.dev import ROOT
 
 pytestmark = pytest.mark.slow
 
 CONFIGURATIONS = ROOT / "docs" / "proxy"
-SLOW = 40
+SLOW_REQUESTS = 40
 
 
 class Proxy:
@@ -36,10 +36,10 @@ class Proxy:
         self._tls.check_hostname, self._tls.verify_mode = False, ssl.CERT_NONE
 
     def connect(self) -> ssl.SSLSocket:
-        connection = socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE)
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=WAIT_SECONDS)
         return self._tls.wrap_socket(connection, server_hostname="localhost")
 
-    def answers(self) -> bool:
+    def is_ready(self) -> bool:
         try:
             return self.request("GET", "/healthz")[0] == 200
         except OSError:
@@ -48,18 +48,20 @@ class Proxy:
     def request(self, method: str, path: str, body: object = None, **headers: str) -> tuple[int, dict[str, str]]:
         """Status and headers of the response."""
         headers = {"Content-Type": "application/json", **headers}
-        with closing(HTTPSConnection("localhost", self.port, timeout=PATIENCE, context=self._tls)) as connection:
+        with closing(HTTPSConnection("localhost", self.port, timeout=WAIT_SECONDS, context=self._tls)) as connection:
             with suppress(BrokenPipeError, ssl.SSLEOFError):  # refused before the whole body was sent
                 connection.request(method, path, json.dumps(body) if body else None, headers)
-            answer = connection.getresponse()
-            answer.read()
-            return answer.status, dict(answer.getheaders())
+            response = connection.getresponse()
+            response.read()
+            return response.status, dict(response.getheaders())
 
-    def connections_behind(self) -> int:
+    def web_connections(self) -> int:
         """The number of connections of the web process."""
         return sum(
-            one.status == psutil.CONN_ESTABLISHED and one.laddr and one.laddr.port == self._web_port
-            for one in psutil.net_connections("tcp")
+            connection.status == psutil.CONN_ESTABLISHED
+            and connection.laddr
+            and connection.laddr.port == self._web_port
+            for connection in psutil.net_connections("tcp")
         )
 
 
@@ -129,17 +131,17 @@ def proxy(request) -> Iterator[Proxy]:
     for program in (name, "openssl"):
         if not shutil.which(program):
             pytest.skip(f"{program} is not installed")
-    with ExitStack() as stage:
-        directory = Path(stage.enter_context(tempfile.TemporaryDirectory()))
+    with ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         certificate = ["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-days", "2"]
         subprocess.run(
             ["openssl", *certificate, "-addext", "subjectAltName=DNS:localhost", "-out", "crt", "-keyout", "key"],
             cwd=directory, check=True, capture_output=True,
         )  # fmt: skip
         (directory / "pem").write_text((directory / "crt").read_text() + (directory / "key").read_text())
-        web_port = urlsplit(stage.enter_context(a_web_process())).port
+        web_port = urlsplit(stack.enter_context(web_process())).port
         http, https = _free_ports(2)
-        log = stage.enter_context((directory / "output").open("wb"))
+        log = stack.enter_context((directory / "output").open("wb"))
         process = subprocess.Popen(
             COMMANDS[name](directory, http, https, web_port),
             env={**os.environ, "HOME": str(directory), "XDG_DATA_HOME": str(directory)},
@@ -148,14 +150,14 @@ def proxy(request) -> Iterator[Proxy]:
         )
         proxy = Proxy(https, web_port)
         try:
-            wait_until(proxy.answers, f"{name} to answer")
+            wait_until(proxy.is_ready, f"{name} to be ready")
             yield proxy
         except BaseException:
             print((directory / "output").read_text()[-4_000:])
             raise
         finally:
             process.terminate()
-            process.wait(PATIENCE)
+            process.wait(WAIT_SECONDS)
 
 
 def test_posts_and_pages_pass_the_proxy(proxy, cast):
@@ -183,19 +185,19 @@ def test_a_stream_passes_the_proxy_event_by_event(proxy, cast):
 def test_the_proxy_buffers_slow_requests(proxy, cast):
     head = b"POST /api/messages HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n"
     with ExitStack() as opened:
-        for number in range(SLOW):
+        for number in range(SLOW_REQUESTS):
             slow = opened.enter_context(proxy.connect())
             slow.sendall(head + (b"\r\n{" if number % 2 else b"X-Slow: "))
         authorization = f"Bearer {cast.subscriber.token}"
         for _ in range(3):
             message = {"channel_id": cast.general, "content": "gold breaks out"}
             assert proxy.request("POST", "/api/messages", message, Authorization=authorization)[0] == 201
-        assert proxy.connections_behind() < SLOW / 4  # a few idle connections are kept
+        assert proxy.web_connections() < SLOW_REQUESTS / 4  # a few idle connections are kept
 
 
-def _read_until(stream: ssl.SSLSocket, wanted: bytes) -> None:
+def _read_until(stream: ssl.SSLSocket, expected: bytes) -> None:
     received = b""
-    while wanted not in received:
-        part = stream.recv(4_096)
-        assert part, received
-        received += part
+    while expected not in received:
+        data = stream.recv(4_096)
+        assert data, received
+        received += data

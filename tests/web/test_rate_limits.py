@@ -38,17 +38,17 @@ def post(api, cast):
     return message
 
 
-def notified(answer) -> tuple[str, str]:
-    return answer.headers["RateLimit-Limit"], answer.headers["RateLimit-Remaining"]
+def limit_headers(response) -> tuple[str, str]:
+    return response.headers["RateLimit-Limit"], response.headers["RateLimit-Remaining"]
 
 
 def test_new_streams_are_limited_for_each_user(api, cast, limit):
     limit("streams", "2 per minute")
     path = "/api/notifications/stream"
     assert [api(cast.vip).get(path).status_code for _ in range(2)] == [501, 501]  # the test client has no socket
-    answer = api(cast.vip).get(path, headers={"Last-Event-ID": "1-3:3:"})
-    assert_problem(answer, 429, "rate_limited")
-    assert int(answer.headers["Retry-After"]) > 0
+    response = api(cast.vip).get(path, headers={"Last-Event-ID": "1-3:3:"})
+    assert_problem(response, 429, "rate_limited")
+    assert int(response.headers["Retry-After"]) > 0
     assert api(cast.admin).get(path).status_code == 501
     assert api(cast.vip).get("/api/notifications").status_code == 200
 
@@ -57,17 +57,17 @@ def test_the_limit_recovers_with_time(post, limit):
     limit("messages", "2 per second")
     assert [post().status_code for _ in range(3)] == [201, 201, 429]
     time.sleep(2.1)
-    assert notified(post()) == ("2", "1")
+    assert limit_headers(post()) == ("2", "1")
 
 
 def test_requests_of_the_previous_window_count_in_proportion(post, limit, redis):
     limit("messages", "10 per minute")
-    assert [notified(post())[1] for _ in range(8)] == [str(left) for left in range(9, 1, -1)]
+    assert [limit_headers(post())[1] for _ in range(8)] == [str(left) for left in range(9, 1, -1)]
     (key,) = redis.keys("LIMITER*")
     redis.hset(key, "began", float(redis.hget(key, "began")) - 90)  # so that half of it counts
-    answer = post()
-    assert notified(answer) == ("10", "6"), "four of eight weigh still: 3.9, and this one"
-    assert 0 < int(answer.headers["RateLimit-Reset"]) <= 8, "an eighth of a minute until one less does"
+    response = post()
+    assert limit_headers(response) == ("10", "6"), "half of the eight requests count, and this one"
+    assert 0 < int(response.headers["RateLimit-Reset"]) <= 8, "an eighth of a minute until one request less counts"
 
 
 def test_refused_requests_do_not_count(post, limit, redis):
@@ -75,22 +75,22 @@ def test_refused_requests_do_not_count(post, limit, redis):
     assert [post().status_code for _ in range(4)] == [201, 429, 429, 429]
     (key,) = redis.keys("LIMITER*")
     assert redis.hget(key, "count") == b"1"
-    assert 60 < redis.ttl(key) <= 120, "and it is forgotten when it is out of sight"
+    assert 60 < redis.ttl(key) <= 120, "the key expires when its requests no longer count"
 
 
 def test_each_of_several_limits_applies_and_the_exceeded_one_is_named(post, limit):
     limit("messages", "5 per 15 minutes; 2 per second")
-    assert notified(post()) == ("2", "1"), "the shortest, while none refuses"
+    assert limit_headers(post()) == ("2", "1"), "the shortest one is reported while none is exceeded"
     post()
     problem = post()
     assert assert_problem(problem, 429, "rate_limited")["detail"] == "Too many requests: 2 per 1 second for one user."
-    assert (notified(problem), problem.headers["Retry-After"]) == (("2", "0"), "1")
+    assert (limit_headers(problem), problem.headers["Retry-After"]) == (("2", "0"), "1")
     time.sleep(2.1)
     post()
     post()
     time.sleep(2.1)
     assert post().status_code == 201
-    assert notified(post()) == ("5", "0")
+    assert limit_headers(post()) == ("5", "0")
 
 
 def test_posts_and_edits_share_a_limit_of_their_own(api, cast, post, limit):
@@ -101,7 +101,7 @@ def test_posts_and_edits_share_a_limit_of_their_own(api, cast, post, limit):
     assert sam.patch(f"/api/messages/{posted['id']}", json={"content": "silver"}).status_code == 200
     assert_problem(post(), 429, "rate_limited")
     paths = ("/api/me", "/api/channels", f"/api/messages/{posted['id']}")
-    assert [notified(sam.get(path)) for path in paths] == [("3", "2"), ("3", "1"), ("3", "0")]
+    assert [limit_headers(sam.get(path)) for path in paths] == [("3", "2"), ("3", "1"), ("3", "0")]
     assert_problem(sam.get("/api/me"), 429, "rate_limited")
     assert api(cast.vip).get("/api/me").status_code == 200
 
@@ -110,24 +110,25 @@ def test_all_requests_of_a_user_count_also_to_unknown_paths(api, cast, limit, ap
     limit("other", "3 per minute")
     admin = api(cast.admin)
     paths = ["/rq/", "/metrics", "/api/nothing"]
-    assert [notified(admin.get(path)) for path in paths] == [("3", "2"), ("3", "1"), ("3", "0")]
+    assert [limit_headers(admin.get(path)) for path in paths] == [("3", "2"), ("3", "1"), ("3", "0")]
     for path in (*paths, "/nothing/either", "/rq/nothing", "/rq/0/view/workers", "/api/me"):
-        answer = admin.get(path)
-        assert (answer.status_code, answer.headers["Retry-After"] > "0") == (429, True), path
-    assert admin.put("/api/me").status_code == 429, "no such method"
+        response = admin.get(path)
+        assert (response.status_code, response.headers["Retry-After"] > "0") == (429, True), path
+    assert admin.put("/api/me").status_code == 429, "a method that the route does not have also counts"
 
 
 def test_requests_of_a_session_count_for_its_user(client, cast, limit):
     limit("other", "4 per minute")
     csrf = csrf_of(client.get("/login").text)
     client.post("/login", data={"csrf": csrf, "token": cast.admin.token})
-    asked = [client.get("/inbox"), client.get("/nothing"), client.get("/metrics")]
-    asked.append(client.delete("/api/me/sessions"))
-    assert [answer.status_code for answer in asked] == [200, 404, 200, 403]
-    assert [notified(answer)[1] for answer in asked] == ["3", "2", "1", "0"], "a wrong CSRF token counts as well"
+    responses = [client.get("/inbox"), client.get("/nothing"), client.get("/metrics")]
+    responses.append(client.delete("/api/me/sessions"))
+    assert [response.status_code for response in responses] == [200, 404, 200, 403]
+    remaining = [limit_headers(response)[1] for response in responses]
+    assert remaining == ["3", "2", "1", "0"], "a request with a wrong CSRF token also counts"
     for path in ("/inbox", "/nothing", "/rq/", "/login", "/api/me"):
         assert client.get(path).status_code == 429, path
-    assert client.get("/docs").status_code == 200, "the same for everybody, and counted by address"
+    assert client.get("/docs").status_code == 200, "a page that is the same for all users counts by address"
 
 
 ANONYMOUS = (
@@ -140,45 +141,45 @@ ANONYMOUS = (
 def test_requests_without_a_user_count_by_client_address(client, api, cast, limit):
     limit("anonymous", f"{len(ANONYMOUS)} per minute")
 
-    def ask(method, path, token, address="192.0.2.1"):
+    def send(method, path, token, address="192.0.2.1"):
         headers = {"Authorization": token} if token else {}
         return client.open(path, method=method, headers=headers, environ_base={"REMOTE_ADDR": address})
 
     for number, request in enumerate(ANONYMOUS, 1):
-        assert notified(ask(*request)) == (str(len(ANONYMOUS)), str(len(ANONYMOUS) - number)), request
+        assert limit_headers(send(*request)) == (str(len(ANONYMOUS)), str(len(ANONYMOUS) - number)), request
     for request in ANONYMOUS:
-        problem = ask(*request)
+        problem = send(*request)
         assert problem.status_code == 429, request
         assert int(problem.headers["Retry-After"]) > 0
-    assert "for one address" in assert_problem(ask("GET", "/api/me", None), 429, "rate_limited")["detail"]
-    assert ask("GET", "/login", None, "192.0.2.2").status_code == 200
+    assert "for one address" in assert_problem(send("GET", "/api/me", None), 429, "rate_limited")["detail"]
+    assert send("GET", "/login", None, "192.0.2.2").status_code == 200
     vera = {"Authorization": f"Bearer {cast.vip.token}"}
     assert client.get("/api/me", headers=vera, environ_base={"REMOTE_ADDR": "192.0.2.1"}).status_code == 200
 
 
 def test_health_checks_and_static_files_do_not_count(client, redis):
     for path in ("/healthz", "/static/colours.css"):
-        answer = client.get(path, buffered=True)
-        assert answer.status_code == 200
-        assert "RateLimit-Limit" not in answer.headers
+        response = client.get(path, buffered=True)
+        assert response.status_code == 200
+        assert "RateLimit-Limit" not in response.headers
     assert redis.keys("*") == []
 
 
 def test_a_scraper_counts_by_address_without_reading_a_user(client, limit, override):
     override(metrics_token="s" * 32)
     limit("anonymous", "1 per minute")
-    with statements() as asked:
-        answers = [client.get("/metrics", headers={"Authorization": f"Bearer {'s' * 32}"}) for _ in range(2)]
-    assert [answer.status_code for answer in answers] == [200, 429]
-    assert not [sql for sql in asked if "api_token" in sql]
+    with statements() as executed:
+        responses = [client.get("/metrics", headers={"Authorization": f"Bearer {'s' * 32}"}) for _ in range(2)]
+    assert [response.status_code for response in responses] == [200, 429]
+    assert not [sql for sql in executed if "api_token" in sql]
 
 
 def test_an_unknown_path_takes_at_most_one_statement(client, api, cast):
-    for ask, most in ((client.get, 0), (api(cast.vip).get, 1)):
-        with statements() as asked:
+    for get, statements_per_request in ((client.get, 0), (api(cast.vip).get, 1)):
+        with statements() as executed:
             for path in ("/nothing", "/api/nothing"):
-                assert ask(path).status_code == 404
-        assert len(asked) == 2 * most
+                assert get(path).status_code == 404
+        assert len(executed) == 2 * statements_per_request
 
 
 @pytest.mark.parametrize(
@@ -212,15 +213,15 @@ def test_the_client_address_is_that_of_the_trusted_proxy(app, override, proxies,
         assert rate_limit.client_address() == expected
 
 
-def test_requests_pass_without_redis_and_a_warning_is_logged(post, redis_away, caplog):
-    with redis_away():
-        answer = post()
-    assert answer.status_code == 201
-    assert "RateLimit-Limit" not in answer.headers
+def test_requests_pass_without_redis_and_a_warning_is_logged(post, redis_unavailable, caplog):
+    with redis_unavailable():
+        response = post()
+    assert response.status_code == 201
+    assert "RateLimit-Limit" not in response.headers
     assert "requests are not counted" in caplog.text
 
 
 def test_a_replaced_redis_gets_the_script_again(post, redis):
-    first = int(notified(post())[1])
+    first = int(limit_headers(post())[1])
     redis.script_flush()
-    assert int(notified(post())[1]) == first - 1
+    assert int(limit_headers(post())[1]) == first - 1

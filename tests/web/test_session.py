@@ -15,7 +15,7 @@ from belfry.worker import maintenance
 from models import ApiToken, Session
 from tests.fanout_helpers import statements
 from tests.people import csrf_of
-from tests.processes import a_web_process
+from tests.processes import web_process
 
 
 @pytest.fixture
@@ -36,8 +36,8 @@ def test_a_session_may_read(page, cast):
 
 def test_a_session_may_write_with_its_csrf_token(page, cast):
     csrf = csrf_of(page.get("/login").text)
-    answer = page.post("/api/messages", json=_message(cast), headers={"X-CSRF-Token": csrf})
-    assert (answer.status_code, answer.json["author"]["id"]) == (201, cast.subscriber.id)
+    response = page.post("/api/messages", json=_message(cast), headers={"X-CSRF-Token": csrf})
+    assert (response.status_code, response.json["author"]["id"]) == (201, cast.subscriber.id)
 
 
 @pytest.mark.parametrize("csrf", [None, "", "wrong", "ü"])
@@ -45,17 +45,17 @@ def test_a_session_may_not_write_without_its_csrf_token(page, cast, csrf):
     page.get("/login")  # creates a CSRF token
     headers = {} if csrf is None else {"X-CSRF-Token": csrf}
     preference = {"level": "none", "muted_until": None}
-    for answer in (
+    for response in (
         page.post("/api/messages", json=_message(cast), headers=headers),
         page.put(f"/api/channels/{cast.general}/preference", json=preference, headers=headers),
     ):
-        assert (answer.status_code, answer.json["code"]) == (403, "forbidden")
+        assert (response.status_code, response.json["code"]) == (403, "forbidden")
     assert page.get(f"/api/channels/{cast.general}/messages").json["items"] == []
 
 
 def test_no_csrf_token_is_valid_before_a_page_was_served(page, cast):
-    answer = page.post("/api/messages", json=_message(cast), headers={"X-CSRF-Token": ""})
-    assert answer.status_code == 403
+    response = page.post("/api/messages", json=_message(cast), headers={"X-CSRF-Token": ""})
+    assert response.status_code == 403
 
 
 def test_an_authorization_header_overrides_the_session(page, cast):
@@ -67,8 +67,8 @@ def test_an_authorization_header_overrides_the_session(page, cast):
 def test_a_session_ends_with_its_token(page, cast):
     token = ApiToken.get(ApiToken.token_hash == tokens.hash_token(cast.subscriber.token))
     tokens.revoke_token(cast.subscriber.id, token.id)
-    answer = page.get("/api/me")
-    assert (answer.status_code, answer.json["code"]) == (401, "unauthenticated")
+    response = page.get("/api/me")
+    assert (response.status_code, response.json["code"]) == (401, "unauthenticated")
 
 
 def test_a_request_with_a_token_gets_no_cookie(api, cast):
@@ -119,13 +119,13 @@ def test_a_copied_cookie_is_invalid_after_signing_out(sign_in, cast):
     browser = sign_in(cast.admin)
     headers = {"X-CSRF-Token": csrf_of(browser.get("/login").text), "Sec-Fetch-Site": "same-origin"}
     copy = copy_of(browser)
-    assert copy.get("/api/me").status_code == 200, "it is a good copy"
+    assert copy.get("/api/me").status_code == 200, "the copied cookie is valid"
     assert copy.get("/rq/").status_code == 200
     sign_out(browser)
     assert not is_open(copy)
     for method, path in (("POST", "/api/messages"), ("GET", "/api/notifications/stream"), ("POST", "/inbox/read")):
-        answer = copy.open(path, method=method, json=_message(cast), headers=headers)
-        assert answer.status_code == 401, path
+        response = copy.open(path, method=method, json=_message(cast), headers=headers)
+        assert response.status_code == 401, path
     assert copy.get("/rq/").status_code == 303
     assert copy.post("/rq/queue/bulk/requeue", headers=headers).status_code == 401
     assert "Signed in as" not in copy.get("/login").text
@@ -155,19 +155,19 @@ def test_a_session_signs_out_everywhere_over_the_api_with_its_csrf_token(sign_in
 
 
 def test_signing_in_replaces_the_session_of_the_cookie(app, sign_in, cast):
-    planted = app.test_client()
-    planted.get("/login")
-    copy = copy_of(planted)
-    sign_in_again(planted, cast.vip)
-    assert not is_open(copy), "a cookie from before signing in is not signed in by it"
-    first = copy_of(planted)
-    sign_in_again(planted, cast.subscriber)
-    assert not is_open(first)
-    assert is_open(planted)
+    browser = app.test_client()
+    browser.get("/login")
+    copy = copy_of(browser)
+    sign_in_again(browser, cast.vip)
+    assert not is_open(copy), "signing in does not sign in a copy of the earlier cookie"
+    first_session = copy_of(browser)
+    sign_in_again(browser, cast.subscriber)
+    assert not is_open(first_session)
+    assert is_open(browser)
     assert Session.select().count() == 1
-    csrf = csrf_of(planted.get("/login").text)
-    assert planted.post("/login", data={"csrf": csrf, "token": "wrong"}).status_code == 401
-    assert is_open(planted), "a wrong token ends nothing"
+    csrf = csrf_of(browser.get("/login").text)
+    assert browser.post("/login", data={"csrf": csrf, "token": "wrong"}).status_code == 401
+    assert is_open(browser), "a wrong token does not end the session"
 
 
 @pytest.mark.parametrize(
@@ -188,9 +188,9 @@ def test_an_expired_token_ends_its_sessions(sign_in, cast):
 
 def test_authentication_takes_one_statement_and_rarely_writes(sign_in, cast):
     browser = sign_in(cast.vip)
-    with statements() as asked:
+    with statements() as executed:
         assert browser.get("/login").status_code == 200
-    assert len(asked) == 1
+    assert len(executed) == 1
     assert browser.get("/api/me").status_code == 200
     [before] = Session.select()
     execute("UPDATE session SET last_seen_at = last_seen_at - interval '6 minutes'")
@@ -212,7 +212,7 @@ def test_the_cookie_has_no_token_and_the_database_no_session_id(sign_in, cast):
     assert bytes(stored.session_hash) == tokens.hash_token(session_id)
     assert browser.application.test_client().get(
         "/api/me", headers={"Authorization": f"Bearer {session_id}"}
-    ).status_code == 401, "and it is no token"  # fmt: skip
+    ).status_code == 401, "a session id is not a token"  # fmt: skip
 
 
 def test_the_longest_idle_session_ends_beyond_the_limit_of_a_token(sign_in, cast):
@@ -254,7 +254,7 @@ def test_users_list_and_revoke_their_own_tokens(sign_in, api, cast):
     assert [one["current"] for one in browser.get("/api/me/tokens").json["items"]] == [True, False]
 
     assert api(cast.vip).delete(f"/api/me/tokens/{other['id']}").status_code == 204
-    assert api(cast.vip).delete(f"/api/me/tokens/{other['id']}").status_code == 204, "twice is no error"
+    assert api(cast.vip).delete(f"/api/me/tokens/{other['id']}").status_code == 204, "repeating it is not an error"
     assert tokens.authenticate(second) is None
     assert [bool(one["revoked_at"]) for one in browser.get("/api/me/tokens").json["items"]] == [False, True]
     assert is_open(browser)
@@ -278,7 +278,7 @@ def test_hsts_is_sent_only_with_an_https_public_url():
         ("1", "http://chat.example.com", None),
         ("0", "https://chat.example.com", None),
     ):
-        with a_web_process(SESSION_COOKIE_SECURE=secure, PUBLIC_URL=address) as web:
+        with web_process(SESSION_COOKIE_SECURE=secure, PUBLIC_URL=address) as web:
             for path in ("/healthz", "/login", "/nowhere"):
                 connection = HTTPConnection(urlsplit(web).netloc, timeout=30)
                 with closing(connection):

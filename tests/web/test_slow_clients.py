@@ -17,18 +17,18 @@ from hypothesis import strategies as st
 
 from belfry.web.connection import ChunkScanner
 from models import Message
-from tests.processes import PATIENCE, a_web_process, running, wait_until
-from tests.sse_client import Listener
+from tests.processes import WAIT_SECONDS, running, wait_until, web_process
+from tests.sse_client import StreamClient
 
 pytestmark = pytest.mark.slow
 
-SLOW_HEADS, SLOW_BODIES, SILENT = 100, 100, 1_500
+SLOW_HEADERS, SLOW_BODIES, SILENT_CLIENTS = 100, 100, 1_500
 HEALTHZ = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
 @pytest.fixture(scope="module")
 def web() -> Iterator[str]:
-    with a_web_process() as address:
+    with web_process() as address:
         yield address
 
 
@@ -39,7 +39,7 @@ def connect(web) -> Iterator[object]:
 
         def open_connection(*parts: bytes, receive_bytes: int | None = None) -> socket.socket:
             connection = opened.enter_context(closing(socket.socket()))
-            connection.settimeout(PATIENCE)
+            connection.settimeout(WAIT_SECONDS)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if receive_bytes:
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
@@ -51,7 +51,7 @@ def connect(web) -> Iterator[object]:
         yield open_connection
 
 
-def answers_on(connection: socket.socket) -> list[tuple[int, bytes]]:
+def responses_on(connection: socket.socket) -> list[tuple[int, bytes]]:
     """Status and body of every response until the server closes, including 100 Continue."""
     received = b"".join(iter(lambda: connection.recv(65_536), b""))
     found = []
@@ -64,15 +64,15 @@ def answers_on(connection: socket.socket) -> list[tuple[int, bytes]]:
 
 
 def statuses_on(connection: socket.socket) -> list[int]:
-    return [status for status, _ in answers_on(connection)]
+    return [status for status, _ in responses_on(connection)]
 
 
-def answer_on(connection: socket.socket, method: str = "GET") -> HTTPResponse:
+def response_on(connection: socket.socket, method: str = "GET") -> HTTPResponse:
     """Read the next response. Nothing after it may have arrived."""
-    answer = HTTPResponse(connection, method=method)
-    answer.begin()
-    answer.read()
-    return answer
+    response = HTTPResponse(connection, method=method)
+    response.begin()
+    response.read()
+    return response
 
 
 def post_of(person, channel_id: int, *fields: str, content: str = "gold", body: bytes | None = None) -> bytes:
@@ -88,13 +88,13 @@ def chunked(*chunks: bytes, trailer: bytes = b"") -> bytes:
     return b"".join(b"%x\r\n%b\r\n" % (len(one), one) for one in (*chunks, b"") if one) + b"0\r\n" + trailer + b"\r\n"
 
 
-def others_are_answered(web: str, person, channel_id: int, times: int = 5) -> None:
+def assert_others_get_responses(web: str, person, channel_id: int, times: int = 5) -> None:
     """Request /healthz and post as another user, each over a new connection."""
     for _ in range(times):
         for request in (HEALTHZ, post_of(person, channel_id)):
-            with socket.create_connection((urlsplit(web).hostname, urlsplit(web).port), timeout=PATIENCE) as other:
+            with socket.create_connection((urlsplit(web).hostname, urlsplit(web).port), timeout=WAIT_SECONDS) as other:
                 other.sendall(request)
-                assert answer_on(other).status in (200, 201)
+                assert response_on(other).status in (200, 201)
 
 
 # --- other clients
@@ -105,35 +105,35 @@ def test_slow_and_silent_clients_do_not_delay_others(web, cast, connect):
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(4_096, hard)), hard))
     body = post_of(cast.vip, cast.general, "Content-Length: 60000", body=b"{")
     login = b"POST /login HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n"
-    for _ in range(SLOW_HEADS):
+    for _ in range(SLOW_HEADERS):
         connect(b"GET /healthz HTTP/1.1\r\nX-Slow: ")
     for number in range(SLOW_BODIES):
         connect((body, login)[number % 2])
-    for _ in range(SILENT):
+    for _ in range(SILENT_CLIENTS):
         connect()
-    others_are_answered(web, cast.subscriber, cast.general)
+    assert_others_get_responses(web, cast.subscriber, cast.general)
 
 
 def test_clients_that_do_not_read_do_not_delay_others(web, cast, connect):
-    ask = b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 200
+    requests = b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 200
     for _ in range(24):
-        connect(ask, receive_bytes=4_096)
-    others_are_answered(web, cast.subscriber, cast.general, 60)  # meanwhile the kernel's buffers fill
+        connect(requests, receive_bytes=4_096)
+    assert_others_get_responses(web, cast.subscriber, cast.general, 60)  # meanwhile the kernel's buffers fill
 
 
 def test_clients_that_do_not_close_do_not_delay_others(web, cast, connect):
     for _ in range(60):
         connect(HEALTHZ.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
-    others_are_answered(web, cast.subscriber, cast.general)
+    assert_others_get_responses(web, cast.subscriber, cast.general)
 
 
 def test_slow_clients_do_not_delay_streams(web, cast, connect):
-    with Listener(web, cast.vip.token) as listener:
+    with StreamClient(web, cast.vip.token) as stream:
         for _ in range(50):
             connect(b"GET /healthz HTTP/1.1\r\nX-Slow: ")
-        wait_until(lambda: "unread" in listener.kinds(), "the count that a stream begins with")
-        with Listener(web, cast.moderator.token) as other:
-            wait_until(lambda: "unread" in other.kinds(), "the count that a stream begins with")
+        wait_until(lambda: "unread" in stream.kinds(), "the first unread count of the stream")
+        with StreamClient(web, cast.moderator.token) as other:
+            wait_until(lambda: "unread" in other.kinds(), "the first unread count of the stream")
 
 
 def test_opening_many_streams_does_not_delay_others(cast, connect, in_another_session):
@@ -143,7 +143,7 @@ def test_opening_many_streams_does_not_delay_others(cast, connect, in_another_se
     with in_another_session("LOCK TABLE subscription"):
         streams = [connect(opening.encode()) for _ in range(15)]
         for _ in range(5):
-            assert answer_on(connect(HEALTHZ)).status == 200
+            assert response_on(connect(HEALTHZ)).status == 200
         assert not select.select(streams, [], [], 0)[0], "no stream is open yet"
     for stream in streams:
         assert stream.recv(12) == b"HTTP/1.1 200"
@@ -163,8 +163,8 @@ def test_an_incomplete_request_gets_408(cast, connect):
         "second head": connect(HEALTHZ + b"GET /healthz HTTP/1.1\r\nX-Slow: "),
     }
     for name, connection in slow.items():
-        connection.settimeout(2 * PATIENCE)
-        *before, (status, problem) = answers_on(connection)
+        connection.settimeout(2 * WAIT_SECONDS)
+        *before, (status, problem) = responses_on(connection)
         assert status == 408, name
         assert json.loads(problem)["code"] == "request_timeout"
         assert [status for status, _ in before] == ([200] if name == "second head" else [])
@@ -172,15 +172,15 @@ def test_an_incomplete_request_gets_408(cast, connect):
 
 
 def test_the_process_ends_despite_an_incomplete_request(cast):
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        port = unused.getsockname()[1]
     with running(["gunicorn", "--bind", f"127.0.0.1:{port}", "app:create_app()"], WEB_CONCURRENCY="1") as process:
         wait_until(lambda: "Booting worker" in process.log() and _connects(port), "the web process to listen")
-        with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as slow:
+        with socket.create_connection(("127.0.0.1", port), timeout=WAIT_SECONDS) as slow:
             slow.sendall(b"GET /healthz HTTP/1.1\r\nX-Slow: ")
-            with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as other:
+            with socket.create_connection(("127.0.0.1", port), timeout=WAIT_SECONDS) as other:
                 other.sendall(HEALTHZ)  # accepted after the slow one
-                assert answer_on(other).status == 200
+                assert response_on(other).status == 200
             os.kill(process.pid, signal.SIGTERM)
             assert process.wait(20) == 0  # gunicorn would give a request 25 s
 
@@ -199,10 +199,10 @@ def test_a_request_may_arrive_byte_by_byte(cast, connect):
 
 
 def test_a_connection_is_kept_and_requests_may_be_pipelined(cast, connect):
-    kept = connect()
+    connection = connect()
     for _ in range(3):
-        kept.sendall(HEALTHZ)
-        assert answer_on(kept).status == 200
+        connection.sendall(HEALTHZ)
+        assert response_on(connection).status == 200
     post = post_of(cast.subscriber, cast.general)
     in_chunks = post_of(
         cast.subscriber,
@@ -211,8 +211,8 @@ def test_a_connection_is_kept_and_requests_may_be_pipelined(cast, connect):
         body=chunked(b'{"channel_id": %d,' % cast.general, b'"content": "gold"}', trailer=b"X-Sum: 1\r\n"),
     )
     last = b"GET /nowhere HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
-    kept.sendall(HEALTHZ + post + in_chunks + in_chunks + post + last)
-    assert statuses_on(kept) == [200, 201, 201, 201, 201, 404]
+    connection.sendall(HEALTHZ + post + in_chunks + in_chunks + post + last)
+    assert statuses_on(connection) == [200, 201, 201, 201, 201, 404]
 
 
 def test_an_unread_body_is_not_taken_for_the_next_request(connect):
@@ -240,9 +240,9 @@ def test_a_client_that_expects_100_continue_gets_it(cast, connect):
 
 
 def test_half_closed_and_http_1_0_connections_are_answered_and_closed(connect):
-    half = connect(HEALTHZ)
-    half.shutdown(socket.SHUT_WR)
-    assert statuses_on(half) == [200]
+    half_closed = connect(HEALTHZ)
+    half_closed.shutdown(socket.SHUT_WR)
+    assert statuses_on(half_closed) == [200]
     assert statuses_on(connect(b"GET /healthz HTTP/1.0\r\n\r\n")) == [200]
 
 
@@ -250,7 +250,7 @@ def test_a_disconnected_client_is_released(web, cast, connect):
     for cut in range(1, len(HEALTHZ), 7):
         connect(HEALTHZ[:cut]).close()
     connect(HEALTHZ).close()
-    others_are_answered(web, cast.subscriber, cast.general, 1)
+    assert_others_get_responses(web, cast.subscriber, cast.general, 1)
 
 
 # --- refused requests

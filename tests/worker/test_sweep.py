@@ -108,9 +108,9 @@ def test_failing_recovery_stops_no_other_step_and_becomes_an_error_after_a_while
     assert readiness(client)[0] == 200
 
 
-def test_a_step_without_a_database_connection_is_reported_as_failed(cast, client, database_away):
+def test_a_step_without_a_database_connection_is_reported_as_failed(cast, client, database_unavailable):
     """Recovery above all, because without it no lost work is found."""
-    with database_away(), pytest.raises(OperationalError):
+    with database_unavailable(), pytest.raises(OperationalError):
         maintenance.sweep()
     status, ready = readiness(client)
     (warning,) = ready["warnings"]
@@ -119,10 +119,10 @@ def test_a_step_without_a_database_connection_is_reported_as_failed(cast, client
     assert readiness(client)[1]["warnings"] == []
 
 
-def test_steps_that_need_only_postgresql_run_while_redis_is_unavailable(cast, redis_away):
+def test_steps_that_need_only_postgresql_run_while_redis_is_unavailable(cast, redis_unavailable):
     create_lost_run(cast)
     insert_old_keys(3)
-    with redis_away():
+    with redis_unavailable():
         assert maintenance.sweep() == 0
     assert count_keys() == 0
     assert maintenance.sweep() == 1
@@ -174,11 +174,11 @@ def test_a_sweep_that_is_stopped_begins_no_further_step(cast):
     assert count_keys() == 3
 
 
-def test_a_failure_that_redis_did_not_take_is_recorded_by_the_next_sweep(cast, redis, redis_away, at_failpoint):
+def test_a_failure_that_redis_did_not_take_is_recorded_by_the_next_sweep(cast, redis, redis_unavailable, at_failpoint):
     runs = [post(cast.subscriber, cast.general)[1] for _ in range(2)]
     execute("UPDATE run SET state = 'running', attempts_left = 0, sweep_after = now() - interval '1 minute'")
     with ExitStack() as outage:
-        at_failpoint("sweep.enqueued", lambda: outage.enter_context(redis_away()))
+        at_failpoint("sweep.enqueued", lambda: outage.enter_context(redis_unavailable()))
         maintenance.sweep()
     assert redis.zcard("rq:failed:notifications") == 0
     redis.set(f"rq:results:{queues.run_job_id(runs[0])}", "not a stream")

@@ -27,9 +27,9 @@ from belfry.worker import maintenance, supervisor, worker
 from belfry.worker.deadline import KILL_GRACE_SECONDS, Deadline
 from config import settings, tuning
 from models import Notification, Run
-from tests.fanout_helpers import advance, crowd, notifications_that, parts_of, statements
+from tests.fanout_helpers import add_members, fault_on_insert, process_next, remaining_work_items, statements
 from tests.fanout_helpers import post as write
-from tests.processes import RQ_WORKER, a_gate, a_web_process, a_worker, running, wait_until
+from tests.processes import RQ_WORKER, open_redis_proxy, running, wait_until, web_process, worker_process
 
 pytestmark = pytest.mark.slow
 
@@ -53,7 +53,7 @@ def notified_of(message_id: int) -> set[int]:
 
 
 def test_a_message_reaches_the_inbox_through_web_queue_and_worker(cast, redis):
-    with a_web_process() as address, a_worker() as process:
+    with web_process() as address, worker_process() as process:
         status, message = post(address, cast.subscriber.token, cast.general, "gold breaks out, @vera")
         assert status == 201
         wait_until(lambda: state_of(message["run"]["id"]) == "succeeded", "the run to succeed")
@@ -70,8 +70,8 @@ def test_a_message_reaches_the_inbox_through_web_queue_and_worker(cast, redis):
 
 
 def test_an_error_is_recorded_on_the_run_which_is_retried_until_it_succeeds(cast):
-    with a_web_process() as address, a_worker() as process:
-        with notifications_that("RAISE EXCEPTION 'the disk is full';"):
+    with web_process() as address, worker_process() as process:
+        with fault_on_insert("RAISE EXCEPTION 'the disk is full';"):
             _, message = post(address, cast.subscriber.token, cast.general, "gold")
             run_id = message["run"]["id"]
             wait_until(lambda: Run.get_by_id(run_id).error, "the failure to be recorded")
@@ -89,16 +89,16 @@ def test_an_error_is_recorded_on_the_run_which_is_retried_until_it_succeeds(cast
 
 
 def test_posting_answers_201_while_redis_is_unavailable_and_the_sweeper_finds_the_run(cast, redis):
-    with a_gate(os.environ["REDIS_URL"]) as gate:
-        behind = {"REDIS_URL": gate.url}
-        with a_web_process(**behind) as address, a_worker(**behind) as process:
-            gate.shut()
+    with open_redis_proxy(os.environ["REDIS_URL"]) as proxy:
+        behind = {"REDIS_URL": proxy.url}
+        with web_process(**behind) as address, worker_process(**behind) as process:
+            proxy.cut_connections()
             posted = [post(address, cast.subscriber.token, cast.general, f"gold {number}") for number in range(3)]
             assert [status for status, _ in posted] == [201, 201, 201]
             assert {message["run"]["state"] for _, message in posted} == {"pending"}
             assert {run.state for run in Run.select()} == {"pending"}
             redis.flushdb()
-            gate.open()
+            proxy.accept_connections()
             wait_until(lambda: {run.state for run in Run.select()} == {"succeeded"}, "the sweeper to find the runs", 60)
             for _, message in posted:
                 assert notified_of(message["id"]) == {cast.admin.id, cast.moderator.id, cast.vip.id}
@@ -106,16 +106,16 @@ def test_posting_answers_201_while_redis_is_unavailable_and_the_sweeper_finds_th
 
 
 def test_a_worker_that_starts_before_redis_waits_for_it(cast):
-    with a_gate(os.environ["REDIS_URL"]) as gate:
-        gate.shut()
-        with running(["flask", "--app", "app", "worker"], REDIS_URL=gate.url, SWEEP_INTERVAL_SECONDS="1") as process:
+    with open_redis_proxy(os.environ["REDIS_URL"]) as proxy:
+        proxy.cut_connections()
+        with running(["flask", "--app", "app", "worker"], REDIS_URL=proxy.url, SWEEP_INTERVAL_SECONDS="1") as process:
             wait_until(lambda: "Redis is unavailable" in process.log(), "the worker to report it")
-            gate.open()
+            proxy.accept_connections()
             wait_until(lambda: "Listening on" in process.log(), "the worker to listen")
 
 
 def test_sigterm_finishes_the_current_job(api, cast):
-    with a_worker() as process, notifications_that("PERFORM pg_sleep(2);"):
+    with worker_process() as process, fault_on_insert("PERFORM pg_sleep(2);"):
         message = api(cast.subscriber).post("/api/messages", json={"channel_id": cast.general, "content": "gold"})
         run_id = message.get_json()["run"]["id"]
         wait_until(_is_sleeping_in_the_database, "the worker to process the job")
@@ -136,8 +136,8 @@ def _is_sleeping_in_the_database() -> bool:
 
 
 def test_sigterm_ends_a_worker_that_has_lost_redis():
-    with a_gate(os.environ["REDIS_URL"]) as gate, a_worker(REDIS_URL=gate.url) as process:
-        gate.shut()
+    with open_redis_proxy(os.environ["REDIS_URL"]) as proxy, worker_process(REDIS_URL=proxy.url) as process:
+        proxy.cut_connections()
         os.kill(process.pid, signal.SIGTERM)
         assert process.wait() == 0
 
@@ -163,7 +163,7 @@ def test_sigterm_is_repeated_for_a_worker_that_keeps_running_but_not_during_a_jo
 
 
 def test_no_notification_is_lost_when_a_work_horse_is_killed(api, cast):
-    with a_worker() as process, notifications_that("PERFORM pg_sleep(1);"):
+    with worker_process() as process, fault_on_insert("PERFORM pg_sleep(1);"):
         message = api(cast.subscriber).post("/api/messages", json={"channel_id": cast.general, "content": "gold"})
         run_id = message.get_json()["run"]["id"]
         wait_until(_is_sleeping_in_the_database, "the worker to process the job")
@@ -199,18 +199,18 @@ def test_the_sweeper_survives_an_unexpected_error(monkeypatch, caplog):
     assert "the sweep failed" in caplog.text
 
 
-def test_small_messages_have_priority_and_do_not_starve_a_large_one(cast, slices_of, at_failpoint, override):
-    crowd(cast.server_id, 20)
-    slices_of(5)
+def test_small_messages_have_priority_and_do_not_starve_a_large_one(cast, set_slice_size, at_failpoint, override):
+    add_members(cast.server_id, 20)
+    set_slice_size(5)
     _, large = write(cast.subscriber, cast.general)
-    advance(large)
-    slices = parts_of(large)
+    process_next(large)
+    slices = remaining_work_items(large)
     assert len(slices) == 5
     queues.enqueue(slices)
     small = [write(cast.subscriber, cast.general)[1] for _ in range(20)]
     queues.enqueue([WorkItem(run_id) for run_id in small])
     override(max_batch_runs=0)
-    slices_of(100)
+    set_slice_size(100)
     claimed: list[str] = []
     at_failpoint("run.claimed", lambda: claimed.append("run"))
     at_failpoint("slice.claimed", lambda: claimed.append("slice"))
@@ -235,7 +235,7 @@ def horses_of(pid: int) -> list[int]:
 
 
 def test_a_killed_worker_leaves_no_process_behind():
-    with a_worker() as process:
+    with worker_process() as process:
         horses = horses_of(process.pid)
         assert len(horses) == 1
         os.kill(process.pid, signal.SIGKILL)
@@ -243,7 +243,7 @@ def test_a_killed_worker_leaves_no_process_behind():
 
 
 def test_a_work_horse_that_dies_is_replaced(cast):
-    with a_worker() as process:
+    with worker_process() as process:
         (horse,) = horses_of(process.pid)
         os.kill(horse, signal.SIGKILL)
         wait_until(lambda: horses_of(process.pid) not in ([], [horse]), "another work-horse")
@@ -256,13 +256,13 @@ def test_a_work_horse_that_dies_is_replaced(cast):
 def test_a_job_that_ignores_signals_is_killed_with_its_process(cast, override):
     """RQ interrupts a job by a signal, which this job ignores."""
     override(job_timeout_seconds=1)
-    with a_worker(through=("tests.faults.deaf",)) as process:
+    with worker_process(through=("tests.faults.hanging_fanout",)) as process:
         (horse,) = horses_of(process.pid)
         _, run_id = write(cast.subscriber, cast.general, "deaf")
         queues.enqueue_run(run_id)
         wait_until(lambda: horses_of(process.pid) not in ([], [horse]), "another work-horse", 60)
         assert "its process is killed" in process.log()
-    with a_worker():
+    with worker_process():
         wait_until(lambda: state_of(run_id) == "succeeded", "the run to succeed")
 
 
@@ -313,7 +313,7 @@ def test_small_runs_that_wait_are_processed_in_one_batch(cast, run_jobs):
 def test_a_failing_run_of_a_batch_does_not_affect_the_others(cast, run_jobs):
     runs = [write(cast.subscriber, cast.general)[1] for _ in range(5)]
     queues.enqueue([WorkItem(run_id) for run_id in runs])
-    with notifications_that_fail_for(3):
+    with fail_inserts_for(3):
         run_worker()
         states = [state_of(run_id) for run_id in runs]
     assert states == ["succeeded", "succeeded", "queued", "succeeded", "succeeded"]
@@ -326,19 +326,19 @@ def test_a_failing_run_of_a_batch_does_not_affect_the_others(cast, run_jobs):
     assert verify() == []
 
 
-def test_large_audiences_are_not_in_a_batch_with_small_ones(cast, slices_of):
-    slices_of(11)  # room for two messages to five members
+def test_large_audiences_are_not_in_a_batch_with_small_ones(cast, set_slice_size):
+    set_slice_size(11)  # room for two messages to five members
     runs = [write(cast.subscriber, cast.general)[1] for _ in range(5)]
     queues.enqueue([WorkItem(run_id) for run_id in runs])
     run_worker(1)
     assert [state_of(run_id) for run_id in runs] == ["succeeded"] * 2 + ["queued"] * 3
-    slices_of(4)
+    set_slice_size(4)
     run_worker(1)
     assert [state_of(run_id) for run_id in runs] == ["succeeded"] * 2 + ["running"] + ["queued"] * 2
 
 
 @contextlib.contextmanager
-def notifications_that_fail_for(message_id: int) -> Iterator[None]:
+def fail_inserts_for(message_id: int) -> Iterator[None]:
     execute(
         "CREATE FUNCTION test_poison() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
         f" IF NEW.message_id = {message_id} THEN RAISE EXCEPTION 'poison'; END IF; RETURN NEW; END $$;"
@@ -350,15 +350,15 @@ def notifications_that_fail_for(message_id: int) -> Iterator[None]:
         execute("DROP FUNCTION test_poison CASCADE")
 
 
-def test_a_large_run_notifies_mentioned_members_and_enqueues_one_job_for_each_slice(api, cast, run_jobs, slices_of):
-    slices_of(2)
+def test_a_large_run_notifies_mentioned_members_and_enqueues_a_job_for_each_slice(api, cast, run_jobs, set_slice_size):
+    set_slice_size(2)
     message = api(cast.subscriber).post("/api/messages", json={"channel_id": cast.general, "content": "gold, @vera"})
     run_id = message.get_json()["run"]["id"]
     jobs.notify(run_id)
     assert (state_of(run_id), Run.get_by_id(run_id).members_processed) == ("running", 1)
     assert notified_of(message.get_json()["id"]) == {cast.vip.id}
     waiting = [(job.func_name, *job.args) for job in queues.queue(queues.BULK).jobs]
-    assert waiting == [("jobs.notify_slice", run_id, item.after_user_id) for item in parts_of(run_id)]
+    assert waiting == [("jobs.notify_slice", run_id, item.after_user_id) for item in remaining_work_items(run_id)]
     assert len(waiting) == 3
     assert run_jobs() == 0
     finished = Run.get_by_id(run_id)

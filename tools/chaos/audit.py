@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 
 from belfry.core.db import IDLE_IN_TRANSACTION_SECONDS, fetch_all
 from belfry.integrity.verification import verify
-from tests.oracle import NOTIFY_DECISIONS, SILENT, Community, Member, decision
+from tests.oracle import NOTIFY_DECISIONS, SILENT_DECISIONS, Member, Scenario, decision
 from tools.chaos.load import Client, History, PostedMessage, Revision
 from tools.chaos.world import World
 
@@ -72,16 +72,16 @@ def _has_expected_content(posted: PostedMessage, stored: dict, findings: Finding
 
 def _decision(posted: PostedMessage, member: Member, user_id: int, revision: Revision) -> str:
     private = posted.channel_id == posted.server.channels.get("vip")
-    community = Community(
+    scenario = Scenario(
         members={user_id: member},
         author=posted.author,
         private=private,
-        opening_roles=frozenset({posted.server.vip_role}) if private else frozenset(),
-        named=revision.mentioned_users,
-        named_roles=revision.mentioned_roles,
+        channel_roles=frozenset({posted.server.vip_role}) if private else frozenset(),
+        mentioned=revision.mentioned_users,
+        mentioned_roles=revision.mentioned_roles,
         everyone=revision.everyone,
     )
-    return decision(community, user_id, datetime.now(UTC))
+    return decision(scenario, user_id, datetime.now(UTC))
 
 
 def _check_message(
@@ -128,7 +128,7 @@ def _check_statistics(run: dict, allowed: list[set[str]], findings: Findings) ->
     counted = run["decisions"]
     if sum(counted.values()) != len(allowed):
         findings.wrong_decision.append(f"run {run['id']} counts {sum(counted.values())} members, not {len(allowed)}")
-    for kind in NOTIFY_DECISIONS + SILENT:
+    for kind in NOTIFY_DECISIONS + SILENT_DECISIONS:
         least = sum(one == {kind} for one in allowed)
         most = sum(kind in one for one in allowed)
         if not least <= counted.get(kind, 0) <= most:

@@ -1,4 +1,4 @@
-"""Run a module in which the fan-out hangs: `python -m tests.faults.deaf MODULE ARGUMENT...`.
+"""Run a module in which the fan-out hangs: `python -m tests.faults.hanging_fanout MODULE ARGUMENT...`.
 
 While it hangs, it ignores every signal but SIGKILL.
 """

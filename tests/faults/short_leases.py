@@ -1,7 +1,7 @@
-"""Run a module with short leases: `python -m tests.faults.hasty MODULE ARGUMENT...`.
+"""Run a module with short leases: `python -m tests.faults.short_leases MODULE ARGUMENT...`.
 
-Sweep intervals and the idle time-out of transactions are a twentieth of the real ones, so that a database that takes
-0.3 s to respond is slow in comparison.
+Sweep intervals and the idle time-out of transactions are a twentieth of the real ones. A database that takes 0.3 s
+to respond is slow in comparison.
 """
 
 import sys
