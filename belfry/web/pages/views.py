@@ -102,10 +102,13 @@ def channel(server_id: int, channel_id: int) -> str:
     """
     seen = _channel(server_id, channel_id)
     preference, effects = preferences.preference_of(g.user, channel_id), _effects(g.user, seen)
+    count = inbox.unread_count(g.user)
+    has_unread = any(one["channel_id"] == channel_id for one in count["channels"])
     return _page(
         "channel.html",
         channel=seen,
-        **_message_page(seen),
+        count=count,
+        **_message_page(seen, inbox.first_unread(g.user, channel_id) if has_unread else None),
         may_not_post=_posting_denied_reason(g.user, seen),
         preference=preference,
         effects=effects,
@@ -117,7 +120,7 @@ def channel(server_id: int, channel_id: int) -> str:
 def messages(server_id: int, channel_id: int) -> str:
     """Only the messages of a channel's page, or the messages `ids`, with commas between them."""
     seen = _channel(server_id, channel_id)
-    return render_template("messages.html", channel=seen, **_message_page(seen))
+    return render_template("messages.html", channel=seen, **_message_page(seen, None))
 
 
 @blueprint.get("/search")
@@ -188,9 +191,9 @@ def mark_read() -> AnyResponse:
     return redirect(url_for("pages.inbox_page"), 303)
 
 
-def _page(template: str, **context: Any) -> str:
+def _page(template: str, *, count: Row | None = None, **context: Any) -> str:
     """A whole page, with the channels, their unread counts, and whether the user may use the stream."""
-    count, current = inbox.unread_count(g.user), auth.current_session()
+    count, current = count or inbox.unread_count(g.user), auth.current_session()
     by_channel = {channel["channel_id"]: channel for channel in count["channels"]}
     servers: dict[int, Row] = {}
     viewed: VisibleChannel | None = context.get("channel")
@@ -234,12 +237,11 @@ def _position(name: str) -> int | None:
     return _id(request.args.get(name, ""))
 
 
-def _message_page(seen: VisibleChannel) -> Row:
-    """The messages that the query asks for, and the names that mention the reader."""
+def _message_page(seen: VisibleChannel, first_unread: int | None) -> Row:
+    """The messages that the query asks for, by default those around the first unread one; and the reader's names."""
     roles = roles_of(g.user.id, seen.server_id)
     before, after, around = map(_position, ("before", "after", "around"))
     ids = [_id(one) or 0 for one in request.args["ids"].split(",")] if "ids" in request.args else None
-    first_unread = None if request.endpoint in PARTS else inbox.first_unread(g.user, seen.id)
     if not {"newest", "before", "after", "around", "ids"} & request.args.keys():
         around = first_unread
     found = load_page(g.user, seen, before=before, after=after, around=around, ids=ids)
