@@ -64,7 +64,7 @@ def _open_run(page: Page) -> None:
 
 def _open_why(page: Page) -> None:
     _message(page, "Gold breaks out").get_by_role("button", name="Why?").click()
-    page.get_by_label("And somebody else?").fill("nora")
+    page.get_by_label("Another user").fill("nora")
     page.get_by_role("option").click()
     page.get_by_text("@nora was notified").wait_for()
 
@@ -72,6 +72,17 @@ def _open_why(page: Page) -> None:
 def _mention(page: Page) -> None:
     page.get_by_role("textbox").press_sequentially("Good morning @")
     page.get_by_role("option").first.wait_for()
+
+
+def _open_shortcuts(page: Page) -> None:
+    page.locator("#main").focus()
+    page.keyboard.press("?")
+    page.get_by_role("dialog").wait_for()
+
+
+def _edit(page: Page) -> None:
+    _message(page, "Morning all").get_by_role("button", name="Edit").click()
+    page.get_by_label("Edited message").wait_for()
 
 
 def _message(page: Page, text: str) -> Any:
@@ -91,6 +102,9 @@ SCREENS = (
     Screen("channel-phone", "/{general}", "nora", **PHONE),
     Screen("mention", "/{general}", "ida", prepare=_mention, **SMALL),
     Screen("setting", "/{general}", "ida", prepare=_open_setting, **SMALL),
+    Screen("search", "/search?q=gold", "ida", **SMALL),
+    Screen("shortcuts", "/inbox", "ida", dark=True, prepare=_open_shortcuts, **SMALL),
+    Screen("edit", "/{general}", "emil", prepare=_edit, **SMALL),
     Screen("recipients", "/{general}", "admin", prepare=_open_run, **SMALL),
     Screen("why", "/{general}", "admin", dark=True, prepare=_open_why, **SMALL),
 )
