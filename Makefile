@@ -10,13 +10,14 @@ LOCKED := --require-hashes -r requirements-dev.lock
 UV     := .belfry/uv/bin/uv pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest \
           --generate-hashes --no-emit-index-url --no-emit-find-links --custom-compile-command 'make lock'
 
-.PHONY: help setup demo run web worker test check bench chaos drill lint screenshots lock clean
+.PHONY: help setup demo run web worker flask test check bench chaos drill lint screenshots lock clean
 
 help:
 	@echo 'make demo     the whole path once: 10,000 members, a message, who was notified; leaves nothing behind'
 	@echo 'make run      a web process and a worker until Ctrl-C; prints tokens and commands to paste'
 	@echo 'make web      the web process alone; it shares its data with `make worker` and `make run`'
 	@echo 'make worker   a worker alone, for a second terminal'
+	@echo 'make flask    a command on the data of `make run`      (ARGS="runs list")'
 	@echo 'make test     the test suite, three files at once   (ARGS="-k inbox -x" goes to pytest, which runs one at a time)'
 	@echo 'make check    the fast tests, ruff, mypy, and the imports: under two minutes'
 	@echo 'make bench    the benchmarks                     (ARGS="--only large small --json FILE --charts DIR")'
@@ -32,6 +33,9 @@ help:
 	@echo 'DATABASE_URL and REDIS_URL name servers to use in place of the embedded ones.'
 
 setup: $(STAMP)
+
+flask: $(STAMP)
+	@$(PY) -m tools.dev flask $(ARGS)
 
 demo run web worker screenshots: $(STAMP)
 	@$(PY) -m tools.dev $@

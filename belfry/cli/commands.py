@@ -22,6 +22,7 @@ from belfry.messages import explanation
 from belfry.messages.send_test import AUDIENCES, send_test
 from belfry.queue import queues
 from belfry.worker import supervisor
+from config import settings
 from models import SUBSCRIPTION_STATUSES, User
 
 WAIT_SECONDS = 600
@@ -83,6 +84,15 @@ def create_token(username: str, days: int | None) -> Output:
     stored, token = tokens.create_token(user, datetime.now(UTC) + timedelta(days=days) if days else None)
     expires_at = stored["expires_at"].isoformat() if days else None
     return Output({"username": user.username, "token": token, "expires_at": expires_at}, token)
+
+
+@command("login-link")
+@click.argument("username", metavar="USERNAME")
+def login_link(username: str) -> Output:
+    """Print a link that signs a user in once, in a browser, within ten minutes."""
+    secret = tokens.create_login_link(users.find_user_by_username(username))
+    link = f"{settings.public_url}/login/link/{secret}"
+    return Output({"username": username, "link": link}, link)
 
 
 @command("seed")

@@ -12,7 +12,7 @@ import secrets
 from dataclasses import dataclass
 
 from belfry.core.db import execute, fetch_one
-from belfry.identity.tokens import TOKEN_IS_VALID_SQL, hash_token
+from belfry.identity.tokens import LOGIN_LINK_PREFIX, TOKEN_IS_VALID_SQL, hash_token, redeem_login_link
 from models import User
 
 IDLE_DAYS = 7
@@ -71,7 +71,12 @@ class Session:
 
 
 def open_session(token: str) -> str | None:
-    """Open a session with a token; the session's id for the cookie, None where the token is not valid."""
+    """Open a session with a token, or with the secret of a login link, which is used by that.
+
+    Returns the session's id for the cookie, None where the token or the link is not valid.
+    """
+    if token.startswith(LOGIN_LINK_PREFIX):
+        token = redeem_login_link(token, AGE_DAYS) or ""
     session_id = secrets.token_urlsafe(32)
     opened = fetch_one(_OPEN_SQL, {"session_hash": hash_token(session_id), "token_hash": hash_token(token)})
     if opened is None:

@@ -2,7 +2,7 @@
 
 import hashlib
 import secrets
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 
 from belfry.core.db import Row, execute, fetch_all, fetch_one
 from belfry.core.errors import Forbidden, NotFound, Unauthenticated
@@ -14,6 +14,8 @@ TOKEN_IS_VALID_SQL = "(token.revoked_at IS NULL AND (token.expires_at IS NULL OR
 """Whether an `api_token token` is neither revoked nor expired."""
 _cache: dict[bytes, User] = {}  # {token's hash: user}
 TOKEN_PREFIX = "belfry_"  # makes a leaked token recognisable  # noqa: S105
+LOGIN_LINK_PREFIX = "belfry-link_"
+LOGIN_LINK_MINUTES = 10
 
 
 def hash_token(token: str) -> bytes:
@@ -21,14 +23,16 @@ def hash_token(token: str) -> bytes:
     return hashlib.sha256(token.encode("utf-8", "surrogatepass")).digest()
 
 
-def create_token(user: User, expires_at: datetime | None = None) -> tuple[Row, str]:
+def create_token(
+    user: User, expires_at: datetime | None = None, prefix: str = TOKEN_PREFIX
+) -> tuple[Row, str]:
     """Create a token; (its stored row, the token, which cannot be read again).
 
     Raises Forbidden for Belfry's own account, with which nobody signs in.
     """
     if user.username == SYSTEM_USERNAME:
         raise Forbidden("This is Belfry's own account. It cannot sign in.")
-    token = TOKEN_PREFIX + secrets.token_urlsafe(32)
+    token = prefix + secrets.token_urlsafe(32)
     made = fetch_one(
         "INSERT INTO api_token (user_id, token_hash, expires_at)"
         " VALUES (%(user_id)s, %(token_hash)s, %(expires_at)s)"
@@ -37,6 +41,35 @@ def create_token(user: User, expires_at: datetime | None = None) -> tuple[Row, s
     )
     assert made is not None
     return made, token
+
+
+def create_login_link(user: User) -> str:
+    """Create the secret of a link that signs a user in once, within LOGIN_LINK_MINUTES.
+
+    It is stored as a token, but does not authenticate requests: `bearer_token` does not accept its prefix. Raises as
+    `create_token`.
+    """
+    expires_at = datetime.now(UTC) + timedelta(minutes=LOGIN_LINK_MINUTES)
+    return create_token(user, expires_at, prefix=LOGIN_LINK_PREFIX)[1]
+
+
+def redeem_login_link(secret: str, days: int) -> str | None:
+    """Exchange the secret of a login link for a token of this many days; None where it was used, or has expired."""
+    token = TOKEN_PREFIX + secrets.token_urlsafe(32)
+    redeemed = execute(
+        f"""
+        WITH used AS (
+            UPDATE api_token token SET revoked_at = now()
+            WHERE token.token_hash = %(link)s
+            AND {TOKEN_IS_VALID_SQL}
+            RETURNING user_id
+        )
+        INSERT INTO api_token (user_id, token_hash, expires_at)
+        SELECT user_id, %(token)s, now() + make_interval(days => %(days)s) FROM used
+        """,
+        {"link": hash_token(secret), "token": hash_token(token), "days": days},
+    )
+    return token if redeemed else None
 
 
 def list_tokens(user_id: int, *, after: int, limit: int, current: bytes = b"") -> list[Row]:

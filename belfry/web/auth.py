@@ -13,6 +13,7 @@ from werkzeug.wrappers import Response as AnyResponse
 
 from belfry.identity import sessions
 from belfry.identity.sessions import Session
+from belfry.identity.tokens import LOGIN_LINK_PREFIX
 from belfry.stream.publish import publish
 from models import User
 
@@ -28,12 +29,21 @@ def login() -> Response:
     return page(200, "Sign in", form=True)
 
 
+@blueprint.get("/login/link/<secret>")
+def login_link(secret: str) -> Response:
+    """The page of a login link. It is used by its button, so that programs that follow links do not use it."""
+    return page(200, "Sign in", link=secret)
+
+
 @blueprint.post("/login")
 def submit_login() -> AnyResponse:
     """Open a session: 303 to `next` where that is a path of this site. 401 for an invalid token."""
     if not _csrf_holds():
         return page(403, "This form has expired. Try again.", "This form was too old. Please try again.", form=True)
-    session_id = sessions.open_session(request.form.get("token", "").strip())
+    token = request.form.get("token", "").strip()
+    session_id = sessions.open_session(token)
+    if session_id is None and token.startswith(LOGIN_LINK_PREFIX):
+        return page(401, "Sign in", "This link was used before, or has expired. Ask for another one.", form=True)
     if session_id is None:
         return page(401, "Sign in", "This token is unknown, or it was revoked or has expired.", form=True)
     _end_current_session()
@@ -86,13 +96,17 @@ def _local(path: str) -> str:
     return path if re.fullmatch(r"/[^\\\s\x00-\x1f\x7f]*", path) and "//" not in path else "/"
 
 
-def page(status: int, title: str, detail: str = "", *, form: bool = False) -> Response:
-    """A page with a message, the signed-in user with a button to sign out, and on request the form to sign in."""
+def page(status: int, title: str, detail: str = "", *, form: bool = False, link: str = "") -> Response:
+    """A page with a message, the signed-in user with a button to sign out, and on request a form to sign in.
+
+    `link`: the secret of a login link, which the form sends in place of a token.
+    """
     text = render_template(
         "login.html",
         title=title,
         detail=detail,
         form=form,
+        link=link,
         user=signed_in(),
         csrf=csrf_token(),
         target=_local(request.values.get("next", "")),

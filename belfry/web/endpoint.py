@@ -14,7 +14,7 @@ from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from belfry.core.db import LARGEST_ID
 from belfry.core.errors import DomainError, Invalid, Unauthenticated
-from belfry.identity.tokens import require_token
+from belfry.identity.tokens import LOGIN_LINK_PREFIX, require_token
 from belfry.stream.publish import publish
 from belfry.web.problems import HttpProblem
 from models import User
@@ -167,9 +167,9 @@ def require_admin() -> None:
 
 
 def bearer_token() -> str | None:
-    """The request's bearer token; None without one."""
+    """The request's bearer token; None without one, and for the secret of a login link."""
     match = re.fullmatch(r"bearer +(\S+) *", request.headers.get("Authorization", ""), re.IGNORECASE)
-    return match[1] if match else None
+    return match[1] if match and not match[1].startswith(LOGIN_LINK_PREFIX) else None
 
 
 def _refuse_constant(name: str) -> None:

@@ -27,10 +27,13 @@ def run() -> int:
             stack.worker(env, worker_log) as worker,
             stack.web(env, listening, web_log) as web,
         ):
-            _guide(env, address)
+            tokens = _guide(env, address)
             say(f"Logs           {_short(web_log)}  {_short(worker_log)}")
             say("Ctrl-C stops everything; the data stays.")
-            _until_stopped(web, worker)
+            try:
+                _until_stopped(web, worker)
+            finally:
+                stack.revoke_tokens(env, tokens)
     return 0
 
 
@@ -39,9 +42,12 @@ def web() -> int:
     with ports.listen() as listening:
         address = ports.address_of(listening)
         with prepared(address) as env, stack.web(env, listening) as process:
-            _guide(env, address)
+            tokens = _guide(env, address)
             say("No user is notified until a worker runs (`make worker`, in another terminal). Ctrl-C stops this one.")
-            _until_stopped(process)
+            try:
+                _until_stopped(process)
+            finally:
+                stack.revoke_tokens(env, tokens)
     return 0
 
 
@@ -81,21 +87,23 @@ def _until_stopped(*children: Child) -> None:
         say(STOPPING)
 
 
-def _guide(env: dict[str, str], address: str) -> None:
-    """Print the address, and commands to paste, which work unchanged on the data that `prepared` created."""
+def _guide(env: dict[str, str], address: str) -> list[str]:
+    """Print the address, and commands to paste, which work unchanged on the data that `prepared` created.
+
+    Returns the tokens in the commands, which are to be revoked in the end.
+    """
     admin, member = stack.new_token(env, "admin"), stack.new_token(env, "member-1")
     say(f"\nBelfry serves  {address}")
     if admin is None or member is None:
         say("This database has other users. Create a token for one of them to sign in:")
         say(f"    .venv/bin/python -m tools.dev flask create-token NAME --days {stack.TOKEN_DAYS}\n")
-        return
-    say(f"Admin's token  {admin}")
-    say(f"Member's       {member}")
-    say(f"               (both expire in {stack.TOKEN_DAYS} days; the next start prints new ones)")
+        return []
+    say(f"Admin          {stack.login_link(env, 'admin')}")
+    say(f"Member         {stack.login_link(env, 'member-1')}")
+    say("               (each link works once, within ten minutes; for another: make flask ARGS=\"login-link admin\")")
     say(f"""
 In the browser:
-    1. Open {address} and sign in with the admin's token; then once more in a private window, with the
-       token of the member (member-1), and put the windows side by side.
+    1. Open the admin's link; then the member's (member-1) in a private window, and put the windows side by side.
     2. As the admin write something in #general. The member's window shows it, and the bell shows the count.
     3. As the member mute #general: the button left of the bell, "All messages". As the admin write again: the
        message appears, and the count does not change.
@@ -104,7 +112,7 @@ The queues are at {address}/rq (for the admin), the API documentation at {addres
     channels = Client(address, admin).get("/api/channels")["items"]
     user_id = Client(address, member).get("/api/me")["id"]
     if not channels:
-        return
+        return [admin, member]
     message_id, run_id = _next_ids(env["DATABASE_URL"])
     body = f'{{"channel_id": {channels[0]["id"]}, "content": "gold breaks out, @member-1"}}'
     say(f"""
@@ -128,8 +136,11 @@ Why the member was notified, by the id of the message:
 
 A test notification to yourself; then the same as a command:
     curl -X POST -H "$ADMIN" $BELFRY/api/test-notifications
-    .venv/bin/python -m tools.dev flask send-test-notification --sender admin --wait
+    make flask ARGS="send-test-notification --sender admin --wait"
+
+The tokens are revoked when this command stops.
 """)
+    return [admin, member]
 
 
 def _next_ids(database_url: str) -> tuple[int, int]:

@@ -1,5 +1,6 @@
 """Run Belfry's commands, web process and workers."""
 
+import hashlib
 import json
 import os
 import socket
@@ -69,6 +70,18 @@ def new_token(env: Mapping[str, str], username: str) -> str | None:
             return None
     made = _json((*FLASK, "create-token", username, f"--days={TOKEN_DAYS}", "--json"), env)
     return str(made["token"])
+
+
+def revoke_tokens(env: Mapping[str, str], tokens: Sequence[str]) -> None:
+    """Revoke tokens that `new_token` created."""
+    hashes = [hashlib.sha256(token.encode()).digest() for token in tokens]
+    with psycopg.connect(env["DATABASE_URL"], connect_timeout=10) as connection:
+        connection.execute("UPDATE api_token SET revoked_at = now() WHERE token_hash = ANY(%s)", (hashes,))
+
+
+def login_link(env: Mapping[str, str], username: str) -> str:
+    """Create a link that signs a user in once."""
+    return str(_json((*FLASK, "login-link", username, "--json"), env)["link"])
 
 
 def _json(
